@@ -1,0 +1,1 @@
+"""R0 in JAX: few-step text-to-image generators by regularized reward maximization."""
