@@ -1,0 +1,1 @@
+"""The embedded world: scenes of coloured shapes, captions in two languages, an exact judge."""

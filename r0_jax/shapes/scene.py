@@ -1,0 +1,195 @@
+"""Scenes of one or two coloured shapes: what a caption says, where things lie, and the image.
+
+Coordinates are pixels of a 64 x 64 image, x to the right and y down; `render` scales them to
+any size. NumPy only, so that the judge and the captions need no accelerator library; `render`
+takes `jax.numpy` as `xp` and is then jit-able.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+SHAPES = ("circle", "square", "triangle", "cross")
+# Saturated and far apart in hue (0, 29, 57, 129, 226, 283 degrees): the judge tells them by hue.
+COLOURS = {
+    "red": (0.90, 0.08, 0.08),
+    "green": (0.05, 0.70, 0.15),
+    "blue": (0.10, 0.30, 0.95),
+    "yellow": (0.97, 0.92, 0.05),
+    "purple": (0.60, 0.10, 0.80),
+    "orange": (1.00, 0.48, 0.00),
+}
+SIZES = {"small": (6.5, 7.5), "large": (11.5, 13.0)}  # radius in pixels: least, most
+RELATIONS = ("left of", "right of", "above", "below")  # of object 0 to object 1; inverse: xor 1
+SPLITS = ("train", "validation", "test")
+
+IMAGE_SIZE = 64
+SINGLE_SHARE = 0.25  # of the training scenes have one object
+MARGIN = 1.5  # pixels between an object and the border
+GAP = 3.0  # pixels at least between two objects, along the axis of their relation
+SLANT = 0.4  # offset across that axis, at most, as a share of the distance along it
+# Half-extents (x, y) of each shape for radius 1, chosen so that they look equally big.
+EXTENTS = np.array([[1.0, 1.0], [0.88, 0.88], [1.0, 0.9], [1.0, 1.0]], np.float32)
+ARM = 0.36  # half the width of a cross's arms
+
+
+class Scene(NamedTuple):
+    """What a caption talks about. Fields of object 1 and `relation` are 0 where count is 1."""
+
+    shape: Int[Any, "*b 2"]
+    colour: Int[Any, "*b 2"]
+    size: Int[Any, "*b 2"]
+    count: Int[Any, "*b"]
+    relation: Int[Any, "*b"]
+
+
+class Layout(NamedTuple):
+    """What a caption does not talk about: places, exact sizes, background."""
+
+    centre: Float[Any, "*b 2 2"]  # (x, y) of each object's bounding box
+    radius: Float[Any, "*b 2"]
+    background: Float[Any, "*b 2 3"]  # colours at the two ends of the gradient
+    angle: Float[Any, "*b"]  # of the gradient, radians: 0 to the right, pi / 2 down
+
+
+def canonical(scenes: Scene) -> Scene:
+    """The same scenes, with the objects ordered so that 0 is left of or above object 1."""
+    swap = scenes.relation % 2 == 1
+    shape, colour, size = (
+        np.where(swap[..., None], field[..., ::-1], field) for field in scenes[:3]
+    )
+    return Scene(shape, colour, size, scenes.count, scenes.relation - swap)
+
+
+def _hash(values: np.ndarray) -> np.ndarray:
+    """Well-mixed uint64 of small ints, the same on every machine (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def split_of(scenes: Scene) -> Int[np.ndarray, "*b"]:
+    """Index into SPLITS. Decided by the unordered pair of objects alone, so that two objects of
+    a test scene were never trained on together in any relation; one-object scenes are train."""
+    kind = (scenes.shape * len(COLOURS) + scenes.colour) * len(SIZES) + scenes.size
+    kinds = len(SHAPES) * len(COLOURS) * len(SIZES)
+    bucket = _hash(kind.min(-1) * kinds + kind.max(-1)) % np.uint64(10)
+    return np.where(scenes.count == 1, 0, np.where(bucket == 0, 2, np.where(bucket == 1, 1, 0)))
+
+
+def all_scenes(split: str) -> Scene:
+    """Every two-object scene of the split, canonical; never two of the same shape and colour."""
+    kinds = (len(SHAPES), len(COLOURS), len(SIZES))
+    grid = np.indices((*kinds, *kinds, 2), np.int32).reshape(7, -1)
+    grid = grid[:, (grid[0] != grid[3]) | (grid[1] != grid[4])]
+    shape, colour, size = (np.stack([grid[i], grid[i + 3]], -1) for i in range(3))
+    scenes = Scene(shape, colour, size, np.full(len(shape), 2, np.int32), 2 * grid[6])
+    return Scene(*(field[split_of(scenes) == SPLITS.index(split)] for field in scenes))
+
+
+def sample_scenes(rng: np.random.Generator, n: int, split: str) -> Scene:
+    """n canonical scenes; in train a quarter of them have one object, else all have two."""
+    pairs = all_scenes(split)
+    index = rng.integers(len(pairs.count), size=n)
+    shape, colour, size, count, relation = (field[index] for field in pairs)
+    if split == "train":
+        single = rng.random(n) < SINGLE_SHARE
+        kinds = (len(SHAPES), len(COLOURS), len(SIZES))
+        for field, number in zip((shape, colour, size), kinds, strict=True):
+            alone = np.stack([rng.integers(number, size=n), np.zeros(n, int)], -1)
+            field[single] = alone[single]
+        count[single], relation[single] = 1, 0
+    return Scene(shape, colour, size, count, relation)
+
+
+def _backgrounds(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Two colours per image [n, 2, 3]: dark grey to near-white, slightly warm or cool."""
+    first = rng.uniform(0.2, 0.93, (n, 1))
+    second = np.clip(first + rng.uniform(-0.3, 0.3, (n, 1)), 0.2, 0.93)
+    level = np.stack([first, second], 1)  # [n, 2, 1]
+    warmth = rng.uniform(-0.04, 0.04, (n, 1, 1)) * np.array([1.0, 0.2, -1.0])
+    return np.clip(level + warmth, 0, 1)
+
+
+def sample_layouts(rng: np.random.Generator, scenes: Scene) -> Layout:
+    """One layout per scene; objects are inside the image, apart, and clearly in relation."""
+    n = len(scenes.count)
+    least, most = np.array(list(SIZES.values())).T
+    radius = rng.uniform(least[scenes.size], most[scenes.size])
+    low, high = MARGIN + radius, IMAGE_SIZE - MARGIN - radius  # [n, 2], for either coordinate
+
+    nearest = radius.sum(-1) + GAP
+    distance = rng.uniform(nearest, IMAGE_SIZE - 2 * MARGIN - radius.sum(-1))
+    # Along the axis of the relation `head` is the object with the smaller coordinate.
+    head = (scenes.relation % 2)[:, None]
+    head_low = np.take_along_axis(low, head, -1)[:, 0]
+    tail_high = np.take_along_axis(high, 1 - head, -1)[:, 0]
+    start = rng.uniform(head_low, tail_high - distance)
+    along = np.where(np.arange(2) == head, start[:, None], (start + distance)[:, None])
+
+    across = rng.uniform(low, high)
+    reach = SLANT * distance
+    across[:, 1] = rng.uniform(
+        np.maximum(low[:, 1], across[:, 0] - reach), np.minimum(high[:, 1], across[:, 0] + reach)
+    )
+    vertical = (scenes.relation >= 2)[:, None, None]
+    pair = np.where(vertical, np.stack([across, along], -1), np.stack([along, across], -1))
+    anywhere = rng.uniform(low[..., None], high[..., None], (n, 2, 2))
+    centre = np.where((scenes.count == 1)[:, None, None], anywhere, pair)
+    angle = rng.integers(2, size=n) * (np.pi / 2)
+    return Layout(*(a.astype(np.float32) for a in (centre, radius, _backgrounds(rng, n), angle)))
+
+
+def coverage(
+    shape: Int[Any, "*b"],
+    centre: Float[Any, "*b 2"],
+    radius: Float[Any, "*b"],
+    xp: ModuleType = np,
+    size: int = IMAGE_SIZE,
+) -> Float[Any, "*b h w"]:
+    """Share of each pixel that the shape covers, from its signed distance: soft over one pixel."""
+    scale = size / IMAGE_SIZE
+    pixel = (xp.arange(size, dtype=xp.float32) + 0.5) / scale
+    pixel = pixel.reshape((1,) * radius.ndim + (size,))
+    x = (pixel - centre[..., 0, None])[..., None, :]  # [..., 1, w]
+    y = (pixel - centre[..., 1, None])[..., :, None]  # [..., h, 1]
+    r = radius[..., None, None]
+
+    circle = xp.sqrt(x * x + y * y) - r
+    square = xp.maximum(xp.abs(x), xp.abs(y)) - EXTENTS[1, 0] * r
+    half_width, half_height = EXTENTS[2]
+    slope = np.hypot(2 * half_height, half_width)
+    side = (2 * half_height * xp.abs(x) - half_width * (y + half_height * r)) / slope
+    triangle = xp.maximum(side, y - half_height * r)
+    bar = xp.maximum(xp.abs(x) - r, xp.abs(y) - ARM * r)
+    post = xp.maximum(xp.abs(x) - ARM * r, xp.abs(y) - r)
+    cross = xp.minimum(bar, post)
+
+    kind = shape[..., None, None]
+    distance = xp.where(
+        kind < 2, xp.where(kind == 0, circle, square), xp.where(kind == 2, triangle, cross)
+    )
+    return xp.clip(0.5 - distance * scale, 0, 1).astype(xp.float32)
+
+
+def render(
+    scenes: Scene, layouts: Layout, xp: ModuleType = np, size: int = IMAGE_SIZE
+) -> Float[Any, "b h w 3"]:
+    """Images in [0, 1], float32."""
+    ramp = (xp.arange(size, dtype=xp.float32) + 0.5) / size
+    cos, sin = (f(layouts.angle)[:, None, None] for f in (xp.cos, xp.sin))
+    mix = (cos * ramp[None, None, :] + sin * ramp[None, :, None])[..., None]  # [b, h, w, 1]
+    first, second = (layouts.background[:, i, None, None, :] for i in (0, 1))
+    images = first + mix * (second - first)
+
+    palette = xp.asarray(np.array(list(COLOURS.values()), np.float32))
+    for i in range(2):
+        alpha = coverage(scenes.shape[:, i], layouts.centre[:, i], layouts.radius[:, i], xp, size)
+        shown = (scenes.count > i)[:, None, None]
+        alpha = xp.where(shown, alpha, 0.0)[..., None]
+        images = images + alpha * (palette[scenes.colour[:, i]][:, None, None, :] - images)
+    return images.astype(xp.float32)
