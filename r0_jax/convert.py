@@ -1,0 +1,180 @@
+"""Checkpoint files <-> flat parameters: one rule, both ways.
+
+A module's attributes carry exactly the names of the checkpoint file, so that
+  key   = dotted path with the last name `kernel | scale | embedding` -> `weight`
+  value = `kernel` with its (in, out) axes moved from the last two places to (1, 0)
+and everything else unchanged. Import walks the network's parameters and asks the file for each key;
+export is the same walk.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from r0_jax.errors import InputError
+from r0_jax.network import Network, Params
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
+          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Buffers that older files hold and no network has.
+_BUFFERS = ("position_ids",)
+# Old VAE files name the mid-block attention after its first implementation.
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def to_key(name: str) -> str:
+    """The checkpoint file's key of a parameter."""
+    head, _, last = name.rpartition(".")
+    last = "weight" if last in ("kernel", "scale", "embedding") else last
+    return f"{head}.{last}" if head else last
+
+
+def to_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
+    """A parameter in the file's layout: (..., in, out) kernels become (out, in, ...)."""
+    return np.moveaxis(value, (-2, -1), (1, 0)) if name.endswith("kernel") else value
+
+
+def from_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
+    """The inverse of `to_checkpoint`."""
+    return np.moveaxis(value, (1, 0), (-2, -1)) if name.endswith("kernel") else value
+
+
+def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[-1], shape[-2], *shape[:-2]) if name.endswith("kernel") else tuple(shape)
+
+
+def find_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one network in a diffusers or transformers folder.
+
+    A single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with a
+    variant (`stem.fp16.safetensors`); the full-precision file is preferred.
+    Raises InputError that says which file is missing, or that only pickles are there.
+    """
+    single = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}.*.safetensors"))
+    single = [p for p in single if "-of-" not in p.name]
+    if single:
+        return single[:1]
+    indexes = sorted(folder.glob(f"{stem}.safetensors.index*.json"))
+    if indexes:
+        index = _read_index(indexes[0])
+        files = [folder / name for name in sorted(set(index.values()))]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise InputError(f"{indexes[0]} names {len(missing)} file(s) that are not there "
+                             f"({', '.join(missing[:3])}): the download is incomplete")
+        return files
+    if sorted(folder.glob("*.bin")) + sorted(folder.glob("*.ckpt")):
+        raise InputError(f"{folder} holds only pickled weights, which are never read: "
+                         f"put {stem}.safetensors there")
+    raise InputError(f"{folder / stem}.safetensors is missing: is the folder complete?")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(v, str) and Path(v).name == v for v in index.values()):
+            return index
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path} is not a safetensors index: download it again")
+
+
+@contextlib.contextmanager
+def _reading(files: list[Path]) -> Iterator[dict]:
+    """Key -> open file, over all files of one network; tensors are read one by one on demand."""
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for path in files:
+            try:
+                handle = stack.enter_context(safe_open(path, framework="numpy"))
+            except FileNotFoundError:
+                raise InputError(f"{path} is missing") from None
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{path} is not a complete safetensors file ({e}): "
+                                 "download it again") from None
+            where.update(dict.fromkeys(handle.keys(), handle))
+        yield where
+
+
+def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
+    """Parameters of `network` from safetensors files, as host arrays of `dtype`.
+
+    Raises:
+      InputError: a key is missing, unexpected or mis-shaped; the message names it and both shapes.
+    """
+    source = files[0].parent if len(files) > 1 else files[0]
+    params, used = {}, set()
+    with _reading(files) as where:
+        for name, struct_ in network.shapes.items():
+            key = to_key(name)
+            key = key if key in where else _old_name(key)
+            if key not in where:
+                raise InputError(f"{source}: the key {to_key(name)} is missing; "
+                                 f"expected shape {_file_shape(name, struct_.shape)}")
+            used.add(key)
+            value = _tensor(where[key], key, source)
+            if "proj_attn" in key or ".query." in key or value.ndim == 4 and len(struct_.shape) == 2:
+                value = value.reshape(value.shape[:2]) if value.ndim == 4 else value
+            expected = _file_shape(name, struct_.shape)
+            if value.shape != expected:
+                raise InputError(f"{source}: {key} has shape {value.shape}, but the config asks "
+                                 f"for {expected}")
+            params[name] = np.ascontiguousarray(from_checkpoint(name, value).astype(DTYPES[dtype]))
+        unexpected = [k for k in where if k not in used and k.split(".")[-1] not in _BUFFERS]
+    if unexpected:
+        raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
+                         f"shape {_shape_of(files, unexpected[0])}: the file belongs to another model")
+    return params
+
+
+def _old_name(key: str) -> str:
+    for new, old in _OLD_NAMES.items():
+        if new in key and "attentions" in key:
+            return key.replace(new, old)
+    return key
+
+
+def _tensor(handle, key: str, source: Path) -> np.ndarray:
+    try:
+        return handle.get_tensor(key)
+    except (SafetensorError, TypeError, ValueError) as e:
+        raise InputError(f"{source}: {key} cannot be read ({e})") from None
+
+
+def _shape_of(files: list[Path], key: str) -> tuple[int, ...]:
+    with _reading(files) as where:
+        return tuple(where[key].get_slice(key).get_shape())
+
+
+def save(params: Mapping[str, np.ndarray], path: Path, dtype: str = "float32",
+         metadata: Mapping[str, str] | None = None) -> None:
+    """Writes parameters as one safetensors file, atomically."""
+    tensors = {
+        to_key(name): np.ascontiguousarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype])
+        for name, value in params.items()
+    }
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path,
+                 metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors that already carry the file's names and layout, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    temporary.close()
+    try:
+        save_file(dict(tensors), temporary.name, metadata={"format": "pt", **(metadata or {})})
+        os.chmod(temporary.name, 0o644)
+        os.replace(temporary.name, path)
+    except BaseException:
+        os.unlink(temporary.name)
+        raise

@@ -1,0 +1,68 @@
+"""The one attention function, and diffusers' Attention and FeedForward modules."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def dot_product_attention(
+    query: Float[Array, "b t c"],
+    key: Float[Array, "b s c"],
+    value: Float[Array, "b s c"],
+    heads: int,
+    *,
+    is_causal: bool = False,
+) -> Float[Array, "b t c"]:
+    """softmax(q k^T / sqrt(c / heads)) v over `heads` heads; the softmax is float32."""
+    query, key, value = (
+        x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
+    )  # [B, T, heads, head_dim]
+    out = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+    return out.reshape(*out.shape[:2], -1)
+
+
+class Placeholder(nnx.Module):
+    """Keeps an index of a list free (dropout at inference), so that names equal the file's."""
+
+
+class Attention(nnx.Module):
+    """diffusers `models/attention_processor.py::Attention`, self or cross."""
+
+    def __init__(self, channels: int, heads: int, *, cross_attention_dim: int | None = None,
+                 qkv_bias: bool = False, rngs: nnx.Rngs):
+        context = cross_attention_dim or channels
+        self.heads = heads
+        self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs), Placeholder()])
+
+    def __call__(self, x: Float[Array, "b t c"],
+                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+        context = x if context is None else context
+        out = dot_product_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        return self.to_out[0](out)
+
+
+class GEGLU(nnx.Module):
+    """Gated linear unit with the exact (erf) GELU."""
+
+    def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(channels, 2 * inner, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        inner = 4 * channels
+        self.net = nnx.List([GEGLU(channels, inner, rngs=rngs), Placeholder(),
+                             nnx.Linear(inner, channels, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return self.net[2](self.net[0](x))

@@ -1,0 +1,32 @@
+"""Embeddings of the timestep: diffusers `models/embeddings.py`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def sinusoidal(timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool,
+               freq_shift: float) -> Float[Array, "b c"]:
+    """Sines and cosines of the timesteps (0 to 1000) at geometric frequencies, in float32."""
+    half = channels // 2
+    exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, channels: int, time_embed_dim: int, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(channels, time_embed_dim, rngs=rngs)
+        self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b t"]:
+        # The sinusoids are float32; the network computes in the dtype of its weights.
+        x = x.astype(self.linear_1.kernel.get_value().dtype)
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -1,0 +1,64 @@
+"""Convolutional blocks that the UNet and the VAE share: diffusers `models/resnet.py` and kin."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def conv3x3(inputs: int, outputs: int, *, strides: int = 1, padding=((1, 1), (1, 1)),
+            rngs: nnx.Rngs) -> nnx.Conv:
+    # Explicit padding: flax's 'SAME' pads a stride of 2 on the bottom and right only.
+    return nnx.Conv(inputs, outputs, kernel_size=(3, 3), strides=strides, padding=padding,
+                    rngs=rngs)
+
+
+class ResnetBlock2D(nnx.Module):
+    """GroupNorm-SiLU-conv twice, the time embedding added in between, and a residual."""
+
+    def __init__(self, inputs: int, outputs: int, *, time_embed_dim: int | None,
+                 norm_num_groups: int, norm_eps: float, rngs: nnx.Rngs):
+        self.norm1 = nnx.GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
+        self.conv1 = conv3x3(inputs, outputs, rngs=rngs)
+        if time_embed_dim is not None:
+            self.time_emb_proj = nnx.Linear(time_embed_dim, outputs, rngs=rngs)
+        self.norm2 = nnx.GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
+        self.conv2 = conv3x3(outputs, outputs, rngs=rngs)
+        self.has_shortcut = inputs != outputs
+        if self.has_shortcut:
+            self.conv_shortcut = nnx.Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"],
+                 time_embedding: Float[Array, "b t"] | None = None) -> Float[Array, "b h w d"]:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time_embedding is not None:
+            hidden = hidden + self.time_emb_proj(jax.nn.silu(time_embedding))[:, None, None, :]
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        return hidden + (self.conv_shortcut(x) if self.has_shortcut else x)
+
+
+class Downsample2D(nnx.Module):
+    """A convolution of stride 2; the UNet pads all sides, the VAE only bottom and right."""
+
+    def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
+        self.conv = conv3x3(channels, channels, strides=2, padding=(padding, padding), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest upsampling to twice the size, or to `size` where a skip connection asks, and a conv."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = conv3x3(channels, channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"],
+                 size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+        _, h, w, _ = x.shape
+        if size in (None, (2 * h, 2 * w)):
+            return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        # torch's nearest takes floor(i * in / out); jax.image.resize would take pixel centres.
+        x = jnp.take(x, jnp.arange(size[0]) * h // size[0], axis=1)
+        x = jnp.take(x, jnp.arange(size[1]) * w // size[1], axis=2)
+        return self.conv(x)

@@ -1,0 +1,73 @@
+"""An nnx.Module as a pure function over a flat dict of parameters.
+
+Everything outside `models/` sees a network as `network(params, *args)`, where `params` is a flat
+`dict[str, Array]` keyed by the dotted names of the checkpoint file ("down_blocks.0.resnets.1.conv1.kernel").
+Sharding rules, LoRA, EMA, weight penalties, checkpoints and export all speak that one language.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """The graph of a module without its arrays.
+
+    Attributes:
+      graphdef: the module's structure; static, may be closed over by jitted functions.
+      shapes: shape and dtype of every parameter, keyed by dotted name in JAX layout.
+      config: the parsed config that the module was built from.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: Shapes
+    config: Any
+
+    @classmethod
+    def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+        """Builds the graph without allocating a single weight."""
+        module = nnx.eval_shape(lambda: constructor(nnx.Rngs(0)))
+        graphdef, state = nnx.split(module)
+        shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
+        return cls(graphdef, shapes, module.config)
+
+    def __call__(self, params: Mapping[str, jax.Array], *args, **kwargs):
+        """Applies the module's `__call__`."""
+        return self.apply(params, "__call__", *args, **kwargs)
+
+    def apply(self, params: Mapping[str, jax.Array], method: str, *args, **kwargs):
+        """Applies any method of the module; computes in the dtype of the parameters."""
+        state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
+        return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
+
+
+def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
+    """Freshly initialized parameters of a module, flat; the whole construction is jitted."""
+
+    @jax.jit
+    def build(key):
+        state = nnx.state(constructor(nnx.Rngs(key)))
+        return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+    return build(key)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _path(name: str) -> tuple:
+    # List indices are integers in nnx paths, and no attribute of a module is a number.
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def _struct(leaf) -> jax.ShapeDtypeStruct:
+    value = leaf.get_value()
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
