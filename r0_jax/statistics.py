@@ -1,0 +1,134 @@
+"""Measured numbers with their 95 % intervals, and the two distances between sets of features.
+
+Every function that returns an interval returns `{"value": float, "ci95": [low, high]}`, the shape
+of one entry of eval.json. A value that is not finite makes the whole entry NaN instead of being
+dropped: an average over the images that happened to work is not a measurement.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.special
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped
+
+_NORMAL_95 = float(scipy.special.ndtri(0.975))
+
+
+def mean_ci(values: Shaped[ArrayLike, " n"]) -> dict:
+    """The mean of n independent values with its 95 % interval.
+
+    Values that are all 0 or 1 are a proportion and get Wilson's score interval, which stays in
+    [0, 1] and does not shrink to nothing at 0 of n or n of n. Anything else gets Student's t
+    interval of the mean; a single value has none, so its ci95 is [nan, nan].
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("no values to average")
+    if not np.isfinite(values).all():
+        return _entry(math.nan, math.nan, math.nan)
+    mean, n = float(values.mean()), len(values)
+    if np.isin(values, (0.0, 1.0)).all():
+        return _entry(mean, *_wilson(mean, n))
+    if n == 1:
+        return _entry(mean, math.nan, math.nan)
+    half = float(scipy.special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
+    return _entry(mean, mean - half, mean + half)
+
+
+def paired_ci(a: Shaped[ArrayLike, " n"], b: Shaped[ArrayLike, " n"]) -> dict:
+    """The mean of a - b with its 95 % t interval, where a[i] and b[i] share prompt and noise.
+
+    What the two models share cancels, so this resolves differences that two overlapping
+    intervals hide. Positive: a is larger.
+    """
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    n = len(difference)
+    if n < 2:
+        raise ValueError(f"a paired interval needs at least 2 pairs, got {n}")
+    mean = float(difference.mean())
+    half = float(scipy.special.stdtrit(n - 1, 0.975) * difference.std(ddof=1) / math.sqrt(n))
+    return _entry(mean, mean - half, mean + half)
+
+
+def bootstrap_ci(
+    statistic: Callable[..., float],
+    *arrays: Shaped[ArrayLike, "_ ..."],
+    seed: int = 0,
+    samples: int = 200,
+) -> dict:
+    """`statistic(*arrays)` with a 95 % interval from resampling the rows of every array.
+
+    The arrays are resampled independently of each other. The spread of the replicates is put
+    around the value itself: a distance between sets is biased upwards by resampling (a replicate
+    repeats rows), so the plain percentiles of frechet_distance can miss the value altogether.
+    """
+    arrays = [np.asarray(array) for array in arrays]
+    generator = np.random.default_rng(seed)
+    replicates = np.array([
+        statistic(*(array[generator.integers(len(array), size=len(array))] for array in arrays))
+        for _ in range(samples)
+    ])
+    value = float(statistic(*arrays))
+    low, high = np.quantile(replicates, (0.025, 0.975)) - replicates.mean() + value
+    return _entry(value, float(low), float(high))
+
+
+def frechet_distance(
+    features_a: Float[ArrayLike, "n d"], features_b: Float[ArrayLike, "m d"]
+) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), >= 0, squared feature units.
+
+    Biased upwards by roughly 1 / n + 1 / m (Chong & Forsyth 2020), so compare only values taken
+    with the same n and m. With X the centred features over sqrt(n - 1), C = X^T X, and the square
+    roots of the eigenvalues of C_a C_b are the singular values of X_a X_b^T: their sum needs no
+    sqrtm, takes no root of a negative rounding error, and holds when n < d.
+    """
+    features_a, features_b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
+    if min(len(features_a), len(features_b)) < 2:
+        raise ValueError("a Frechet distance needs at least 2 rows on each side")
+    if not (np.isfinite(features_a).all() and np.isfinite(features_b).all()):
+        return math.nan
+    mean_a, root_a = _mean_and_root(features_a)
+    mean_b, root_b = _mean_and_root(features_b)
+    overlap = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def diversity(features: Float[ArrayLike, "prompts samples d"]) -> Float[np.ndarray, " prompts"]:
+    """Per prompt, the mean Euclidean distance over all pairs of its samples; mean_ci takes it on.
+
+    Give unit-length features (CLIP embeds): then it lies in [0, 2] and means the same for every
+    model.
+    """
+    features = np.asarray(features, np.float64)
+    pairs = list(itertools.combinations(range(features.shape[1]), 2))
+    if not pairs:
+        raise ValueError("diversity needs at least 2 samples of each prompt")
+    return np.mean(
+        [np.linalg.norm(features[:, i] - features[:, j], axis=-1) for i, j in pairs], axis=0
+    )
+
+
+def _wilson(proportion: float, n: int) -> tuple[float, float]:
+    z2 = _NORMAL_95**2
+    centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (proportion * (1 - proportion) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # Rounding must not put 0 of n or n of n outside of its own interval.
+    return min(centre - half, proportion), max(centre + half, proportion)
+
+
+def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and a matrix R, [min(n, d), d], with R^T R = the covariance."""
+    mean = features.mean(axis=0)
+    root = (features - mean) / math.sqrt(len(features) - 1)
+    if len(root) > root.shape[1]:  # same R^T R in d rows instead of n
+        root = np.linalg.qr(root, mode="r")
+    return mean, root
+
+
+def _entry(value: float, low: float, high: float) -> dict:
+    return {"value": value, "ci95": [low, high]}
