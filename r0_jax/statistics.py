@@ -66,9 +66,9 @@ def bootstrap_ci(
     repeats rows), so the plain percentiles of frechet_distance can miss the value altogether.
     """
     arrays = [np.asarray(array) for array in arrays]
-    generator = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     replicates = np.array([
-        statistic(*(array[generator.integers(len(array), size=len(array))] for array in arrays))
+        statistic(*(array[rng.integers(len(array), size=len(array))] for array in arrays))
         for _ in range(samples)
     ])
     value = float(statistic(*arrays))

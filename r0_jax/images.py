@@ -1,0 +1,241 @@
+"""Images on disk: PNGs that remember how they were made, grids, and labelled contact sheets."""
+
+import html
+import io
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped, UInt8
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from r0_jax.errors import InputError
+
+_LABEL_LINES = 3
+_MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
+
+
+def to_uint8(images: Shaped[ArrayLike, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
+    """The same images in 0..255, rounded to nearest; values outside [0, 1] are clipped.
+
+    NaN becomes black, so that the samples of a diverged run can still be looked at. uint8 input
+    is returned as it is.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    images = np.nan_to_num(images.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
+    return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def save_png(
+    path: str | os.PathLike,
+    image: Shaped[ArrayLike, "h w c"],
+    text: Mapping[str, object] | None = None,
+) -> None:
+    """Writes a float [0, 1] or uint8 image; `text` (prompt, seed, ...) goes into its text chunks.
+
+    Any viewer that shows PNG text shows them, in any script; PIL: `Image.open(path).text`.
+    """
+    info = PngInfo()
+    for name, value in (text or {}).items():
+        info.add_itxt(name, str(value))
+    buffer = io.BytesIO()
+    image = to_uint8(image)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
+        buffer, "PNG", pnginfo=info, optimize=True
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
+    """The image as RGB in [0, 1]; what save_png wrote comes back equal to 1 / 255."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image, or cut short; make it again.") from error
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is PIL's for a broken chunk
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the image {path}: {reason}.") from error
+
+
+def grid(
+    images: Shaped[ArrayLike, "b h w c"], columns: int, pad: int = 2
+) -> UInt8[np.ndarray, "height width c"]:
+    """One uint8 image, row after row, with `pad` white pixels around every image."""
+    images = to_uint8(images)
+    count, height, width, channels = images.shape
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + pad) + pad, columns * (width + pad) + pad, channels)
+    sheet = np.full(shape, 255, np.uint8)
+    for index, image in enumerate(images):
+        top = pad + index // columns * (height + pad)
+        left = pad + index % columns * (width + pad)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def contact_sheet(
+    images: Shaped[ArrayLike, "b h w c"], prompts: Sequence[str], path: str | os.PathLike
+) -> Path | None:
+    """Writes a PNG with every image over its prompt, wrapped and cut to a few lines.
+
+    Where no installed font can draw every prompt (Chinese on a bare machine), the images are
+    numbered, what cannot be drawn is left out instead of shown as empty boxes, and an HTML file of
+    the same name beside the sheet lists all prompts by number; its path is returned, else None.
+    """
+    path = Path(path)
+    images = to_uint8(images)
+    prompts = [" ".join(prompt.split()) for prompt in prompts]
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    columns = min(len(images), max(1, math.ceil(math.sqrt(len(images) * 1.5))))
+    scale = max(1, math.ceil(_MIN_CELL / images.shape[2]))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    size = max(12, images.shape[2] // 24)
+    font_path, labels = font_for("".join(prompts) + "…"), prompts
+    if font_path is None:
+        font_path = _bundled_font()
+        drawable = [_covers(font_path, _codepoints(prompt)) for prompt in prompts]
+        labels = [
+            f"{index}. {prompt}" if known else f"{index}."
+            for index, (prompt, known) in enumerate(zip(prompts, drawable, strict=True))
+        ]
+    font = ImageFont.truetype(font_path, size)
+    save_png(path, _draw_sheet(images, labels, font, columns))
+    if labels is prompts:
+        return None
+    listing = path.with_suffix(".html")
+    write_bytes(listing, _listing(path.name, prompts).encode("utf-8"))
+    return listing
+
+
+def font_for(text: str) -> str | None:
+    """The path of a font with a glyph for every character of `text`, None if there is none.
+
+    matplotlib's own DejaVu Sans if it does, else an installed font; those for Chinese first.
+    """
+    codepoints = _codepoints(text)
+    if _covers(_bundled_font(), codepoints):
+        return _bundled_font()
+    installed = sorted(font_manager.findSystemFonts(), key=_font_preference)
+    return next((path for path in installed if _covers(path, codepoints)), None)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """At most `lines` lines no wider than `width` pixels; the last ends in … if text was cut.
+
+    Breaks at spaces and between ideographs, and inside a word only when it is wider than a line.
+    """
+    # A run of Latin letters stays together; an ideograph takes closing punctuation along.
+    pieces = re.findall(r"[⺀-鿿豈-﫿][，。、；：！？）」]*|[^\s⺀-鿿豈-﫿]+|\s+", text)
+    result, line = [], ""
+    while pieces and len(result) <= lines:
+        piece = pieces.pop(0)
+        if font.getlength((line + piece).rstrip()) <= width:
+            line += piece
+        elif line.strip():
+            result.append(line.strip())
+            line, pieces = "", [piece.lstrip(), *pieces]
+        else:  # one piece wider than a line
+            n = 1
+            while font.getlength(piece[: n + 1]) <= width:
+                n += 1
+            result.append(piece[:n])
+            pieces = [piece[n:], *pieces]
+    result.append(line.strip())
+    result = [line for line in result if line]
+    if len(result) <= lines:
+        return result
+    last = result[lines - 1]
+    while last and font.getlength(last.rstrip() + "…") > width:
+        last = last[:-1]
+    return [*result[: lines - 1], last.rstrip() + "…"]
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes the whole file or none of it, making its folder; a full disk is an InputError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot write {path}: {reason}; free space or choose another folder."
+        ) from error
+
+
+def _draw_sheet(
+    images: UInt8[np.ndarray, "b h w c"],
+    labels: list[str],
+    font: ImageFont.FreeTypeFont,
+    columns: int,
+) -> UInt8[np.ndarray, "height width 3"]:
+    count, height, width, channels = images.shape
+    pad = max(4, width // 24)
+    line_height = math.ceil(sum(font.getmetrics()) * 1.1)
+    wrapped = [wrap(label, font, width, _LABEL_LINES) for label in labels]
+    label_height = max(len(lines) for lines in wrapped) * line_height + pad // 2
+    cells = np.full((count, height + label_height, width, channels), 255, np.uint8)
+    cells[:, :height] = images
+    sheet = Image.fromarray(grid(cells, columns, pad).repeat(3 // channels, axis=-1))
+    draw = ImageDraw.Draw(sheet)
+    for index, lines in enumerate(wrapped):
+        left = pad + index % columns * (width + pad)
+        top = pad + index // columns * (height + label_height + pad) + height + pad // 2
+        for number, line in enumerate(lines):
+            draw.text((left, top + number * line_height), line, fill=(20, 20, 20), font=font)
+    return np.asarray(sheet)
+
+
+def _listing(sheet: str, prompts: list[str]) -> str:
+    rows = "\n".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts)
+    return f"""<!doctype html>
+<html><head><meta charset="utf-8"><title>{html.escape(sheet)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"></head>
+<body><p>No installed font can draw all of these prompts, so the sheet numbers them.</p>
+<img src="{html.escape(sheet)}" alt="contact sheet" style="max-width:100%">
+<ol start="0">
+{rows}
+</ol></body></html>
+"""
+
+
+def _bundled_font() -> str:
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def _font_preference(path: str) -> tuple[bool, bool, str]:
+    """Sans fonts for Chinese first, so that few files are opened and the sheet reads well."""
+    name = Path(path).name.lower()
+    sans = re.search(r"sans.?(cjk|sc|gb)|wqy|msyh|simhei|pingfang|heiti|droidsansfallback", name)
+    return not sans, "regular" not in name, name
+
+
+def _codepoints(text: str) -> set[int]:
+    return {ord(character) for character in text if not character.isspace()}
+
+
+def _covers(path: str, codepoints: set[int]) -> bool:
+    if re.search(r"last.?resort", Path(path).name.lower()):  # its every glyph is an empty box
+        return False
+    try:
+        face = FT2Font(path)
+        ImageFont.truetype(path, 12)  # bitmap-only (emoji) fonts fail here
+        return all(face.get_char_index(codepoint) for codepoint in codepoints)
+    except (OSError, RuntimeError):  # a damaged or foreign font file is no candidate
+        return False
