@@ -1,0 +1,211 @@
+"""How `python -m r0_jax.X` starts and ends: flags, the config file, one-line errors."""
+
+import difflib
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+
+from r0_jax.errors import InputError
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # so that --help lists --config under the program that defines it
+
+USER_ERROR = 2  # exit status, as argparse and most Unix tools have it
+INTERRUPTED = 130  # 128 + SIGINT
+
+_DISK_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions or choose another one",
+}
+# absl says "a number" and the like itself (`syntactic_help`), but nothing for these.
+_EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs `main([program])` under absl and exits.
+
+    A bad flag or config, an `InputError`, and a disk that is full, read-only or forbidden give
+    one line on stderr and exit status 2; Ctrl-C gives 130. Any other exception is a bug and
+    keeps its traceback. absl's log goes to stderr, from warnings on (`--verbosity=0` for more).
+    """
+    logging.get_absl_logger().addFilter(_is_news)
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if message := _disk_problem(error):
+            _fail(message)
+        raise
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    """The flag `--config=FILE.py[:argument]`, required, with overrides `--config.field=value`.
+
+    Its value is what `get_config([argument])` of that file returns, overridden and locked.
+    """
+    holder = config_flags.DEFINE_config_file("config", help_string="config file: FILE.py")
+    FLAGS["config"].parser = _ConfigFile()
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        arguments = FLAGS(argv)
+    except SystemExit:  # --help and its kin: absl would report failure
+        sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(_unknown_flag(error.flagname)) from None
+    except flags.IllegalFlagValueError as error:
+        raise InputError(_illegal_value(error)) from None
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    if arguments[1:]:
+        # `--flag false` lands here too: absl would take it for --flag=true.
+        raise InputError(f"unexpected argument {arguments[1]!r}; flags are --name=value")
+    if FLAGS["verbosity"].using_default_value:
+        FLAGS.verbosity = logging.WARNING  # orbax says dozens of INFO lines a checkpoint
+    return arguments
+
+
+def _unknown_flag(name: str) -> str:
+    if name.startswith("config."):
+        return f"--{name} overrides a config file: give --config=FILE.py too"
+    fields = []
+    if "config" in FLAGS and FLAGS["config"].value is not None:
+        fields = [f"config.{field}" for field in _fields(FLAGS["config"].value)]
+    return f"unknown flag --{name}" + _did_you_mean(name, [*FLAGS, *fields], prefix="--")
+
+
+def _illegal_value(error: flags.IllegalFlagValueError) -> str:
+    text = str(error)
+    if missing := re.findall(r"Flag --(\S+) must have a value other than None", text):
+        return "missing " + " and ".join(f"--{name}=..." for name in missing) + " (see --help)"
+    text = text.removeprefix("flag ")
+    if match := re.match(r"--([^=]+)=", text):
+        parser = FLAGS[match[1]].parser
+        if expected := parser.syntactic_help or _EXPECTED.get(parser.flag_type()):
+            # The reason, such as "invalid literal for int() with base 10", is for programmers.
+            return text.removesuffix(f": {error.__context__}") + f": expected {expected}"
+    return text
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """The config of a file, and its overrides checked, in words for people.
+
+    ml_collections' own parser hides a missing file until the config is first read, and reports
+    the other mistakes by tracebacks.
+    """
+
+    def parse(self, argument: str) -> ConfigDict:
+        path, *arguments = argument.split(":", 1)
+        try:
+            source = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"config file {path}: {error.strerror.lower()}") from None
+        module = {"__name__": "config", "__file__": path}
+        try:
+            exec(compile(source, path, "exec"), module)
+            if "get_config" not in module:
+                raise InputError(f"config file {path} defines no get_config()")
+            config = module["get_config"](*arguments)
+        except InputError:
+            raise
+        except SyntaxError as error:
+            raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+        except Exception as error:
+            raise InputError(_config_problem(path, error)) from None
+        if not isinstance(config, ConfigDict):
+            kind = type(config).__name__
+            raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
+        for argument in FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                _check_override(override[1], config)
+        return config.lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def _config_problem(path: str, error: Exception) -> str:
+    # The last line of the file itself or of one beside it, such as the base that it imports.
+    folder = Path(path).resolve().parent
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else path
+    # ml_collections wraps one error in another and prints all fields of the config.
+    if error.args and isinstance(error.args[0], KeyError):
+        error = error.args[0]
+    reason = str(error.args[0] if error.args else "")
+    reason = re.sub(r' Other fields present: ".*"(\n|$)', " ", reason, flags=re.DOTALL)
+    return f"{where}: {type(error).__name__}: {reason}"
+
+
+def _check_override(field: str, config: ConfigDict) -> None:
+    try:
+        kind = config_path.get_type(field, config)
+    except (LookupError, AttributeError, TypeError, ValueError):
+        hint = _did_you_mean(field, list(_fields(config)), quote='"')
+        hint = hint or "; it has " + ", ".join(sorted(config))
+        raise InputError(f'the config has no field "{field}"{hint}') from None
+    if kind in (list, type(None)):
+        raise InputError(
+            f"--config.{field} is {'a list' if kind is list else 'None'} and cannot be set on the "
+            "command line; set it in the config file"
+        )
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items(preserve_field_references=True):
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
+
+
+def _did_you_mean(name: str, names: list[str], prefix: str = "", quote: str = "") -> str:
+    last = name.split(".")[-1]
+    found = [other for other in names if other.split(".")[-1] == last][:3]
+    found = found or difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+    said = " or ".join(f"{quote}{prefix}{other}{quote}" for other in found)
+    return f"; did you mean {said}?" if said else ""
+
+
+def _disk_problem(error: BaseException | None) -> str | None:
+    """What a user can do about it, or None where `error` is not about the disk."""
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        code, path = error.errno, error.filename
+    else:  # tensorstore, under orbax, says it only in the text of a ValueError
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(found[1]) if found else None
+        path = re.search(r'local file "([^"]+)"', str(error))
+        path = path and path[1]
+    if code not in _DISK_ADVICE:
+        return _disk_problem(error.__cause__)
+    reason = os.strerror(code).lower()
+    return (f"{path}: " if path else "") + f"{reason}; {_DISK_ADVICE[code]}"
+
+
+def _is_news(record) -> bool:
+    """False for orbax's log of a traceback that `run` is about to tell in one line."""
+    return not (record.exc_info and _disk_problem(record.exc_info[1]))

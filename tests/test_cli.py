@@ -1,0 +1,223 @@
+"""Every mistake on a command line is one line on stderr and status 2; bugs keep tracebacks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = '''
+"""Do the thing."""
+import errno, os, signal
+from absl import flags, logging
+from r0_jax import cli
+from r0_jax.errors import InputError
+
+CONFIG = cli.define_config()
+OUT = flags.DEFINE_string("out", None, "where to write")
+COUNT = flags.DEFINE_integer("count", 1, "how many")
+EMA = flags.DEFINE_bool("ema", True, "whether")
+FAIL = flags.DEFINE_string("fail", "", "how main ends")
+flags.mark_flag_as_required("out")
+
+def main(argv):
+    if FAIL.value == "input":
+        raise InputError("prompts.txt has no prompts")
+    if FAIL.value == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    if FAIL.value == "bug":
+        {}["a bug"]
+    if FAIL.value == "missing":
+        open("not/there")
+    if FAIL.value == "tensorstore":
+        error = ValueError('Error writing to local file "/w/ck/": No space left on device '
+                           "[os_error_code='28']")
+        try:
+            raise error
+        except ValueError:
+            logging.error("thread died", exc_info=True)
+        raise error
+    if FAIL.value in errno.errorcode.values():
+        number = getattr(errno, FAIL.value)
+        raise OSError(number, os.strerror(number), "/w/metrics.jsonl")
+    if FAIL.value == "log":
+        logging.info("noise")
+        logging.warning("careful")
+    config = CONFIG.value
+    print(config.steps, config.lora.rank, config.mesh, config.ema, COUNT.value)
+
+cli.run(main)
+'''
+
+BASE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({
+        "steps": 10, "learning_rate": 1e-4, "ema": True, "mesh": (1, 8), "layers": ["mid"],
+        "optional": None, "lora": {"rank": 4, "alpha": 1.0},
+    })
+    return config.lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    (folder / "base.py").write_text(BASE, encoding="utf-8")
+    return folder
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.endswith("\n")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.removeprefix("error: ").removesuffix("\n")
+
+
+def test_good_flags_and_overrides_reach_main(folder):
+    overrides = ["--config.lora.rank=8", "--config.mesh=2,4", "--noconfig.ema", "--config.steps=3"]
+    result = call(folder, "--config=base.py", *overrides, "--out=o", "--count=5")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "3 8 (2, 4) False 5\n"
+
+
+def test_help_prints_usage_and_succeeds(folder):
+    result = call(folder, "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert "Do the thing." in result.stdout
+    assert "--config" in result.stdout and "--out: where to write" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "missing --config=... and --out=... (see --help)"),
+        (["--out=o"], "missing --config=... (see --help)"),
+        (["--outt=o"], "unknown flag --outt; did you mean --out?"),
+        (["--count=x"], "--count=x: expected an integer"),
+        (["--ema=maybe"], "--ema=maybe: expected true or false"),
+        (["--config.steps=3"], "--config.steps overrides a config file: give --config=FILE.py too"),
+    ],
+)
+def test_bad_flag(folder, arguments, message):
+    assert error_line(call(folder, *arguments)) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnak=8", 'the config has no field "lora.rnak"; did you mean "lora.rank"?'),
+        ("rank=8", 'the config has no field "rank"; did you mean "lora.rank"?'),
+        ("steps.x=8", 'the config has no field "steps.x"; did you mean "steps"?'),
+        (
+            "zzz=8",
+            'the config has no field "zzz"; it has ema, layers, learning_rate, lora, mesh, '
+            "optional, steps",
+        ),
+        ("steps=many", "--config.steps=many: expected an integer"),
+        ("steps=1.5", "--config.steps=1.5: expected an integer"),
+        ("learning_rate=fast: er", "--config.learning_rate=fast: er: expected a number"),
+        ("ema=maybe", "--config.ema=maybe: expected true or false"),
+        (
+            "layers=up",
+            "--config.layers is a list and cannot be set on the command line; "
+            "set it in the config file",
+        ),
+    ],
+)
+def test_bad_override(folder, override, message):
+    assert error_line(call(folder, "--config=base.py", f"--config.{override}")) == message
+
+
+def test_value_after_a_space_is_not_taken_for_true(folder):
+    line = error_line(call(folder, "--config=base.py", "--out=o", "--ema", "false"))
+    assert line == "unexpected argument 'false'; flags are --name=value"
+
+
+def test_unknown_flag_that_is_a_config_field(folder):
+    line = error_line(call(folder, "--config=base.py", "--steps=3"))
+    assert line == "unknown flag --steps; did you mean --config.steps?"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "config file recipe.py: no such file or directory"),
+        ("def get_config(:\n", "recipe.py, line 1: invalid syntax"),
+        ("steps = 3\n", "config file recipe.py defines no get_config()"),
+        ("def get_config():\n  pass\n", "recipe.py: get_config() returned NoneType"),
+        ("\nimport nothing_like_it\n", "recipe.py, line 2: ModuleNotFoundError"),
+        ("def get_config():\n  return steps\n", "recipe.py, line 2: NameError: name 'steps'"),
+        ("def get_config(size):\n  pass\n", "recipe.py: TypeError: get_config() missing 1"),
+        (
+            "import base\ndef get_config():\n  c = base.get_config()\n  c.lora.rnak = 3\n",
+            'recipe.py, line 4: KeyError: Key "rnak" does not exist and cannot be added since '
+            'the config is locked. Did you mean "rank" instead of "rnak"?',
+        ),
+    ],
+)
+def test_bad_config_file(folder, source, message):
+    recipe = folder / "recipe.py"
+    recipe.unlink(missing_ok=True)
+    if source is not None:
+        recipe.write_text(source, encoding="utf-8")
+    assert error_line(call(folder, "--config=recipe.py", "--out=o")).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("input", "prompts.txt has no prompts"),
+        (
+            "ENOSPC",
+            "/w/metrics.jsonl: no space left on device; free some space or choose another folder",
+        ),
+        ("EROFS", "/w/metrics.jsonl: read-only file system; choose a folder that can be written"),
+        (
+            "EACCES",
+            "/w/metrics.jsonl: permission denied; change its permissions or choose another one",
+        ),
+        (
+            "tensorstore",
+            "/w/ck/: no space left on device; free some space or choose another folder",
+        ),
+    ],
+)
+def test_error_in_main_that_the_user_can_mend(folder, fail, message):
+    assert error_line(call(folder, "--config=base.py", "--out=o", f"--fail={fail}")) == message
+
+
+@pytest.mark.parametrize("fail", ["bug", "missing"])
+def test_bug_keeps_its_traceback(folder, fail):
+    result = call(folder, "--config=base.py", "--out=o", f"--fail={fail}")
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert ("a bug" if fail == "bug" else "not/there") in result.stderr
+
+
+def test_interrupt_is_silent(folder):
+    result = call(folder, "--config=base.py", "--out=o", "--fail=interrupt")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_log_is_on_stderr_from_warnings_on(folder):
+    result = call(folder, "--config=base.py", "--out=o", "--fail=log")
+    assert "careful" in result.stderr and "noise" not in result.stderr
+    assert result.stdout == "10 4 (1, 8) True 1\n"
+    assert "noise" in call(folder, "--config=base.py", "--out=o", "--fail=log", "-v=0").stderr
