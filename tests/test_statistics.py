@@ -46,8 +46,9 @@ def test_single_value_has_no_interval_and_empty_input_no_mean():
 
 
 def test_a_value_that_is_not_finite_is_not_averaged_away():
-    result = statistics.mean_ci(np.array([1.0, np.nan, 1.0]))
-    assert np.isnan([result["value"], *result["ci95"]]).all()
+    for bad in (np.nan, np.inf):
+        result = statistics.mean_ci(np.array([1.0, bad, 1.0]))
+        assert np.isnan([result["value"], *result["ci95"]]).all()
     features = np.random.default_rng(0).normal(size=(8, 3))
     assert math.isnan(statistics.frechet_distance(features, np.where(features > 1, np.inf, 0.0)))
 

@@ -1,0 +1,104 @@
+"""metrics.jsonl as small charts: one SVG a metric, in the colours of the page around it."""
+
+import io
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+_BINS = 100  # points a chart shows at most
+# Colours that stand for the page's own, so that one SVG serves its light and its dark look.
+_COLOURS = {"#000001": "var(--soft)", "#000002": "var(--rule)", "#000003": "var(--line)"}
+_TEXT, _RULE, _LINE = _COLOURS
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
+    """{metric: {step: value}} of a metrics.jsonl, and how many lines could not be read.
+
+    A step written again after a resume replaces the first. Values that are null, NaN or infinite
+    are kept as NaN. A killed run leaves half a line at the end: it is counted, not fatal.
+    """
+    series, unreadable = {}, 0
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+            unreadable += 1
+            continue
+        for name, value in record.items():
+            if value is None or isinstance(value, (int, float)):
+                finite = value is not None and math.isfinite(value)
+                series.setdefault(name, {})[step] = float(value) if finite else math.nan
+    return series, unreadable
+
+
+def draw(values: dict[int, float], label: str) -> str:
+    """An SVG of one metric over the steps, its last value written at the line's end.
+
+    Long runs are cut into at most 100 bins: the line is the mean of a bin, the band around it
+    goes from its smallest to its largest value, so that no spike is lost. Positive values over
+    more than a factor of 30 get a logarithmic axis. `label` names the value axis.
+    """
+    steps = np.array(sorted(step for step, value in values.items() if math.isfinite(value)))
+    heights = np.array([values[step] for step in steps.tolist()])
+    bins = np.array_split(np.arange(len(steps)), min(len(steps), _BINS))
+    x, low, mean, high = np.array(
+        [(steps[i].mean(), heights[i].min(), heights[i].mean(), heights[i].max()) for i in bins]
+    ).T
+    # No pyplot: a Figure of its own leaves the caller's matplotlib as it was.
+    figure = Figure(figsize=(3.2, 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    if len(bins) < len(steps):
+        axes.fill_between(x, low, high, color=_LINE, alpha=0.22, linewidth=0)
+    axes.plot(x, mean, color=_LINE, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3)
+    axes.annotate(
+        f"{mean[-1]:.4g}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points",
+        va="center", color=_LINE, fontsize=8, fontweight="bold", annotation_clip=False,
+    )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if low.min() > 0 and high.max() > 30 * low.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
+    axes.set_xlabel("step", color=_TEXT, fontsize=8)
+    axes.set_ylabel(label, color=_TEXT, fontsize=8)
+    axes.tick_params(which="both", color=_RULE, labelcolor=_TEXT, labelsize=8)
+    axes.yaxis.get_offset_text().set(color=_TEXT, fontsize=8)
+    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text, in the page's font
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for pattern, replacement in (
+        (r'<g id="[^"]*"', "<g"),  # figure_1 in every chart: an id must be unique in a page
+        (r"<style.*?</style>", ""),  # would style the whole page
+        (r"font-family: [^;]*; ", ""),
+        (r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1"),  # as wide as its place in the page
+        (r"(\d\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # coordinates, not the numbers one reads
+        (r"\s+", " "),
+    ):
+        svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
+    for stand_in, colour in _COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return svg
