@@ -143,7 +143,7 @@ class Scheduler:
         if noise is None:
             raise ValueError("a step with eta draws nothing itself: pass `noise`")
         std = eta * jnp.asarray(self.noise_stds)[i]
-        # Where all of the noise is fresh the difference is 0 but for rounding, which may go below.
+        # Where all noise is fresh the difference is 0, but for fused rounding, which may go below.
         kept = jnp.sqrt(jnp.maximum(next_sigma**2 - std**2, 0.0))
         return next_alpha * x0 + kept * epsilon + std * noise, state
 
@@ -151,7 +151,7 @@ class Scheduler:
         self, model_output: Latents, latents: Latents, i: Index
     ) -> tuple[Latents, Latents]:
         """The clean latents and the noise that the network's output stands for."""
-        scale = jnp.asarray(self.input_scales)[i]  # what the network saw, it answers for
+        scale = jnp.asarray(self.input_scales)[i]  # the network saw the latents scaled
         alpha, sigma = scale * jnp.asarray(self.alphas)[i], scale * jnp.asarray(self.sigmas)[i]
         x = scale * latents
         match self.prediction_type:

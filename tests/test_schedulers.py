@@ -277,10 +277,12 @@ def test_trailing_never_visits_a_timestep_below_zero():
 
 
 def test_zero_snr_with_all_noise_fresh_is_finite():
-    # At eta 1 the first step keeps none of the old noise: a square root of exactly zero.
+    # At eta 1 the first step keeps none of the old noise: the square root of sigma^2 - sigma^2,
+    # which compiled code, rounding one square and not the other, can make negative.
     config = DDIM | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    scheduler = schedulers.from_config(config | {"rescale_betas_zero_snr": True}, 50)
-    assert np.isfinite(run(scheduler, eta=1.0)).all()
+    for n in (10, 13, 22, 25):
+        scheduler = schedulers.from_config(config | {"rescale_betas_zero_snr": True}, n)
+        assert np.isfinite(run(scheduler, eta=1.0, jit=True)).all()
 
 
 def test_eta_may_differ_by_sample():
