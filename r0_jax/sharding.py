@@ -1,0 +1,154 @@
+"""Where arrays live: a mesh of ('data', 'fsdp'), and rules on dotted names that are config data.
+
+The same code runs on one chip, eight or a pod; only the mesh of the config changes. Axes are
+`AxisType.Auto` on purpose (`jax.make_mesh` defaults to Explicit since jax 0.9): the compiler
+propagates shardings through the networks, whose code does not mention them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from r0_jax.errors import InputError
+from r0_jax.train_state import TrainState
+
+AXES = ("data", "fsdp")
+STRATEGIES = ("fsdp", "replicate")
+
+# Below this an all-gather's latency costs more than the memory that sharding frees.
+_MIN_BYTES = 4 * 2**20
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices; -1 stands for the rest, a missing axis for 1.
+
+    `devices` replaces `jax.devices()`, e.g. by those of a topology that is only compiled for.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if unknown := sorted(set(shape) - set(AXES)):
+        raise InputError(f"mesh has no axis {unknown[0]!r}; its axes are {' and '.join(AXES)}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    wanted = "mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(f"{wanted}: sizes are at least 1, and one of them may be -1 for the rest")
+    known = prod(size for size in sizes if size != -1)
+    if len(devices) % known or (known != len(devices) and -1 not in sizes):
+        raise InputError(
+            f"{wanted} does not fit {len(devices)} device(s); set one size to -1 "
+            f"and the other to a divisor of {len(devices)}"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: Sequence[Sequence[str]]
+) -> dict[str, NamedSharding]:
+    """Where each parameter lives, by the first rule whose regex is its whole dotted name.
+
+    A rule is (regex, 'fsdp' or 'replicate'). 'fsdp' splits the largest axis that the fsdp axis of
+    the mesh divides, of anything over 4 MB, and replicates the rest. Whole names, as
+    `re.fullmatch` has it: a regex that is too narrow then fails as an uncovered name, while one
+    that matched any part would silently take too much.
+    """
+    compiled = [(_compile(regex), _known(strategy)) for regex, strategy in rules]
+    return {
+        name: NamedSharding(mesh, _spec(name, array, mesh, compiled))
+        for name, array in shapes.items()
+    }
+
+
+def state_sharding(state: TrainState, mesh: Mesh, rules: Sequence[Sequence[str]]) -> TrainState:
+    """The sharding of every leaf of a TrainState, given its shapes (`jax.eval_shape`).
+
+    EMA and optimizer moments follow their parameter, found by the dotted name that ends their
+    path; counters are replicated.
+    """
+    params = param_sharding(state.params, mesh, rules)
+
+    def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = getattr(path[-1], "key", None)
+        if name in params and leaf.shape == state.params[name].shape:
+            return params[name]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def with_sharding(shapes: Any, sharding: Any) -> Any:
+    """`shapes` (a tree of ShapeDtypeStruct) that know where they are to live."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch over all devices: fsdp shards weights, not work."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulation: int) -> None:
+    """Raises InputError unless each microbatch of the global batch splits over the mesh."""
+    if accumulation < 1 or batch_size < 1:
+        raise InputError(
+            f"batch_size={batch_size} and accumulation={accumulation} must be at least 1"
+        )
+    unit = mesh.size * accumulation
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        raise InputError(
+            f"batch_size={batch_size} does not split into {accumulation} microbatch(es) over "
+            f"{mesh.size} device(s); use {nearest}"
+        )
+
+
+def put_batch(batch: Any, sharding: NamedSharding) -> Any:
+    """This process's rows (a tree of numpy arrays) as its part of the global batch."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def _compile(regex: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise InputError(f"sharding rule {regex!r} is not a regular expression: {error}") from None
+
+
+def _known(strategy: str) -> str:
+    if strategy not in STRATEGIES:
+        raise InputError(f"sharding rule {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    return strategy
+
+
+def _spec(
+    name: str, array: jax.ShapeDtypeStruct, mesh: Mesh, rules: list[tuple[re.Pattern, str]]
+) -> PartitionSpec:
+    strategy = next((strategy for regex, strategy in rules if regex.fullmatch(name)), None)
+    if strategy is None:
+        raise InputError(
+            f"no sharding rule covers {name}; end the rules with ('.*', 'fsdp') or "
+            "('.*', 'replicate')"
+        )
+    size = mesh.shape["fsdp"]
+    if strategy == "replicate" or size == 1 or array.size * array.dtype.itemsize <= _MIN_BYTES:
+        return PartitionSpec()
+    # The first axis of a stacked parameter ("blocks.*.kernel") is scanned over: never split it.
+    axes = range(1 if "*" in name else 0, len(array.shape))
+    axes = [axis for axis in axes if array.shape[axis] % size == 0]
+    if not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: array.shape[axis])
+    return PartitionSpec(*[None] * largest, "fsdp")

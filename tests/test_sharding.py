@@ -1,0 +1,184 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from r0_jax import sharding, train_state
+from r0_jax.errors import InputError
+
+RULES = [(".*", "fsdp")]
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ({"data": -1}, (8, 1)),
+        ({"fsdp": -1}, (1, 8)),
+        ({"data": 2, "fsdp": -1}, (2, 4)),
+        ({"data": -1, "fsdp": 2}, (4, 2)),
+        ({"data": 2, "fsdp": 4}, (2, 4)),
+    ],
+)
+def test_mesh_takes_all_devices(shape, sizes):
+    mesh = sharding.make_mesh(shape)
+    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.devices.shape == sizes
+    assert mesh.axis_types == (AxisType.Auto,) * 2
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_mesh_over_given_devices():
+    assert (
+        list(sharding.make_mesh({"data": -1}, jax.devices()[:2]).devices.flat) == jax.devices()[:2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"data": 3, "fsdp": -1}, "data=3 x fsdp=-1 does not fit 8 device"),
+        ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 does not fit 8 device"),
+        ({}, "data=1 x fsdp=1 does not fit 8 device"),
+        ({"data": 16}, "data=16 x fsdp=1 does not fit 8 device"),
+        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
+        ({"data": 0}, "at least 1"),
+        ({"data": -1, "tensor": 2}, "no axis 'tensor'"),
+    ],
+)
+def test_mesh_that_does_not_fit(shape, said):
+    with pytest.raises(InputError, match=said):
+        sharding.make_mesh(shape)
+
+
+def test_fsdp_splits_the_largest_divisible_axis_of_what_is_large():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    shapes = {
+        "wide.kernel": struct(640, 5120),
+        "tall.kernel": struct(5120, 640),
+        "odd.kernel": struct(640, 5121),  # the largest axis does not divide
+        "prime.kernel": struct(1031, 1033),
+        "conv.kernel": struct(3, 3, 640, 640),
+        "small.kernel": struct(1024, 1024),  # 4 MB: not over it
+        "small_enough.kernel": struct(1024, 1025),
+        "half.kernel": struct(1024, 2048, dtype=jnp.bfloat16),  # 4 MB too
+        "blocks.*.kernel": struct(8192, 64, 64),  # scanned over its first axis
+    }
+    specs = {n: s.spec for n, s in sharding.param_sharding(shapes, mesh, RULES).items()}
+    assert specs == {
+        "wide.kernel": PartitionSpec(None, "fsdp"),
+        "tall.kernel": PartitionSpec("fsdp"),
+        "odd.kernel": PartitionSpec("fsdp"),
+        "prime.kernel": PartitionSpec(),
+        "conv.kernel": PartitionSpec(None, None, "fsdp"),
+        "small.kernel": PartitionSpec(),
+        "small_enough.kernel": PartitionSpec("fsdp"),
+        "half.kernel": PartitionSpec(),
+        "blocks.*.kernel": PartitionSpec(None, "fsdp"),
+    }
+
+
+def test_first_rule_that_matches_the_whole_name_wins():
+    mesh = sharding.make_mesh({"fsdp": -1})
+    shapes = {"a.to_q.kernel": struct(2048, 2048), "b.to_q.kernel": struct(2048, 2048)}
+    rules = [("to_q", "replicate"), (r"a\..*", "replicate"), (".*", "fsdp")]
+    found = sharding.param_sharding(shapes, mesh, rules)
+    assert found["a.to_q.kernel"].spec == PartitionSpec()
+    assert found["b.to_q.kernel"].spec == PartitionSpec("fsdp")
+
+
+def test_bad_rules():
+    mesh = sharding.make_mesh({"fsdp": -1})
+    shapes = {"conv_in.bias": struct(4)}
+    for rules, said in [
+        ([("conv_out.*", "fsdp")], "covers conv_in.bias"),
+        ([("(", "fsdp")], r"'\(' is not a regular expression"),
+        ([(".*", "tensor")], "'tensor' is not one of fsdp, replicate"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            sharding.param_sharding(shapes, mesh, rules)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "said"),
+    [
+        (10, 1, "use 8 or 16$"),
+        (24, 2, "use 16 or 32$"),
+        (4, 1, "use 8$"),
+        (0, 1, "at least 1"),
+        (8, 0, "at least 1"),
+    ],
+)
+def test_batch_that_does_not_divide(batch_size, accumulation, said):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    with pytest.raises(InputError, match=said):
+        sharding.check_batch(batch_size, mesh, accumulation)
+
+
+def test_batch_that_divides():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    for batch_size, accumulation in [(8, 1), (16, 1), (16, 2)]:
+        sharding.check_batch(batch_size, mesh, accumulation)
+
+
+def test_batch_is_split_over_both_axes():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    batch = {"noise": np.arange(16.0, dtype=np.float32).reshape(16, 1), "index": np.arange(16)}
+    put = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+    assert {len(shard.data) for shard in put["noise"].addressable_shards} == {2}
+    for name in batch:
+        assert np.array_equal(put[name], batch[name])
+
+
+def test_state_follows_its_parameters_and_steps_there():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+    def init(key):
+        params = {"big.kernel": jax.random.normal(key, (1024, 2048)), "norm.scale": jnp.ones(64)}
+        return train_state.init(params, optimizer)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    where = sharding.state_sharding(shapes, mesh, RULES)
+    split, whole = PartitionSpec(None, "fsdp"), PartitionSpec()
+    adam = where.opt_state[1][0]
+    for params in (where.params, where.ema_params, adam.mu, adam.nu):
+        assert {n: s.spec for n, s in params.items()} == {"big.kernel": split, "norm.scale": whole}
+    for counter in (where.step, where.skipped, where.skipped_in_a_row, adam.count):
+        assert counter.spec == whole
+
+    state = jax.jit(init, out_shardings=where)(jax.random.key(0))
+    for array, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert array.sharding.is_equivalent_to(wanted, array.ndim)
+    assert state.params["big.kernel"].addressable_shards[0].data.shape == (1024, 512)
+
+
+def test_same_name_in_the_optimizer_but_another_shape_is_replicated():
+    mesh = sharding.make_mesh({"fsdp": -1})
+    params = {"big.kernel": struct(2048, 2048)}
+    factored = ({"big.kernel": struct(2048)},)
+    counter = struct(dtype=jnp.int32)
+    shapes = train_state.TrainState(counter, params, params, factored, counter, counter)
+    where = sharding.state_sharding(shapes, mesh, RULES)
+    assert where.opt_state[0]["big.kernel"].spec == PartitionSpec()
+
+
+def test_with_sharding_keeps_shapes():
+    mesh = sharding.make_mesh({"data": -1})
+    shapes = sharding.with_sharding({"x": struct(3)}, {"x": sharding.replicated(mesh)})
+    assert shapes["x"].shape == (3,)
+    assert shapes["x"].sharding == sharding.replicated(mesh)
+
+
+def test_initial_state_can_be_donated():
+    optimizer = optax.adamw(1e-3)
+    state = jax.jit(lambda p: train_state.init(p, optimizer))({"x": jnp.ones((2, 2))})
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = step(step(state))
+    assert int(state.step) == 2
+    assert np.array_equal(state.ema_params["x"], np.full((2, 2), 3.0))
