@@ -193,13 +193,14 @@ def _disk_problem(error: BaseException | None) -> str | None:
     """What a user can do about it, or None where `error` is not about the disk."""
     if error is None:
         return None
+    code = path = None
     if isinstance(error, OSError):
         code, path = error.errno, error.filename
-    else:  # tensorstore, under orbax, says it only in the text of a ValueError
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        code = int(found[1]) if found else None
-        path = re.search(r'local file "([^"]+)"', str(error))
-        path = path and path[1]
+    elif isinstance(error, ValueError | RuntimeError):
+        # C++ libraries, tensorstore under orbax and array_record, say it only in their text.
+        code = next((code for code in _DISK_ADVICE if os.strerror(code) in str(error)), None)
+        found = re.search(r'(?:local file "|; writing )([^";]+)', str(error))
+        path = found and found[1]
     if code not in _DISK_ADVICE:
         return _disk_problem(error.__cause__)
     reason = os.strerror(code).lower()

@@ -38,6 +38,9 @@ def main(argv):
         except ValueError:
             logging.error("thread died", exc_info=True)
         raise error
+    if FAIL.value == "array_record":
+        raise RuntimeError('Failed to finalize "train": write() failed: No space left on device; '
+                           "writing /w/prompts.tmp/a; at byte 9; Failed to close chunk_writer")
     if FAIL.value in errno.errorcode.values():
         number = getattr(errno, FAIL.value)
         raise OSError(number, os.strerror(number), "/w/metrics.jsonl")
@@ -196,6 +199,10 @@ def test_bad_config_file(folder, source, message):
         (
             "tensorstore",
             "/w/ck/: no space left on device; free some space or choose another folder",
+        ),
+        (
+            "array_record",
+            "/w/prompts.tmp/a: no space left on device; free some space or choose another folder",
         ),
     ],
 )
