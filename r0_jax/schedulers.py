@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from r0_jax.errors import InputError
 
@@ -153,17 +153,7 @@ class Scheduler:
         """The clean latents and the noise that the network's output stands for."""
         scale = jnp.asarray(self.input_scales)[i]  # the network saw the latents scaled
         alpha, sigma = scale * jnp.asarray(self.alphas)[i], scale * jnp.asarray(self.sigmas)[i]
-        x = scale * latents
-        match self.prediction_type:
-            case "epsilon":
-                return (x - sigma * model_output) / alpha, model_output
-            case "sample":
-                return model_output, (x - alpha * model_output) / sigma
-            case "v_prediction":
-                return alpha * x - sigma * model_output, alpha * model_output + sigma * x
-            case "flow_prediction":
-                return x - sigma * model_output, x + alpha * model_output
-        raise ValueError(self.prediction_type)
+        return x0_and_epsilon(self.prediction_type, model_output, scale * latents, alpha, sigma)
 
     def _multistep(self, model_output, latents, i, state):
         """PLMS (Liu et al. 2022): Adams-Bashforth on the outputs, after a first step made twice.
@@ -178,6 +168,29 @@ class Scheduler:
         latents = jnp.where(i == 1, start, latents)
         history = jnp.where(i == 1, history, outputs[:3])
         return combined, latents, (start, history)
+
+
+def x0_and_epsilon(
+    prediction_type: str,
+    model_output: Latents,
+    latents: Latents,
+    alpha: Float[ArrayLike, "..."],
+    sigma: Float[ArrayLike, "..."],
+) -> tuple[Latents, Latents]:
+    """The clean latents and the noise that an output at latents = alpha x0 + sigma eps stands for.
+
+    `alpha` and `sigma` may be anything that broadcasts over the latents.
+    """
+    match prediction_type:
+        case "epsilon":
+            return (latents - sigma * model_output) / alpha, model_output
+        case "sample":
+            return model_output, (latents - alpha * model_output) / sigma
+        case "v_prediction":
+            return alpha * latents - sigma * model_output, alpha * model_output + sigma * latents
+        case "flow_prediction":
+            return latents - sigma * model_output, latents + alpha * model_output
+    raise ValueError(prediction_type)
 
 
 def from_config(

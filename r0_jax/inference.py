@@ -1,0 +1,78 @@
+"""Sampling with a folder's own scheduler: what `sample` and `evaluate` run."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from r0_jax import sampler
+from r0_jax.network import Params
+from r0_jax.pipelines.stable_diffusion import Conditioning, StableDiffusionPipeline
+from r0_jax.schedulers import Scheduler
+
+
+def sample_latents(
+    pipeline: StableDiffusionPipeline,
+    scheduler: Scheduler,
+    params: Params,
+    noise: Float[Array, "b h w c"],
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    guidance_scale: float,
+    keys: sampler.Keys | None = None,
+    eta: float = 0.0,
+) -> Float[Array, "b h w c"]:
+    """Latents after all steps of `scheduler`, from standard normal noise.
+
+    With `negative` given, classifier-free guidance: two network evaluations a step in one call,
+    uncond + guidance_scale (cond - uncond).
+    """
+    guided = negative is not None
+    if guided:
+        conditioning = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, conditioning)
+    batch, *shape = noise.shape
+    timesteps = jnp.asarray(scheduler.timesteps, jnp.float32)
+    draws = scheduler.needs_noise(eta)
+
+    def body(i, carry):
+        latents, state = carry
+        inputs = scheduler.scale_model_input(latents, i)
+        inputs = jnp.concatenate([inputs, inputs]) if guided else inputs
+        output = pipeline.denoise(params, inputs, jnp.full(len(inputs), timesteps[i]), conditioning)
+        if guided:
+            uncond, cond = jnp.split(output, 2)
+            output = uncond + guidance_scale * (cond - uncond)
+        fresh = sampler.normal(keys, i, tuple(shape)) if draws else None
+        return scheduler.step(output, latents, i, state, fresh, eta)
+
+    latents = noise * scheduler.init_noise_sigma
+    latents, _ = lax.fori_loop(0, len(timesteps), body, (latents, scheduler.init_state(latents)))
+    return latents
+
+
+class ImageSampler:
+    """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, scheduler: Scheduler,
+                 guidance_scale: float, eta: float = 0.0):
+        self.pipeline = pipeline
+        self.guided = guidance_scale > 1
+        self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
+
+        @jax.jit
+        def run(params: dict[str, Params], input_ids, empty_ids, noise, keys) -> dict[str, Any]:
+            conditioning = pipeline.encode_prompt(params, input_ids)
+            negative = pipeline.encode_prompt(params, empty_ids) if self.guided else None
+            latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noise,
+                                     conditioning, negative, guidance_scale, keys, eta)
+            return pipeline.decode(params["vae"], latents)
+
+        self._run = run
+
+    def __call__(self, params: dict[str, Params], input_ids: Any, noise: Any, keys: Any
+                 ) -> Float[Array, "b h w 3"]:
+        """Images in [0, 1] of token ids [B, T] and standard normal noise [B, h, w, c]."""
+        empty_ids = jnp.asarray(self.pipeline.tokenize([""] * len(input_ids)))
+        return self._run(params, input_ids, empty_ids, noise, keys)

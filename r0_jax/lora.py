@@ -1,0 +1,74 @@
+"""Low-rank adapters: W + (alpha / rank) A B for the weights whose module matches a regex.
+
+Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, rank] is the file's
+"x.to_q.lora_A.weight" [rank, in].
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from r0_jax.errors import InputError
+from r0_jax.network import Params, Shapes
+
+
+def targets(shapes: Shapes, pattern: str) -> list[str]:
+    """Modules, in order, that have a kernel and whose dotted name matches the whole regex."""
+    modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
+    try:
+        found = [module for module in modules if re.fullmatch(pattern, module)]
+    except re.error as e:
+        raise InputError(f"lora.targets is not a regular expression ({e}): {pattern!r}") from None
+    if not found:
+        raise InputError(f"lora.targets matches no layer of the network: {pattern!r}; "
+                         f"a layer is called, for example, {modules[len(modules) // 2]}")
+    return found
+
+
+def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params:
+    """A ~ N(0, 1 / rank^2), B = 0, in float32: the adapted network starts as the base.
+
+    A convolution's A keeps its window and B is 1 x 1, as in PEFT.
+    """
+    params = {}
+    for i, module in enumerate(targets(shapes, pattern)):
+        *window, inputs, outputs = shapes[f"{module}.kernel"].shape
+        a = jax.random.normal(jax.random.fold_in(key, i), (*window, inputs, rank)) / rank
+        params[f"{module}.lora_A.kernel"] = a
+        params[f"{module}.lora_B.kernel"] = jnp.zeros((*(1 for _ in window), rank, outputs))
+    return params
+
+
+def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Params:
+    """The base's parameters with `scale` A B added where there is an adapter."""
+    merged = dict(base)
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.kernel"):
+            module = name.removesuffix(".lora_A.kernel")
+            delta = a @ _square(adapters[f"{module}.lora_B.kernel"])
+            kernel = base[f"{module}.kernel"]
+            merged[f"{module}.kernel"] = (kernel + scale * delta).astype(kernel.dtype)
+    return merged
+
+
+def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:
+    """The sum of squares of every `scale` A B, without forming one: tr(A^T A  B B^T)."""
+    total = jnp.zeros(())
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.kernel"):
+            b = _square(adapters[name.replace(".lora_A.", ".lora_B.")])
+            a = a.reshape(-1, a.shape[-1])
+            total += jnp.sum((a.T @ a) * (b @ b.T))
+    return scale**2 * total
+
+
+def is_adapter(params: Mapping[str, object]) -> bool:
+    """True if the trained parameters are adapters, False if they are whole weights."""
+    return any(".lora_A." in name for name in params)
+
+
+def _square(b: jax.Array) -> jax.Array:
+    return b.reshape(b.shape[-2:])

@@ -1,0 +1,117 @@
+"""The method on one page: rewards and penalties of what the generator draws -> loss, metrics.
+
+    trajectory = the few-step sampler run from noise            R0: all K steps, R0+: a random one
+    images     = decode(trajectory.x0)
+    g          = weighted sum of the rewards' image gradients, each normalized, per sample
+    loss       = - <stop_gradient(g), images> + sum_j lambda_j penalty_j
+
+One backward pass then carries g through decoder and generator, however many rewards there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from r0_jax import sampler, schedulers
+from r0_jax.generator import Generator
+from r0_jax.network import Params
+from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline, few_step_scheduler
+from r0_jax.regularizers import PENALTIES
+from r0_jax.regularizers.context import Context
+from r0_jax.reward_gradient import reward_gradient
+from r0_jax.rewards.reward import Reward
+
+# Tags of the random draws of one sample.
+_NOISE, _ROLLOUT, _REGULARIZERS = range(3)
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Objective:
+    """loss(params, frozen, batch, keys, last): what one gradient step descends.
+
+    `frozen` holds what is never trained, as arguments and never as constants of the program:
+    "base" (the pretrained network), "vae", "text_encoder", "rewards" ({name: params}) and
+    "empty_ids" (the tokens of the empty prompt).
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, generator: Generator,
+                 rewards: Sequence[Reward], config: ConfigDict):
+        self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
+        self.config = config
+        scheduler = few_step_scheduler(pipeline.scheduler_config)
+        self.num_steps = config.sampler.num_steps
+        self.grid = schedulers.from_config(scheduler, self.num_steps)
+        self.table = schedulers.from_config(scheduler, scheduler["num_train_timesteps"])
+        self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
+
+    def draw_last(self, key: jax.Array) -> jax.Array | int:
+        """The step whose prediction is rewarded: the last one, or for R0+ a random one, shared by
+        the batch so that only the steps up to it are run."""
+        if self.config.objective.method == "r0plus":
+            return jax.random.randint(key, (), 0, self.num_steps)
+        return self.num_steps - 1
+
+    def loss(self, params: Params, frozen: dict[str, Any], batch: dict[str, jax.Array],
+             keys: sampler.Keys, last: jax.Array | int) -> tuple[Float[Array, ""], Metrics]:
+        """Mean over the batch's samples; metrics are means too.
+
+        batch: "input_ids" [B, T], and "features/<reward>" [B, D] for rewards that read prompts.
+        """
+        rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
+                         for tag in (_ROLLOUT, _REGULARIZERS))
+        conditioning = self.pipeline.encode_prompt(frozen, batch["input_ids"])
+        trajectory = self._rollout(params, frozen, conditioning, keys, rolled, last)
+
+        images = self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
+        gradient = reward_gradient(self.rewards, frozen["rewards"], lax.stop_gradient(images),
+                                   _features(batch), drawn, self.config)
+        loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))
+        metrics = {f"reward/{name}": jnp.mean(x) for name, x in gradient.scores.items()}
+        metrics |= {f"norm/reward_grads/{name}": jnp.mean(x) for name, x in gradient.norms.items()}
+
+        context = self._context(params, frozen, conditioning, trajectory, drawn)
+        for name, penalty in PENALTIES.items():
+            options = self.config.regularizers[name]
+            if options.weight:  # at 0 the penalty is not even traced
+                value = penalty(context, options)
+                metrics[f"penalty/{name}"] = value
+                loss = loss + options.weight * value
+        return loss, metrics
+
+    def _rollout(self, params, frozen, conditioning, keys, rolled, last) -> sampler.Trajectory:
+        def denoiser(weights: Params) -> sampler.Denoise:
+            return lambda latents, timesteps: self.pipeline.denoise(
+                weights, latents, timesteps, conditioning)
+
+        weights = self.generator.weights(params, frozen["base"])
+        return sampler.rollout(
+            denoiser(weights), denoiser(lax.stop_gradient(weights)), self.grid,
+            sampler.normal(keys, _NOISE, self.pipeline.latent_shape), rolled, last=last,
+            grad_steps=self.grad_steps, random_eta=self.config.sampler.random_eta,
+            eta=self.config.sampler.eta)
+
+    def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
+        count = len(trajectory.x0)
+        empty = self.pipeline.encode_prompt(frozen, frozen["empty_ids"])  # of one prompt
+        empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), empty)
+
+        def base(latents, timesteps, prompted: bool):
+            return self.pipeline.denoise(frozen["base"], latents, timesteps,
+                                         conditioning if prompted else empty)
+
+        def base_features(latents, timesteps):
+            return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
+
+        return Context(trajectory, keys, base, base_features,
+                       lambda: self.generator.squared_distance(params, frozen["base"]), self.table)
+
+
+def _features(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    prefix = "features/"
+    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}

@@ -1,0 +1,182 @@
+"""Stable Diffusion 1.x folders: tokens -> prompt_embeds -> noise prediction -> images.
+
+The protocol that every family offers, and all that the rest of the program knows of one: the
+fields and methods of `StableDiffusionPipeline` below.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import CLIPTokenizer
+
+from r0_jax import convert, schedulers
+from r0_jax.errors import InputError
+from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from r0_jax.models.config import read_json
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from r0_jax.network import Network, Params
+
+Conditioning = dict[str, jax.Array]  # what the network is told of the prompts; leading axis batch
+
+# Part of the folder -> (class in model_index.json, how to build the network, stem of the weights).
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any], nnx.Rngs], nnx.Module], str]] = {
+    "unet": ("UNet2DConditionModel",
+             lambda fields, rngs: UNet2DConditionModel(
+                 UNet2DConditionConfig.from_json(fields), rngs=rngs),
+             "diffusion_pytorch_model"),
+    "vae": ("AutoencoderKL",
+            lambda fields, rngs: AutoencoderKL(AutoencoderKLConfig.from_json(fields), rngs=rngs),
+            "diffusion_pytorch_model"),
+    "text_encoder": ("CLIPTextModel",
+                     lambda fields, rngs: CLIPTextModel(
+                         CLIPTextConfig.from_json(fields), rngs=rngs),
+                     "model"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StableDiffusionPipeline:
+    """A loaded folder. Methods take the parameters they use, so that a jitted step can own them."""
+
+    folder: Path
+    networks: dict[str, Network]
+    params: dict[str, Params]  # of each part, on the host
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+
+    generator_part = "unet"  # the part that R0 trains
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[h, w, c] of one sample's latents at the resolution that the folder was trained for."""
+        config = self.networks["unet"].config
+        size = config.sample_size
+        if size is None:
+            raise InputError(f"{self.folder}/unet/config.json has no sample_size: add the latents' "
+                             "height, e.g. 64 for 512 px")
+        return (size, size, config.in_channels)
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b t"]:
+        """Token ids, padded to the encoder's length; warns with the share of prompts cut off."""
+        length = self.networks["text_encoder"].config.max_position_embeddings
+        return tokenize(self.tokenizer, prompts, length)
+
+    def encode_prompt(self, params: dict[str, Params], input_ids: Int[Array, "b t"]
+                      ) -> Conditioning:
+        """The text encoder's last hidden state, after its final LayerNorm; pads are not masked."""
+        text = self.networks["text_encoder"](params["text_encoder"], input_ids)
+        return {"prompt_embeds": text.last_hidden_state}
+
+    def denoise(self, unet: Params, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"],
+                conditioning: Conditioning) -> Float[Array, "b h w c"]:
+        """One network call, computed in the dtype of the parameters, returned in float32."""
+        dtype = unet["conv_in.kernel"].dtype
+        output = self.networks["unet"](unet, latents.astype(dtype), timesteps,
+                                       conditioning["prompt_embeds"].astype(dtype))
+        return output.astype(jnp.float32)
+
+    def features(self, unet: Params, latents: Float[Array, "b h w c"],
+                 timesteps: Float[Array, " b"], conditioning: Conditioning
+                 ) -> Float[Array, "b hm wm cm"]:
+        """The network's mid-block features, in float32."""
+        dtype = unet["conv_in.kernel"].dtype
+        features = self.networks["unet"].apply(
+            unet, "mid_features", latents.astype(dtype), timesteps,
+            conditioning["prompt_embeds"].astype(dtype))
+        return features.astype(jnp.float32)
+
+    def decode(self, vae: Params, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Images in [0, 1], clipped as the pipeline's postprocessing does; float32."""
+        return jnp.clip(self.decode_unclipped(vae, latents), 0.0, 1.0)
+
+    def decode_unclipped(self, vae: Params, latents: Float[Array, "b h w c"]
+                         ) -> Float[Array, "b h2 w2 3"]:
+        """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
+        config = self.networks["vae"].config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        images = self.networks["vae"].apply(vae, "decode",
+                                            latents.astype(vae["decoder.conv_in.kernel"].dtype))
+        return images.astype(jnp.float32) / 2 + 0.5
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int
+             ) -> Int[np.ndarray, "b t"]:
+    """Ids [B, length] int32; the end-of-text token is kept when a prompt is cut off."""
+    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    cut = sum(len(ids) > length for ids in whole)
+    if cut:
+        warnings.warn(f"{cut} of {len(whole)} prompts ({cut / len(whole):.0%}) are longer than "
+                      f"{length} tokens and are cut off there", stacklevel=3)
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True,
+                    verbose=False).input_ids
+    return np.asarray(ids, np.int32)
+
+
+def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
+    """Reads a diffusers folder of Stable Diffusion 1.x; parameters arrive on the host as `dtype`.
+
+    Raises:
+      InputError: a part is missing, half downloaded, of another family, or does not fit its
+        config; the message says which.
+    """
+    folder = Path(folder)
+    check_family(folder)
+    networks, params = {}, {}
+    for part, (_, build, stem) in PARTS.items():
+        fields = read_json(folder / part / "config.json")
+        networks[part] = Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs))
+        params[part] = convert.load(convert.find_files(folder / part, stem), networks[part], dtype)
+    return StableDiffusionPipeline(folder, networks, params, load_tokenizer(folder / "tokenizer"),
+                                   read_json(folder / "scheduler" / "scheduler_config.json"))
+
+
+def check_family(folder: Path) -> None:
+    """InputError unless model_index.json says that the folder is a Stable Diffusion 1.x pipeline."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the diffusers folder of a pretrained "
+                         "pipeline (the one that holds model_index.json)")
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name != "StableDiffusionPipeline":
+        raise InputError(f"{folder} holds a {name}, which is not supported; "
+                         "supported: StableDiffusionPipeline")
+    for part, (expected, *_) in PARTS.items():
+        found = (index.get(part) or [None, None])[1]
+        if found != expected:
+            raise InputError(f"{folder}/model_index.json: {part} is a {found}, not a {expected}")
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder; InputError if its files are missing or broken."""
+    needed = [folder / "vocab.json", folder / "merges.txt"]
+    if not (folder / "tokenizer.json").is_file():
+        for path in needed:
+            if not path.is_file():
+                raise InputError(f"{path} is missing: is the folder complete?")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as e:  # tokenizers raises bare Exception on malformed files
+        raise InputError(f"{folder} does not hold a readable CLIP tokenizer ({e})") from None
+
+
+def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler config that a K-step generator is trained and exported with.
+
+    Deterministic DDIM on trailing timesteps that ends at sigma 0: `num_inference_steps=4` visits
+    999, 749, 499, 249 in any stock pipeline.
+    """
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+            "prediction_type", "rescale_betas_zero_snr")
+    schedulers.alphas_cumprod(config)  # names what is not supported
+    return {"_class_name": "DDIMScheduler", **{k: config[k] for k in kept if k in config},
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0,
+            "thresholding": False, "timestep_spacing": "trailing"}

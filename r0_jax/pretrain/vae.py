@@ -1,0 +1,63 @@
+"""Stage `vae`: the autoencoder, on rendered scenes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from r0_jax import convert
+from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.network import Network, init
+from r0_jax.pretrain.fit import console, fit
+from r0_jax.pretrain.folders import write_json
+from r0_jax.shapes.scene import Layout, Scene, render, sample_layouts, sample_scenes
+
+# Encoding and decoding, several images a step.
+CHUNK = 128
+
+
+def scene_batches(seed: int, batch_size: int, split: str = "train"
+                  ) -> Iterator[tuple[Scene, Layout]]:
+    """Random scenes and layouts without end; drawn on the host, rendered on the device."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scenes = sample_scenes(rng, batch_size, split)
+        yield scenes, sample_layouts(rng, scenes)
+
+
+def train(config: ConfigDict, out: Path) -> None:
+    """Writes `out/pipeline/vae`: mean absolute error plus a slight pull towards N(0, I)."""
+    fields = config.network.to_dict()
+    parsed = AutoencoderKLConfig.from_json(fields)
+
+    def constructor(rngs):
+        return AutoencoderKL(parsed, rngs=rngs)
+
+    network = Network.abstract(constructor)
+
+    def loss(params, batch, key):
+        images = 2 * render(*batch, xp=jnp) - 1
+        mean, log_variance = network.apply(params, "encode", images)
+        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        error = network.apply(params, "decode", latents) - images
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+        mse = jnp.mean(error**2)
+        value = jnp.mean(jnp.abs(error)) + mse + config.kl_weight * kl
+        return value, {"psnr": -10 * jnp.log10(mse / 4), "kl": kl}
+
+    params = fit(loss, init(constructor, jax.random.key(config.seed)),
+                 scene_batches(config.seed, config.batch_size), config)
+
+    # Stable Diffusion scales latents to unit standard deviation.
+    encode = jax.jit(lambda params, batch: network.apply(
+        params, "encode", 2 * render(*batch, xp=jnp) - 1)[0])
+    latents = encode(params, next(scene_batches(config.seed + 1, 8 * CHUNK)))
+    fields["scaling_factor"] = round(1 / float(jnp.std(latents)), 5)
+    folder = out / "pipeline" / "vae"
+    convert.save(params, folder / "diffusion_pytorch_model.safetensors", config.store_dtype)
+    write_json(folder / "config.json", fields)
+    console.print(f"scaling_factor {fields['scaling_factor']}, channel std "
+                  f"{np.std(np.asarray(latents), (0, 1, 2)).round(3)}, written to {folder}")

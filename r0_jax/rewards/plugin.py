@@ -1,0 +1,82 @@
+"""A user's own reward: `module:function`, checked before it is trusted with a training run."""
+
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from r0_jax.errors import InputError
+from r0_jax.rewards.reward import Reward
+
+
+def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+    """A reward from `entry.function`, "module:function".
+
+    The function takes (images in [0, 1] [B, h, w, 3] float32, features) and returns float32 [B];
+    it must be differentiable and traceable by jax. If the module also has `function_text_features`
+    ((list of prompts) -> float32 [N, D]), features holds its rows for the batch, else it is None.
+    """
+    del dtype  # the function decides
+    module_name, _, function_name = entry.function.partition(":")
+    if not (module_name and function_name):
+        raise InputError(f"rewards.{name}.function = {entry.function!r} should read module:function")
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"rewards.{name}: {entry.function} cannot be imported ({e}); is its "
+                         "folder on PYTHONPATH?") from None
+    encode = getattr(module, f"{function_name}_text_features", None)
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        raise InputError(f"rewards.{name}: {entry.function} must take (images, features)") from None
+    return Reward(
+        name, {},
+        score=lambda params, images, features: function(images, features),
+        text_features=None if encode is None else
+        lambda params, prompts: np.asarray(encode(list(prompts)), np.float32))
+
+
+def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
+    """Runs a reward once, jitted, and its gradient, on two random images.
+
+    Raises:
+      InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
+    """
+    features = None
+    if reward.text_features is not None:
+        features = reward.text_features(reward.params, ["a first prompt", "第二个提示"])
+        if features.ndim != 2 or len(features) != 2:
+            raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
+                             f"{features.shape}; expected (2, D)")
+    images = jax.random.uniform(jax.random.key(0), (2, *image_shape))
+
+    def scores(images):
+        return reward.score(reward.params, images, features)
+
+    def first(images):
+        value = scores(images)
+        return value[0], value
+
+    try:
+        found = jax.eval_shape(scores, images)
+    except Exception as e:
+        raise InputError(f"reward {reward.name} fails on images of shape {images.shape}: "
+                         f"{type(e).__name__}: {str(e).splitlines()[0]}") from None
+    if getattr(found, "shape", None) != (2,) or found.dtype != jnp.float32:
+        raise InputError(f"reward {reward.name} returns {found} for 2 images; "
+                         "expected float32 of shape (2,)")
+    grads, value = jax.jit(jax.grad(first, has_aux=True))(images)
+    if not bool(jnp.all(jnp.isfinite(value))):
+        raise InputError(f"reward {reward.name} is not finite on random images: {value}")
+    if not bool(jnp.all(jnp.isfinite(grads))):
+        raise InputError(f"reward {reward.name} has a gradient that is not finite")
+    if not bool(jnp.any(grads[0] != 0)):
+        raise InputError(f"reward {reward.name} has a gradient of zero: it cannot be trained on")
+    if bool(jnp.any(grads[1] != 0)):
+        raise InputError(f"reward {reward.name}: one image's score depends on another image; "
+                         "scores must be independent within a batch")

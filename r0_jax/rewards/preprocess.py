@@ -1,0 +1,71 @@
+"""Images in [0, 1] -> what a vision tower was trained on, differentiably."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from r0_jax.errors import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Bicubic resize with antialiasing (PIL's), then the policy for what is not square.
+
+    Attributes:
+      size: of the square that comes out, in pixels.
+      policy: "crop" (shortest side to `size`, centre crop: CLIP, PickScore), "pad" (longest side,
+        black borders: HPS) or "squash" (both sides: Chinese-CLIP).
+    """
+
+    size: int
+    policy: str = "crop"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
+        """Normalized images. Bicubic overshoot is kept: clipping it would kill gradients."""
+        b, h, w, c = images.shape
+        side = {"crop": min, "pad": max}.get(self.policy)
+        height, width = ((self.size, self.size) if side is None else
+                         (round(self.size * n / side(h, w)) for n in (h, w)))
+        if (height, width) != (h, w):
+            images = jax.image.resize(images, (b, height, width, c), "cubic", antialias=True)
+        if self.policy == "crop":
+            # The processor of transformers rounds the crop's corner down.
+            top, left = (height - self.size) // 2, (width - self.size) // 2
+            images = images[:, top:top + self.size, left:left + self.size]
+        elif self.policy == "pad":
+            top, left = (self.size - height) // 2, (self.size - width) // 2
+            images = jnp.pad(images, ((0, 0), (top, self.size - height - top),
+                                      (left, self.size - width - left), (0, 0)))
+        mean, std = (np.asarray(x, np.float32).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def from_json(fields: Mapping[str, Any], image_size: int) -> Preprocess:
+    """The preprocessing of a published `preprocessor_config.json`.
+
+    Raises InputError for a resampling other than bicubic and for a size that the tower does not
+    take.
+    """
+    resample = fields.get("resample", 3)
+    if resample != 3:
+        raise InputError(f"preprocessor_config.json: resample = {resample} is not supported "
+                         "(supported: 3, bicubic)")
+    size = fields.get("crop_size") if fields.get("do_center_crop", True) else fields.get("size")
+    size = size if size is not None else image_size
+    sizes = set(size.values()) if isinstance(size, Mapping) else {size}
+    if sizes != {image_size}:
+        raise InputError(f"preprocessor_config.json: images come out at {sorted(sizes)} px, but "
+                         f"the tower takes {image_size} px")
+    return Preprocess(image_size, "crop" if fields.get("do_center_crop", True) else "squash",
+                      tuple(fields.get("image_mean", CLIP_MEAN)),
+                      tuple(fields.get("image_std", CLIP_STD)))
