@@ -29,6 +29,7 @@ PALETTE = np.array(list(COLOURS.values()), np.float32)
 MIN_IOU = 0.84  # with the best ideal shape; clean ones have 0.97, blurred by 1 pixel 0.86
 MIN_AREA = 20.0  # square pixels of an object; the smallest drawn has 70
 MIN_LEAD = 0.04  # of that IoU over the second best shape's; a rounded square has neither name
+MAX_SOFTNESS = 0.7  # pixels that edges are wide; clean ones have 0.17, blurred by 1 pixel 0.45
 CONTRAST = 3.0  # edges are made this much harder, so that a slight blur does not count
 COLOUR_TOLERANCE = 0.3  # RGB distance of an object's mean colour from the palette's
 SIZE_TOLERANCE = 1.5  # pixels that a radius may lie outside its range in SIZES
@@ -38,6 +39,8 @@ CLUTTER_AREA = 16.0  # square pixels of it that count as an extra object
 # Of each shape at radius 1: area, and how far its centroid lies below its bounding box's centre.
 UNIT_AREA = np.array([np.pi, 4 * EXTENTS[1, 0] ** 2, 2 * EXTENTS[2, 1], 4 * ARM * (2 - ARM)])
 CENTROID_DROP = np.array([0.0, 0.0, EXTENTS[2, 1] / 3, 0.0])
+# and length of its outline.
+UNIT_PERIMETER = np.array([2 * np.pi, 8 * EXTENTS[1, 0], 2 + 2 * np.hypot(1, 2 * EXTENTS[2, 1]), 8])
 CHUNK = 64  # images analysed at a time, which bounds memory
 
 
@@ -130,7 +133,7 @@ def _resample(images: np.ndarray) -> np.ndarray:
 
 def _hue(rgb: np.ndarray) -> np.ndarray:
     r, g, b = np.moveaxis(rgb, -1, 0)
-    return np.arctan2(np.sqrt(3.0) * (g - b), 2 * r - g - b)
+    return np.arctan2(3**0.5 * (g - b), 2 * r - g - b)
 
 
 def _see(images: np.ndarray) -> Objects:
@@ -169,7 +172,8 @@ def _see(images: np.ndarray) -> Objects:
 def _components(images: np.ndarray) -> tuple[np.ndarray, ...]:
     """Image and mean colour [n, 3] of each candidate object, ordered by image, and labels
     [b, h, w]: 1 + index of the object, or 0."""
-    chroma = images.max(-1) - images.min(-1)
+    r, g, b = np.moveaxis(images, -1, 0)
+    chroma = np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)
     turn = np.abs(_hue(images)[..., None] - _hue(PALETTE))
     nearest = np.minimum(turn, 2 * np.pi - turn).argmin(-1)
     # Half the palette's chroma is where an edge pixel is half covered.
@@ -200,7 +204,7 @@ def _components(images: np.ndarray) -> tuple[np.ndarray, ...]:
 
     inside = cores > 0
     rgb = np.stack([np.bincount(cores[inside], v, total + 1) for v in images[inside].T], -1)
-    rgb = rgb[order] / core_area[order, None]
+    rgb = (rgb[order] / core_area[order, None]).astype(np.float32)
 
     renumber = np.zeros(total + 1, np.int64)
     renumber[order] = np.arange(1, len(order) + 1)
@@ -233,7 +237,9 @@ def _covered(images, background, rgb, masks, others) -> np.ndarray:
     and the object's own colour the pixel lies."""
     near = ndimage.maximum_filter(masks, (1, 3, 3))
     whole = rgb[:, None, None] - background
-    share = ((images - background) * whole).sum(-1) / np.maximum((whole**2).sum(-1), 1e-3)
+    dot = "nhwc,nhwc->nhw"
+    share = np.einsum(dot, images - background, whole)
+    share /= np.maximum(np.einsum(dot, whole, whole), 1e-3)
     return np.where(near & ~others, share.clip(0, 1), 0)
 
 
@@ -242,23 +248,25 @@ def _fit(covered: np.ndarray) -> tuple[np.ndarray, ...]:
 
     Each ideal shape gets the object's area and centroid; -1 where none overlaps well enough."""
     side = covered.shape[-1]
-    pixel = np.arange(side) + 0.5
+    pixel = np.arange(side, dtype=np.float32) + 0.5
     area = np.maximum(covered.sum((1, 2)), 1e-3)
     centroid = np.stack([covered.sum(1) @ pixel, covered.sum(2) @ pixel], -1) / area[:, None]
-    radius = np.sqrt(area[:, None] / UNIT_AREA)  # [n, shapes]
+    radius = np.sqrt(area[:, None] / UNIT_AREA).astype(np.float32)  # [n, shapes]
     hard = _harder(covered)
     ious = []
     for shape in range(len(SHAPES)):
         r = radius[:, shape]
         centre = centroid - np.stack([np.zeros_like(r), CENTROID_DROP[shape] * r], -1)
-        ideal = _harder(coverage(np.full(len(r), shape), centre, r))
+        ideal = _harder(coverage(np.full(len(r), shape), centre.astype(np.float32), r))
         union = np.maximum(np.maximum(ideal, hard).sum((1, 2)), 1e-3)
         ious.append(np.minimum(ideal, hard).sum((1, 2)) / union)
     ious = np.stack(ious, -1)
     best = ious.argmax(-1)
     second, first = np.sort(ious, -1)[:, -2:].T
-    clear = (first >= MIN_IOU) & (first - second >= MIN_LEAD)
-    return np.where(clear, best, -1), radius[np.arange(len(best)), best], centroid, first
+    radius = radius[np.arange(len(best)), best]
+    softness = (covered * (1 - covered)).sum((1, 2)) / (UNIT_PERIMETER[best] * radius)
+    clear = (first >= MIN_IOU) & (first - second >= MIN_LEAD) & (softness <= MAX_SOFTNESS)
+    return np.where(clear, best, -1), radius, centroid, first
 
 
 def _size(radius: np.ndarray) -> np.ndarray:
