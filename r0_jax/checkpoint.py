@@ -1,0 +1,341 @@
+"""Checkpoints of a run: written in the background, restored onto any mesh, checked when read.
+
+    W/checkpoints/<step>/state      the TrainState as one flat dict of dotted names (orbax)
+    W/checkpoints/<step>/metrics    JSON: step, config digest, held-out metrics, checksums
+
+A folder gets its name <step> by a rename when all of it is written, so that what a killed run
+leaves behind is never taken for a checkpoint. Nothing is pickled.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import Array, Shaped, UInt32
+from orbax.checkpoint import checkpoint_managers
+
+from r0_jax import orbax_errors
+from r0_jax.errors import InputError
+from r0_jax.train_state import TrainState
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints of a run that is training: the newest `keep`, and the best one.
+
+    Best is the highest `best_metric` (the lowest for best_mode 'min') among those saved with it.
+    To be used by one run at a time, as a context manager or with `close()`, which wait for the
+    save in progress. Readers of a run that may be going on use `load_params`.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int = 3,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+        config_digest: str = "",
+    ):
+        orbax_errors.tell_once()
+        self.folder = Path(workdir).resolve() / "checkpoints"
+        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self._digest = config_digest
+        for step in steps(workdir):  # orbax would stop at a file of its own that is no JSON
+            try:
+                read_metadata(workdir, step)
+            except DamagedError as error:
+                _set_aside(self.folder / str(step), error)
+        best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            best_fn=_score,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(keep), best]
+            ),
+            # Otherwise a folder that cannot be made leaves a thread waiting for it: the error
+            # comes late and the process does not end.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        with orbax_errors.one_line(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> bool:
+        """Starts writing `state`; False if its step is there already.
+
+        Returns when the arrays are copied off the devices, so that they may be donated next.
+        Raises InputError when this or the previous save cannot be written; what is there stays.
+        """
+        arrays = _flatten(state)
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return False
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        value = metrics.get(self._best_metric, math.nan)
+        metadata = {
+            "step": step,
+            "config_digest": self._digest,
+            "metrics": {n: x if math.isfinite(x) else None for n, x in metrics.items()},
+            "score": self._sign * value if math.isfinite(value) else None,
+            "checksums": _checksums(arrays),
+        }
+        with orbax_errors.one_line(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)),
+                metrics=metadata,
+                force=True,  # this step, whatever orbax thinks of the interval
+            )
+        return True
+
+    def wait(self) -> None:
+        """Returns when the save in progress is on disk; raises InputError if it failed."""
+        with orbax_errors.one_line(self.folder):
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(
+        self, target: TrainState, step: int | Literal["best"] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state as `target` (ShapeDtypeStruct with sharding) has it, and its metadata.
+
+        The sharding that it was saved with plays no part. Without `step` it is the newest one
+        that can be read: a damaged one is renamed to <step>.damaged, with a warning. A damaged
+        `step` that was asked for, no checkpoint at all, and names, shapes or dtypes that do not
+        fit are InputErrors.
+        """
+        if step is not None:
+            return _restore(self.folder, find_step(self.folder.parent, step), target)
+        for newest in reversed(steps(self.folder.parent)):
+            try:
+                return _read_state(self.folder / str(newest), target)
+            except DamagedError as error:
+                _set_aside(self.folder / str(newest), error)
+                self._manager.reload()
+        raise InputError(f"no checkpoint in {self.folder} can be read; give another --workdir")
+
+    def close(self) -> None:
+        """Waits for the save in progress; raises InputError if it failed. May be called again."""
+        with orbax_errors.one_line(self.folder):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except InputError as failed:
+            if error is None:
+                raise
+            if not isinstance(error, InputError):  # which says the same, or has to be seen first
+                logging.warning("%s", failed)
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
+    folder = Path(workdir) / "checkpoints"
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
+    """The step asked for, the newest one by default; InputError where there is none."""
+    there = steps(workdir)
+    if not there:
+        raise InputError(f"{Path(workdir) / 'checkpoints'} holds no checkpoint; check --workdir")
+    if step == "best":
+        scores = {step: _metadata_or_nothing(workdir, step).get("score") for step in there}
+        scored = [(score, step) for step, score in scores.items() if score is not None]
+        if not scored:
+            raise InputError(
+                f"no checkpoint of {workdir} was saved with a held-out metric; leave the step out "
+                "to take the newest"
+            )
+        return max(scored)[1]
+    if step is not None and step not in there:
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has {there}")
+    return there[-1] if step is None else step
+
+
+def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """{"step", "config_digest", "metrics": {name: value or None}, ...} of one checkpoint.
+
+    Raises DamagedError.
+    """
+    path = Path(workdir) / "checkpoints" / str(step) / "metrics" / "metrics"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
+            raise ValueError("fields are missing")
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path}: {error}") from None
+    return metadata
+
+
+def load_params(
+    workdir: str | os.PathLike,
+    field: Literal["ema_params", "params"] = "ema_params",
+    step: int | Literal["best"] | None = None,
+) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
+    """One field of a checkpoint on the host, as float32 by dotted name, and the metadata.
+
+    Reads nothing else and writes nothing: any machine will do, also while the run goes on.
+    Raises InputError where the checkpoint is missing or damaged.
+    """
+    step = find_step(workdir, step)
+    folder = Path(workdir).resolve() / "checkpoints" / str(step)
+    try:
+        metadata = read_metadata(workdir, step)
+        stored = _stored_shapes(folder)
+        arrays = _read(folder, {n: x for n, x in stored.items() if n.startswith(field + ".")})
+        _verify(arrays, metadata)
+    except DamagedError as error:
+        raise InputError(_damaged(folder, error) + "; name another step") from None
+    return {name.removeprefix(field + "."): x for name, x in arrays.items()}, metadata
+
+
+def _flatten(state: TrainState) -> dict[str, Any]:
+    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": no optax class is named.
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _score(metadata: Mapping[str, Any]) -> float:
+    return -math.inf if metadata["score"] is None else metadata["score"]
+
+
+def _metadata_or_nothing(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    try:
+        return read_metadata(workdir, step)
+    except DamagedError:
+        return {}
+
+
+def _restore(folder: Path, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    try:
+        return _read_state(folder / str(step), target)
+    except DamagedError as error:
+        raise InputError(_damaged(folder / str(step), error) + "; name another step") from None
+
+
+def _read_state(folder: Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    wanted = _flatten(target)
+    if any(x.sharding is None for x in wanted.values()):
+        raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
+    metadata = read_metadata(folder.parents[1], int(folder.name))
+    stored = _stored_shapes(folder)
+    differs = [
+        f"{name} is {_describe(stored.get(name))} there and {_describe(wanted.get(name))} here"
+        for name in sorted(stored.keys() | wanted.keys())
+        if _describe(stored.get(name)) != _describe(wanted.get(name))
+    ]
+    if differs:
+        more = f" (and {len(differs) - 1} more)" if differs[1:] else ""
+        raise InputError(
+            f"checkpoint {folder} does not fit this config: {differs[0]}{more}; "
+            "use the config it was made with or give another --workdir"
+        )
+    arrays = _read(folder, wanted)
+    _verify(arrays, metadata)
+    leaves = [arrays[name] for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+
+
+def _describe(array: jax.ShapeDtypeStruct | None) -> str:
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _stored_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
+    except Exception as error:  # whatever orbax trips over
+        raise DamagedError(f"{type(error).__name__}: {error}") from None
+
+
+def _read(folder: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """jax Arrays where a target has a sharding, numpy arrays where it has none."""
+    args = ocp.args.PyTreeRestore(
+        item=targets,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+        partial_restore=True,
+    )
+    orbax_errors.tell_once()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "state", args=args)
+    except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
+        raise
+    except Exception as error:
+        raise DamagedError(f"{type(error).__name__}: {error}") from None
+
+
+def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    for field, checksum in _checksums(arrays).items():
+        if checksum != metadata["checksums"].get(field):
+            raise DamagedError(f"its {field} are not what was written (checksums differ)")
+
+
+def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """{field of TrainState: a number that any changed bit changes}, the same on every mesh.
+
+    orbax protects its indices but not the array data: a flipped bit there is read as a number.
+    """
+    sums = jax.device_get({name: _checksum(x) for name, x in arrays.items()})
+    totals: dict[str, int] = {}
+    for name, value in sums.items():
+        field = name.split(".")[0]
+        weight = zlib.crc32(name.encode()) | 1
+        totals[field] = (totals.get(field, 0) + int(value) * weight) % 2**32
+    return totals
+
+
+@jax.jit
+def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    # Integer sums are exact in any order, so each device sums what it has. Odd weights that
+    # differ by position: a flipped bit and a swapped pair both show.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(x.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position += index * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _damaged(folder: Path, error: DamagedError) -> str:
+    return f"checkpoint {folder} is damaged ({str(error).splitlines()[0][:200]})"
+
+
+def _set_aside(folder: Path, error: DamagedError) -> None:
+    if jax.process_count() > 1:  # the others may have read their parts well and would go on alone
+        raise InputError(_damaged(folder, error) + "; move it away and start again")
+    aside = folder.with_name(folder.name + ".damaged")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "~")
+    try:
+        folder.rename(aside)
+    except OSError as failed:
+        raise InputError(
+            f"{_damaged(folder, error)} and cannot be moved away: {failed.strerror}"
+        ) from None
+    logging.warning("%s; it is now %s, and the one before is used", _damaged(folder, error), aside)

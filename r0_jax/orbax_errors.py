@@ -1,0 +1,78 @@
+"""What orbax says when the disk refuses: one line for a user instead of a page of tracebacks."""
+
+import contextlib
+import functools
+import logging as python_logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from r0_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def one_line(folder: Path) -> Iterator[None]:
+    """Turns what the disk refuses while a checkpoint is written to `folder` into InputError."""
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            code = int(found[1])  # tensorstore says it only in the text of a ValueError
+        if code is None:
+            raise
+        raise InputError(
+            f"cannot write a checkpoint to {folder}: {os.strerror(code).lower()}; those that are "
+            "there are untouched; free space or give another --workdir"
+        ) from None
+
+
+@functools.cache
+def tell_once() -> None:
+    """From here on orbax prints no traceback of an error that it raises as well.
+
+    One failed read or write is told again by the log of each thread that it passes through, by
+    the futures and coroutines that it leaves half done, and by tensorstore's own threads, up to
+    the end of the process: so these hooks stay. They drop nothing but that.
+    """
+    logging.get_absl_logger().addFilter(_is_news)
+    python_logging.getLogger("asyncio").addFilter(_is_news)
+
+    def unraisable(event: Any) -> None:
+        coroutine = getattr(event.object, "cr_code", None)
+        if not (coroutine and _is_orbax(coroutine.co_filename)) and not _is_late(event.exc_value):
+            before(event)
+
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
+
+
+def _is_orbax(path: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in path
+
+
+def _files(error: BaseException | None) -> Iterator[str]:
+    trace = error.__traceback__ if error else None
+    while trace:
+        yield trace.tb_frame.f_code.co_filename
+        trace = trace.tb_next
+
+
+def _is_news(record: python_logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (
+        _is_orbax(record.pathname) or any(_is_orbax(path) for path in _files(error))
+    )
+
+
+def _is_late(error: BaseException | None) -> bool:
+    # A read or write of tensorstore's that ends after orbax has given up and closed its loop.
+    return (
+        isinstance(error, RuntimeError)
+        and str(error) == "Event loop is closed"
+        and all("asyncio" in path for path in _files(error))
+    )

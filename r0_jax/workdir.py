@@ -1,0 +1,79 @@
+"""A run's folder belongs to one config: config.json, and the refusal to mix two runs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from r0_jax import checkpoint
+from r0_jax.errors import InputError
+from r0_jax.images import write_bytes
+
+# Fields that may change when a run is continued: they decide how long it goes on, how often
+# something is written and where it is computed, not what is. `steps` counts as one of them only
+# without a decay of the learning rate towards it.
+HARMLESS = frozenset(
+    {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
+     "mesh", "keep_checkpoints"}
+)  # fmt: skip
+
+
+def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
+    """Writes `workdir`/config.json; refuses to continue a run under another config.
+
+    A run is continued where there is a checkpoint; its config may then differ in the HARMLESS
+    fields only. Returns the digest of all others. Raises InputError that names what differs.
+    """
+    path = Path(workdir) / "config.json"
+    new = json.loads(json.dumps(config.to_dict()))  # as it comes back: tuples are lists
+    here = dict(_fields(new))
+    if checkpoint.steps(workdir):
+        there = dict(_fields(_read(path)))
+        differs = [
+            f"{name} is {_show(there, name)} there and {_show(here, name)} here"
+            for name in sorted(here.keys() | there.keys())
+            if _show(here, name) != _show(there, name) and _matters(name, here)
+        ]
+        if differs:
+            more = f" (and {len(differs) - 3} more)" if len(differs) > 3 else ""
+            raise InputError(
+                f"{workdir} holds a run with another config: {'; '.join(differs[:3])}{more}; "
+                "set it back to continue that run, or give another --workdir"
+            )
+    if jax.process_index() == 0:
+        write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
+    matters = {name: value for name, value in here.items() if _matters(name, here)}
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "is missing, though there are checkpoints"
+    except ValueError:
+        reason = "is no JSON"
+    raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
+
+
+def _fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from _fields(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, config
+
+
+def _matters(name: str, config: Mapping[str, Any]) -> bool:
+    if name == "steps" and config.get("optimizer.schedule", "constant") != "constant":
+        return True  # the learning rate of every step depends on the last one
+    return name.split(".")[0] not in HARMLESS
+
+
+def _show(config: Mapping[str, Any], name: str) -> str:
+    return json.dumps(config[name], ensure_ascii=False) if name in config else "absent"

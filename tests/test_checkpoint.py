@@ -1,0 +1,414 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+
+from r0_jax import checkpoint, sharding, train_state
+from r0_jax.checkpoint import Checkpoints, load_params
+from r0_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+RULES = [(".*", "fsdp")]
+
+
+def init(key, width=2048):
+    """A state whose every leaf is another; one kernel is large enough to be split."""
+    params = {
+        "down_blocks.0.to_q.lora_A": jax.random.normal(key, (width, 640)),
+        "norm.scale": jnp.arange(7.0),
+        "half.bias": jnp.arange(5, dtype=jnp.bfloat16),
+    }
+    state = train_state.init(params, OPTIMIZER)
+    ema_params = jax.tree.map(lambda x: 0.5 * x, params)
+    opt_state = jax.tree.map(lambda x: x + 3, state.opt_state)
+    return state._replace(ema_params=ema_params, opt_state=opt_state)
+
+
+def target(count, width=2048, **shape):
+    """What to restore onto a mesh of `count` devices."""
+    mesh = sharding.make_mesh(shape or {"data": -1}, jax.devices()[:count])
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), width))
+    return sharding.with_sharding(shapes, sharding.state_sharding(shapes, mesh, RULES))
+
+
+@pytest.fixture(scope="module")
+def state():
+    where = jax.tree.map(lambda x: x.sharding, target(8, data=2, fsdp=4))
+    return jax.jit(init, out_shardings=where)(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return jax.jit(lambda key: init(key, width=2))(jax.random.key(1))
+
+
+def at(state, step):
+    return state._replace(step=state.step.at[()].set(step))
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def files(folder):
+    return sorted(
+        (p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def run(program, *arguments):
+    """A process of its own with one device, to be killed or to run into a full disk."""
+    header = "import sys; sys.path.insert(0, 'tests'); import test_checkpoint as t\n"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", header + program, *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory):
+    """A workdir with steps 10 and 20, made on 2 x 4 devices; tests copy it before they harm it."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with Checkpoints(workdir, config_digest="abc") as checkpoints:
+        checkpoints.save(at(state, 10))
+        checkpoints.save(at(state, 20), {"heldout/clip": 0.5, "bad": float("nan")})
+    return workdir
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [(1, {}), (2, {"data": -1}), (4, {"fsdp": -1}), (8, {"data": 4, "fsdp": 2}), (8, {"fsdp": -1})],
+)
+def test_restores_onto_any_mesh(saved, state, count, shape):
+    wanted = target(count, **shape)
+    with Checkpoints(saved) as checkpoints:
+        restored, metadata = checkpoints.restore(wanted)
+    assert same(restored, at(state, 20))
+    for array, struct in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert array.sharding == struct.sharding
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert metadata["step"] == 20 and metadata["config_digest"] == "abc"
+    assert metadata["metrics"] == {"heldout/clip": 0.5, "bad": None}
+
+
+def test_a_step_that_is_asked_for(saved, state):
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.latest_step() == 20
+        assert int(checkpoints.restore(target(1), step=10)[0].step) == 10
+        with pytest.raises(InputError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
+            checkpoints.restore(target(1), step=15)
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path, state):
+    # The save goes on while the next step overwrites the buffers that it was given.
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    current = jax.jit(lambda s: jax.tree.map(jnp.copy, s))(at(state, 0))
+    with Checkpoints(tmp_path, keep=4) as checkpoints:
+        for _ in range(4):
+            checkpoints.save(current)
+            for _ in range(5):
+                current = step(current)
+    for saved_step in (0, 15):
+        with Checkpoints(tmp_path) as checkpoints:
+            restored, _ = checkpoints.restore(target(8, data=2, fsdp=4), step=saved_step)
+        expected = at(state, 0)
+        for _ in range(saved_step):
+            expected = jax.tree.map(lambda x: x + 1, expected)
+        assert same(restored, expected)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path, small):
+    scores = [0.1, 0.9, 0.3, None, float("nan"), 0.2]
+    with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
+        for step, score in enumerate(scores):
+            metrics = {} if score is None else {"heldout/clip": score}
+            assert checkpoints.save(at(small, step), metrics)
+            assert not checkpoints.save(at(small, step), metrics)  # there already
+        checkpoints.wait()
+    assert checkpoint.steps(tmp_path) == [1, 4, 5]
+    assert checkpoint.find_step(tmp_path, "best") == 1
+    # A later run knows the best one of the former.
+    with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
+        checkpoints.save(at(small, 6), {"heldout/clip": 0.8})
+        checkpoints.save(at(small, 7), {"heldout/clip": 1.0})
+        checkpoints.save(at(small, 8))
+        checkpoints.save(at(small, 9))
+        checkpoints.wait()
+        assert int(checkpoints.restore(target(1, width=2), "best")[0].step) == 7
+    assert checkpoint.steps(tmp_path) == [7, 8, 9]
+    assert load_params(tmp_path, step="best")[1]["step"] == 7
+
+
+def test_best_may_be_the_lowest_and_may_be_unknown(tmp_path, saved, small):
+    with Checkpoints(tmp_path, keep=1, best_metric="fd", best_mode="min") as checkpoints:
+        for step, score in enumerate([3.0, 1.0, 2.0]):
+            checkpoints.save(at(small, step), {"fd": score})
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoint.find_step(tmp_path, "best") == 1
+    with pytest.raises(InputError, match="leave the step out"):
+        checkpoint.find_step(saved, "best")  # saved with no best_metric
+
+
+def test_ema_alone_for_export(saved, state, copied):
+    params, metadata = load_params(saved)
+    assert metadata["step"] == 20
+    assert set(params) == set(state.ema_params)
+    for name, array in params.items():
+        assert isinstance(array, np.ndarray) and array.dtype == state.params[name].dtype
+        assert np.array_equal(array, state.ema_params[name])
+    params, metadata = load_params(saved, "params", step=10)
+    assert metadata["step"] == 10
+    assert np.array_equal(params["norm.scale"], state.params["norm.scale"])
+    # Nothing else is read, and nothing is written.
+    before = [(p, p.stat().st_mtime_ns) for p in files(copied)]
+    load_params(copied)
+    assert before == [(p, p.stat().st_mtime_ns) for p in files(copied)]
+
+
+@pytest.mark.parametrize("step", [None, 20])
+def test_what_does_not_fit_is_named(saved, step):
+    with Checkpoints(saved) as checkpoints:
+        with pytest.raises(InputError) as wider:
+            checkpoints.restore(target(1, width=1024), step)
+        renamed = target(1)
+        renamed.params["other.scale"] = renamed.params.pop("norm.scale")
+        with pytest.raises(InputError) as other:
+            checkpoints.restore(renamed, step)
+        half = target(1)
+        where = half.params["norm.scale"].sharding
+        half.params["norm.scale"] = jax.ShapeDtypeStruct((7,), jnp.bfloat16, sharding=where)
+        with pytest.raises(InputError) as dtype:
+            checkpoints.restore(half, step)
+    name = "ema_params.down_blocks.0.to_q.lora_A"
+    assert f"{name} is float32[2048, 640] there and float32[1024, 640] here" in str(wider.value)
+    assert "(and 3 more)" in str(wider.value)
+    assert "params.norm.scale is float32[7] there and absent here" in str(other.value)
+    assert "params.norm.scale is float32[7] there and bfloat16[7] here" in str(dtype.value)
+    assert checkpoint.steps(saved) == [10, 20]  # it is not taken for damage
+
+
+def test_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        with pytest.raises(InputError, match="no checkpoint"):
+            checkpoints.restore(target(1))
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load_params(tmp_path)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load_params(tmp_path / "nowhere")
+
+
+def arrays(step):
+    return [path for path in files(step / "state") if path.stat().st_size > 10_000]
+
+
+HARM = {
+    "flipped bits in the arrays": lambda step: [flip_a_bit(f) for f in arrays(step)],
+    "half the arrays": lambda step: [os.truncate(f, 5000) for f in arrays(step)],
+    "no arrays": lambda step: [f.unlink() for f in arrays(step)],
+    "empty files": lambda step: [os.truncate(f, 0) for f in files(step)],
+    "no index": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "half the names": lambda step: os.truncate(step / "state" / "_METADATA", 300),
+    "half the metadata": lambda step: os.truncate(step / "metrics" / "metrics", 30),
+    "nothing": lambda step: [shutil.rmtree(f) for f in step.iterdir() if f.is_dir()],
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, state, harm, caplog, capfd):
+    folder = copied / "checkpoints" / "20"
+    HARM[harm](folder)
+    with pytest.raises(InputError, match=rf"checkpoint {folder} is damaged"):
+        load_params(copied, "params", 20)
+    assert folder.exists()  # a reader changes nothing
+    logging.get_absl_logger().propagate = True
+    with Checkpoints(copied, keep=2) as checkpoints:
+        restored, metadata = checkpoints.restore(target(2, data=-1))
+        assert same(restored, at(state, 10)) and metadata["step"] == 10
+        assert checkpoints.latest_step() == 10
+        checkpoints.save(at(state, 15))
+        checkpoints.save(at(state, 20))  # comes this way again
+    assert checkpoint.steps(copied) == [15, 20]
+    assert folder.with_name("20.damaged").exists()  # nothing of the user's is deleted
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"checkpoint {folder} is damaged" in said and "20.damaged" in said
+    assert "Traceback" not in capfd.readouterr().err + said
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
+    folder = copied / "checkpoints" / "10"
+    flip_a_bit(files(folder / "state")[-1])
+    with Checkpoints(copied) as checkpoints:
+        with pytest.raises(InputError, match=f"{folder} is damaged .*checksums differ"):
+            checkpoints.restore(target(1), step=10)
+        flip_a_bit(files(folder.with_name("20") / "state")[-1])
+        with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
+            checkpoints.restore(target(1))
+    assert checkpoint.steps(copied) == []
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path, state):
+    # Step 1 is whole; step 2 is large, and the kill comes when its first files are there.
+    program = """
+import os, pathlib, signal, numpy as np
+state = t.init(t.jax.random.key(1))
+checkpoints = t.Checkpoints(sys.argv[1])
+checkpoints.save(t.at(state, 1))
+noise = np.random.default_rng(0).standard_normal((8, 2**20), np.float32)  # 32 MB, hardly packs
+big = {f"big.{i}": t.jnp.asarray(x) for i, x in enumerate(noise)}
+checkpoints.save(t.at(state._replace(params=big), 2))
+while not any(p.is_file() for p in (checkpoints.folder / "2.orbax-checkpoint-tmp").rglob("*")):
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    child = run(program, tmp_path)
+    out, err = child.communicate(timeout=60)
+    assert (out, err, child.returncode) == ("", "", -signal.SIGKILL)
+    assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "2.orbax-checkpoint-tmp"}
+    assert checkpoint.steps(tmp_path) == [1]
+    assert load_params(tmp_path)[1]["step"] == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(target(1))
+        assert same(restored, at(init(jax.random.key(1)), 1))
+        checkpoints.save(at(state, 2))
+    assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "2"}  # the rest is swept away
+    assert load_params(tmp_path)[1]["step"] == 2
+
+
+def test_one_device_goes_on_from_eight_and_sigterm_waits_for_the_save(copied):
+    program = """
+import signal, time, numpy as np
+class Stop(Exception): pass
+def stop(*_): raise Stop
+signal.signal(signal.SIGTERM, stop)
+try:
+    with t.Checkpoints(sys.argv[1]) as checkpoints:
+        state, _ = checkpoints.restore(t.target(1))
+        noise = np.random.default_rng(0).standard_normal((8, 2**20), np.float32)
+        big = {f"big.{i}": t.jnp.asarray(x) for i, x in enumerate(noise)}
+        checkpoints.save(t.at(state._replace(params=big), int(state.step) + 1))
+        print(len(t.jax.devices()), "device, saving", flush=True)
+        time.sleep(60)
+except Stop:
+    print("stopped")
+"""
+    child = run(program, copied)
+    assert child.stdout.readline() == "1 device, saving\n", child.stderr.read()
+    child.terminate()
+    out, err = child.communicate(timeout=60)
+    assert (out, err, child.returncode) == ("stopped\n", "", 0)
+    assert set(os.listdir(copied / "checkpoints")) == {"10", "20", "21"}
+    assert len(load_params(copied, "params")[0]) == 8
+
+
+REFUSED = """
+import os, resource
+from r0_jax.errors import InputError
+state = t.init(t.jax.random.key(1))
+
+def full(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+def fail(how):
+    with t.Checkpoints(os.path.join(sys.argv[1], how)) as checkpoints:
+        checkpoints.save(t.at(state, 1))
+        checkpoints.wait()
+        if how == "read-only":
+            os.chmod(checkpoints.folder, 0o555)
+            if os.geteuid() == 0:  # root may write everywhere: be somebody else
+                os.chown(checkpoints.folder, 65534, 65534)
+                os.seteuid(65534)
+        else:
+            full({"full": 100_000, "fuller": 60}[how])
+        checkpoints.save(t.at(state, 2))
+        checkpoints.save(t.at(state, 3))
+
+for how in ("read-only", "full", "fuller"):
+    try:
+        fail(how)
+    except InputError as error:
+        print(how, error, file=sys.stderr)
+    finally:
+        os.seteuid(os.getuid())
+        full(resource.RLIM_INFINITY)
+"""
+
+
+def test_what_the_disk_refuses_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        folder = Path(folder).resolve()
+        os.chmod(folder, 0o755)
+        out, err = run(REFUSED, folder).communicate(timeout=60)  # and the process does end
+        lines = err.splitlines()
+        for how, reason in [
+            ("read-only", "permission denied"),
+            ("full", "file too large"),
+            ("fuller", "file too large"),
+        ]:
+            where = folder / how / "checkpoints"
+            said = f"{how} cannot write a checkpoint to {where}: {reason}; those that are there "
+            assert lines.pop(0).startswith(said), err
+            os.chmod(where, 0o755)
+            assert checkpoint.steps(folder / how) == [1]
+            with Checkpoints(folder / how) as checkpoints:  # with room again it goes on
+                assert int(checkpoints.restore(target(1))[0].step) == 1
+        assert out == "" and not lines
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"cannot write a checkpoint to .*not a directory"):
+        Checkpoints(tmp_path / "file" / "run")
+
+
+def test_metadata_is_plain_json(saved):
+    path = saved / "checkpoints" / "20" / "metrics" / "metrics"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    assert metadata == checkpoint.read_metadata(saved, 20)
+    assert set(metadata["checksums"]) == set(train_state.TrainState._fields)
+
+
+def test_checksum_sees_a_bit_a_swap_and_a_name_but_not_the_sharding(state):
+    mesh = sharding.make_mesh({"fsdp": -1})
+    where = sharding.batch_sharding(mesh)
+    x = np.random.default_rng(0).standard_normal((64, 3), np.float32)
+    value = checkpoint._checksums({"params.a": x})
+    assert value == checkpoint._checksums({"params.a": jax.device_put(x, where)})
+    for change in (
+        lambda y: y.view(np.uint32).__setitem__((5, 1), y.view(np.uint32)[5, 1] ^ 1),
+        lambda y: y.view(np.uint32).__setitem__((0, 0), y.view(np.uint32)[0, 0] ^ (1 << 31)),
+        lambda y: y.__setitem__([3, 9], y[[9, 3]]),
+    ):
+        changed = x.copy()
+        change(changed)
+        assert checkpoint._checksums({"params.a": changed}) != value
+    assert checkpoint._checksums({"params.b": x}) != value
+    assert (
+        checkpoint._checksums({"params.a": x.reshape(3, 64)}) == value
+    )  # shapes are checked apart
