@@ -230,16 +230,26 @@ def touching(first: str, second: str) -> np.ndarray:
 
 
 def test_touching_objects_are_told_apart_by_colour():
-    caption = "a large red square to the left of a large green square"
-    assert judge(touching("red", "green"), [caption]).correct.all()
-    assert not judge(touching("red", "red"), [caption.replace("green", "red")]).presence.any()
+    caption = "a large red square to the left of a large orange square"
+    image = touching("red", "orange")  # neighbours in hue: neither may count as the other's edge
+    assert judge(image, [caption]).correct.all()
+    np.testing.assert_allclose(np.sort(see(image).centre[0, :, 0]), [18.5, 39.5], atol=0.1)
+    assert not judge(touching("red", "red"), [caption.replace("orange", "red")]).presence.any()
 
 
-@pytest.mark.parametrize("colour", [(0.45, 0.04, 0.04), (1.0, 0.5, 0.5)], ids=["maroon", "pink"])
+def test_more_than_two_objects_are_not_looked_at():
+    image = touching("red", "green")
+    image[0, 50:60, 20:30] = COLOURS["blue"]
+    seen = see(image)
+    assert (seen.count == 0).all() and (seen.shape == -1).all()
+
+
+@pytest.mark.parametrize("colour", [(0.55, 0.04, 0.04), (1.0, 0.45, 0.45)], ids=["maroon", "pink"])
 def test_a_colour_far_from_the_palette_has_no_name(colour):
     image = np.full((1, 64, 64, 3), 0.9, np.float32)
     image[0, 20:41, 20:41] = colour
-    assert not judge(image, ["a large red square"]).correct.any()
+    verdict = judge(image, ["a large red square"])
+    assert verdict.shape.all() and not verdict.colour.any()
 
 
 def test_a_size_between_the_two_has_no_name():
