@@ -194,7 +194,7 @@ def load_params(
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
-    """One field of a checkpoint on the host, as float32 by dotted name, and the metadata.
+    """One field of a checkpoint on the host, in its own dtypes by dotted name, and the metadata.
 
     Reads nothing else and writes nothing: any machine will do, also while the run goes on.
     Raises InputError where the checkpoint is missing or damaged.

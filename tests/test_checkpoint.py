@@ -296,9 +296,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(target(1))
         assert same(restored, at(init(jax.random.key(1)), 1))
-        checkpoints.save(at(state, 2))
-    assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "2"}  # the rest is swept away
-    assert load_params(tmp_path)[1]["step"] == 2
+        checkpoints.save(at(state, 3))
+    assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "3"}  # the rest is swept away
+    assert load_params(tmp_path)[1]["step"] == 3
 
 
 def test_one_device_goes_on_from_eight_and_sigterm_waits_for_the_save(copied):
