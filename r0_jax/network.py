@@ -1,8 +1,9 @@
 """An nnx.Module as a pure function over a flat dict of parameters.
 
 Everything outside `models/` sees a network as `network(params, *args)`, where `params` is a flat
-`dict[str, Array]` keyed by the dotted names of the checkpoint file ("down_blocks.0.resnets.1.conv1.kernel").
-Sharding rules, LoRA, EMA, weight penalties, checkpoints and export all speak that one language.
+`dict[str, Array]` keyed by the dotted names of the checkpoint file
+("down_blocks.0.resnets.1.conv1.kernel"). Sharding rules, LoRA, EMA, weight penalties, checkpoints
+and export all speak that one language.
 """
 
 import dataclasses
@@ -10,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-Params = dict[str, jax.Array]
+Params = dict[str, jax.Array | np.ndarray]  # NumPy while they are on the host
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -33,30 +35,42 @@ class Network:
     @classmethod
     def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
         """Builds the graph without allocating a single weight."""
-        module = nnx.eval_shape(lambda: constructor(nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
         graphdef, state = nnx.split(module)
         shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
         return cls(graphdef, shapes, module.config)
 
-    def __call__(self, params: Mapping[str, jax.Array], *args, **kwargs):
+    def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
         """Applies the module's `__call__`."""
         return self.apply(params, "__call__", *args, **kwargs)
 
-    def apply(self, params: Mapping[str, jax.Array], method: str, *args, **kwargs):
+    def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
         """Applies any method of the module; computes in the dtype of the parameters."""
         state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
         return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
 
 
 def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
-    """Freshly initialized parameters of a module, flat; the whole construction is jitted."""
+    """Freshly initialized parameters of a module, flat."""
+    # Not jitted: one program of some hundred random draws takes XLA minutes to compile.
+    state = nnx.state(constructor(_Rngs(key)))
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
-    @jax.jit
-    def build(key):
-        state = nnx.state(constructor(nnx.Rngs(key)))
-        return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
-    return build(key)
+class _Rngs(nnx.Rngs):
+    """The keys of `nnx.Rngs(key)`, counted in Python.
+
+    nnx counts in a traced array, and each count searches all that was traced before it: building
+    SDXL's UNet would take a minute.
+    """
+
+    def __init__(self, key: jax.Array):
+        super().__init__()
+        self.key, self.drawn = key, 0
+
+    def params(self) -> jax.Array:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn - 1)
 
 
 def _name(path: tuple) -> str:
