@@ -41,8 +41,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b t c"],
                  context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
         context = x if context is None else context
-        out = dot_product_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        return self.to_out[0](out)
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](dot_product_attention(query, key, value, self.heads))
 
 
 class GEGLU(nnx.Module):

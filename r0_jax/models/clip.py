@@ -156,7 +156,7 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class TextFeatures(NamedTuple):
-    """What the text tower gives: all tokens after the final LayerNorm, and the EOS token of them."""
+    """What the text tower gives: all tokens after the final LayerNorm, and the EOS one."""
 
     last_hidden_state: Float[Array, "b t c"]
     pooled: Float[Array, "b c"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def sinusoidal(timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool,
-               freq_shift: float) -> Float[Array, "b c"]:
+               freq_shift: int | float) -> Float[Array, "b c"]:
     """Sines and cosines of the timesteps (0 to 1000) at geometric frequencies, in float32."""
     half = channels // 2
     exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)

@@ -48,7 +48,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest upsampling to twice the size, or to `size` where a skip connection asks, and a conv."""
+    """Nearest upsampling to twice the size, or to `size` as a skip connection asks, and a conv."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, rngs=rngs)

@@ -24,7 +24,7 @@ class UNet2DConditionConfig:
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: int | float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -60,7 +60,8 @@ class UNet2DConditionConfig:
 _ONLY = {
     "act_fn": ("silu", "swish"), "center_input_sample": (False,), "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",), "only_cross_attention": (False,),
-    "mid_block_only_cross_attention": (None, False), "reverse_transformer_layers_per_block": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "num_attention_heads": (None,),
     "dual_cross_attention": (False,), "class_embed_type": (None,), "addition_embed_type": (None,),
     "num_class_embeds": (None,), "resnet_time_scale_shift": ("default",),
@@ -157,7 +158,7 @@ class MidBlock(_Block):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts noise (or velocity, as the scheduler's `prediction_type` says) from noisy latents."""
+    """Predicts noise (or what the scheduler's `prediction_type` says) from noisy latents."""
 
     def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs):
         self.config = config
