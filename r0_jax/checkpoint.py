@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Checkpoints:
         with orbax_errors.one_line(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(self, state: TrainState, metrics: Mapping[str, SupportsFloat] | None = None) -> bool:
         """Starts writing `state`; False if its step is there already.
 
         Returns when the arrays are copied off the devices, so that they may be donated next.

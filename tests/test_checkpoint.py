@@ -91,7 +91,7 @@ def saved(state, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpoints(workdir, config_digest="abc") as checkpoints:
         checkpoints.save(at(state, 10))
-        checkpoints.save(at(state, 20), {"heldout/clip": 0.5, "bad": float("nan")})
+        checkpoints.save(at(state, 20), {"heldout/clip": jnp.float32(0.5), "bad": float("nan")})
     return workdir
 
 
@@ -218,6 +218,7 @@ def test_no_checkpoint(tmp_path):
         assert checkpoints.latest_step() is None
         with pytest.raises(InputError, match="no checkpoint"):
             checkpoints.restore(target(1))
+    checkpoints.close()  # twice does no harm
     with pytest.raises(InputError, match="holds no checkpoint"):
         load_params(tmp_path)
     with pytest.raises(InputError, match="holds no checkpoint"):
