@@ -1,1 +1,6 @@
-"""The embedded world: scenes of coloured shapes, captions in two languages, an exact judge."""
+"""The embedded world: scenes of coloured shapes, their captions, an exact judge, small models."""
+
+from pathlib import Path
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # trained by `python -m r0_jax.pretrain`
+PROMPTS = Path(__file__).parent / "prompts"  # one file a split, made by its stage `prompts`

@@ -1,0 +1,170 @@
+"""The one base of all recipes: every field, explained. Recipes are small overrides of it.
+
+Fields are changed on the command line as `--config.field=value`; an unknown one is refused.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """All fields with their defaults, locked: a recipe cannot add one by a typing error."""
+    config = ConfigDict()
+
+    # The diffusers folder of the pretrained pipeline (it holds model_index.json).
+    config.pretrained = ""
+    # What frozen weights are kept in and networks compute in: "float32", or "bfloat16" on
+    # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
+    config.dtype = "float32"
+    # Seed of everything random: adapters, the order of prompts, noise, eta.
+    config.seed = 0
+
+    # Training steps (optimizer updates) of the whole run.
+    config.steps = 1000
+    # Samples a step over all devices and microbatches.
+    config.batch_size = 32
+    # Microbatches a step; gradients are averaged, which equals the large batch exactly.
+    config.accumulation = 1
+    # Decay of the average of the trained parameters that is evaluated and exported.
+    config.ema_decay = 0.99
+    # The run stops when this many steps in a row had gradients that are not finite.
+    config.max_skipped_in_a_row = 10
+
+    config.data = ConfigDict()
+    # Training prompts: a .txt (one a line), .jsonl, .json or .parquet file or a tfds folder.
+    config.data.prompts = ""
+
+    config.sampler = ConfigDict()
+    # Network calls of the generator, at most 4: it is trained on the grid that a stock sampler
+    # with trailing spacing visits in so many steps.
+    config.sampler.num_steps = 4
+    # In training each step of each sample draws eta ~ U[0, 1]: path augmentation against hacking.
+    config.sampler.random_eta = True
+    # The eta of inference, and of training without random_eta: 0 is DDIM, 1 re-noises freshly.
+    config.sampler.eta = 0.0
+
+    config.objective = ConfigDict()
+    # "r0": reward the last image, gradients through the last grad_steps calls.
+    # "r0plus": reward the one-shot prediction of a random call, gradient through that call alone.
+    config.objective.method = "r0"
+    # Of "r0": how many of the last calls carry gradient (num_steps: all, as in the paper).
+    config.objective.grad_steps = 4
+    # "per_sample": each reward's image gradient is divided by its own norm; "none": plain sum.
+    config.objective.normalization = "per_sample"
+    # Added to the norm that is divided by.
+    config.objective.delta = 1e-8
+
+    # What is maximized, {name: entry}; see `reward_entry` below for the fields of an entry.
+    config.rewards = ConfigDict()
+    # Entries of the same form that are only measured, on validation prompts; never trained on.
+    config.heldout_rewards = ConfigDict()
+
+    # What keeps the generator near its pretrained self. A weight of 0 leaves the term out of the
+    # program altogether.
+    config.regularizers = ConfigDict()
+    # weight * ||theta - theta_pretrained||^2, with LoRA on the product B A.
+    config.regularizers.weight = ConfigDict({"weight": 0.0})
+    # Parameter noise sqrt(2 * learning rate * weight) * N(0, 1); `weight` is the temperature.
+    config.regularizers.langevin = ConfigDict({"weight": 0.0})
+    # weight * mean squared distance to the base's one-shot x0 at the same noisy input.
+    config.regularizers.output = ConfigDict({"weight": 0.0})
+    # weight * relative distance in the base's mid-block features of the output re-noised to a
+    # level between `least` and `most` (shares of the trained timesteps).
+    config.regularizers.feature = ConfigDict({"weight": 0.0, "least": 0.02, "most": 0.5})
+    # A share `weight` (0 to 1) of each reward's gradient is replaced by its average over `samples`
+    # images with noise of standard deviation `std`, and its norm is cut at `clip`, per sample.
+    config.regularizers.gradient = ConfigDict(
+        {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9})
+    # weight * the implicit reward of classifier-free guidance with this `scale`, evaluated on the
+    # output re-noised to a level between `least` and `most`.
+    config.regularizers.guidance = ConfigDict(
+        {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98})
+
+    config.lora = ConfigDict()
+    # Rank of the adapters; 0 trains all weights of the network instead.
+    config.lora.rank = 32
+    # Adapters are scaled by alpha / rank.
+    config.lora.alpha = 32.0
+    # Regular expression on whole dotted names of layers that get an adapter.
+    config.lora.targets = r".*\.attn[12]\.to_(q|k|v|out\.0)"
+
+    config.optimizer = ConfigDict()
+    # Of AdamW, after warm-up.
+    config.optimizer.learning_rate = 1e-4
+    # Steps of linear warm-up.
+    config.optimizer.warmup_steps = 10
+    # After warm-up: "constant", or "cosine" down to 0 at `steps`.
+    config.optimizer.schedule = "constant"
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.eps = 1e-8
+    # Decoupled, on matrices only, as a share of the learning rate.
+    config.optimizer.weight_decay = 0.0
+    # Gradients are scaled down to this global norm.
+    config.optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict()
+    # Devices that split the batch only, and devices that split the weights too; -1 is the rest.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    # (regular expression on whole dotted names, "fsdp" or "replicate"); the first match counts.
+    config.sharding = ((".*", "fsdp"),)
+
+    # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also
+    # a checkpoint, so that the best one is kept).
+    config.log_every = 1
+    config.checkpoint_every = 100
+    config.eval_every = 100
+    # Checkpoints kept: the newest so many, and the best.
+    config.keep_checkpoints = 2
+    # The metric that says which is best, the higher the better; "" keeps none.
+    config.best_metric = ""
+    config.tensorboard = True
+    # Also log to Weights & Biases (needs the wandb package).
+    config.wandb = False
+    # Folder of compiled programs, shared by runs; "" is the user's cache folder.
+    config.compilation_cache = ""
+
+    config.eval = ConfigDict()
+    # Prompts of the evaluations during training, in any of the formats above; "" takes the
+    # training prompts. Held-out rewards and the sample grid are computed on the first so many.
+    config.eval.prompts = ""
+    config.eval.num_prompts = 64
+    # Images of the sample grid, always from the same noise.
+    config.eval.grid = 16
+
+    config.test = ConfigDict()
+    # The table at the end of the run: base with guidance, base in few steps, R0. "" makes none.
+    config.test.prompts = ""
+    config.test.num_prompts = 300
+    # Diversity is measured on so many of them, with so many samples each.
+    config.test.diversity_prompts = 40
+    config.test.samples_per_prompt = 8
+    # Images drawn at once.
+    config.test.batch_size = 50
+    # How the base is sampled when it takes its time.
+    config.test.base_steps = 25
+    config.test.guidance_scale = 7.5
+    # Name of the held-out reward (of type clip_score) whose image features the Frechet distance
+    # and the diversity are measured in; "" leaves both out.
+    config.test.features = ""
+    # "shapes": prompts are scenes of the embedded world, so that an exact judge looks at every
+    # image and the Frechet distance is to rendered scenes; "": neither.
+    config.test.world = ""
+
+    return config.lock()
+
+
+def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
+                 logit_scale: bool = False, function: str = "") -> ConfigDict:
+    """One reward.
+
+    Args:
+      type: "clip_score", "aesthetic" or "function".
+      weight: of its normalized gradient.
+      path: transformers folder of a CLIPModel (clip_score, aesthetic).
+      head: safetensors file of the MLP (aesthetic).
+      logit_scale: the score is exp(logit_scale) times the cosine, as PickScore has it.
+      function: "module:function" of the user's own reward.
+    """
+    return ConfigDict({"type": type, "weight": weight, "path": path, "head": head,
+                       "logit_scale": logit_scale, "function": function})

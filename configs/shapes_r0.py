@@ -1,0 +1,48 @@
+"""R0 on the embedded world of shapes: the whole main job on two CPU cores.
+
+Turns the shipped 25-step pipeline of 64 px scenes into a 4-step generator, purely by rewards.
+
+Command:   python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
+Hardware:  2 CPU cores, 3 GiB
+Variants:  --config=configs/shapes_r0.py:r0plus
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from r0_jax.shapes import CHECKPOINTS, PROMPTS
+
+
+def get_config(method: str = "r0") -> ConfigDict:
+    config = common.get_config()
+    config.pretrained = str(CHECKPOINTS / "pipeline")
+    config.data.prompts = str(PROMPTS / "train.txt")
+    config.objective.method = method
+
+    clip, preference = str(CHECKPOINTS / "clip"), str(CHECKPOINTS / "preference")
+    head = str(CHECKPOINTS / "aesthetic" / "model.safetensors")
+    with config.unlocked():
+        config.rewards.clip_score = common.reward_entry("clip_score", path=clip)
+        config.rewards.preference = common.reward_entry("clip_score", path=preference)
+        config.rewards.aesthetic = common.reward_entry("aesthetic", path=preference, head=head,
+                                                       weight=0.5)
+        config.heldout_rewards.heldout_clip = common.reward_entry(
+            "clip_score", path=str(CHECKPOINTS / "heldout_clip"))
+    config.regularizers.weight.weight = 1e-4
+    config.regularizers.guidance.weight = 0.3
+
+    config.steps = 150
+    config.batch_size = 32
+    config.lora.rank = 0
+    config.optimizer.learning_rate = 1e-4
+    config.ema_decay = 0.95
+    config.checkpoint_every = config.eval_every = 25
+    config.best_metric = "heldout/heldout_clip"
+
+    config.eval.prompts = str(PROMPTS / "validation.txt")
+    config.eval.num_prompts = 96
+    config.test.prompts = str(PROMPTS / "test.txt")
+    config.test.guidance_scale = 3.0
+    config.test.features = "heldout_clip"
+    config.test.world = "shapes"
+    return config

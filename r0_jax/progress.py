@@ -1,0 +1,43 @@
+"""What a person watching the run sees: a bar on a terminal, a line now and then in a log."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_SECONDS = 10.0  # between lines where there is no terminal
+
+
+class TrainingProgress:
+    """Steps done, rewards, images per second and the time left; a context manager."""
+
+    def __init__(self, steps: int, start_step: int, console: Console):
+        self._console, self._steps = console, steps
+        self._next_line = time.monotonic()
+        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(24),
+                             TextColumn("{task.description}"), console=console,
+                             disable=not console.is_terminal)
+        self._task = self._bar.add_task("compiling", total=steps, completed=start_step)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the metrics of `step`."""
+        shown = [f"{name.removeprefix('reward/')} {value:.3f}" for name, value in metrics.items()
+                 if name.startswith("reward/")]
+        shown.append(f"{metrics['perf/images_per_sec']:.1f} images/s")
+        left = int(metrics["perf/seconds_left"])
+        shown.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        text = "  ".join(shown)
+        self._bar.update(self._task, completed=step, description=text)
+        if not self._console.is_terminal and (
+                time.monotonic() >= self._next_line or step == self._steps):
+            self._next_line = time.monotonic() + _SECONDS
+            self._console.print(f"step {step}/{self._steps}  {text}", highlight=False,
+                                soft_wrap=True)
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()

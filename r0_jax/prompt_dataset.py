@@ -1,0 +1,43 @@
+"""Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from r0_jax import data
+from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.rewards.reward import Reward
+
+
+def columns(prompts: Sequence[str], pipeline: StableDiffusionPipeline, rewards: Sequence[Reward]
+            ) -> dict[str, np.ndarray]:
+    """"input_ids" int32 [N, T] and "features/<reward>" float32 [N, D] of every prompt."""
+    found = {"input_ids": pipeline.tokenize(prompts)}
+    distinct = list(dict.fromkeys(prompts))
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+    rows = np.asarray([row[prompt] for prompt in prompts])
+    for reward in rewards:
+        if reward.text_features is not None:
+            features = reward.text_features(reward.params, distinct)
+            found[f"features/{reward.name}"] = features[rows]
+    return found
+
+
+def prepare(path: str, folder: Path, pipeline: StableDiffusionPipeline,
+            rewards: Sequence[Reward]) -> data.Summary:
+    """Makes the dataset in `folder`, unless it is there from before; returns its size."""
+    if not data.is_prepared(folder):
+        prompts = data.read_prompts(path)
+        # array_record takes no slash in a column's name.
+        named = {name.replace("/", "__"): value
+                 for name, value in columns(prompts, pipeline, rewards).items()}
+        data.prepare({"prompt": prompts, **named}, folder)
+    return data.describe(folder)
+
+
+def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,
+            process_count: int):
+    """Batches from `step` on, without the prompts' text, as numpy arrays."""
+    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+        yield {name.replace("__", "/"): value for name, value in batch.items() if name != "prompt"}
