@@ -1,1 +1,1 @@
-"""Trains the embedded world's own models; `python -m r0_jax.pretrain --config=configs/shapes_base.py:STAGE`."""
+"""Trains the embedded world's own models, stage by stage; see configs/shapes_base.py."""

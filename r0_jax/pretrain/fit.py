@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from r0_jax.network import Params
