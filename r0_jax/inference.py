@@ -32,7 +32,6 @@ def sample_latents(
     guided = negative is not None
     if guided:
         conditioning = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, conditioning)
-    batch, *shape = noise.shape
     timesteps = jnp.asarray(scheduler.timesteps, jnp.float32)
     draws = scheduler.needs_noise(eta)
 
@@ -44,7 +43,7 @@ def sample_latents(
         if guided:
             uncond, cond = jnp.split(output, 2)
             output = uncond + guidance_scale * (cond - uncond)
-        fresh = sampler.normal(keys, i, tuple(shape)) if draws else None
+        fresh = sampler.normal(keys, i, noise.shape[1:]) if draws else None
         return scheduler.step(output, latents, i, state, fresh, eta)
 
     latents = noise * scheduler.init_noise_sigma

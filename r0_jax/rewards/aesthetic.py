@@ -1,5 +1,6 @@
 """The LAION aesthetic predictor: an MLP on normalized CLIP image features."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ class AestheticMLP(nnx.Module):
     def __init__(self, inputs: int, *, rngs: nnx.Rngs):
         self.config = {"inputs": inputs}
         widths = (inputs, *WIDTHS)
-        linears = [nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
+        linears = [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         self.layers = nnx.List([linears[0], Placeholder(), linears[1], Placeholder(), linears[2],
                                 Placeholder(), linears[3], linears[4]])
 

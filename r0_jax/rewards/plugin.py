@@ -22,7 +22,8 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     del dtype  # the function decides
     module_name, _, function_name = entry.function.partition(":")
     if not (module_name and function_name):
-        raise InputError(f"rewards.{name}.function = {entry.function!r} should read module:function")
+        raise InputError(f"rewards.{name}.function = {entry.function!r} should read "
+                         "module:function")
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)

@@ -1,0 +1,31 @@
+# make demo: install and run the main job; make test: install what tests need and run them.
+# Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install install-dev demo test lint
+
+install: .venv/installed
+install-dev: .venv/installed-dev
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: install
+	$(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
+
+test: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2
+
+lint: install-dev
+	$(BIN)/ruff check .
