@@ -87,9 +87,10 @@ class CLIPConfig:
         if not ("text_config" in fields and "vision_config" in fields):
             raise InputError("CLIPConfig: text_config and vision_config are missing: "
                              "this is not the config.json of a CLIPModel")
-        # Old files repeat the sub-configs under *_config_dict, and those are the ones in force.
-        text = {**fields["text_config"], **(fields.get("text_config_dict") or {})}
-        vision = {**fields["vision_config"], **(fields.get("vision_config_dict") or {})}
+        # Old files repeat the sub-configs under *_config_dict, and those are the ones in force,
+        # down to the defaults of what they leave out.
+        text = fields.get("text_config_dict") or fields["text_config"]
+        vision = fields.get("vision_config_dict") or fields["vision_config"]
         return configs.parse(cls, {
             "text_config": CLIPTextConfig.from_json(text),
             "vision_config": CLIPVisionConfig.from_json(vision),
@@ -144,11 +145,16 @@ class CLIPEncoder(nnx.Module):
         return x
 
 
+def _embed(count: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
+    embed = nnx.Embed(count, width, rngs=rngs)
+    embed.dtype = None  # that of its table; flax would keep to the float32 of construction
+    return embed
+
+
 class CLIPTextEmbeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size,
-                                            rngs=rngs)
+        self.token_embedding = _embed(config.vocab_size, config.hidden_size, rngs)
+        self.position_embedding = _embed(config.max_position_embeddings, config.hidden_size, rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         positions = self.position_embedding(jnp.arange(input_ids.shape[1]))
@@ -186,7 +192,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.patch_embedding = nnx.Conv(config.num_channels, width, kernel_size=(patch, patch),
                                         strides=patch, padding="VALID", use_bias=False, rngs=rngs)
         tokens = (config.image_size // patch) ** 2 + 1
-        self.position_embedding = nnx.Embed(tokens, width, rngs=rngs)
+        self.position_embedding = _embed(tokens, width, rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
         patches = self.patch_embedding(images)

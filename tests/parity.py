@@ -1,0 +1,121 @@
+"""A torch module against its JAX twin with the same weights, forward and backward, in float32."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from r0_jax import convert
+from r0_jax.network import Network, Params, Shapes
+
+OUTPUT, GRADIENT = 1e-4, 1e-3  # relative to the largest element
+
+# A fifth of the time to compile; results differ by rounding only.
+COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False,
+                   "xla_cpu_parallel_codegen_split_count": 1}
+
+
+def part(constructor: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """The Network of a part of a model, which unlike a whole one keeps no config."""
+
+    def build(rngs):
+        module = constructor(rngs)
+        module.config = None
+        return module
+
+    return Network.abstract(build)
+
+
+def params_of(module: torch.nn.Module, shapes: Shapes, prefix: str = "") -> Params:
+    """The module's weights for the twin; the names must be the same, none missing or left over."""
+    state = {prefix + key: value.numpy() for key, value in module.state_dict().items()}
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    assert {convert.to_key(name) for name in shapes} == set(state)
+    params = {name: convert.from_checkpoint(name, state[convert.to_key(name)]) for name in shapes}
+    assert {name: value.shape for name, value in params.items()} == {
+        name: struct.shape for name, struct in shapes.items()}
+    return params
+
+
+def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarray) -> None:
+    """Asserts that all outputs agree, and their gradients with respect to each float input.
+
+    `ours(params, *inputs)` takes and returns images as [B, H, W, C]; `theirs(*inputs)` as
+    [B, C, H, W]. Both return an array or several. The gradient is of sum(output * random).
+    """
+    theirs_in = [to_torch(x).requires_grad_(x.dtype == np.float32) for x in inputs]
+    expected = _flat(theirs(*theirs_in))
+    random = np.random.default_rng(0)
+    weights = [random.standard_normal(to_jax(x).shape, np.float32) for x in expected]
+    sum((x * to_torch(w)).sum() for x, w in zip(expected, weights, strict=True)).backward()
+
+    @jax.jit(compiler_options=COMPILE_QUICKLY)
+    def run(params, inputs, weights):
+        inputs = list(inputs)
+        floats = [i for i, x in enumerate(inputs) if x.dtype == np.float32]
+
+        def forward(values):
+            for i, value in zip(floats, values, strict=True):
+                inputs[i] = value
+            return jax.tree.leaves(ours(params, *inputs))
+
+        outputs, pull_back = jax.vjp(forward, [inputs[i] for i in floats])
+        return outputs, pull_back(weights)[0]
+
+    outputs, gradients = run(params, inputs, weights)
+    assert len(outputs) == len(expected)
+    for i, (output, other) in enumerate(zip(outputs, expected, strict=True)):
+        assert_close(output, to_jax(other), OUTPUT, f"output {i}")
+    for i, (gradient, x) in enumerate(
+            zip(gradients, (x for x in theirs_in if x.requires_grad), strict=True)):
+        assert_close(gradient, to_jax(x.grad), GRADIENT, f"gradient {i}")
+
+
+def assert_close(ours, theirs, tolerance: float, what: str = "") -> None:
+    """Asserts that the largest difference is below `tolerance` of the largest element."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0, f"{what} is zero everywhere: it would test nothing"
+    error = np.abs(ours.astype(np.float64) - theirs).max() / np.abs(theirs).max()
+    assert error < tolerance, f"{what}: relative error {error:.1e}"
+
+
+def input_dtypes(function: Callable, *args, primitives: list[str]) -> dict[str, set[str]]:
+    """The dtypes that each of these JAX primitives reads anywhere in `function(*args)`."""
+    found = {name: set() for name in primitives}
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in found:
+                found[equation.primitive.name] |= {str(x.aval.dtype) for x in equation.invars}
+            for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
+                if _is_jaxpr(value):
+                    walk(getattr(value, "jaxpr", value))
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def _is_jaxpr(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def to_torch(x: np.ndarray) -> torch.Tensor:
+    return torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
+
+
+def to_jax(x: torch.Tensor) -> np.ndarray:
+    x = x.detach().numpy()
+    return np.moveaxis(x, 1, -1) if x.ndim == 4 else x
+
+
+def _flat(outputs) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [x for output in outputs for x in _flat(output)]
