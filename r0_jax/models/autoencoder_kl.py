@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import Attention
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
@@ -36,14 +37,18 @@ class AutoencoderKLConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "AutoencoderKLConfig":
         """Parses a published `vae/config.json`; InputError names what is not supported."""
-        levels = len(fields.get("block_out_channels", (64,)))
-        only = {
-            "down_block_types": (("DownEncoderBlock2D",) * levels,),
-            "up_block_types": (("UpDecoderBlock2D",) * levels,),
-            "act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,),
-        }
+        only = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
         # Norms and softmax are float32 here, and nothing runs in float16: no need to upcast.
-        return configs.parse(cls, fields, only=only, unused=frozenset({"force_upcast"}))
+        unused = frozenset({"force_upcast", "down_block_types", "up_block_types"})
+        config = configs.parse(cls, fields, only=only, unused=unused)
+        levels = len(config.block_out_channels)
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"),
+                           ("up_block_types", "UpDecoderBlock2D")):
+            kinds = list(fields.get(name, (kind,)))
+            if kinds != [kind] * levels:
+                raise InputError(f"AutoencoderKLConfig: {name} = {kinds} is not supported: "
+                                 f"{levels} of {kind} are expected")
+        return config
 
 
 def _resnet(inputs: int, outputs: int, config: AutoencoderKLConfig, rngs) -> ResnetBlock2D:
@@ -90,7 +95,7 @@ class DownEncoderBlock2D(nnx.Module):
         self.resnets = nnx.List([_resnet(c, outputs, config, rngs) for c in widths])
         self.downsamples = downsamples
         if downsamples:
-            self.downsamplers = nnx.List([Downsample2D(outputs, padding=(0, 1), rngs=rngs)])
+            self.downsamplers = nnx.List([Downsample2D(outputs, padding=0, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for resnet in self.resnets:

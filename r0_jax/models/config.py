@@ -4,7 +4,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from r0_jax.errors import InputError
 
@@ -36,7 +37,7 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
     Raises:
       InputError: a field has an unsupported value or is unknown; the message names it.
     """
-    known = {field.name: field for field in dataclasses.fields(cls)}
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
     values = {}
     for name, value in fields.items():
         if name.startswith("_") or name in unused:
@@ -51,10 +52,24 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
             raise InputError(f"{cls.__name__}: the config field {name!r} = {json.dumps(value)} "
                              "is not supported")
         values[name] = _hashable(value)
+        if not _is_of_type(values[name], known[name]):
+            raise InputError(f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
+                             f"{known[name]} is expected")
     try:
         return cls(**values)
     except TypeError as e:
         raise InputError(f"{cls.__name__}: {e}") from None
+
+
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    kinds = get_args(annotation)
+    if get_origin(annotation) is UnionType:
+        return any(_is_of_type(value, kind) for kind in kinds)
+    if get_origin(annotation) is tuple:
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
+        return (isinstance(value, tuple) and len(value) == len(kinds)
+                and all(map(_is_of_type, value, kinds)))
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def _hashable(value: Any) -> Any:

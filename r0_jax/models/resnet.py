@@ -38,10 +38,11 @@ class ResnetBlock2D(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """A convolution of stride 2; the UNet pads all sides, the VAE only bottom and right."""
+    """A convolution of stride 2; `padding` 0 stands for a row and column at the end (the VAE)."""
 
-    def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
-        self.conv = conv3x3(channels, channels, strides=2, padding=(padding, padding), rngs=rngs)
+    def __init__(self, channels: int, *, padding: int, rngs: nnx.Rngs):
+        self.conv = conv3x3(channels, channels, strides=2,
+                            padding=((padding, padding or 1),) * 2, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return self.conv(x)

@@ -20,7 +20,7 @@ from r0_jax.models.transformer_2d import Transformer2DModel
 class UNet2DConditionConfig:
     """Fields and defaults of diffusers' `UNet2DConditionModel`."""
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -28,7 +28,7 @@ class UNet2DConditionConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    layers_per_block: int | tuple[int, ...] = 2
     downsample_padding: int = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -48,6 +48,11 @@ class UNet2DConditionConfig:
             if len(kinds) != levels or not set(kinds) <= set(known):
                 raise InputError(f"UNet2DConditionConfig: {name} = {list(kinds)} is not supported: "
                                  f"{levels} of {', '.join(known)} are expected")
+        for name in ("attention_head_dim", "transformer_layers_per_block", "layers_per_block"):
+            values = config.per_level(name)
+            if len(values) != levels or not all(isinstance(value, int) for value in values):
+                raise InputError(f"UNet2DConditionConfig: {name} = {values} is not supported: "
+                                 f"one whole number, or {levels} of them, are expected")
         return config
 
     def per_level(self, name: str) -> tuple[int, ...]:
@@ -107,8 +112,8 @@ class DownBlock(_Block):
         super().__init__(widths, config=config, rngs=rngs, **kwargs)
         self.downsamples = downsamples
         if downsamples:
-            padding = (config.downsample_padding,) * 2
-            self.downsamplers = nnx.List([Downsample2D(widths[-1][1], padding=padding, rngs=rngs)])
+            self.downsamplers = nnx.List([
+                Downsample2D(widths[-1][1], padding=config.downsample_padding, rngs=rngs)])
 
     def __call__(self, x, time_embedding, prompt_embeds):
         skips = []
