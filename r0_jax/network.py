@@ -46,6 +46,9 @@ class Network:
 
     def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
         """Applies any method of the module; computes in the dtype of the parameters."""
+        if params.keys() != self.shapes.keys():  # nnx.merge would pair them by position
+            wrong = sorted(params.keys() ^ self.shapes.keys())
+            raise ValueError(f"missing or left over parameters: {', '.join(wrong[:4])}")
         state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
         return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
 
