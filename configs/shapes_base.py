@@ -38,6 +38,8 @@ def training(**fields) -> ConfigDict:
         "ema_decay": 0.999,
         # Steps between printed lines, and between evaluations where the stage has one.
         "log_every": 50, "eval_every": 1000,
+        # Start from the weights that are in the folder (a further leg) instead of random ones.
+        "warm_start": False,
         # Of the weights on disk.
         "store_dtype": "float16",
         **fields,

@@ -20,12 +20,12 @@ from rich.console import Console
 
 from r0_jax import (
     checkpoint,
-    evaluate,
     optim,
     prompt_dataset,
     report,
     rewards,
     sharding,
+    testbed,
     train_state,
     workdir,
 )
@@ -99,7 +99,7 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> None:
         finished = loop(config, folder, mesh, state, step_fn, frozen, validation, checkpoints)
 
     if finished and config.test.prompts and jax.process_index() == 0:
-        table = evaluate.evaluate_run(folder, config)
+        table = testbed.evaluate_run(folder, config)
         report.print_table(table)
     if finished and jax.process_index() == 0:
         print(f"report: {report.write_report(folder)}")

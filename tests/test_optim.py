@@ -87,7 +87,7 @@ def test_schedules():
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"b2": 1.0}, "b2=1.0 must be at least 0 and below 1"),
         ({"clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
-        ({"warmup_steps": 101}, "between 0 and steps=100"),
+        ({"warmup_steps": -1}, "must not be negative"),
     ],
 )
 def test_bad_config(changes, said):

@@ -45,7 +45,11 @@ def train(config: ConfigDict, out: Path) -> None:
         def constructor(rngs, part=part):
             return PARTS[part][1](fields[part], rngs)
         networks[part] = Network.abstract(constructor)
-        params |= {f"{part}/{name}": value for name, value in init(constructor, key).items()}
+        if config.warm_start:
+            values = convert.load(convert.find_files(folder / part, PARTS[part][2]), networks[part])
+        else:
+            values = init(constructor, key)
+        params |= {f"{part}/{name}": value for name, value in values.items()}
 
     scheduler_config = config.scheduler.to_dict()
     pipeline = StableDiffusionPipeline(folder, networks, {"vae": vae_params}, tokenizer,

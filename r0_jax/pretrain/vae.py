@@ -18,6 +18,7 @@ from r0_jax.shapes.scene import Layout, Scene, render, sample_layouts, sample_sc
 
 # Encoding and decoding, several images a step.
 CHUNK = 128
+STEM = "diffusion_pytorch_model"
 
 
 def scene_batches(seed: int, batch_size: int, split: str = "train"
@@ -52,16 +53,19 @@ def train(config: ConfigDict, out: Path) -> None:
         value = jnp.mean(weighted) + config.kl_weight * kl
         return value, {"psnr": -10 * jnp.log10(jnp.mean(error**2) / 4), "kl": kl}
 
-    params = fit(loss, init(constructor, jax.random.key(config.seed)),
-                 scene_batches(config.seed, config.batch_size), config)
+    folder = out / "pipeline" / "vae"
+    if config.warm_start:
+        start = convert.load(convert.find_files(folder, STEM), network)
+    else:
+        start = init(constructor, jax.random.key(config.seed))
+    params = fit(loss, start, scene_batches(config.seed, config.batch_size), config)
 
     # Stable Diffusion scales latents to unit standard deviation.
     encode = jax.jit(lambda params, batch: network.apply(
         params, "encode", 2 * render(*batch, xp=jnp) - 1)[0])
-    latents = encode(params, next(scene_batches(config.seed + 1, 8 * CHUNK)))
+    latents = encode(params, next(scene_batches(config.seed + 10_000, 8 * CHUNK)))
     fields["scaling_factor"] = round(1 / float(jnp.std(latents)), 5)
-    folder = out / "pipeline" / "vae"
-    convert.save(params, folder / "diffusion_pytorch_model.safetensors", config.store_dtype)
+    convert.save(params, folder / f"{STEM}.safetensors", config.store_dtype)
     write_json(folder / "config.json", fields)
     console.print(f"scaling_factor {fields['scaling_factor']}, channel std "
                   f"{np.std(np.asarray(latents), (0, 1, 2)).round(3)}, written to {folder}")

@@ -1,0 +1,185 @@
+"""The table: base with guidance, base in few steps, R0, on the same prompts and the same noise."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from r0_jax import (
+    data,
+    images,
+    prompt_dataset,
+    rewards,
+    run,
+    schedulers,
+    statistics,
+)
+from r0_jax.errors import InputError
+from r0_jax.inference import ImageSampler
+from r0_jax.network import Params
+from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.rewards.clip_score import load_tower, normalize
+from r0_jax.rewards.reward import Reward
+from r0_jax.shapes import world
+from r0_jax.validation import draw, fixed_noise, score
+
+SHOWN = 12  # prompts whose images go into the report
+console = Console(stderr=True)
+
+
+class Model(NamedTuple):
+    """One column of the table."""
+
+    sampler: ImageSampler
+    params: dict[str, Params]  # of every part of the pipeline
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Testbed:
+    """What every model is measured with: prompts, noise and judges."""
+
+    config: ConfigDict
+    pipeline: StableDiffusionPipeline
+    prompts: list[str]
+    rewards: list[Reward]
+    heldout: list[Reward]
+    columns: dict[str, np.ndarray]
+    image_features: Callable[[np.ndarray], np.ndarray] | None
+
+    @classmethod
+    def build(cls, config: ConfigDict, pipeline: StableDiffusionPipeline) -> "Testbed":
+        """Reads the test prompts and loads all rewards of the config."""
+        prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
+        if config.test.world == "shapes":
+            world.check_prompts(prompts, config.test.prompts)
+        elif config.test.world:
+            raise InputError(f"test.world={config.test.world!r} is unknown; use 'shapes' or ''")
+        trained_on = [rewards.load(name, entry, config.dtype)
+                      for name, entry in config.rewards.items()]
+        heldout = [rewards.load(name, entry, config.dtype)
+                   for name, entry in config.heldout_rewards.items()]
+        columns = prompt_dataset.columns(prompts, pipeline, trained_on + heldout)
+        return cls(config, pipeline, prompts, trained_on, heldout, columns,
+                   _image_features(config))
+
+    def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
+        """{metric: {"value", "ci95"}} and the images of the prompts."""
+        test, shape = self.config.test, self.pipeline.latent_shape
+        noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
+        ids = self.columns["input_ids"]
+        drawn, seconds = timed_draw(model, ids, noise, keys, test.batch_size)
+
+        found: dict[str, Any] = {}
+        if test.world == "shapes":
+            found |= world.judge_metrics(drawn, self.prompts)
+        for reward in self.rewards + self.heldout:
+            features = self.columns.get(f"features/{reward.name}")
+            scores = score(jax.jit(reward.score), reward.params, drawn, features, test.batch_size)
+            name = f"reward/{reward.name}"
+            if reward.name == test.features:
+                name = "heldout_clip_score"
+            elif reward in self.heldout:
+                name = f"reward/heldout: {reward.name}"
+            found[name] = statistics.mean_ci(scores)
+        if self.image_features is not None:
+            found |= self._feature_metrics(model, drawn)
+        calls = model.sampler.network_calls
+        found["network_calls"] = {"value": calls, "ci95": None}
+        found["seconds_per_image"] = statistics.mean_ci(seconds)
+        return found, drawn
+
+    def _feature_metrics(self, model: Model, drawn: np.ndarray) -> dict[str, Any]:
+        test = self.config.test
+        found = {}
+        if test.world == "shapes":
+            scenes = world.render_prompts(self.prompts, self.config.seed)
+            found["frechet_distance"] = statistics.bootstrap_ci(
+                statistics.frechet_distance, self.image_features(drawn),
+                self.image_features(scenes), seed=self.config.seed)
+        count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
+        ids = np.repeat(self.columns["input_ids"][:count], each, axis=0)
+        noise, keys = fixed_noise(self.config.seed + 1, len(ids), self.pipeline.latent_shape)
+        several = draw(model.sampler, model.params, ids, noise, keys, test.batch_size)
+        features = self.image_features(several).reshape(count, each, -1)
+        found["diversity"] = statistics.mean_ci(statistics.diversity(features))
+        return found
+
+
+def timed_draw(model: Model, ids: np.ndarray, noise: np.ndarray, keys: jax.Array,
+               batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images, and seconds an image of each batch, compilation left out."""
+    first = np.arange(batch_size) % len(ids)
+    model.sampler(model.params, ids[first], noise[first], keys[first]).block_until_ready()
+    drawn, seconds = [], []
+    for start in range(0, len(ids), batch_size):
+        rows = slice(start, start + batch_size)
+        begin = time.perf_counter()
+        drawn.append(draw(model.sampler, model.params, ids[rows], noise[rows], keys[rows],
+                          batch_size))
+        seconds.append((time.perf_counter() - begin) / batch_size)
+    return np.concatenate(drawn), np.asarray(seconds)
+
+
+def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
+    if not config.test.features:
+        return None
+    entry = config.heldout_rewards.get(config.test.features)
+    if entry is None or entry.type != "clip_score":
+        raise InputError(f"test.features={config.test.features!r} is not a held-out reward of type "
+                         "clip_score")
+    network, params, _, prepare = load_tower(Path(entry.path), config.dtype)
+    encode = jax.jit(lambda params, x, _: normalize(
+        network.apply(params, "image_features", prepare(x).astype(config.dtype))))
+    return lambda x: score(encode, params, x, None, config.test.batch_size)
+
+
+def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, Any]:
+    """Measures the three models of a finished run; writes eval.json and samples/eval/."""
+    opened = run.open_run(folder, config.pretrained)
+    pipeline, chosen = opened.pipeline, run.choose_step(folder, step)
+    weights = opened.weights(opened.params(chosen))
+    guided = schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
+    grid = schedulers.from_config(opened.scheduler_config, config.sampler.num_steps)
+    few = ImageSampler(pipeline, grid, guidance_scale=1.0)
+    trained = {**pipeline.params, pipeline.generator_part: weights}
+    k = config.sampler.num_steps
+    models = {
+        f"base_{config.test.base_steps}_guided": Model(
+            ImageSampler(pipeline, guided, config.test.guidance_scale), pipeline.params),
+        f"base_{k}": Model(few, pipeline.params),
+        f"r0_{k}": Model(few, trained),
+    }
+    return evaluate_models(Testbed.build(config, pipeline), models, folder,
+                           {"checkpoint": f"step {chosen}"})
+
+
+def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
+                    facts: dict[str, Any]) -> dict[str, Any]:
+    """The contents of `folder`/eval.json, which is written together with the first images."""
+    table: dict[str, Any] = {"models": {}, "prompts": len(testbed.prompts),
+                             "seed": testbed.config.seed, **facts}
+    files: dict[str, list[str]] = {}
+    for name, model in models.items():
+        console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
+        params = jax.device_put(model.params)
+        table["models"][name], drawn = testbed.measure(model._replace(params=params))
+        files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
+        for i, file in enumerate(files[name]):
+            images.save_png(folder / "samples" / "eval" / file, drawn[i],
+                            {"prompt": testbed.prompts[i]})
+    lines = [json.dumps({"index": i, "prompt": prompt,
+                         "files": {name: paths[i] for name, paths in files.items()}},
+                        ensure_ascii=False)
+             for i, prompt in enumerate(testbed.prompts[:SHOWN])]
+    images.write_bytes(folder / "samples" / "eval" / "prompts.jsonl",
+                       ("\n".join(lines) + "\n").encode("utf-8"))
+    images.write_bytes(folder / "eval.json", json.dumps(table, indent=1).encode("utf-8"))
+    return table
