@@ -28,7 +28,8 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
 # Old VAE files name the mid-block attention after its first implementation.
-_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
+              ".to_out.0.": ".proj_attn."}
 
 
 def to_key(name: str) -> str:
@@ -59,29 +60,32 @@ def find_files(folder: Path, stem: str) -> list[Path]:
     variant (`stem.fp16.safetensors`); the full-precision file is preferred.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
-    single = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}.*.safetensors"))
-    single = [p for p in single if "-of-" not in p.name]
-    if single:
-        return single[:1]
-    indexes = sorted(folder.glob(f"{stem}.safetensors.index*.json"))
-    if indexes:
-        index = _read_index(indexes[0])
-        files = [folder / name for name in sorted(set(index.values()))]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise InputError(f"{indexes[0]} names {len(missing)} file(s) that are not there "
-                             f"({', '.join(missing[:3])}): the download is incomplete")
-        return files
-    if sorted(folder.glob("*.bin")) + sorted(folder.glob("*.ckpt")):
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    variants = [*sorted(folder.glob(f"{stem}.*.safetensors")),
+                *sorted(folder.glob(f"{stem}.safetensors.index.*.json"))]
+    for path in [folder / single, folder / index, *variants]:
+        if path.is_file() and "-of-" not in path.name:
+            return [path] if path.suffix == ".safetensors" else _shards(path)
+    if any(any(folder.glob(f"*.{suffix}")) for suffix in ("bin", "ckpt", "pt", "pth")):
         raise InputError(f"{folder} holds only pickled weights, which are never read: "
-                         f"put {stem}.safetensors there")
-    raise InputError(f"{folder / stem}.safetensors is missing: is the folder complete?")
+                         f"put {single} there")
+    raise InputError(f"{folder / single} is missing: is the folder complete?")
+
+
+def _shards(index: Path) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(_read_index(index).values()))]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise InputError(f"{index} names {len(missing)} file(s) that are not there "
+                         f"({', '.join(missing[:3])}): the download is incomplete")
+    return files
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(v, str) and Path(v).name == v for v in index.values()):
+        # Names only: an index never reads a file outside of its folder.
+        if index and all(isinstance(v, str) and Path(v).name == v for v in index.values()):
             return index
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         pass
@@ -115,38 +119,41 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
     params, used = {}, set()
     with _reading(files) as where:
         for name, struct_ in network.shapes.items():
-            key = to_key(name)
-            key = key if key in where else _old_name(key)
-            if key not in where:
+            expected = _file_shape(name, struct_.shape)
+            key = next((k for k in _possible_keys(name) if k in where), None)
+            if key is None:
                 raise InputError(f"{source}: the key {to_key(name)} is missing; "
-                                 f"expected shape {_file_shape(name, struct_.shape)}")
+                                 f"expected shape {expected}")
             used.add(key)
             value = _tensor(where[key], key, source)
-            if "proj_attn" in key or ".query." in key or value.ndim == 4 and len(struct_.shape) == 2:
-                value = value.reshape(value.shape[:2]) if value.ndim == 4 else value
-            expected = _file_shape(name, struct_.shape)
+            if value.shape == (*expected, 1, 1) and any(p in to_key(name) for p in _OLD_NAMES):
+                value = value[..., 0, 0]  # older still: attention by 1x1 convolutions
             if value.shape != expected:
                 raise InputError(f"{source}: {key} has shape {value.shape}, but the config asks "
                                  f"for {expected}")
-            params[name] = np.ascontiguousarray(from_checkpoint(name, value).astype(DTYPES[dtype]))
+            params[name] = np.asarray(from_checkpoint(name, value), DTYPES[dtype], order="C")
         unexpected = [k for k in where if k not in used and k.split(".")[-1] not in _BUFFERS]
     if unexpected:
+        shape = _shape_of(files, unexpected[0])
         raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
-                         f"shape {_shape_of(files, unexpected[0])}: the file belongs to another model")
+                         f"shape {shape}: the file belongs to another model")
     return params
 
 
-def _old_name(key: str) -> str:
-    for new, old in _OLD_NAMES.items():
-        if new in key and "attentions" in key:
-            return key.replace(new, old)
-    return key
+def _possible_keys(name: str) -> Iterator[str]:
+    key = to_key(name)
+    yield key
+    if "attentions" in key:
+        yield from (key.replace(new, old) for new, old in _OLD_NAMES.items() if new in key)
+    # transformers >= 5.6 writes a CLIPTextModel without the prefix that the hub's files have.
+    if key.startswith("text_model."):
+        yield key.removeprefix("text_model.")
 
 
 def _tensor(handle, key: str, source: Path) -> np.ndarray:
     try:
         return handle.get_tensor(key)
-    except (SafetensorError, TypeError, ValueError) as e:
+    except (SafetensorError, TypeError, ValueError, AttributeError) as e:  # NumPy has no float8
         raise InputError(f"{source}: {key} cannot be read ({e})") from None
 
 
@@ -155,11 +162,11 @@ def _shape_of(files: list[Path], key: str) -> tuple[int, ...]:
         return tuple(where[key].get_slice(key).get_shape())
 
 
-def save(params: Mapping[str, np.ndarray], path: Path, dtype: str = "float32",
+def save(params: Params, path: Path, dtype: str = "float32",
          metadata: Mapping[str, str] | None = None) -> None:
     """Writes parameters as one safetensors file, atomically."""
     tensors = {
-        to_key(name): np.ascontiguousarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype])
+        to_key(name): np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
         for name, value in params.items()
     }
     save_tensors(tensors, path, metadata)
@@ -175,6 +182,8 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path,
         save_file(dict(tensors), temporary.name, metadata={"format": "pt", **(metadata or {})})
         os.chmod(temporary.name, 0o644)
         os.replace(temporary.name, path)
-    except BaseException:
+    except BaseException as e:
         os.unlink(temporary.name)
+        if isinstance(e, SafetensorError):  # what safetensors makes of a full disk
+            raise InputError(f"{path} cannot be written ({e}): is the disk full?") from None
         raise
