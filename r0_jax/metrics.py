@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -168,8 +169,9 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
-        from tensorboardX import record_writer, summary  # 1 s to import
-        from tensorboardX.proto import event_pb2
+        with _without_torch():
+            from tensorboardX import record_writer, summary  # 1 s to import
+            from tensorboardX.proto import event_pb2
 
         self._crc, self._summary, self._event = record_writer.masked_crc32c, summary, event_pb2
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +198,20 @@ class _TensorBoard:
         size = struct.pack("<Q", len(data))
         crcs = [struct.pack("<I", self._crc(part)) for part in (size, data)]
         _append(self._file, size + crcs[0] + data + crcs[1])
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides torch: tensorboardX imports it wherever it is installed, for seconds and a gigabyte
+    of memory, and does without it otherwise."""
+    before = sys.modules.get("torch")
+    sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is not None:
+            sys.modules["torch"] = before
 
 
 def _start_wandb(workdir: Path) -> Any:
