@@ -33,9 +33,13 @@ class Preprocess:
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
         """Normalized images. Bicubic overshoot is kept: clipping it would kill gradients."""
         b, h, w, c = images.shape
-        side = {"crop": min, "pad": max}.get(self.policy)
-        height, width = ((self.size, self.size) if side is None else
-                         (round(self.size * n / side(h, w)) for n in (h, w)))
+        match self.policy:
+            case "crop":  # transformers and torchvision cut the fraction of a pixel off
+                height, width = (int(self.size * n / min(h, w)) for n in (h, w))
+            case "pad":  # HPS rounds it
+                height, width = (round(self.size * n / max(h, w)) for n in (h, w))
+            case _:
+                height, width = self.size, self.size
         if (height, width) != (h, w):
             images = jax.image.resize(images, (b, height, width, c), "cubic", antialias=True)
         if self.policy == "crop":
@@ -60,12 +64,13 @@ def from_json(fields: Mapping[str, Any], image_size: int) -> Preprocess:
     if resample != 3:
         raise InputError(f"preprocessor_config.json: resample = {resample} is not supported "
                          "(supported: 3, bicubic)")
-    size = fields.get("crop_size") if fields.get("do_center_crop", True) else fields.get("size")
-    size = size if size is not None else image_size
-    sizes = set(size.values()) if isinstance(size, Mapping) else {size}
-    if sizes != {image_size}:
-        raise InputError(f"preprocessor_config.json: images come out at {sorted(sizes)} px, but "
-                         f"the tower takes {image_size} px")
-    return Preprocess(image_size, "crop" if fields.get("do_center_crop", True) else "squash",
+    crops = fields.get("do_center_crop", True)
+    for field in ("size", "crop_size") if crops else ("size",):
+        size = fields.get(field) or image_size
+        sizes = set(size.values()) if isinstance(size, Mapping) else {size}
+        if sizes - {None} != {image_size}:
+            raise InputError(f"preprocessor_config.json: {field} = {size}, but the tower takes "
+                             f"{image_size} px")
+    return Preprocess(image_size, "crop" if crops else "squash",
                       tuple(fields.get("image_mean", CLIP_MEAN)),
                       tuple(fields.get("image_std", CLIP_STD)))

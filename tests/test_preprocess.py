@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from r0_jax.errors import InputError
+from r0_jax.rewards import preprocess
+from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+
+SIZE = 16
+# Square, wide and tall; larger and smaller than the tower; the same; and 40 * 16 / 23 = 27.8,
+# where cutting off and rounding differ.
+SHAPES = [(48, 48), (9, 9), (16, 16), (40, 23), (23, 40), (10, 25), (33, 12)]
+
+
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).random((2, h, w, 3)).astype(np.float32)
+
+
+def in_torch(images, policy):
+    """What the published code does, on floats and with antialiasing."""
+    x = torch.as_tensor(images).permute(0, 3, 1, 2)
+    h, w = x.shape[-2:]
+    if policy == "crop":  # torchvision's Resize, then the processor's centre crop
+        new = (SIZE, int(SIZE * w / h)) if h <= w else (int(SIZE * h / w), SIZE)
+    elif policy == "pad":  # hpsv2's ResizeMaxSize
+        new = tuple(round(n * (SIZE / max(h, w))) for n in (h, w))
+    else:
+        new = (SIZE, SIZE)
+    if new != (h, w):
+        x = torch.nn.functional.interpolate(x, new, mode="bicubic", antialias=True)
+    if policy == "crop":
+        top, left = (new[0] - SIZE) // 2, (new[1] - SIZE) // 2
+        x = x[..., top:top + SIZE, left:left + SIZE]
+    if policy == "pad":
+        tall, wide = SIZE - new[0], SIZE - new[1]
+        x = torch.nn.functional.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return ((x - mean) / std).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("policy", ["crop", "pad", "squash"])
+def test_equals_torch_forward_and_gradient(shape, policy):
+    images, weights = noise(*shape), noise(SIZE, SIZE, 1)
+    there = torch.tensor(images, requires_grad=True)
+    expected = in_torch(there, policy)
+    (expected * torch.as_tensor(weights)).sum().backward()
+
+    prepare = Preprocess(SIZE, policy)
+    found, pullback = jax.vjp(prepare, jnp.asarray(images))
+    assert found.shape == (2, SIZE, SIZE, 3)
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
+    np.testing.assert_allclose(pullback(jnp.asarray(weights))[0], there.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 71), (71, 48), (9, 14)],
+                         ids="{0[0]}x{0[1]}".format)  # fmt: skip
+def test_equals_the_processor_of_transformers_on_uint8(shape):
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE},
+                                   crop_size={"height": SIZE, "width": SIZE})  # fmt: skip
+    prepare = preprocess.from_json(processor.to_dict(), SIZE)
+
+    def difference(images):
+        theirs = processor([Image.fromarray(i) for i in images], return_tensors="np").pixel_values
+        ours = prepare(jnp.asarray(images / np.float32(255)))
+        return np.abs(np.moveaxis(theirs, 1, -1) - ours).max() * min(CLIP_STD)
+
+    # It rounds to 1/255 twice: after the horizontal and the vertical pass.
+    grey = (64 + 128 * noise(*shape)).astype(np.uint8)
+    assert difference(grey) < 2 / 255
+    # Bicubic overshoots, which uint8 clips and a differentiable path must not.
+    assert difference((noise(*shape) > 0.5).astype(np.uint8) * 255) > 4 / 255
+
+
+def test_overshoot_keeps_its_gradient():
+    stripes = jnp.broadcast_to(jnp.arange(9)[None, :, None, None] % 3 == 0, (1, 9, 9, 3))
+    prepare = Preprocess(SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+    larger, pullback = jax.vjp(prepare, stripes.astype(jnp.float32))
+    assert larger.min() < -0.01
+    at_overshoot = pullback((larger < -0.01).astype(jnp.float32))[0]
+    assert jnp.abs(at_overshoot).max() > 0.1
+
+
+def test_reads_published_files():
+    openai = {"crop_size": 224, "size": 224, "do_center_crop": True, "resample": 3,
+              "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}  # fmt: skip
+    assert preprocess.from_json(openai, 224) == Preprocess(224)
+    newer = openai | {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+    assert preprocess.from_json(newer, 224) == Preprocess(224)
+    chinese = {"do_center_crop": False, "size": {"height": 224, "width": 224}, "crop_size": 99}
+    assert preprocess.from_json(chinese, 224) == Preprocess(224, "squash")
+    assert preprocess.from_json({}, 224) == Preprocess(224)
+    siglip = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    found = preprocess.from_json(siglip, 8)(jnp.ones((1, 8, 8, 3)))
+    np.testing.assert_allclose(found, 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"resample": 2}, "resample = 2 is not supported"),
+        ({"crop_size": 336}, "crop_size = 336, but the tower takes 224 px"),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224}, "size = {'shortest_edge': 256}, but"),
+        ({"crop_size": {"height": 224, "width": 448}}, "crop_size = .* but the tower takes 224"),
+    ],
+)
+def test_files_that_do_not_fit(fields, said):
+    with pytest.raises(InputError, match=said):
+        preprocess.from_json(fields, 224)
