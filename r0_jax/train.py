@@ -96,7 +96,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> None:
                           donate_argnums=0)
         validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
                                 {r.name for r in heldout})
-        finished = loop(config, folder, mesh, state, step_fn, frozen, validation, checkpoints)
+        finished = loop(config, folder, mesh, state, started, step_fn, frozen, validation,
+                        checkpoints)
 
     if finished and config.test.prompts and jax.process_index() == 0:
         table = testbed.evaluate_run(folder, config)
@@ -155,8 +156,8 @@ def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigD
             "empty_ids": empty_ids}
 
 
-def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, step_fn, frozen,
-         validation: Validation, checkpoints: checkpoint.Checkpoints) -> bool:
+def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resumed: bool, step_fn,
+         frozen, validation: Validation, checkpoints: checkpoint.Checkpoints) -> bool:
     """Runs the remaining steps; False if a SIGTERM ended them early."""
     step = first = int(state.step)
     batches = device_batches(config, folder, mesh, first)
@@ -185,7 +186,7 @@ def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, step_f
                     f"the newest checkpoint is step {checkpoints.latest_step()}: lower "
                     "optimizer.learning_rate or optimizer.clip_norm and start from there")
 
-        if first == 0:
+        if not resumed:
             evaluate_and_save()
         pending = None  # metrics of the step before, fetched while this one runs
         while step < config.steps and not stop.requested():
@@ -194,9 +195,12 @@ def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, step_f
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
-            if step % config.eval_every == 0 or step == config.steps:
+            evaluates = step % config.eval_every == 0 or step == config.steps
+            if evaluates or step % config.checkpoint_every == 0:
+                # A step's metrics are on disk before its checkpoint: a kill in between loses none.
                 log(pending, step)
                 pending = None
+            if evaluates:
                 evaluate_and_save()
             elif step % config.checkpoint_every == 0:
                 checkpoints.save(state)
