@@ -61,7 +61,8 @@ class ImageSampler:
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
         @jax.jit
-        def run(params: dict[str, Params], input_ids, empty_ids, noise, keys) -> dict[str, Any]:
+        def run(params: dict[str, Params], input_ids, empty_ids, noise, keys
+                ) -> Float[Array, "b h w 3"]:
             conditioning = pipeline.encode_prompt(params, input_ids)
             negative = pipeline.encode_prompt(params, empty_ids) if self.guided else None
             latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noise,
