@@ -1,7 +1,9 @@
 """A user's own reward: `module:function`, checked before it is trusted with a training run."""
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +29,13 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-    except (ImportError, AttributeError) as e:
-        raise InputError(f"rewards.{name}: {entry.function} cannot be imported ({e}); is its "
-                         "folder on PYTHONPATH?") from None
+    except Exception as e:  # a user's module may raise anything
+        raise InputError(f"rewards.{name}: {entry.function} cannot be imported ({_one_line(e)}); "
+                         "is its folder on PYTHONPATH?") from None
     encode = getattr(module, f"{function_name}_text_features", None)
     try:
         inspect.signature(function).bind(None, None)
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: what is written in C has no signature
         raise InputError(f"rewards.{name}: {entry.function} must take (images, features)") from None
     return Reward(
         name, {},
@@ -50,28 +52,24 @@ def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
     """
     features = None
     if reward.text_features is not None:
-        features = reward.text_features(reward.params, ["a first prompt", "第二个提示"])
+        with _blaming(reward, "2 prompts"):
+            features = reward.text_features(reward.params, ["a first prompt", "第二个提示"])
         if features.ndim != 2 or len(features) != 2:
             raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
                              f"{features.shape}; expected (2, D)")
     images = jax.random.uniform(jax.random.key(0), (2, *image_shape))
-
-    def scores(images):
-        return reward.score(reward.params, images, features)
-
-    def first(images):
-        value = scores(images)
-        return value[0], value
-
-    try:
-        found = jax.eval_shape(scores, images)
-    except Exception as e:
-        raise InputError(f"reward {reward.name} fails on images of shape {images.shape}: "
-                         f"{type(e).__name__}: {str(e).splitlines()[0]}") from None
+    with _blaming(reward, f"images of shape {images.shape}"):
+        found = jax.eval_shape(reward.score, reward.params, images, features)
     if getattr(found, "shape", None) != (2,) or found.dtype != jnp.float32:
         raise InputError(f"reward {reward.name} returns {found} for 2 images; "
                          "expected float32 of shape (2,)")
-    grads, value = jax.jit(jax.grad(first, has_aux=True))(images)
+
+    def first(images, params):  # an argument: a tower's weights as constants take long to compile
+        value = reward.score(params, images, features)
+        return value[0], value
+
+    with _blaming(reward, f"the gradient at images of shape {images.shape}"):
+        grads, value = jax.jit(jax.grad(first, has_aux=True))(images, reward.params)
     if not bool(jnp.all(jnp.isfinite(value))):
         raise InputError(f"reward {reward.name} is not finite on random images: {value}")
     if not bool(jnp.all(jnp.isfinite(grads))):
@@ -81,3 +79,16 @@ def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
     if bool(jnp.any(grads[1] != 0)):
         raise InputError(f"reward {reward.name}: one image's score depends on another image; "
                          "scores must be independent within a batch")
+
+
+@contextlib.contextmanager
+def _blaming(reward: Reward, where: str) -> Iterator[None]:
+    """Whatever a user's function raises, as one line."""
+    try:
+        yield
+    except Exception as e:
+        raise InputError(f"reward {reward.name} fails on {where}: {_one_line(e)}") from None
+
+
+def _one_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0].removesuffix(": ")
