@@ -38,8 +38,19 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
             cosine = cosine * jnp.exp(params["logit_scale"].astype(jnp.float32))
         return cosine
 
+    @jax.jit
+    def encode(params: Params, input_ids: jax.Array) -> jax.Array:
+        return normalize(network.apply(params, "text_features", input_ids))
+
     def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        return encode_texts(network, params, tokenizer, prompts)
+        """Normalized, float32."""
+        ids = tokenize(tokenizer, prompts, network.config.text_config.max_position_embeddings)
+        rows = []
+        for start in range(0, len(ids), _TEXT_BATCH):
+            chunk = ids[start:start + _TEXT_BATCH]
+            padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
+            rows.append(np.asarray(encode(params, padded))[:len(chunk)])
+        return np.concatenate(rows)
 
     return Reward(name, params, score, text_features)
 
@@ -59,16 +70,3 @@ def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
     """Unit length, in float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
-
-
-def encode_texts(network: Network, params: Params, tokenizer: CLIPTokenizer,
-                 prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-    """Normalized text features of every prompt, float32."""
-    ids = tokenize(tokenizer, prompts, network.config.text_config.max_position_embeddings)
-    encode = jax.jit(lambda params, ids: normalize(network.apply(params, "text_features", ids)))
-    rows = []
-    for start in range(0, len(ids), _TEXT_BATCH):
-        chunk = ids[start:start + _TEXT_BATCH]
-        padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
-        rows.append(np.asarray(encode(params, padded))[:len(chunk)])
-    return np.concatenate(rows)
