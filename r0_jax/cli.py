@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     keeps its traceback. absl's log goes to stderr, from warnings on (`--verbosity=0` for more).
     """
     logging.get_absl_logger().addFilter(_is_news)
+    warnings.showwarning = _show_warning
     try:
         app.run(main, flags_parser=_parse_flags)
     except InputError as error:
@@ -50,6 +52,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if message := _disk_problem(error):
             _fail(message)
         raise
+
+
+def _show_warning(message: Warning | str, *where: object) -> None:
+    """One line, without the line of code that warned."""
+    del where
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
