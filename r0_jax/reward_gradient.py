@@ -77,7 +77,8 @@ def _bounded(score, images, gradient, keys, regularizers: ConfigDict) -> jax.Arr
     smooth = jnp.zeros_like(gradient)
     for i in range(options.samples):
         noise = options.std * sampler.normal(keys, _SMOOTHING + i, images.shape[1:])
-        smooth += value_and_gradient(score, images + noise)[1] / options.samples
+        perturbed = jnp.clip(images + noise, 0.0, 1.0)  # all that a reward is promised
+        smooth += value_and_gradient(score, perturbed)[1] / options.samples
     gradient = (1 - options.weight) * gradient + options.weight * smooth
     norm = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3), keepdims=True))
     return gradient * jnp.minimum(1.0, options.clip / (norm + 1e-12))
