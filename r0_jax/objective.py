@@ -97,13 +97,14 @@ class Objective:
             eta=self.config.sampler.eta)
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
-        count = len(trajectory.x0)
-        empty = self.pipeline.encode_prompt(frozen, frozen["empty_ids"])  # of one prompt
-        empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), empty)
+        def empty():
+            one = self.pipeline.encode_prompt(frozen, frozen["empty_ids"])
+            return jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (len(keys), *x.shape[1:])), one)
 
         def base(latents, timesteps, prompted: bool):
             return self.pipeline.denoise(frozen["base"], latents, timesteps,
-                                         conditioning if prompted else empty)
+                                         conditioning if prompted else empty())
 
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
