@@ -63,7 +63,15 @@ class StableDiffusionPipeline:
         if size is None:
             raise InputError(f"{self.folder}/unet/config.json has no sample_size: add the latents' "
                              "height, e.g. 64 for 512 px")
-        return (size, size, config.in_channels)
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return (height, width, config.in_channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, 3] of one sample's image."""
+        height, width, _ = self.latent_shape
+        factor = 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
+        return (height * factor, width * factor, 3)
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b t"]:
         """Token ids, padded to the encoder's length; warns with the share of prompts cut off."""
@@ -130,17 +138,25 @@ def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
     """
     folder = Path(folder)
     check_family(folder)
-    networks, params = {}, {}
-    for part, (_, build, stem) in PARTS.items():
-        fields = read_json(folder / part / "config.json")
-        networks[part] = Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs))
-        params[part] = convert.load(convert.find_files(folder / part, stem), networks[part], dtype)
-    return StableDiffusionPipeline(folder, networks, params, load_tokenizer(folder / "tokenizer"),
-                                   read_json(folder / "scheduler" / "scheduler_config.json"))
+    # What may be wrong is looked at before gigabytes are read.
+    scheduler_config = load_scheduler_config(folder / "scheduler")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    fields = {part: read_json(folder / part / "config.json") for part in PARTS}
+    files = {part: convert.find_files(folder / part, stem) for part, (*_, stem) in PARTS.items()}
+    networks = {part: Network.abstract(lambda rngs, b=build, f=fields[part]: b(f, rngs))
+                for part, (_, build, _) in PARTS.items()}
+    params = {part: convert.load(files[part], networks[part], dtype) for part in PARTS}
+    return StableDiffusionPipeline(folder, networks, params, tokenizer, scheduler_config)
+
+
+def load_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The folder's scheduler_config.json, with the two fields that stock pipelines overrule."""
+    config = read_json(folder / "scheduler_config.json")
+    return {**config, "steps_offset": 1, "clip_sample": False}
 
 
 def check_family(folder: Path) -> None:
-    """InputError unless model_index.json says that the folder is a Stable Diffusion 1.x pipeline."""
+    """InputError unless model_index.json says that the folder is a Stable Diffusion 1.x one."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the diffusers folder of a pretrained "
                          "pipeline (the one that holds model_index.json)")
@@ -150,7 +166,8 @@ def check_family(folder: Path) -> None:
         raise InputError(f"{folder} holds a {name}, which is not supported; "
                          "supported: StableDiffusionPipeline")
     for part, (expected, *_) in PARTS.items():
-        found = (index.get(part) or [None, None])[1]
+        entry = index.get(part)
+        found = entry[-1] if isinstance(entry, list) and entry else entry
         if found != expected:
             raise InputError(f"{folder}/model_index.json: {part} is a {found}, not a {expected}")
 
@@ -178,5 +195,5 @@ def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:
             "prediction_type", "rescale_betas_zero_snr")
     schedulers.alphas_cumprod(config)  # names what is not supported
     return {"_class_name": "DDIMScheduler", **{k: config[k] for k in kept if k in config},
-            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0,
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
             "thresholding": False, "timestep_spacing": "trailing"}

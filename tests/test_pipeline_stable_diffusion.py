@@ -1,0 +1,353 @@
+"""A whole folder against stock diffusers, from tokens to images; and folders that are not whole."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import warnings
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+import tiny
+import torch
+
+from r0_jax import schedulers
+from r0_jax.errors import InputError
+from r0_jax.inference import ImageSampler
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
+from r0_jax.pipelines import stable_diffusion
+
+# diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
+)
+
+PROMPTS = tiny.PROMPTS
+LATENTS = parity.normal(0, len(PROMPTS), 8, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    unet = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",)}  # one level: quick to compile
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"), seed=0, unet=unet)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return stable_diffusion.load(folder)
+
+
+@pytest.fixture(scope="module")
+def stock(folder):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """The folder, to be tampered with."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@contextlib.contextmanager
+def refused(*said):
+    with pytest.raises(InputError) as error:
+        yield
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    for part in said:
+        assert str(part) in message
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
+@pytest.fixture
+def compile_quickly(monkeypatch):
+    quickly = functools.partial(jax.jit, compiler_options=parity.COMPILE_QUICKLY)
+    monkeypatch.setattr(jax, "jit", quickly)
+
+
+# --- part by part ----------------------------------------------------------------------------
+
+
+def test_tokenize(pipeline, stock, copy):
+    expected = stock.tokenizer(PROMPTS, padding="max_length", max_length=tiny.TOKENS,
+                               truncation=True, return_tensors="np").input_ids
+    ids = pipeline.tokenize(PROMPTS)
+    assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), tiny.TOKENS)
+    np.testing.assert_array_equal(ids, expected)
+    assert len(set(map(tuple, ids))) == len(PROMPTS)
+    # As folders on the hub hold it: vocabulary and merges, and no tokenizer.json.
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    tokenizer = stable_diffusion.load_tokenizer(copy / "tokenizer")
+    np.testing.assert_array_equal(
+        stable_diffusion.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
+
+
+def test_prompts_that_are_cut_off_are_counted(pipeline):
+    long = "a red square " * 10
+    with pytest.warns(UserWarning, match=r"2 of 5 prompts \(40%\) are longer than 24 tokens"):
+        ids = pipeline.tokenize(["a", long, "b", long, ""])
+    assert ids[1, -1] == ids[0, -1] == pipeline.tokenizer.eos_token_id
+    fits = "a " * (tiny.TOKENS - 2)  # and the two ends
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = pipeline.tokenize([fits])
+    assert ids[0, -2] != pipeline.tokenizer.eos_token_id
+
+
+def test_encode_prompt(pipeline, stock, compile_quickly):
+    expected = stock.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+    ids = jnp.asarray(pipeline.tokenize(PROMPTS))
+    conditioning = jax.jit(pipeline.encode_prompt)(pipeline.params, ids)
+    assert list(conditioning) == ["prompt_embeds"]
+    parity.assert_close(conditioning["prompt_embeds"], parity.to_jax(expected), parity.OUTPUT)
+
+
+def test_denoise_and_features(pipeline, stock, compile_quickly):
+    prompt_embeds = parity.normal(1, len(PROMPTS), 5, 16)
+    timesteps = np.array([0, 1, 500.5, 999], np.float32)
+    features = []
+    hook = stock.unet.mid_block.register_forward_hook(lambda *args: features.append(args[-1]))
+    expected = stock.unet(*map(parity.to_torch, (LATENTS, timesteps, prompt_embeds))).sample
+    hook.remove()
+
+    def run(unet, latents):
+        args = unet, latents, jnp.asarray(timesteps), {"prompt_embeds": jnp.asarray(prompt_embeds)}
+        return pipeline.denoise(*args), pipeline.features(*args)
+
+    run = jax.jit(run)
+    for dtype, tolerance in ((jnp.float32, parity.OUTPUT), (jnp.bfloat16, 1e-1)):
+        unet = {name: value.astype(dtype) for name, value in pipeline.params["unet"].items()}
+        output, mid = run(unet, LATENTS)
+        assert output.dtype == mid.dtype == jnp.float32
+        parity.assert_close(output, parity.to_jax(expected), tolerance)
+        parity.assert_close(mid, parity.to_jax(features[0]), tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-4), (jnp.bfloat16, 1e-1)])
+def test_decode(pipeline, stock, compile_quickly, dtype, tolerance):
+    latents = stock.vae.config.scaling_factor * parity.to_torch(LATENTS)
+    decoded = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
+    expected = stock.image_processor.postprocess(decoded.detach(), output_type="np")
+    vae = {name: value.astype(dtype) for name, value in pipeline.params["vae"].items()}
+    decode = jax.jit(lambda vae, latents: (pipeline.decode(vae, latents),
+                                           pipeline.decode_unclipped(vae, latents)))
+    images, unclipped = decode(vae, parity.to_jax(latents))
+    assert images.dtype == unclipped.dtype == jnp.float32 and images.shape == (4, 16, 16, 3)
+    parity.assert_close(images, expected, tolerance)
+    parity.assert_close(unclipped, parity.to_jax(decoded) / 2 + 0.5, tolerance)
+    assert unclipped.min() < 0 and unclipped.max() > 1  # or clipping would not be tested
+
+
+def with_config(pipeline, part, **fields):
+    """The pipeline with other fields in the config of a part."""
+    network = pipeline.networks[part]
+    network = dataclasses.replace(network, config=dataclasses.replace(network.config, **fields))
+    return dataclasses.replace(pipeline, networks=pipeline.networks | {part: network})
+
+
+def test_decode_with_a_shift(pipeline, compile_quickly):
+    shifted = with_config(pipeline, "vae", scaling_factor=2.0, shift_factor=0.5)
+    usual = pipeline.networks["vae"].config.scaling_factor
+
+    @jax.jit
+    def decode(vae, latents):
+        return (shifted.decode_unclipped(vae, latents),
+                pipeline.decode_unclipped(vae, usual * (latents / 2 + 0.5)))
+
+    parity.assert_close(*decode(pipeline.params["vae"], LATENTS), 1e-5)
+
+
+def test_shapes(pipeline):
+    assert pipeline.latent_shape == (8, 8, 4) and pipeline.image_shape == (16, 16, 3)
+    unet = UNet2DConditionConfig.from_json(tiny.UNET | {"sample_size": [6, 10], "in_channels": 5})
+    wide = with_config(pipeline, "unet", sample_size=unet.sample_size, in_channels=5)
+    assert wide.latent_shape == (6, 10, 5) and wide.image_shape == (12, 20, 3)
+    with refused("sample_size", pipeline.folder):
+        with_config(pipeline, "unet", sample_size=None).latent_shape  # noqa: B018
+
+
+# --- whole trajectories ----------------------------------------------------------------------
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DDIM = SD | {"_class_name": "DDIMScheduler"}
+EULER = SD | {"_class_name": "EulerDiscreteScheduler"}
+SCHEDULERS = {
+    "sd15": tiny.PNDM,
+    # What stock pipelines overrule: steps_offset 0, and the default of clip_sample.
+    "ddim_leading": DDIM | {"timestep_spacing": "leading", "set_alpha_to_one": False},
+    "ddim_trailing_v": DDIM | {"timestep_spacing": "trailing", "prediction_type": "v_prediction",
+                               "rescale_betas_zero_snr": True, "clip_sample": False},
+    "euler": EULER,
+    "euler_leading_v": EULER | {"timestep_spacing": "leading", "prediction_type": "v_prediction"},
+}
+
+
+@pytest.mark.parametrize("name, steps, guidance_scale", [
+    ("sd15", 4, 5.0), ("ddim_leading", 4, 1.0), ("ddim_trailing_v", 3, 5.0),
+    ("euler", 4, 1.0), ("euler_leading_v", 3, 3.0)])
+def test_images_are_those_of_the_stock_pipeline(
+        pipeline, stock, tmp_path, compile_quickly, name, steps, guidance_scale):
+    config = SCHEDULERS[name]
+    kind = getattr(diffusers, config["_class_name"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that it overrules fields
+        pipe = diffusers.StableDiffusionPipeline(
+            **stock.components | {"scheduler": kind.from_config(config)},
+            requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        expected = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale,
+                        latents=parity.to_torch(LATENTS), output_type="np").images
+
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config), "utf-8")
+    config = stable_diffusion.load_scheduler_config(tmp_path)
+    sampler = ImageSampler(pipeline, schedulers.from_config(config, steps), guidance_scale)
+    images = sampler(pipeline.params, jnp.asarray(pipeline.tokenize(PROMPTS)),
+                     jnp.asarray(LATENTS), jax.random.split(jax.random.key(0), len(PROMPTS)))
+    assert np.mean((expected > 0.01) & (expected < 0.99)) > 0.2, "saturated: tests little"
+    difference = np.abs(np.asarray(images) - expected)
+    assert difference.max() < 2 / 255
+    assert difference.mean() < 1e-4  # rounding; a wrong step could hide under the line above
+
+
+def test_few_step_scheduler(pipeline, stock):
+    config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a stock pipeline has nothing to overrule
+        diffusers.StableDiffusionPipeline(
+            **stock.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    scheduler.set_timesteps(4)
+    ours = schedulers.from_config(config, 4)
+    assert list(scheduler.timesteps) == list(ours.timesteps) == [999, 749, 499, 249]
+    assert ours.next_sigmas[-1] == 0 and ours.next_alphas[-1] == 1
+    np.testing.assert_allclose(
+        schedulers.alphas_cumprod(config), schedulers.alphas_cumprod(tiny.PNDM))
+    v = stable_diffusion.few_step_scheduler(SCHEDULERS["ddim_trailing_v"])
+    assert v["prediction_type"] == "v_prediction" and v["rescale_betas_zero_snr"]
+    with refused("DPMSolverMultistepScheduler"):
+        stable_diffusion.few_step_scheduler({"_class_name": "DPMSolverMultistepScheduler"})
+
+
+# --- folders that are not it ------------------------------------------------------------------
+
+
+def test_half_precision_and_old_layouts_load(folder, copy, pipeline):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(copy / part)
+    pipe.save_pretrained(copy, variant="fp16", max_shard_size="40KB")
+    assert not list(copy.glob("*/*model.safetensors"))
+    loaded = stable_diffusion.load(copy, "bfloat16")
+    for part, params in loaded.params.items():
+        for name, value in params.items():
+            assert value.dtype == jnp.bfloat16
+            expected = np.asarray(pipeline.params[part][name], np.float32)
+            np.testing.assert_allclose(value.astype(np.float32), expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [
+    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors", "scheduler/scheduler_config.json"])
+def test_a_missing_file_is_named(copy, path):
+    (copy / path).unlink()
+    with refused(copy / path, "missing"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_missing_part_is_named(copy, part):
+    shutil.rmtree(copy / part)
+    with refused(copy / part, "missing"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_half_downloaded_tokenizer(copy, name):
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    (copy / "tokenizer" / name).unlink()
+    with refused(copy / "tokenizer" / name, "missing"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer(copy, name):
+    (copy / "tokenizer" / name).write_text("{", "utf-8")
+    with refused(copy / "tokenizer", "readable CLIP tokenizer"):
+        stable_diffusion.load(copy)
+
+
+def test_half_downloaded_weights(copy):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with refused(path, "not a complete safetensors file"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json",
+                                  "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content, said", [("{", "not valid JSON"), ("[]", "JSON object"),
+                                           ("\udcff", "not valid JSON")])
+def test_broken_json_is_named(copy, name, content, said):
+    (copy / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with refused(copy / name, said):
+        stable_diffusion.load(copy)
+
+
+def test_a_path_that_is_no_folder(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        with refused(path, "not a folder"):
+            stable_diffusion.load(path)
+    with refused(tmp_path / "model_index.json", "missing"):
+        stable_diffusion.load(tmp_path)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+    ({"_class_name": None}, "supported: StableDiffusionPipeline"),
+    ({"text_encoder": ["transformers", "BertModel"]}, "text_encoder is a BertModel"),
+    ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
+    ({"vae": [None, None]}, "vae"),
+    ({"vae": []}, "vae"),
+    ({"vae": "AutoencoderTiny"}, "vae is a AutoencoderTiny"),
+])
+def test_another_family_is_named(copy, changes, said):
+    edit(copy / "model_index.json", **changes)
+    with refused(copy, said):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("part, changes, said", [
+    ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+    ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+    ("vae", {"latents_mean": [0.0]}, "latents_mean"),
+    ("text_encoder", {"hidden_act": "relu"}, "hidden_act"),
+    # Supported, but not what the file holds.
+    ("unet", {"cross_attention_dim": 20}, "(8, 20)"),
+    ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
+    ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
+])
+def test_a_config_that_is_not_supported_or_does_not_fit(copy, part, changes, said):
+    edit(copy / part / "config.json", **changes)
+    with refused(said):
+        stable_diffusion.load(copy)
+
+
+def test_the_scheduler_class_is_refused_by_name(copy):
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name="DPMSolverMultistepScheduler")
+    pipeline = stable_diffusion.load(copy)
+    with refused("DPMSolverMultistepScheduler", "DDIMScheduler"):
+        schedulers.from_config(pipeline.scheduler_config, 4)
