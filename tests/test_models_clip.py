@@ -44,10 +44,9 @@ def ids(*rows):
 # --- parts -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1, 1e-3])  # at the small one a wrong epsilon shows
 @pytest.mark.parametrize("heads, act, is_causal", [
     (1, "quick_gelu", True), (4, "gelu", False), (2, "gelu_new", True)])
-def test_encoder_layer(heads, act, is_causal, scale):
+def test_encoder_layer(heads, act, is_causal):
     fields = VISION | {"num_attention_heads": heads, "hidden_act": act, "layer_norm_eps": 1e-6}
     torch_config = transformers.CLIPVisionConfig(**fields)
     torch_config._attn_implementation = "sdpa"
@@ -55,7 +54,7 @@ def test_encoder_layer(heads, act, is_causal, scale):
     check(layer,
           lambda rngs: clip.CLIPEncoderLayer(
               CLIPVisionConfig.from_json(fields), is_causal=is_causal, rngs=rngs),
-          scale * normal(0, 2, 6, 16),
+          1e-3 * normal(0, 2, 6, 16),  # a scale at which a wrong epsilon shows
           theirs=lambda x: layer(x, None, is_causal=is_causal))
 
 
