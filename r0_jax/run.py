@@ -1,0 +1,140 @@
+"""A workdir read back: its config, its pipeline, and the generator that it trained."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+from ml_collections import ConfigDict
+
+from r0_jax import checkpoint
+from r0_jax.errors import InputError
+from r0_jax.generator import Generator
+from r0_jax.network import Params
+from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+
+HostParams = dict[str, Shaped[np.ndarray, "..."]]  # flat, by dotted name, in numpy
+
+# What readers of a run ask of its config.
+_NEEDED = (
+    "pretrained", "dtype", "lora.rank", "lora.alpha", "lora.targets", "sampler.num_steps",
+    "sampler.eta", "sampler.random_eta", "objective.method", "rewards", "heldout_rewards",
+    "regularizers", "steps", "batch_size", "seed",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A finished or running workdir.
+
+    Attributes:
+      config: the resolved one, as it was saved.
+      pretrained: the folder that `pipeline` was loaded from.
+      pipeline: in float32, so that adapters are merged in float32 whatever the run computed in.
+      generator: as it was trained, computing in config.dtype.
+      scheduler_config: of diffusers; its first `config.sampler.num_steps` visit the trained grid.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    pretrained: Path
+    pipeline: StableDiffusionPipeline
+    generator: Generator
+    scheduler_config: dict[str, Any]
+
+    def params(self, step: int, ema: bool = True) -> HostParams:
+        """The trainable parameters (adapters or all weights) of a checkpoint, in float32.
+
+        Raises InputError where they are damaged or do not fit the pretrained pipeline.
+        """
+        field = "ema_params" if ema else "params"
+        params, _ = checkpoint.load_params(self.workdir, field, step)
+        part = self.pipeline.generator_part
+        base, shapes = self.pipeline.params[part], self.pipeline.networks[part].shapes
+        expected = jax.eval_shape(
+            lambda base: self.generator.init(jax.random.key(0), base, shapes), base
+        )
+        for name in sorted(expected.keys() | params.keys()):
+            here, there = (x[name].shape if name in x else "absent" for x in (expected, params))
+            if here != there:
+                raise InputError(
+                    f"{self.workdir} was trained on another pipeline than {self.pretrained}: "
+                    f"{name} is {there} in the checkpoint and {here} there; give the one that it "
+                    "was trained on with --pretrained=DIR"
+                )
+        return params
+
+    def weights(self, params: HostParams, dtype: str | None = None) -> Params:
+        """The network's weights in `dtype`, by default the config's; adapters merged in float32."""
+        generator = dataclasses.replace(self.generator, dtype=dtype or self.generator.dtype)
+        base = self.pipeline.params[self.pipeline.generator_part]
+        with jax.default_matmul_precision("highest"):  # accelerators would round factors to bf16
+            return generator.weights(jax.tree.map(jnp.asarray, params), base)
+
+
+def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None) -> Run:
+    """The run of a workdir.
+
+    `pretrained` takes the place of the config's folder, where that one has moved. Raises
+    InputError for a folder that is no workdir and for a pretrained pipeline that is not there or
+    broken; `choose_step`, which is quick, says whether there is a checkpoint.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    folder = Path(pretrained or config.pretrained)
+    if not folder.is_dir() and not pretrained:
+        raise InputError(f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
+                         "it is now with --pretrained=DIR")
+    pipeline = stable_diffusion.load(folder)
+    scheduler_config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
+    adapter = config.lora
+    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype)
+    return Run(workdir, config, folder, pipeline, generator, scheduler_config)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The resolved config of a run; InputError for a folder that is no workdir."""
+    path = workdir / "config.json"
+    if not workdir.is_dir():
+        raise InputError(f"{workdir} is not a folder; give the --workdir of a run")
+    try:
+        config = ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run"
+                         ) from None
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is not the config of a run: bring the original back") from None
+    for field in _NEEDED:
+        value = config
+        for name in field.split("."):
+            if not isinstance(value, ConfigDict) or name not in value:
+                raise InputError(f"{path} has no {field}, so it is not the config of an R0 run")
+            value = value[name]
+    return config
+
+
+def choose_step(workdir: str | os.PathLike, step: str = "") -> int:
+    """The step that a --step flag means: a number, "best", "latest", or "".
+
+    Best is by the held-out reward; "" is the best where that was measured, else the latest.
+    Raises InputError for a folder without checkpoints and for a step that is not there.
+    """
+    read_config(Path(workdir))
+    if not checkpoint.steps(workdir):
+        raise InputError(f"{workdir} has no checkpoint yet; wait for the first one of its run")
+    if step in ("best", "latest"):
+        return checkpoint.find_step(workdir, "best" if step == "best" else None)
+    if step:
+        if not step.isdecimal():
+            raise InputError(f"--step={step}: expected the number of a step, best or latest")
+        return checkpoint.find_step(workdir, int(step))
+    try:
+        return checkpoint.find_step(workdir, "best")
+    except InputError:
+        return checkpoint.find_step(workdir)
