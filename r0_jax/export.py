@@ -1,0 +1,206 @@
+"""Gives a trained generator to PyTorch: a diffusers folder, or a LoRA file that diffusers loads.
+
+    python -m r0_jax.export --workdir=W --out=DIR --format=diffusers
+    python -m r0_jax.export --workdir=W --out=DIR --format=peft
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from absl import flags
+
+from r0_jax import cli, convert, lora, model_card
+from r0_jax.errors import InputError
+from r0_jax.models.config import read_json
+from r0_jax.run import HostParams, Run, choose_step, open_run, read_config
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
+
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    flags.DEFINE_string("out", None, "folder to write", required=True)
+    flags.DEFINE_enum("format", None, ["diffusers", "peft"],
+                      "a whole pipeline with adapters merged, or the adapters alone", required=True)
+    flags.DEFINE_string("step", "", "checkpoint: its step, best (by the held-out reward) or latest;"
+                        " by default the best where that was measured, else the latest")
+    flags.DEFINE_bool("ema", True, "the exponential moving average; --noema for the raw parameters")
+    flags.DEFINE_enum("dtype", "float32", list(convert.DTYPES), "of the trained weights on disk")
+    flags.DEFINE_bool("overwrite", False, "replace what an earlier export left in --out")
+    flags.DEFINE_string("pretrained", None, "the pretrained pipeline, where it has moved")
+    flags.DEFINE_string("base_model", None, "the pretrained pipeline as the model card calls it: "
+                        "its name on the Hub, or the path that a reader has")
+
+
+def export(
+    workdir: Path,
+    out: Path,
+    form: Literal["diffusers", "peft"],
+    *,
+    step: str = "",
+    ema: bool = True,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    pretrained: str | None = None,
+    base_model: str | None = None,
+) -> int:
+    """Writes `out`, whole or not at all, and returns the step that was exported.
+
+    Raises InputError where the run cannot be read, adapters are asked of a full fine-tuning, or
+    `out` holds what is not to be replaced.
+    """
+    _check_out(out, overwrite)
+    if form == "peft" and not read_config(workdir).lora.rank:
+        raise InputError(f"{workdir} trained all weights, so there are no adapters to write: use "
+                         "--format=diffusers")
+    chosen = choose_step(workdir, step)
+    building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
+    try:
+        _make_folder(building)
+        run = open_run(workdir, pretrained)
+        _check_apart(out, run)
+        params = run.params(chosen, ema)
+        if form == "peft":
+            write_peft(run, params, building, dtype)
+        else:
+            write_diffusers(run, params, building, dtype)
+        for path in run.pretrained.glob("LICENSE*"):
+            shutil.copyfile(path, building / path.name)
+        card = model_card.write(run, form, chosen, ema, dtype, base_model)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        _move(building, out.resolve())
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return chosen
+
+
+def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+    """A folder like the pretrained one, with the generator's weights and the trained grid.
+
+    All else is copied byte for byte, but for pickles: a part that has no other weights (an old
+    safety checker) is left out.
+    """
+    part, source = run.pipeline.generator_part, run.pretrained
+    index = read_json(source / "model_index.json")
+    for name, kind in index.items():
+        if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
+            if not _copy_part(source / name, folder / name):
+                index[name] = [None, None]
+    index["scheduler"] = ["diffusers", run.scheduler_config["_class_name"]]
+    _write_json(folder / "model_index.json", index)
+    _write_scheduler(run, folder / "scheduler")
+    (folder / part).mkdir()
+    shutil.copyfile(source / part / "config.json", folder / part / "config.json")
+    weights = jax.device_get(run.weights(params, "float32"))  # rounded once, to `dtype`
+    convert.save(weights, folder / part / "diffusion_pytorch_model.safetensors", dtype)
+
+
+def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+    """The adapters with what PEFT has to know of them, and the scheduler they were trained with."""
+    part = run.pipeline.generator_part
+    adapter = {
+        "r": run.generator.rank,
+        "lora_alpha": run.generator.alpha,
+        "target_modules": lora.targets(run.pipeline.networks[part].shapes, run.generator.targets),
+    }
+    # Read by diffusers' `load_lora_weights`; without it diffusers would take alpha = rank.
+    metadata = json.dumps({f"{part}.{name}": x for name, x in adapter.items()}, indent=2)
+    named = {f"{part}.{name}": value for name, value in params.items()}
+    convert.save(named, folder / LORA_FILE, dtype, {"lora_adapter_metadata": metadata})
+    _write_scheduler(run, folder)
+
+
+def _copy_part(source: Path, target: Path) -> bool:
+    """Copies what is text and the safetensors of a part; False if there is nothing to copy."""
+    stems = ("diffusion_pytorch_model", "model")
+    stem = next((stem for stem in stems if any(source.glob(f"{stem}*.safetensors"))), None)
+    pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in source.glob("*"))
+    if not source.is_dir() or (pickled and stem is None):
+        return False
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt", ".model") and ".index." not in path.name:
+            shutil.copyfile(path, target / path.name)
+    files = convert.find_files(source, stem) if stem else []
+    if any("-of-" in path.name for path in files):
+        index = source / f"{stem}.safetensors.index.json"
+        variants = sorted(source.glob(f"{stem}.safetensors.index.*.json"))
+        shutil.copyfile(index if index.is_file() else variants[0], target / index.name)
+        for path in files:
+            shutil.copyfile(path, target / path.name)
+    else:  # model.fp16.safetensors too gets the name that loads without naming a variant
+        for path in files:
+            shutil.copyfile(path, target / f"{stem}.safetensors")
+    return True
+
+
+def _write_scheduler(run: Run, folder: Path) -> None:
+    _write_json(folder / "scheduler_config.json", run.scheduler_config)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists already; choose another --out, or replace an earlier "
+                         "export with --overwrite")
+    path = out / "README.md"
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if model_card.MADE_WITH not in card:
+        raise InputError(f"{out} is not an earlier export, so --overwrite does not delete it; "
+                         "choose another --out")
+
+
+def _check_apart(out: Path, run: Run) -> None:
+    """An export replaces the whole of `out`, so no input may lie there."""
+    for path in (run.workdir.resolve(), run.pretrained.resolve()):
+        if out.resolve() in (path, *path.parents):
+            raise InputError(f"--out={out} holds {path}, which is read; choose another --out")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror.lower()}; choose "
+                         "another --out") from None
+
+
+def _move(building: Path, out: Path) -> None:
+    """`building` takes the place of `out`, which is gone only once that has happened."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(building, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    fields = flags.FLAGS
+    step = export(
+        Path(fields.workdir), Path(fields.out), fields.format, step=fields.step, ema=fields.ema,
+        dtype=fields.dtype, overwrite=fields.overwrite, pretrained=fields.pretrained,
+        base_model=fields.base_model,
+    )
+    print(f"step {step} of {fields.workdir} is in {fields.out} ({fields.format})")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

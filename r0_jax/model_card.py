@@ -1,0 +1,159 @@
+"""README.md of an export: front matter for the Hub, how to run it, how it was made, its numbers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from ml_collections import ConfigDict
+
+from r0_jax import report
+from r0_jax.checkpoint import read_metadata
+from r0_jax.errors import InputError
+from r0_jax.models.config import read_json
+from r0_jax.run import Run
+
+MADE_WITH = "python -m r0_jax.export"  # in every card: how a folder of ours is known
+_PROMPT = "a large red circle"
+
+
+def write(
+    run: Run,
+    form: Literal["diffusers", "peft"],
+    step: int,
+    ema: bool,
+    dtype: str,
+    base_model: str | None = None,
+) -> str:
+    """The card of what `export` writes; its Python snippet runs in the exported folder.
+
+    `base_model` is the pretrained pipeline as a reader knows it, by default its name on the Hub
+    where it came from there, else its path if that is relative, else its folder's name.
+    """
+    base_model = base_model or _base_model(run)
+    num_steps = run.config.sampler.num_steps
+    tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * (form == "peft")
+    listed = "\n".join(f"- {tag}" for tag in tags)
+    rows = "\n".join(f"| {name} | {_escape(value)} |"
+                     for name, value in _recipe(run, step, ema, base_model).items())
+    return f"""---
+base_model: {json.dumps(base_model, ensure_ascii=False)}
+base_model_relation: {"adapter" if form == "peft" else "finetune"}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+{listed}
+---
+
+# {base_model.rstrip("/").split("/")[-1]} in {num_steps} steps
+
+A text-to-image generator that takes {num_steps} steps without guidance, made from `{base_model}`
+by regularized reward maximization (R0) with r0_jax. It is a derivative of that model, whose
+licence applies.
+
+## Use
+
+In this folder (or with its path, or its name on the Hub, in place of `"."`):
+
+```python
+{_snippet(run, form, dtype, base_model)}
+```
+{_lora_notes(run) if form == "peft" else ""}
+## Recipe
+
+| | |
+| --- | --- |
+{rows}
+
+{_numbers(run.workdir / "eval.json")}Written by `{MADE_WITH} --format={form}`.
+"""
+
+
+def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
+    pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
+    scheduler = run.scheduler_config["_class_name"]
+    options = "" if dtype == "float32" else f", dtype=torch.{dtype}"
+    lines = ["import torch"] if options else []
+    if form == "peft":
+        source = json.dumps(base_model, ensure_ascii=False)
+        lines += [
+            f"from diffusers import {scheduler}, {pipeline}  # needs peft too",
+            "",
+            f"pipeline = {pipeline}.from_pretrained({source}{options})",
+            f'pipeline.scheduler = {scheduler}.from_pretrained(".")',
+            'pipeline.load_lora_weights(".")',
+        ]
+    else:
+        lines += [
+            f"from diffusers import {pipeline}",
+            "",
+            f'pipeline = {pipeline}.from_pretrained("."{options})',
+        ]
+    call = f'"{_PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
+    lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
+    return "\n".join(lines)
+
+
+def _lora_notes(run: Run) -> str:
+    alpha, rank, scale = run.generator.alpha, run.generator.rank, run.generator.scale
+    notes = "\nThat diffusers finds nothing for the text encoder is right: it was not trained.\n"
+    if scale != 1:
+        notes += (f"The file tells diffusers that alpha is {alpha:g} at rank {rank}, so its scale "
+                  f"is 1; a program that\nignores this needs a LoRA strength of {scale:g}.\n")
+    return notes
+
+
+def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object]:
+    config, trained = run.config, "all weights"
+    if config.lora.rank:
+        trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
+    eta = "drawn from [0, 1] at each step" if config.sampler.random_eta else config.sampler.eta
+    scores = read_metadata(run.workdir, step)["metrics"]
+    return {
+        "pretrained pipeline": base_model,
+        "method": config.objective.method,
+        "trained": trained,
+        "weights": f"step {step} of {config.steps}, {'EMA' if ema else 'not averaged'}",
+        "rewards": _weighted(config.rewards),
+        "held-out rewards": ", ".join(config.heldout_rewards) or "none",
+        "regularizers": _weighted(config.regularizers),
+        "images a step": config.batch_size,
+        "seed": config.seed,
+        "sampler in training": f"{config.sampler.num_steps} steps, eta {eta}",
+        **{f"{name} at this step": f"{x:.4g}" for name, x in scores.items() if x is not None},
+    }
+
+
+def _weighted(entries: ConfigDict) -> str:
+    return ", ".join(f"{name} x {e.weight:g}" for name, e in entries.items() if e.weight) or "none"
+
+
+def _escape(value: object) -> str:
+    return str(value).replace("|", "\\|")
+
+
+def _numbers(path: Path) -> str:
+    if not path.exists():
+        return ""
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON ({error}); evaluate again") from None
+    table = report.markdown_table(evaluation)
+    facts = [f"{evaluation['prompts']} prompts"] if "prompts" in evaluation else []
+    facts += [str(evaluation["checkpoint"])] if "checkpoint" in evaluation else []
+    of = f" ({', '.join(facts)})" if facts else ""
+    return f"""## Measured
+
+The run's last evaluation{of}, of averaged weights, with 95 % intervals.
+
+{table}
+"""
+
+
+def _base_model(run: Run) -> str:
+    path = Path(run.config.pretrained)
+    for parent in path.parents:  # the Hub's cache: models--owner--name/snapshots/<commit>
+        if match := re.fullmatch(r"models--(.+?)--(.+)", parent.name):
+            return f"{match[1]}/{match[2]}"
+    return path.name if path.is_absolute() else path.as_posix()
