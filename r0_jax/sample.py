@@ -1,0 +1,216 @@
+"""Draws the images of a list of prompts, with a pipeline's folder or with what a run trained.
+
+    python -m r0_jax.sample --pipeline=DIR --prompts=FILE --out=DIR --num_inference_steps=25 \\
+        --guidance_scale=7.5
+    python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+from absl import flags
+from jaxtyping import Array, Float, Int, Key
+
+from r0_jax import cli, data, images, sampler, schedulers
+from r0_jax.errors import InputError
+from r0_jax.inference import ImageSampler
+from r0_jax.network import Params
+from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.run import choose_step, open_run
+from r0_jax.schedulers import Scheduler
+
+_ON_SHEET = 64  # images; more would make a sheet that no viewer opens
+_NOISE, _STEPS = range(2)  # tags of the random draws of one sample
+
+
+class Source(NamedTuple):
+    """What images are drawn with."""
+
+    pipeline: StableDiffusionPipeline
+    params: dict[str, Params]  # of every part
+    scheduler: Scheduler
+
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_string("pipeline", None, "diffusers folder; its own scheduler is used")
+    flags.DEFINE_string("workdir", None, "or the folder of a run: its generator (EMA) on the grid "
+                        "it was trained on")
+    flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder",
+                        required=True)
+    flags.DEFINE_string("out", None, "folder for 00000.png, ... and contact_sheet.png",
+                        required=True)
+    flags.DEFINE_integer("num_inference_steps", None, "default: 4, or as many as the run trained",
+                         lower_bound=1)
+    flags.DEFINE_float("guidance_scale", 1.0, "above 1: classifier-free guidance, two network "
+                       "calls a step", lower_bound=0)
+    flags.DEFINE_float("eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0,
+                       upper_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the noise; image i depends on it and i, not on the batch",
+                         lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string("latents", None, ".npy with the noise itself: [prompts, h, w, c], N(0, 1)")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
+    flags.DEFINE_string("step", "", "of a run: its step, best (by the held-out reward) or latest; "
+                        "by default the best where that was measured, else the latest")
+    flags.DEFINE_string("pretrained", None, "of a run: its pretrained pipeline, where it has moved")
+    flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
+    flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
+
+
+def from_pipeline(folder: str | Path, num_inference_steps: int) -> Source:
+    """A diffusers folder, sampled by its own scheduler."""
+    pipeline = stable_diffusion.load(folder)
+    scheduler = schedulers.from_config(pipeline.scheduler_config, num_inference_steps)
+    return Source(pipeline, pipeline.params, scheduler)
+
+
+def from_run(
+    workdir: str | Path,
+    num_inference_steps: int | None = None,
+    step: str = "",
+    pretrained: str | Path | None = None,
+) -> Source:
+    """The EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`."""
+    chosen = choose_step(workdir, step)
+    run = open_run(workdir, pretrained)
+    weights = run.weights(run.params(chosen), "float32")
+    scheduler = schedulers.from_config(
+        run.scheduler_config, num_inference_steps or run.config.sampler.num_steps
+    )
+    params = run.pipeline.params | {run.pipeline.generator_part: weights}
+    return Source(run.pipeline, params, scheduler)
+
+
+def draw(
+    source: Source,
+    prompts: list[str],
+    *,
+    guidance_scale: float = 1.0,
+    eta: float = 0.0,
+    seed: int = 0,
+    latents: Float[np.ndarray, "n h w c"] | None = None,
+    dtype: str = "float32",
+    batch_size: int = 16,
+) -> Iterator[Float[np.ndarray, "b h w 3"]]:
+    """Batches of images in [0, 1], in the order of the prompts; compiled once.
+
+    Image i belongs to prompt i and depends on (seed, i), or on latents[i], which is standard
+    normal noise, and on (seed, i) only where steps draw noise.
+    """
+    pipeline, params, scheduler = source
+    draw_images = ImageSampler(pipeline, scheduler, guidance_scale, eta)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params))
+    input_ids = pipeline.tokenize(prompts)
+    batch_size = min(batch_size, len(prompts))
+    for start in range(0, len(prompts), batch_size):
+        # The last batch is filled up with its last prompt.
+        indices = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+        noise, keys = draw_noise(jax.random.key(seed), jnp.asarray(indices), pipeline.latent_shape)
+        noise = noise if latents is None else jnp.asarray(latents[indices])
+        drawn = draw_images(params, input_ids[indices], noise, keys)
+        yield np.asarray(drawn)[: len(prompts) - start]
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def draw_noise(
+    key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]
+) -> tuple[Float[Array, "b h w c"], sampler.Keys]:
+    """Standard normal noise [B, *shape] of images by their index, and keys for what steps draw."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STEPS)
+    return sampler.normal(keys, _NOISE, shape), step_keys
+
+
+def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
+    """The noise in a .npy file, as float32; InputError says what is expected instead."""
+    expected = f"expected a .npy file of finite numbers of shape {list(shape)}, [N, h, w, c]"
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
+    except (ValueError, EOFError):
+        raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
+    if not isinstance(latents, np.ndarray):
+        raise InputError(f"{path} holds several arrays; {expected}")
+    if latents.shape != shape:
+        raise InputError(f"{path} has shape {list(latents.shape)}; {expected}")
+    if not np.issubdtype(latents.dtype, np.floating):
+        raise InputError(f"{path} holds {latents.dtype}, not floating-point numbers; {expected}")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+        latents = latents.astype(np.float32)
+    if not np.isfinite(latents).all():
+        raise InputError(f"{path} holds NaN or infinite numbers; {expected}")
+    return latents
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    fields = flags.FLAGS
+    if (fields.pipeline is None) == (fields.workdir is None):
+        raise InputError("give either --pipeline=DIR or --workdir=W, one of them")
+    if fields.pipeline is not None and (fields.step or fields.pretrained):
+        raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
+    out = Path(fields.out)
+    earlier = _earlier(out)
+    if earlier and not fields.overwrite:
+        raise InputError(f"{out} holds images already ({earlier[0].name}); choose another --out or "
+                         "replace them with --overwrite")
+    prompts = data.read_prompts(fields.prompts)
+    if fields.workdir is None:
+        source = from_pipeline(fields.pipeline, fields.num_inference_steps or 4)
+    else:
+        source = from_run(
+            fields.workdir, fields.num_inference_steps, fields.step, fields.pretrained)
+    source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
+    text = {"seed": fields.seed, "num_inference_steps": len(source.scheduler.timesteps),
+            "guidance_scale": fields.guidance_scale, "eta": fields.eta}
+    latents = None
+    if fields.latents is not None:
+        latents = read_latents(fields.latents, (len(prompts), *source.pipeline.latent_shape))
+        text["latents"] = Path(fields.latents).name
+    batches = draw(
+        source, prompts, guidance_scale=fields.guidance_scale, eta=fields.eta, seed=fields.seed,
+        latents=latents, dtype=fields.dtype, batch_size=fields.batch_size,
+    )
+    _write(out, prompts, batches, text, math.ceil(len(prompts) / fields.batch_size))
+
+
+def _earlier(out: Path) -> list[Path]:
+    """What an earlier call wrote there."""
+    names = re.compile(r"\d{5,}\.png|contact_sheet\.(png|html)")
+    return sorted(path for path in out.glob("*.*") if names.fullmatch(path.name))
+
+
+def _write(out: Path, prompts: list[str], batches: Iterator[np.ndarray], text: dict[str, object],
+           count: int) -> None:
+    console = rich.console.Console(stderr=True)
+    shown, written = [], 0
+    for batch in rich.progress.track(batches, "sampling", total=count, console=console,
+                                     disable=not console.is_terminal):
+        if not written:
+            for path in _earlier(out):  # or a longer list's images would stay among the new ones
+                path.unlink()
+        for image in batch:
+            path, prompt = out / f"{written:05d}.png", prompts[written]
+            images.save_png(path, image, {"prompt": prompt, "index": written, **text})
+            written += 1
+        shown = [*shown, *batch[: max(0, _ON_SHEET - len(shown))]]
+    sheet = out / "contact_sheet.png"
+    images.contact_sheet(np.stack(shown), prompts[: len(shown)], sheet)
+    of = f" of the first {len(shown)}" if len(shown) < written else ""
+    print(f"{written} images are in {out}, and {sheet.name}{of}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

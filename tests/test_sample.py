@@ -1,0 +1,202 @@
+"""Images on disk: of a folder's own scheduler, of a run, the same however they are batched."""
+
+import json
+import os
+import shutil
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_export import check_refusals, commands, write_run
+
+from r0_jax import export, images, sample, sampler
+from r0_jax.errors import InputError
+
+# diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
+)
+PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
+LATENTS = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4), np.float32)
+EULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+         "beta_schedule": "scaled_linear", "steps_offset": 1}  # fmt: skip
+DDIM = EULER | {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    tiny.stable_diffusion(folder / "pndm")
+    for name, scheduler in [("euler", EULER), ("ddim", DDIM)]:
+        shutil.copytree(folder / "pndm", folder / name)
+        path = folder / name / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(scheduler), encoding="utf-8")
+        path = folder / name / "model_index.json"
+        index = json.loads(path.read_text("utf-8"))
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        path.write_text(json.dumps(index), encoding="utf-8")
+    write_run(folder / "run", folder / "pndm", 2, {10: 0.5})
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    np.save(folder / "latents.npy", LATENTS)
+    return folder
+
+
+def stock(folder, steps, prompts=PROMPTS, noise=LATENTS, guidance_scale=1.0):
+    """What diffusers draws from the same noise."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy())
+    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance_scale,
+                    latents=latents, output_type="np").images  # fmt: skip
+
+
+def noise_of(seed, count):
+    return sample.draw_noise(jax.random.key(seed), jnp.arange(count), LATENTS.shape[1:])[0]
+
+
+def difference(a, b):
+    return np.abs(a - b).max()
+
+
+@pytest.mark.parametrize(("name", "guidance_scale"), [("pndm", 4.0), ("euler", 1.0)])
+def test_a_folder_is_sampled_by_its_own_scheduler(folder, name, guidance_scale):
+    source = sample.from_pipeline(folder / name, 5)
+    [drawn] = sample.draw(source, PROMPTS, latents=LATENTS, guidance_scale=guidance_scale)
+    theirs = stock(folder / name, 5, guidance_scale=guidance_scale)
+    assert drawn.std() > 0.1
+    assert difference(drawn, theirs) < 2 / 255
+    print(f"{name}: stock diffusers against ours {difference(drawn, theirs):.1e}")
+
+
+def test_an_image_depends_on_seed_and_index_but_not_on_the_batch(folder):
+    prompts = [PROMPTS[0]] * 5
+    source = sample.from_pipeline(folder / "ddim", 2)
+    [drawn] = sample.draw(source, prompts, eta=1.0, seed=7)
+    batches = list(sample.draw(source, prompts, eta=1.0, seed=7, batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert difference(np.concatenate(batches), drawn) < 1e-4
+    assert min(difference(drawn[i], drawn[0]) for i in range(1, 5)) > 0.05
+    # eta draws more noise than the first: without it the images are others.
+    assert difference(stock(folder / "ddim", 2, prompts, noise_of(7, 5)), drawn) > 0.02
+
+
+def test_noise_is_one_draw_an_index():
+    key = jax.random.key(3)
+    noise, keys = sample.draw_noise(key, jnp.arange(1000), (4, 4, 2))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert len(np.unique(noise)) > 31_900  # no two alike, but for the 23 bits of a draw
+    some, some_keys = sample.draw_noise(key, jnp.asarray([999, 5]), (4, 4, 2))
+    np.testing.assert_array_equal(some, noise[jnp.asarray([999, 5])])
+    assert (some_keys == keys[jnp.asarray([999, 5])]).all()
+    other, _ = sample.draw_noise(jax.random.key(4), jnp.arange(1000), (4, 4, 2))
+    assert difference(other, noise) > 1
+    # What steps draw is not the first noise again.
+    fresh = sampler.normal(keys, 0, (4, 4, 2))
+    assert abs(np.corrcoef(fresh.ravel(), noise.ravel())[0, 1]) < 0.03
+
+
+def test_latents_that_do_not_fit(tmp_path):
+    shape = (3, 8, 8, 4)
+    good = LATENTS.astype(np.float64)
+    cases = {
+        "shape": (LATENTS[:2], r"has shape \[2, 8, 8, 4\]; expected .*\[3, 8, 8, 4\], \[N, h, w"),
+        "torch": (LATENTS.transpose(0, 3, 1, 2), r"has shape \[3, 4, 8, 8\]"),
+        "kind": (np.zeros(shape, np.int32), "holds int32, not floating-point"),
+        "nan": (np.where(LATENTS > 2, np.nan, LATENTS), "holds NaN"),
+        "huge": (good * 1e300, "holds NaN or infinite"),
+        "pickle": (np.full(shape, {}), "not a whole .npy file of numbers"),
+    }
+    for name, (array, said) in cases.items():
+        path = tmp_path / f"{name}.npy"
+        np.save(path, array, allow_pickle=True)
+        with pytest.raises(InputError, match=said):
+            sample.read_latents(path, shape)
+    np.savez(tmp_path / "several.npz", LATENTS)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "shape.npy").read_bytes()[:-9])
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name, said in [("several.npz", "several arrays"), ("cut.npy", "not a whole"),
+                       ("empty.npy", "not a whole"), ("none.npy", "no such file")]:  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            sample.read_latents(tmp_path / name, shape)
+    np.save(tmp_path / "good.npy", good)
+    read = sample.read_latents(tmp_path / "good.npy", shape)
+    assert read.dtype == np.float32 and np.array_equal(read, LATENTS)
+
+
+def test_a_new_call_leaves_none_of_an_old_ones_images(tmp_path, capsys):
+    def write(count, value):
+        batches = iter([np.full((count, 8, 8, 3), value, np.float32)])
+        sample._write(tmp_path, ["a"] * count, batches, {"seed": 1}, 1)
+
+    (tmp_path / "mine.png").write_bytes(b"untouched")
+    write(70, 0.25)
+    assert "contact_sheet.png of the first 64" in capsys.readouterr().out
+    assert len(sample._earlier(tmp_path)) == 71
+    write(2, 0.75)
+    assert sorted(os.listdir(tmp_path)) == [
+        "00000.png", "00001.png", "contact_sheet.png", "mine.png"]  # fmt: skip
+    assert images.load_png(tmp_path / "00001.png").mean() > 0.7
+
+
+# --- the command -------------------------------------------------------------------------
+
+
+def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
+    prompts = ["--prompts", folder / "prompts.txt"]
+    [(status, out, err), (run_status, _, run_err)] = commands("r0_jax.sample", [
+        ["--pipeline", folder / "ddim", *prompts, "--out", tmp_path / "a", "--batch_size=2",
+         "--num_inference_steps=3", "--latents", folder / "latents.npy"],
+        ["--workdir", folder / "run", *prompts, "--out", tmp_path / "b", "--seed=4294967295"],
+    ])  # fmt: skip
+    assert (status, err, run_status, run_err) == (0, "", 0, "")
+    assert out == f"3 images are in {tmp_path / 'a'}, and contact_sheet.png\n"
+    export.export(folder / "run", tmp_path / "exported", "diffusers")
+    for name, theirs in [
+        ("a", stock(folder / "ddim", 3)),
+        ("b", stock(tmp_path / "exported", 4, noise=noise_of(2**32 - 1, 3))),
+    ]:
+        files = [f"{i:05d}.png" for i in range(3)]
+        assert {*files, "contact_sheet.png"} <= set(os.listdir(tmp_path / name))
+        drawn = np.stack([images.load_png(tmp_path / name / file) for file in files])
+        assert difference(drawn, theirs) < 2 / 255
+    with Image.open(tmp_path / "a" / "00002.png") as image:
+        assert image.text == {
+            "prompt": PROMPTS[2], "index": "2", "seed": "0", "num_inference_steps": "3",
+            "guidance_scale": "1.0", "eta": "0.0", "latents": "latents.npy",
+        }  # fmt: skip
+
+
+def test_bad_input_is_one_line(folder, tmp_path):
+    prompts = ["--prompts", folder / "prompts.txt"]
+    to = ["--out", tmp_path / "out"]
+    good = ["--pipeline", folder / "pndm", *prompts, *to]
+    (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
+    np.save(tmp_path / "two.npy", LATENTS[:2])
+    (tmp_path / "used").mkdir()
+    images.save_png(tmp_path / "used" / "00000.png", np.zeros((8, 8, 3)))
+    check_refusals("r0_jax.sample", [
+        ([*prompts, *to], "give either --pipeline=DIR or --workdir=W, one of them"),
+        ([*good, "--workdir", folder / "run"], "give either --pipeline=DIR or --workdir=W"),
+        ([*good, "--step=10"], "--step and --pretrained go with --workdir"),
+        (["--pipeline", folder / "pndm", *to], "missing --prompts"),
+        ([*good, "--prompts", tmp_path / "none.txt"], "none.txt: no such file"),
+        ([*good, "--prompts", tmp_path / "blank.txt"], "blank.txt has no prompts"),
+        ([*good, "--out", tmp_path / "used"], r"holds images already \(00000.png\); "),
+        ([*good, "--eta=2"], "--eta=2"),
+        ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
+        ([*good, "--batch_size=0"], "--batch_size=0"),
+        ([*good, "--seed=-1"], "--seed=-1"),
+        ([*good, "--dtype=float16"], "--dtype=float16"),
+        ([*good, "--pipeline", tmp_path], "model_index.json is missing"),
+        ([*good, "--num_inference_steps=2000"], "more than the 1000 timesteps"),
+        ([*good, "--eta=0.5"], "needs a DDIMScheduler"),
+        ([*good, "--latents", tmp_path / "two.npy"], r"expected .* of shape \[3, 8, 8, 4\]"),
+        (["--workdir", folder / "run", *prompts, *to, "--step=7"], "no checkpoint of step 7"),
+        (["--workdir", tmp_path / "used", *prompts, *to], "has no config.json"),
+    ])  # fmt: skip
+    assert not (tmp_path / "out").exists()
