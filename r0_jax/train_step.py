@@ -36,11 +36,10 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         size = len(batch["input_ids"])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
 
-        def microbatch(total, part):
-            batch, keys = part
+        def microbatch(batch, keys):
             (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
                 state.params, frozen, batch, keys, last)
-            return jax.tree.map(lambda t, x: t + x / count, total, (loss, metrics, grads)), None
+            return loss, metrics, grads
 
         def cut(x):
             # Interleaved, so that each microbatch takes an equal share of every device's samples.
@@ -48,13 +47,15 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
             return lax.with_sharding_constraint(x, over_devices)
 
         if count == 1:
-            (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, frozen, batch, keys, last)
+            loss, metrics, grads = microbatch(batch, keys)
         else:
+            def add(total, part):
+                return jax.tree.map(lambda t, x: t + x / count, total, microbatch(*part)), None
+
             parts = jax.tree.map(cut, (batch, keys))
-            shapes = jax.eval_shape(lambda: microbatch(0.0, jax.tree.map(lambda x: x[0], parts))[0])
+            shapes = jax.eval_shape(lambda: microbatch(*jax.tree.map(lambda x: x[0], parts)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (loss, metrics, grads), _ = lax.scan(microbatch, zeros, parts)
+            (loss, metrics, grads), _ = lax.scan(add, zeros, parts)
 
         return _update(state, grads, loss, metrics, optimizer, config)
 
