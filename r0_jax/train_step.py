@@ -74,7 +74,8 @@ def _update(state: TrainState, grads, loss, metrics: Metrics,
     new = optim.skip_if_nonfinite(state, new, norm)
     return new, {
         "train/loss": loss, **metrics, "norm/grads": norm,
-        "norm/params": optim.global_norm(params), "train/skipped": new.skipped,
+        "norm/params": optim.global_norm(new.params), "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,
-        "train/learning_rate": optim.learning_rate_schedule(config)(state.step),
+        # The optimizer does not count the steps that were skipped.
+        "train/learning_rate": optim.learning_rate_schedule(config)(state.step - state.skipped),
     }
