@@ -133,14 +133,14 @@ def toy_networks(config: ToyConfig) -> dict[str, Network]:
 def real_networks() -> dict[str, Network]:
     """The project's own networks, at their smallest."""
     unet = UNet2DConditionConfig.from_json({
-        "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [4, 8],
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1,
-        "norm_num_groups": 2, "attention_head_dim": 2, "cross_attention_dim": EMBED})  # fmt: skip
+        "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [4],
+        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"],
+        "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
+        "cross_attention_dim": EMBED})  # fmt: skip
     vae = AutoencoderKLConfig.from_json({
-        "sample_size": 8, "block_out_channels": [4, 4], "latent_channels": 4, "norm_num_groups": 2,
-        "down_block_types": ["DownEncoderBlock2D"] * 2, "layers_per_block": 1,
-        "up_block_types": ["UpDecoderBlock2D"] * 2, "scaling_factor": 0.5})  # fmt: skip
+        "sample_size": 4, "block_out_channels": [4], "latent_channels": 4, "norm_num_groups": 2,
+        "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1,
+        "up_block_types": ["UpDecoderBlock2D"], "scaling_factor": 0.5})  # fmt: skip
     text = CLIPTextConfig.from_json({
         "hidden_size": EMBED, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": WORDS,
         "num_attention_heads": 2, "max_position_embeddings": TOKENS, "projection_dim": 4,
@@ -185,16 +185,16 @@ REWARDS = [
 
 
 def config(changes: dict[str, Any] | None = None) -> ConfigDict:
-    """The base config in this world, with changes by dotted name; small LoRA and Adam steps that
-    are proportional to the gradient, so that a wrong gradient is a wrong result."""
+    """The base config in this world, with changes by dotted name."""
     config = common.get_config()
     with config.unlocked():
         config.rewards.brightness = common.reward_entry("function", weight=0.7)
         config.rewards.agreement = common.reward_entry("function", weight=1.3)
-    # An eps that dwarfs the gradient makes Adam's update proportional to it.
+    # An eps that dwarfs the gradient makes Adam's first update the gradient itself, so that a
+    # wrong gradient is a wrong result.
     config.update_from_flattened_dict({
         "lora.rank": 2, "lora.alpha": 3.0, "lora.targets": r".*(to_q|to_k|conv|conv_out)",
-        "optimizer.warmup_steps": 0, "optimizer.eps": 100.0, "optimizer.learning_rate": 1.0,
+        "optimizer.warmup_steps": 0, "optimizer.eps": 100.0, "optimizer.learning_rate": 100.0,
         "batch_size": 8, "steps": 10, **(changes or {})})  # fmt: skip
     return config
 
