@@ -1,6 +1,7 @@
 """Every mistake on a command line is one line on stderr and status 2; bugs keep tracebacks."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,8 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=60,
+        # A shell's background jobs ignore SIGINT, and so would this child of theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
