@@ -29,9 +29,10 @@ from r0_jax.network import Network
 SMALL = 1e-3  # inputs of parts with a norm: at this scale a wrong epsilon shows
 
 
-def check(torch_module, constructor, *inputs, ours=None, theirs=None):
+def check(torch_module, constructor, *inputs, ours=None, theirs=None, quiet=()):
     """Compares `__call__`s, or `ours(module, params, *inputs)` and `theirs(module, *inputs)`."""
     tiny.randomize(torch_module, seed=0)
+    parity.quieten(torch_module, *quiet)
     network = parity.part(constructor)
     parity.compare(
         network if ours is None else lambda *args: ours(network, *args),
@@ -90,7 +91,8 @@ def test_transformer_block():
     check(torch_attention.BasicTransformerBlock(16, 4, 4, cross_attention_dim=12),
           lambda rngs: BasicTransformerBlock(16, 4, 12, rngs=rngs),
           SMALL * normal(0, 2, 6, 16), normal(1, 2, 5, 12),
-          theirs=lambda module, x, context: module(x, encoder_hidden_states=context))
+          theirs=lambda module, x, context: module(x, encoder_hidden_states=context),
+          quiet=("attn1.to_out", "attn2.to_out", "ff.net.2"))
 
 
 @pytest.mark.parametrize("linear, heads, depth", [(False, 2, 1), (True, 4, 2)])
@@ -113,7 +115,8 @@ def test_sinusoids(channels, flip, shift):
     ours = sinusoidal(jnp.asarray(timesteps), channels, flip_sin_to_cos=flip, freq_shift=shift)
     theirs = torch_embeddings.get_timestep_embedding(
         torch.tensor(timesteps), channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
-    parity.assert_close(ours, theirs, parity.OUTPUT)
+    # exp and sin of numbers up to 999 round differently.
+    parity.assert_close(ours, theirs, 1e-4)
 
 
 def test_timestep_embedding():
