@@ -199,11 +199,11 @@ def test_gradient_flows_through_the_last_steps_only(last, grad_steps):
             latents = grid.next_alphas[i] * x0 + grid.next_sigmas[i] * epsilon
         return jnp.sum(x0**2)
 
-    def ours(theta, frozen):
+    def ours(theta, frozen, last):
         return jnp.sum(trajectory(theta, frozen, grid, last, grad_steps, eta).x0 ** 2)
 
     compiled = jax.jit(jax.value_and_grad(ours, (0, 1)), compiler_options=FAST)
-    value, (gradient, frozen) = compiled(theta, theta)
+    value, (gradient, frozen) = compiled(theta, theta, last)  # traced, as in R0+
     compiled = jax.jit(jax.value_and_grad(unrolled), compiler_options=FAST)
     expected, expected_gradient = compiled(theta)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
