@@ -65,7 +65,9 @@ def _files(error: BaseException | None) -> Iterator[str]:
 def _is_news(record: python_logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return error is None or not (
-        _is_orbax(record.pathname) or any(_is_orbax(path) for path in _files(error))
+        _is_orbax(record.pathname)
+        or any(_is_orbax(path) for path in _files(error))
+        or "os_error_code=" in str(error)  # tensorstore's: a future of it has no traceback
     )
 
 

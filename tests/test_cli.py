@@ -1,7 +1,6 @@
 """Every mistake on a command line is one line on stderr and status 2; bugs keep tracebacks."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,8 @@ def main(argv):
     if FAIL.value == "input":
         raise InputError("prompts.txt has no prompts")
     if FAIL.value == "interrupt":
+        # A shell's background jobs ignore SIGINT, and so would this child of theirs.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
     if FAIL.value == "bug":
         {}["a bug"]
@@ -83,8 +84,6 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=60,
-        # A shell's background jobs ignore SIGINT, and so would this child of theirs.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
