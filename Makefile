@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo test lint
+.PHONY: install install-dev demo results test lint
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -22,6 +22,11 @@ install-dev: .venv/installed-dev
 
 demo: install
 	$(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
+
+# About an hour: all test prompts, three seeds; writes docs/results.md and its picture.
+results: install
+	$(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
+	  --out=docs/results.md
 
 test: install-dev
 	$(BIN)/ruff check .

@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.sampler.num_steps = 4
     # In training each step of each sample draws eta ~ U[0, 1]: path augmentation against hacking.
     config.sampler.random_eta = True
-    # The eta of inference, and of training without random_eta: 0 is DDIM, 1 re-noises freshly.
+    # The eta of training without random_eta: 0 is DDIM, 1 re-noises freshly. Images are drawn with
+    # 0 afterwards, as a stock sampler does.
     config.sampler.eta = 0.0
 
     config.objective = ConfigDict()

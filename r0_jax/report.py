@@ -61,6 +61,11 @@ _CURVES = [
 ]
 
 
+def label(model: str) -> str:
+    """How a model of eval.json is named for a reader."""
+    return _MODELS.get(model, model)
+
+
 @dataclass(frozen=True)
 class Row:
     """One metric: its label and, for every model, (value, interval) as they are printed."""
@@ -82,14 +87,14 @@ def rows(evaluation: object) -> tuple[list[str], list[Row]]:
                     '{"value": number, "ci95": [low, high]}; evaluate again.'
                 )
     names = {name for metrics in models.values() for name in metrics}
-    labels = [_MODELS.get(model, model) for model in models]
+    labels = [label(model) for model in models]
     table = []
     for name in sorted(names, key=_position):
-        label, better = _METRICS.get(_family(name), (name, ""))
+        metric, better = _METRICS.get(_family(name), (name, ""))
         if _family(name).endswith("/"):
-            label = f"{label} {name.removeprefix(_family(name))}"
+            metric = f"{metric} {name.removeprefix(_family(name))}"
         cells = [_cell(metrics.get(name)) for metrics in models.values()]
-        table.append(Row(f"{label} {better}".strip(), cells))
+        table.append(Row(f"{metric} {better}".strip(), cells))
     return labels, table
 
 
@@ -210,7 +215,7 @@ def _side_by_side(folder: Path) -> str:
     for prompt, files in pairs[:_PROMPTS_SHOWN]:
         cells = "".join(
             f"<div>{_image(folder / str(file), 256)}"
-            f"<small>{html.escape(_MODELS.get(model, model))}</small></div>"
+            f"<small>{html.escape(label(model))}</small></div>"
             for model, file in files
         )
         caption = f"<figcaption>{html.escape(str(prompt))}</figcaption>"

@@ -3,6 +3,7 @@
 Sections stand in the order in which things happen.
 """
 
+import os
 import shutil
 import signal
 import warnings
@@ -104,6 +105,13 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> None:
         report.print_table(table)
     if finished and jax.process_index() == 0:
         print(f"report: {report.write_report(folder)}")
+
+
+def enable_compilation_cache(config: ConfigDict) -> None:
+    """Compiled programs are kept on disk: a run that continues starts in seconds."""
+    cache = config.compilation_cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"),
+                                             "r0_jax").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def check_config(config: ConfigDict) -> None:

@@ -19,7 +19,7 @@ from r0_jax.images import write_bytes
 # without a decay of the learning rate towards it.
 HARMLESS = frozenset(
     {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
-     "mesh", "keep_checkpoints"}
+     "mesh", "keep_checkpoints", "test", "compilation_cache"}
 )  # fmt: skip
 
 

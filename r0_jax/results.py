@@ -1,0 +1,144 @@
+"""Trains a recipe with several seeds and writes what came of it: docs/results.md, with a picture.
+
+    python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \\
+      --out=docs/results.md
+
+A killed one continues with the same command.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from r0_jax import cli, images, report, train
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
+_OUT = flags.DEFINE_string("out", None, "Markdown file; its picture lies beside it", required=True)
+_SEED = flags.DEFINE_multi_integer("seed", [0, 1, 2], "of training and noise; may be repeated")
+_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 1000, "of test.prompts", lower_bound=2)
+
+_COLUMNS = 10  # of the picture
+# (what, metric, the best the ratio of R0's value to the guided base's may be, and the worst)
+_TARGETS = [
+    ("judge accuracy ≥ that of base with guidance", "judge_accuracy", 1.0, np.inf),
+    ("Frechet distance ≤ 1.2 × that of base with guidance", "frechet_distance", 0.0, 1.2),
+    ("diversity ≥ 0.7 × that of base with guidance", "diversity", 0.7, np.inf),
+]
+console = Console(stderr=True)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = _CONFIG.value
+    train.enable_compilation_cache(config)
+    folders = [Path(_WORKDIR.value) / f"seed_{seed}" for seed in _SEED.value]
+    for seed, folder in zip(_SEED.value, folders, strict=True):
+        console.rule(str(folder))
+        with config.unlocked():
+            config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
+        if not (folder / "eval.json").exists():
+            train.train_and_evaluate(config, folder)
+    evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+                   for folder in folders]
+    out = Path(_OUT.value)
+    prompts = write_picture(folders[0], out.with_suffix(".png"))
+    images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
+    print(f"written: {out}")
+
+
+def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One eval.json of several: means over the seeds, whose intervals are joined, not narrowed,
+    since the seeds share their prompts."""
+    models: dict[str, Any] = {}
+    for name, metrics in evaluations[0]["models"].items():
+        models[name] = {}
+        for metric in metrics:
+            entries = [evaluation["models"][name][metric] for evaluation in evaluations]
+            intervals = [entry["ci95"] for entry in entries]
+            joined = None if None in intervals else [min(low for low, _ in intervals),
+                                                     max(high for _, high in intervals)]
+            models[name][metric] = {"value": float(np.mean([entry["value"] for entry in entries])),
+                                    "ci95": joined}
+    return {"models": models}
+
+
+def page(evaluations: Sequence[dict[str, Any]], picture: str, prompts: Sequence[str]) -> str:
+    """docs/results.md: the table, the targets, each seed, the picture, and how it was made."""
+    pooled = pool(evaluations)
+    names = list(pooled["models"])
+    seeds = ", ".join(str(evaluation["seed"]) for evaluation in evaluations)
+    listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, start=1))
+    return f"""# Results
+
+{evaluations[0]["prompts"]} test prompts that neither the base nor R0 was trained on; seeds {seeds}
+of training and noise; the same prompts and noise for every model of a seed. Values are means over
+the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
+
+{report.markdown_table(pooled)}
+## Targets
+
+{targets(evaluations, names)}
+## Side by side
+
+Rows: {", ".join(report.label(name) for name in names)}. Each column has one prompt and one noise.
+
+![{len(prompts)} prompts, drawn by each model]({picture})
+
+{listed}
+
+## How this was made
+
+    {shlex.join(["python", "-m", "r0_jax.results", *sys.argv[1:]])}
+
+{versions()}
+"""
+
+
+def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """A Markdown table of _TARGETS: the ratio of the last model's value to the first's."""
+    lines = ["| target | ratio | by seed | reached |", "|---|---:|---:|---|"]
+    for what, metric, low, high in _TARGETS:
+        if metric not in evaluations[0]["models"][names[0]]:
+            continue
+        values = np.asarray([[evaluation["models"][name][metric]["value"]
+                              for name in (names[-1], names[0])] for evaluation in evaluations])
+        ratio = values[:, 0].mean() / values[:, 1].mean()
+        each = ", ".join(f"{r0 / base:.3f}" for r0, base in values)
+        reached = "yes" if low <= ratio <= high else "no"
+        lines.append(f"| {what} | {ratio:.3f} | {each} | {reached} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_picture(folder: Path, path: Path) -> list[str]:
+    """Writes rows of models and columns of prompts, from a run's samples/eval; the prompts."""
+    lines = (folder / "samples" / "eval" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines[:_COLUMNS]]
+    drawn = [images.load_png(folder / "samples" / "eval" / record["files"][model])
+             for model in records[0]["files"] for record in records]
+    images.save_png(path, images.grid(np.stack(drawn), columns=len(records), pad=4))
+    return [record["prompt"] for record in records]
+
+
+def versions() -> str:
+    """One line: packages and hardware."""
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}"
+                         for name in ("jax", "flax", "optax", "numpy"))
+    device = jax.devices()[0]
+    return (f"Python {platform.python_version()}, {packages}; {jax.device_count()} × "
+            f"{device.device_kind} device, {os.cpu_count()} CPU cores ({platform.machine()}).")
+
+
+if __name__ == "__main__":
+    cli.run(main)
