@@ -3,7 +3,7 @@
 Commands, in this order (each stage needs those before it; --out=DIR writes elsewhere):
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=2     # one device a core: 1.4 x faster
-    for stage in tokenizer vae clip heldout_clip unet preference aesthetic; do
+    for stage in tokenizer vae text_encoder unet clip heldout_clip preference aesthetic; do
       python -m r0_jax.pretrain --config=configs/shapes_base.py:$stage
     done
 
@@ -17,8 +17,9 @@ MAX_TOKENS = 32  # the longest caption has 17; a third of the cost of CLIP's 77
 
 def get_config(stage: str) -> ConfigDict:
     config = {
-        "tokenizer": tokenizer, "vae": vae, "clip": clip, "heldout_clip": heldout_clip,
-        "unet": unet, "preference": preference, "aesthetic": aesthetic,
+        "tokenizer": tokenizer, "vae": vae, "text_encoder": text_encoder, "unet": unet,
+        "clip": clip, "heldout_clip": heldout_clip, "preference": preference,
+        "aesthetic": aesthetic,
     }.get(stage, ConfigDict)()
     config.stage = stage
     return config.lock()
@@ -68,8 +69,20 @@ def vae() -> ConfigDict:
         })
 
 
+def text_encoder() -> ConfigDict:
+    """Taught to name what a caption says; frozen from then on."""
+    return training(
+        seed=6, steps=1500, batch_size=128, learning_rate=1e-3, weight_decay=0.01,
+        network={
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "max_position_embeddings": MAX_TOKENS,
+            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
+        })
+
+
 def unet() -> ConfigDict:
-    """The denoising network and its text encoder, v-prediction."""
+    """The denoising network, v-prediction."""
     return training(
         seed=3, steps=9000, weight_decay=0.01, log_every=100,
         # Scenes rendered, encoded and kept; each has 6 captions.
@@ -78,7 +91,7 @@ def unet() -> ConfigDict:
         prompt_dropout=0.1,
         # Of the evaluations on validation prompts, 25 steps each.
         guidance_scale=3.0, eval_prompts=128,
-        unet={
+        network={
             "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": [2, 4],
             "block_out_channels": [64, 128], "center_input_sample": False,
             "cross_attention_dim": 128,
@@ -87,12 +100,6 @@ def unet() -> ConfigDict:
             "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 16,
             "out_channels": 16, "sample_size": 8,
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "use_linear_projection": True,
-        },
-        text_encoder={
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "max_position_embeddings": MAX_TOKENS,
-            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128,
         },
         scheduler={
             "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.pretrain import clip, diffusion, preference, tokenizer, vae
+from r0_jax.pretrain import clip, diffusion, preference, text, tokenizer, vae
 from r0_jax.shapes import CHECKPOINTS
 
 _CONFIG = cli.define_config()
@@ -18,9 +18,10 @@ _OUT = flags.DEFINE_string("out", str(CHECKPOINTS), "folder that holds all stage
 STAGES: dict[str, Callable[[ConfigDict, Path], None]] = {
     "tokenizer": lambda config, out: tokenizer.build(out, config.model_max_length),
     "vae": vae.train,
+    "text_encoder": text.train,
+    "unet": diffusion.train,
     "clip": clip.train,
     "heldout_clip": clip.train,
-    "unet": diffusion.train,
     "preference": preference.train_preference,
     "aesthetic": preference.train_aesthetic,
 }

@@ -17,6 +17,7 @@ from r0_jax.pipelines.stable_diffusion import load_tokenizer, tokenize
 from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import copy_tokenizer, write_json
+from r0_jax.pretrain.text import CAPTION_LENGTH, special_tokens
 from r0_jax.rewards.clip_score import normalize
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from r0_jax.shapes.captions import captions_for
@@ -66,7 +67,7 @@ def train(config: ConfigDict, out: Path) -> None:
         return value, {"accuracy": jnp.mean(right), "scale": scale}
 
     params = fit(loss, init(constructor, jax.random.key(config.seed)),
-                 batches(config, tokenizer, parsed.text_config.max_position_embeddings), config)
+                 batches(config, tokenizer), config)
     params["logit_scale"] = np.minimum(params["logit_scale"], np.float32(_MAX_LOGIT_SCALE))
     write(out, config, fields, params)
 
@@ -74,9 +75,7 @@ def train(config: ConfigDict, out: Path) -> None:
 def network_fields(config: ConfigDict, tokenizer: CLIPTokenizer) -> dict:
     """The config.json of the CLIPModel, with the tokenizer's ids filled in."""
     fields = config.network.to_dict()
-    fields["text_config"] |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-                              "eos_token_id": tokenizer.eos_token_id,
-                              "pad_token_id": tokenizer.pad_token_id}
+    fields["text_config"] |= special_tokens(tokenizer)
     return fields
 
 
@@ -96,7 +95,7 @@ def write(out: Path, config: ConfigDict, fields: dict, params: Params) -> None:
     console.print(f"written to {folder}")
 
 
-def batches(config: ConfigDict, tokenizer: CLIPTokenizer, length: int) -> Iterator[dict]:
+def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict]:
     """Groups of scenes that differ in one thing, so that colours, shapes, sizes and relations
     must all be told apart; each with a caption of a random template and language."""
     rng = np.random.default_rng(config.seed)
@@ -104,7 +103,7 @@ def batches(config: ConfigDict, tokenizer: CLIPTokenizer, length: int) -> Iterat
         scenes = hard_scenes(rng, config.batch_size // GROUP)
         yield {"scenes": scenes, "layouts": sample_layouts(rng, scenes),
                "identity": identity(scenes),
-               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), length)}
+               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH)}
 
 
 def identity(scenes: Scene) -> np.ndarray:

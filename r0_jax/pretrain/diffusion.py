@@ -1,7 +1,8 @@
-"""Stage `unet`: the denoising network and its text encoder, trained together on cached latents."""
+"""Stage `unet`: the denoising network, on cached latents, with VAE and text encoder frozen."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,12 @@ from ml_collections import ConfigDict
 
 from r0_jax import convert, schedulers
 from r0_jax.inference import ImageSampler
-from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params, init
 from r0_jax.pipelines.stable_diffusion import (
     PARTS,
     StableDiffusionPipeline,
     load_tokenizer,
-    tokenize,
 )
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import write_json
@@ -25,38 +24,33 @@ from r0_jax.pretrain.vae import CHUNK, scene_batches
 from r0_jax.shapes.captions import captions_for, prompts
 from r0_jax.shapes.judge import judge
 from r0_jax.shapes.scene import render
+from r0_jax.validation import draw, fixed_noise
 
 CAPTIONS = 6  # of each scene, drawn once
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes `out/pipeline` (unet, text_encoder, scheduler, model_index.json)."""
+    """Writes the rest of `out/pipeline`: unet, scheduler and model_index.json."""
     folder = out / "pipeline"
     tokenizer = load_tokenizer(folder / "tokenizer")
-    length = config.text_encoder.max_position_embeddings
-    fields = {"unet": config.unet.to_dict(),
-              "text_encoder": {**config.text_encoder.to_dict(), "vocab_size": len(tokenizer),
-                               "bos_token_id": tokenizer.bos_token_id,
-                               "eos_token_id": tokenizer.eos_token_id,
-                               "pad_token_id": tokenizer.pad_token_id}}
-    vae, vae_params = _vae(folder / "vae")
-    networks, params = {"vae": vae}, {}
-    for part, key in zip(fields, jax.random.split(jax.random.key(config.seed)), strict=True):
-        def constructor(rngs, part=part):
-            return PARTS[part][1](fields[part], rngs)
-        networks[part] = Network.abstract(constructor)
-        if config.warm_start:
-            values = convert.load(convert.find_files(folder / part, PARTS[part][2]), networks[part])
-        else:
-            values = init(constructor, key)
-        params |= {f"{part}/{name}": value for name, value in values.items()}
-
+    fields = config.network.to_dict()
     scheduler_config = config.scheduler.to_dict()
-    pipeline = StableDiffusionPipeline(folder, networks, {"vae": vae_params}, tokenizer,
-                                       scheduler_config)
+    networks, frozen = {}, {}
+    for part in ("vae", "text_encoder"):
+        part_fields = read_json(folder / part / "config.json")
+        networks[part] = Network.abstract(_constructor(part, part_fields))
+        frozen[part] = jax.device_put(
+            convert.load(convert.find_files(folder / part, PARTS[part][2]), networks[part]))
+    networks["unet"] = unet = Network.abstract(_constructor("unet", fields))
+    if config.warm_start:
+        start = convert.load(convert.find_files(folder / "unet", PARTS["unet"][2]), unet)
+    else:
+        start = init(_constructor("unet", fields), jax.random.key(config.seed))
+
+    pipeline = StableDiffusionPipeline(folder, networks, frozen, tokenizer, scheduler_config)
     products = schedulers.alphas_cumprod(scheduler_config)
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
-    empty = jnp.asarray(tokenize(tokenizer, [""], length))
+    empty = jnp.asarray(pipeline.tokenize([""]))
 
     def loss(params, batch, key):
         """Mean squared error of the velocity v = alpha eps - sigma x0 at uniform timesteps."""
@@ -69,9 +63,8 @@ def train(config: ConfigDict, out: Path) -> None:
         noise = jax.random.normal(noise_key, latents.shape)
         alpha, sigma = (x[t][:, None, None, None] for x in (alphas, sigmas))
         dropped = jax.random.bernoulli(drop_key, config.prompt_dropout, (count, 1))
-        parts = split_parts(params)
-        conditioning = pipeline.encode_prompt(parts, jnp.where(dropped, empty, input_ids))
-        velocity = pipeline.denoise(parts["unet"], alpha * latents + sigma * noise,
+        conditioning = pipeline.encode_prompt(frozen, jnp.where(dropped, empty, input_ids))
+        velocity = pipeline.denoise(params, alpha * latents + sigma * noise,
                                     t.astype(jnp.float32), conditioning)
         return jnp.mean((velocity - (alpha * noise - sigma * latents)) ** 2), {}
 
@@ -81,45 +74,30 @@ def train(config: ConfigDict, out: Path) -> None:
     def on_evaluate(step: int, params: Params) -> None:
         write(params)
         captions = prompts("validation", config.eval_prompts, seed=1)
-        noise = np.random.default_rng(0).standard_normal(
-            (len(captions), *pipeline.latent_shape), np.float32)
-        keys = jax.random.split(jax.random.key(0), len(captions))
-        parts = {**split_parts(params), "vae": vae_params}
-        verdict = judge(np.asarray(images(parts, pipeline.tokenize(captions), noise, keys)),
-                        captions)
-        shares = {name: float(np.mean(v)) for name, v in verdict._asdict().items()}
+        noise, keys = fixed_noise(0, len(captions), pipeline.latent_shape)
+        drawn = draw(images, {**frozen, "unet": params}, pipeline.tokenize(captions), noise, keys,
+                     len(captions))
+        shares = {name: np.mean(v) for name, v in judge(drawn, captions)._asdict().items()}
         console.print(f"judge at step {step}: "
                       + " ".join(f"{k} {v:.3f}" for k, v in shares.items()), highlight=False)
 
     def write(params: Params) -> None:
-        for part, values in split_parts(params).items():
-            convert.save(values, folder / part / f"{PARTS[part][2]}.safetensors",
-                         config.store_dtype)
-            write_json(folder / part / "config.json", fields[part])
+        convert.save(params, folder / "unet" / f"{PARTS['unet'][2]}.safetensors",
+                     config.store_dtype)
+        write_json(folder / "unet" / "config.json", fields)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
         write_json(folder / "model_index.json", config.model_index.to_dict())
 
-    data = latents_and_captions(config, pipeline, vae_params, length)
-    write(fit(loss, params, batches(data, config), config, on_evaluate))
+    data = latents_and_captions(config, pipeline)
+    write(fit(loss, start, batches(data, config), config, on_evaluate))
 
 
-def split_parts(params: Params) -> dict[str, Params]:
-    """{"unet/conv_in.kernel": ...} -> {"unet": {"conv_in.kernel": ...}, ...}."""
-    parts: dict[str, Params] = {}
-    for name, value in params.items():
-        part, _, rest = name.partition("/")
-        parts.setdefault(part, {})[rest] = value
-    return parts
+def _constructor(part: str, fields: dict[str, Any]):
+    return lambda rngs: PARTS[part][1](fields, rngs)
 
 
-def _vae(folder: Path) -> tuple[Network, Params]:
-    parsed = AutoencoderKLConfig.from_json(read_json(folder / "config.json"))
-    network = Network.abstract(lambda rngs: AutoencoderKL(parsed, rngs=rngs))
-    return network, convert.load(convert.find_files(folder, PARTS["vae"][2]), network)
-
-
-def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline, vae_params: Params,
-                         length: int) -> dict[str, np.ndarray]:
+def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline
+                         ) -> dict[str, np.ndarray]:
     """Scaled latents [N, h, w, c] of training scenes and token ids [N, CAPTIONS, T] of each."""
     network = pipeline.networks["vae"]
 
@@ -129,14 +107,12 @@ def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline, 
         return mean * network.config.scaling_factor
 
     rng = np.random.default_rng(config.seed + 1)
-    vae_params = jax.device_put(vae_params)
     latents, input_ids = [], []
     stream = scene_batches(config.seed, CHUNK)
     for _ in range(config.scenes // CHUNK):
         scenes, layouts = next(stream)
-        latents.append(np.asarray(encode(vae_params, (scenes, layouts))))
-        ids = [tokenize(pipeline.tokenizer, captions_for(scenes, rng), length)
-               for _ in range(CAPTIONS)]
+        latents.append(np.asarray(encode(pipeline.params["vae"], (scenes, layouts))))
+        ids = [pipeline.tokenize(captions_for(scenes, rng)) for _ in range(CAPTIONS)]
         input_ids.append(np.stack(ids, axis=1).astype(np.int16))
     console.print(f"encoded {len(latents) * CHUNK} scenes")
     return {"latents": np.concatenate(latents), "input_ids": np.concatenate(input_ids)}

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from r0_jax.errors import InputError
 from r0_jax.network import Params
 
 console = Console(stderr=True)
@@ -25,6 +26,9 @@ def fit(loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.
       loss: (params, batch, key) -> (scalar, metrics).
       on_evaluate: called with (step, averaged params) every `config.eval_every` steps.
     """
+    if config.steps <= config.warmup_steps:
+        raise InputError(f"steps={config.steps} must be more than warmup_steps="
+                         f"{config.warmup_steps}")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.02 * config.learning_rate)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm),

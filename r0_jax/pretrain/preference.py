@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from transformers import CLIPTokenizer
 
 from r0_jax import convert, schedulers
 from r0_jax.inference import ImageSampler
@@ -18,6 +19,7 @@ from r0_jax.pipelines.stable_diffusion import few_step_scheduler, tokenize
 from r0_jax.pretrain import clip
 from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import console, fit
+from r0_jax.pretrain.text import CAPTION_LENGTH
 from r0_jax.rewards.aesthetic import AestheticMLP
 from r0_jax.rewards.clip_score import load_tower, normalize
 from r0_jax.shapes.captions import captions_for
@@ -34,7 +36,6 @@ def train_preference(config: ConfigDict, out: Path) -> None:
     near miss of it, or what the base draws of the prompt in 4 steps.
     """
     network, params, tokenizer, prepare = load_tower(out / "clip", "float32")
-    length = network.config.text_config.max_position_embeddings
 
     def loss(params, batch, key):
         level_key, degrade_key = jax.random.split(key)
@@ -52,7 +53,7 @@ def train_preference(config: ConfigDict, out: Path) -> None:
         return -jnp.mean(jax.nn.log_sigmoid(margin)), {"accuracy": jnp.mean(margin > 0)}
 
     pool, pool_scenes = _few_step_pool(out, config)
-    params = fit(loss, params, _pairs(config, tokenizer, length, pool, pool_scenes), config)
+    params = fit(loss, params, _pairs(config, tokenizer, pool, pool_scenes), config)
     clip.write(out, config, read_json(out / "clip" / "config.json"), params)
 
 
@@ -71,8 +72,8 @@ def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
     return drawn, scenes
 
 
-def _pairs(config: ConfigDict, tokenizer, length: int, pool: np.ndarray,
-           pool_scenes: Scene) -> Iterator[dict]:
+def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_scenes: Scene
+           ) -> Iterator[dict]:
     rng = np.random.default_rng(config.seed + 1)
     while True:
         rows = rng.integers(len(pool), size=config.batch_size)
@@ -81,7 +82,7 @@ def _pairs(config: ConfigDict, tokenizer, length: int, pool: np.ndarray,
         yield {"scenes": scenes, "layouts": sample_layouts(rng, scenes),
                "wrong": wrong, "wrong_layouts": sample_layouts(rng, wrong),
                "few_step": pool[rows], "kind": rng.integers(3, size=config.batch_size),
-               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), length)}
+               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH)}
 
 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
