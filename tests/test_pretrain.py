@@ -1,0 +1,84 @@
+"""The pretraining of the embedded world: its data, its loop, and each stage from end to end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import shapes_base
+from r0_jax.errors import InputError
+from r0_jax.pretrain import clip, text
+from r0_jax.pretrain.degrade import degrade
+from r0_jax.pretrain.fit import fit
+from r0_jax.shapes.captions import caption, parse
+from r0_jax.shapes.scene import Scene, sample_scenes, split_of
+
+
+def scenes_of(batch: Scene) -> list[Scene]:
+    return [Scene(*fields) for fields in zip(*batch, strict=True)]
+
+
+def test_answers_are_what_the_caption_says():
+    scenes = sample_scenes(np.random.default_rng(0), 64, "train")
+    expected = text.answers(scenes)
+    for row, scene in zip(expected, scenes_of(scenes), strict=True):
+        for language in ("en", "zh"):
+            read = parse(caption(scene, language, 0))
+            single = Scene(*(np.asarray(field)[None] for field in read))
+            np.testing.assert_array_equal(text.answers(single)[0], row)
+    assert (expected < np.asarray(text.QUESTIONS)).all() and (expected >= 0).all()
+
+
+def test_near_misses_differ_in_one_thing_and_never_leave_the_training_split():
+    rng = np.random.default_rng(1)
+    scenes = sample_scenes(rng, 512, "train")
+    other = clip.near_miss(rng, scenes)
+    assert (split_of(other) == 0).all()
+    differs = (text.answers(scenes) != text.answers(other)).sum(1)
+    assert (differs > 0).mean() > 0.9  # a relation may be turned into itself
+    # One attribute, or (a relation turned round: the objects change places) up to all of them.
+    assert np.mean(differs == 1) > 0.4
+
+
+def test_equal_scenes_have_equal_identities_and_others_do_not():
+    rng = np.random.default_rng(2)
+    scenes = clip.hard_scenes(rng, 128)
+    numbers = clip.identity(scenes)
+    keys = [tuple(row) for row in text.answers(scenes)]
+    assert len(set(keys)) == len(set(numbers.tolist())) == len(set(zip(keys, numbers, strict=True)))
+
+
+def test_degrade_does_nothing_at_level_0_and_more_at_higher_levels():
+    images = jax.random.uniform(jax.random.key(0), (8, 16, 16, 3))
+    errors = [float(jnp.mean(jnp.abs(degrade(jax.random.key(1), images, jnp.full(8, level))
+                                     - images))) for level in (0.0, 0.3, 1.0)]
+    assert errors[0] < 1e-6 < errors[1] < errors[2]
+
+
+def quadratic(**fields) -> ConfigDict:
+    return shapes_base.training(steps=300, warmup_steps=10, learning_rate=0.1, log_every=300,
+                                ema_decay=0.9, **fields)
+
+
+def test_fit_minimizes_and_returns_the_average():
+    def loss(params, batch, key):
+        del key
+        return jnp.sum((params["x"] - batch["target"].mean(0)) ** 2), {}
+
+    def batches():
+        while True:
+            yield {"target": np.full((8, 3), 2.0, np.float32)}
+
+    seen = []
+    params = fit(loss, {"x": jnp.zeros(3)}, batches(), quadratic(eval_every=100),
+                 lambda step, average: seen.append(step))
+    np.testing.assert_allclose(params["x"], 2.0, atol=1e-2)
+    assert seen == [100, 200, 300]
+
+
+def test_fit_names_a_warm_up_that_does_not_fit():
+    config = quadratic()
+    config.warmup_steps = 300
+    with pytest.raises(InputError, match="steps=300 must be more than warmup_steps=300"):
+        fit(lambda *_: None, {}, iter(()), config)
