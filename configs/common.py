@@ -72,7 +72,8 @@ def get_config() -> ConfigDict:
     # level between `least` and `most` (shares of the trained timesteps).
     config.regularizers.feature = ConfigDict({"weight": 0.0, "least": 0.02, "most": 0.5})
     # A share `weight` (0 to 1) of each reward's gradient is replaced by its average over `samples`
-    # images with noise of standard deviation `std`, and its norm is cut at `clip`, per sample.
+    # images with noise of standard deviation `std`; the norm of the rewards' weighted sum is cut
+    # at `clip`. Both per sample.
     config.regularizers.gradient = ConfigDict(
         {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9})
     # weight * the implicit reward of classifier-free guidance with this `scale`, evaluated on the

@@ -92,10 +92,12 @@ def _read_tfds(path: Path) -> list[str]:
             f"{path} has no dataset_info.json; give the folder of one version of a tfds dataset, "
             "such as name/1.0.0"
         )
-    builder = tfds.builder_from_directory(path)
+    builder = _open(path)
     features = builder.info.features
     texts = [name for name in features if isinstance(features[name], tfds.features.Text)]
     name = _pick_name(texts, path, "text features")
+    if not builder.info.splits:
+        raise InputError(f"{path} has no split: is the dataset complete?")
     split = _SPLIT if _SPLIT in builder.info.splits else next(iter(builder.info.splits))
     # Of each record only the text is parsed: decoding images would need other packages.
     only_text = tfds.features.FeaturesDict({name: features[name]})
@@ -133,6 +135,8 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}"
         raise InputError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        raise InputError(f"{path}, line {line}: {error}") from None
 
 
 def _prompt_of(item: Any, where: str) -> str:
@@ -229,6 +233,11 @@ def is_prepared(folder: str | Path) -> bool:
     return (Path(folder) / "dataset_info.json").is_file()
 
 
+def is_ours(folder: str | Path) -> bool:
+    """Whether `prepare` made the folder."""
+    return is_prepared(folder) and _open(folder).info.name == _Prompts.name
+
+
 def describe(folder: str | Path) -> Summary:
     """Counts of a prepared dataset."""
     info = _open(folder).info
@@ -283,7 +292,11 @@ def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np
 def _open(folder: str | Path) -> tfds.core.DatasetBuilder:
     if not is_prepared(folder):
         raise InputError(f"{folder} is not a prepared dataset: it has no dataset_info.json")
-    return tfds.builder_from_directory(folder)
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # of protobuf, json or tfds, by which file is missing or cut short
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder} cannot be read ({reason}): is the dataset complete?") from None
 
 
 @contextlib.contextmanager

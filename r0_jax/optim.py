@@ -26,6 +26,8 @@ def make_optimizer(config: ConfigDict, temperature: float = 0.0) -> optax.Gradie
     biases and norms.
     """
     c = config.optimizer
+    if not c.eps > 0:  # Adam would divide 0 by 0 where a gradient is 0
+        raise InputError(f"optimizer.eps={c.eps} must be positive")
     for field in ("learning_rate", "weight_decay", "eps"):
         if not (math.isfinite(c[field]) and c[field] >= 0):
             raise InputError(f"optimizer.{field}={c[field]} must be a number that is not negative")
@@ -124,12 +126,14 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def skip_if_nonfinite(
     old_state: TrainState, new_state: TrainState, grads_norm: Float[Array, ""]
 ) -> TrainState:
-    """`new_state`; or, where the gradient norm is not finite, `old_state` one step later.
+    """`new_state`; or, where the gradient norm or a parameter is not finite, `old_state` one step
+    later.
 
     A skipped step leaves parameters, EMA and optimizer untouched and is counted; `step` advances
     either way, so that the next step sees other data.
     """
-    finite: Bool[Array, ""] = jnp.isfinite(grads_norm)
+    finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(
+        global_norm(new_state.params))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
     return kept._replace(
         step=new_state.step,

@@ -1,11 +1,13 @@
 """Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from r0_jax import data
+from r0_jax.errors import InputError
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
 
@@ -30,14 +32,24 @@ def prepare(path: str, folder: Path, pipeline: StableDiffusionPipeline,
     if not data.is_prepared(folder):
         prompts = data.read_prompts(path)
         # array_record takes no slash in a column's name.
-        named = {name.replace("/", "__"): value
+        named = {name.replace("/", "__", 1): value
                  for name, value in columns(prompts, pipeline, rewards).items()}
         data.prepare({"prompt": prompts, **named}, folder)
     return data.describe(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes what `prepare` made; InputError for a folder that is something else."""
+    if folder.exists():
+        if not data.is_ours(folder):
+            raise InputError(f"{folder} is in the way, and not a run's prompts: move it, or give "
+                             "another --workdir")
+        shutil.rmtree(folder)
 
 
 def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,
             process_count: int):
     """Batches from `step` on, without the prompts' text, as numpy arrays."""
     for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
-        yield {name.replace("__", "/"): value for name, value in batch.items() if name != "prompt"}
+        del batch["prompt"]
+        yield {name.replace("__", "/", 1): value for name, value in batch.items()}

@@ -19,9 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import cli, images, report, train
+from r0_jax import checkpoint, cli, data, images, report, train, workdir
+from r0_jax.errors import InputError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
@@ -42,20 +44,32 @@ console = Console(stderr=True)
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
+    if not config.test.prompts:
+        raise InputError("the config has no test.prompts to measure with")
     train.enable_compilation_cache(config)
     folders = [Path(_WORKDIR.value) / f"seed_{seed}" for seed in _SEED.value]
     for seed, folder in zip(_SEED.value, folders, strict=True):
         console.rule(str(folder))
         with config.unlocked():
             config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
-        if not (folder / "eval.json").exists():
-            train.train_and_evaluate(config, folder)
+        if not measured(folder, config) and not train.train_and_evaluate(config, folder):
+            return
     evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
                    for folder in folders]
     out = Path(_OUT.value)
     prompts = write_picture(folders[0], out.with_suffix(".png"))
     images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
+
+
+def measured(folder: Path, config: ConfigDict) -> bool:
+    """Whether the folder holds this very run, finished and measured on as many prompts."""
+    if config.steps not in checkpoint.steps(folder) or not (folder / "eval.json").exists():
+        return False
+    workdir.check_same_run(folder, config)
+    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
+    return evaluation["prompts"] == len(prompts)
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -67,8 +81,7 @@ def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for metric in metrics:
             entries = [evaluation["models"][name][metric] for evaluation in evaluations]
             intervals = [entry["ci95"] for entry in entries]
-            joined = None if None in intervals else [min(low for low, _ in intervals),
-                                                     max(high for _, high in intervals)]
+            joined = [min(low for low, _ in intervals), max(high for _, high in intervals)]
             models[name][metric] = {"value": float(np.mean([entry["value"] for entry in entries])),
                                     "ci95": joined}
     return {"models": models}

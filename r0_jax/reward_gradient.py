@@ -50,12 +50,15 @@ def reward_gradient(
             return reward.score(params[reward.name], images, features.get(reward.name))
 
         scores[reward.name], gradient = value_and_gradient(score, clipped)
-        gradient = _bounded(score, clipped, gradient, keys, config.regularizers)
+        gradient = _smoothed(score, clipped, gradient, keys, config.regularizers.gradient)
         norm = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3)))
         norms[reward.name] = norm
         if config.objective.normalization == "per_sample":
             gradient = gradient / (norm + config.objective.delta)[:, None, None, None]
         total += config.rewards[reward.name].weight * gradient
+    if config.regularizers.gradient.weight:
+        norm = jnp.sqrt(jnp.sum(total**2, axis=(1, 2, 3), keepdims=True))
+        total *= jnp.minimum(1.0, config.regularizers.gradient.clip / (norm + 1e-12))
     leaves = ((images > 1) & (total > 0)) | ((images < 0) & (total < 0))
     return RewardGradient(jnp.where(leaves, 0.0, total), scores, norms)
 
@@ -68,10 +71,10 @@ def value_and_gradient(
     return scores, pullback(jnp.ones_like(scores))[0]
 
 
-def _bounded(score, images, gradient, keys, regularizers: ConfigDict) -> jax.Array:
+def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
     """The `gradient` regularizer: a share `weight` of the gradient is replaced by its average
-    over `samples` images perturbed by N(0, std^2), and its norm is cut at `clip`."""
-    options = regularizers.gradient
+    over `samples` images perturbed by N(0, std^2). (The weighted sum is cut at `clip` later: a
+    gradient that is normalized after a cut would not show it.)"""
     if options.weight == 0:
         return gradient
     smooth = jnp.zeros_like(gradient)
@@ -79,6 +82,4 @@ def _bounded(score, images, gradient, keys, regularizers: ConfigDict) -> jax.Arr
         noise = options.std * sampler.normal(keys, _SMOOTHING + i, images.shape[1:])
         perturbed = jnp.clip(images + noise, 0.0, 1.0)  # all that a reward is promised
         smooth += value_and_gradient(score, perturbed)[1] / options.samples
-    gradient = (1 - options.weight) * gradient + options.weight * smooth
-    norm = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3), keepdims=True))
-    return gradient * jnp.minimum(1.0, options.clip / (norm + 1e-12))
+    return (1 - options.weight) * gradient + options.weight * smooth

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,27 @@ class Model(NamedTuple):
     params: dict[str, Params]  # of every part of the pipeline
 
 
+def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
+    """InputError for what would only show when the training is over."""
+    if not test.prompts:
+        return
+    for field, least in (("num_prompts", 2), ("diversity_prompts", 1), ("samples_per_prompt", 2),
+                         ("batch_size", 1), ("base_steps", 1)):
+        if test[field] < least:
+            raise InputError(f"test.{field}={test[field]} must be at least {least}")
+    prompts = data.read_prompts(test.prompts)[:test.num_prompts]
+    if len(prompts) < 2:
+        raise InputError(f"{test.prompts} has one prompt: a test needs at least 2")
+    if test.world == "shapes":
+        world.check_prompts(prompts, test.prompts)
+    elif test.world:
+        raise InputError(f"test.world={test.world!r} is unknown; use 'shapes' or ''")
+    entry = heldout_rewards.get(test.features)
+    if test.features and (entry is None or entry.type != "clip_score"):
+        raise InputError(f"test.features={test.features!r} is not a held-out reward of type "
+                         "clip_score")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Testbed:
     """What every model is measured with: prompts, noise and judges."""
@@ -56,11 +78,8 @@ class Testbed:
     @classmethod
     def build(cls, config: ConfigDict, pipeline: StableDiffusionPipeline) -> "Testbed":
         """Reads the test prompts and loads all rewards of the config."""
+        check(config.test, config.heldout_rewards)
         prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
-        if config.test.world == "shapes":
-            world.check_prompts(prompts, config.test.prompts)
-        elif config.test.world:
-            raise InputError(f"test.world={config.test.world!r} is unknown; use 'shapes' or ''")
         trained_on = [rewards.load(name, entry, config.dtype)
                       for name, entry in config.rewards.items()]
         heldout = [rewards.load(name, entry, config.dtype)
@@ -91,7 +110,7 @@ class Testbed:
         if self.image_features is not None:
             found |= self._feature_metrics(model, drawn)
         calls = model.sampler.network_calls
-        found["network_calls"] = {"value": calls, "ci95": None}
+        found["network_calls"] = {"value": calls, "ci95": [calls, calls]}
         found["seconds_per_image"] = statistics.mean_ci(seconds)
         return found, drawn
 
@@ -131,10 +150,7 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     """Images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
     if not config.test.features:
         return None
-    entry = config.heldout_rewards.get(config.test.features)
-    if entry is None or entry.type != "clip_score":
-        raise InputError(f"test.features={config.test.features!r} is not a held-out reward of type "
-                         "clip_score")
+    entry = config.heldout_rewards[config.test.features]
     network, params, _, prepare = load_tower(Path(entry.path), config.dtype)
     encode = jax.jit(lambda params, x, _: normalize(
         network.apply(params, "image_features", prepare(x).astype(config.dtype))))
@@ -181,5 +197,15 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
              for i, prompt in enumerate(testbed.prompts[:SHOWN])]
     images.write_bytes(folder / "samples" / "eval" / "prompts.jsonl",
                        ("\n".join(lines) + "\n").encode("utf-8"))
-    images.write_bytes(folder / "eval.json", json.dumps(table, indent=1).encode("utf-8"))
+    text = json.dumps(finite(table), indent=1, allow_nan=False)
+    images.write_bytes(folder / "eval.json", text.encode("utf-8"))
     return table
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: null in its place, at any depth."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

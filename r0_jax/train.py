@@ -3,8 +3,11 @@
 Sections stand in the order in which things happen.
 """
 
+import contextlib
+import functools
+import inspect
+import math
 import os
-import shutil
 import signal
 import warnings
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from configs import common
 from r0_jax import (
     checkpoint,
     optim,
@@ -46,25 +50,38 @@ from r0_jax.validation import Validation
 console = Console(stderr=True)
 
 
-def train_and_evaluate(config: ConfigDict, folder: Path) -> None:
+def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
     """Trains to `config.steps`, continuing from the newest checkpoint in `folder` if there is one;
-    then makes the table and the report. A SIGTERM saves and returns."""
+    then makes the table and the report. A SIGTERM saves and returns False."""
+    with StopSignal() as stop:
+        try:
+            return _train_and_evaluate(config, folder, stop)
+        except Stopped:
+            console.print("stopped; what was trained is saved: the same command continues")
+            return False
+
+
+def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") -> bool:
     check_config(config)
+    testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
     # Pretrained models, on the host.
     pipeline = stable_diffusion.load(config.pretrained, config.dtype)
-    trained_on = load_rewards(config.rewards, pipeline, config)
-    heldout = load_rewards(config.heldout_rewards, pipeline, config)
+    trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
+    heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
     generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype)
     objective = Objective(pipeline, generator, trained_on, config)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
+    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
+        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
+                         "steps, or give another --workdir")
     config_digest = workdir.check_same_run(folder, config)
     started = bool(checkpoint.steps(folder))
     if not started:
-        shutil.rmtree(folder / "prompts", ignore_errors=True)  # of another config
+        prompt_dataset.remove(folder / "prompts")  # of another config
     summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline, trained_on)
     console.print(f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct; "
                   f"{config.steps} steps of {config.batch_size}", highlight=False)
@@ -97,14 +114,16 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> None:
                           donate_argnums=0)
         validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
                                 {r.name for r in heldout})
-        finished = loop(config, folder, mesh, state, started, step_fn, frozen, validation,
-                        checkpoints)
+        with stop.deferred():
+            finished = loop(config, folder, mesh, state, started, step_fn, frozen, validation,
+                            checkpoints, stop)
 
     if finished and config.test.prompts and jax.process_index() == 0:
         table = testbed.evaluate_run(folder, config)
         report.print_table(table)
     if finished and jax.process_index() == 0:
         print(f"report: {report.write_report(folder)}")
+    return finished
 
 
 def enable_compilation_cache(config: ConfigDict) -> None:
@@ -114,38 +133,89 @@ def enable_compilation_cache(config: ConfigDict) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+# Field -> least and most of its numbers; what has checks of its own is not here.
+RANGES = {
+    "seed": (0, 2**32 - 1), "steps": (1, math.inf), "log_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
+    "keep_checkpoints": (1, math.inf), "max_skipped_in_a_row": (1, math.inf),
+    "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
+    "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
+    "objective.delta": (0, math.inf),
+    "regularizers.gradient.weight": (0, 1), "regularizers.gradient.samples": (1, math.inf),
+    "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
+}  # fmt: skip
+
+
 def check_config(config: ConfigDict) -> None:
     """InputError for values that no later check would name."""
+    check_fields(config)
+    ranges = RANGES | {f"regularizers.{name}.weight": (0, math.inf) for name in config.regularizers
+                       if name != "gradient"}
+    for field, (least, most) in ranges.items():
+        value = functools.reduce(lambda part, name: part[name], field.split("."), config)
+        if not least <= value <= most:
+            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise InputError(f"{field}={value} must be {bound}")
     if config.objective.method not in ("r0", "r0plus"):
         raise InputError(f"objective.method={config.objective.method!r} is unknown; "
                          "use 'r0' or 'r0plus'")
     if config.objective.normalization not in ("per_sample", "none"):
         raise InputError(f"objective.normalization={config.objective.normalization!r} is unknown; "
                          "use 'per_sample' or 'none'")
-    if not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
+    r0 = config.objective.method == "r0"
+    if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
         raise InputError(f"objective.grad_steps={config.objective.grad_steps} must be between 1 "
                          f"and sampler.num_steps={config.sampler.num_steps}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
-    for name in ("steps", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
-        if config[name] < 1:
-            raise InputError(f"{name}={config[name]} must be at least 1")
     for name, value in (("pretrained", config.pretrained), ("data.prompts", config.data.prompts)):
         if not value:
             raise InputError(f"{name} is not set: give --config.{name}=PATH")
     if not config.rewards:
         raise InputError("rewards is empty: there is nothing to maximize")
+    if both := set(config.rewards) & set(config.heldout_rewards):
+        raise InputError(f"{min(both)} is the name of a reward and of a held-out one: rename one")
+    measured = [f"eval/{name}" for name in config.rewards]
+    measured += [f"heldout/{name}" for name in config.heldout_rewards]
+    if config.best_metric and config.best_metric not in measured:
+        raise InputError(f"best_metric={config.best_metric!r} is not measured; there are "
+                         f"{', '.join(measured)}, or '' to keep none")
     if not any(entry.weight for entry in config.regularizers.values()):
         warnings.warn("all regularizers have weight 0: rewards alone collapse the generator; "
                       "set regularizers.weight.weight", stacklevel=2)
 
 
-def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict) -> list[Reward]:
+def check_fields(config: ConfigDict) -> None:
+    """InputError unless the config has every field of the base, and its rewards all of theirs."""
+    there = set(field_names(config.to_dict()))
+    missing = [name for name in field_names(common.get_config().to_dict()) if name not in there]
+    if missing:
+        raise InputError(f"the config has no {missing[0]}: begin it with "
+                         "config = common.get_config(), as the recipes in configs/ do")
+    expected = inspect.signature(common.reward_entry).parameters.keys()
+    for section in ("rewards", "heldout_rewards"):
+        for name, entry in config[section].items():
+            if different := set(entry) ^ expected:
+                raise InputError(f"{section}.{name} should not have, or lacks, {min(different)}: "
+                                 "make it with common.reward_entry(...)")
+
+
+def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of a nested dict's leaves."""
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            yield from field_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict, trained: bool
+                 ) -> list[Reward]:
     """The rewards of one section of the config, each tried on random images first."""
     loaded = []
     for name, entry in entries.items():
         reward = rewards.load(name, entry, config.dtype)
-        plugin.check(reward, pipeline.image_shape)
+        plugin.check(reward, pipeline.image_shape, trained)
         loaded.append(reward)
     return loaded
 
@@ -165,37 +235,45 @@ def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigD
 
 
 def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resumed: bool, step_fn,
-         frozen, validation: Validation, checkpoints: checkpoint.Checkpoints) -> bool:
-    """Runs the remaining steps; False if a SIGTERM ended them early."""
+         frozen, validation: Validation, checkpoints: checkpoint.Checkpoints,
+         stop: "StopSignal") -> bool:
+    """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
     batches = device_batches(config, folder, mesh, first)
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
-    stop = StopSignal()
-    writer = MetricWriter(folder, config.tensorboard, config.wandb, resume_step=first)
-    with writer, stop, TrainingProgress(config.steps, first, console) as progress:
+    writer = MetricWriter(folder, config.tensorboard, config.wandb,
+                          resume_step=first if resumed else -1)
+    with writer, TrainingProgress(config.steps, first, console) as progress:
 
-        def evaluate_and_save() -> None:
+        def evaluate_and_save(metrics: dict[str, float]) -> None:
+            # A step's metrics are on disk before its checkpoint: a kill in between loses none.
             with timing.paused():
                 values = validation(state.ema_params, step)
-                writer.write(step, values)
+                writer.write(step, metrics | values)
                 checkpoints.save(state, values)
 
-        def log(metrics: dict[str, jax.Array], step: int) -> None:
+        def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= timing.update(step)
-            if step % config.log_every == 0:
-                writer.write(step, values)
             progress.update(step, values)
             in_a_row = int(values["train/skipped_in_a_row"])
             if in_a_row >= config.max_skipped_in_a_row:
+                writer.write(step, values)
+                bad = [name for name, value in values.items() if not math.isfinite(value)]
                 raise InputError(
-                    f"the gradients of the last {in_a_row} steps (to step {step}) were not finite; "
-                    f"the newest checkpoint is step {checkpoints.latest_step()}: lower "
-                    "optimizer.learning_rate or optimizer.clip_norm and start from there")
+                    f"the last {in_a_row} steps (to step {step}) were skipped: not finite were "
+                    f"{', '.join(bad) or 'the updated parameters'}; start anew in another "
+                    "--workdir with a lower optimizer.learning_rate or without the bad reward")
+            return values
+
+        def log(metrics: dict[str, jax.Array], step: int) -> None:
+            values = fetch(metrics, step)
+            if step % config.log_every == 0:
+                writer.write(step, values)
 
         if not resumed:
-            evaluate_and_save()
+            evaluate_and_save({})
         pending = None  # metrics of the step before, fetched while this one runs
         while step < config.steps and not stop.requested():
             state, metrics = step_fn(state, frozen, next(batches), key)
@@ -203,22 +281,20 @@ def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resume
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
-            evaluates = step % config.eval_every == 0 or step == config.steps
-            if evaluates or step % config.checkpoint_every == 0:
-                # A step's metrics are on disk before its checkpoint: a kill in between loses none.
-                log(pending, step)
+            if step % config.eval_every == 0 or step == config.steps:
+                evaluate_and_save(fetch(pending, step))
                 pending = None
-            if evaluates:
-                evaluate_and_save()
             elif step % config.checkpoint_every == 0:
+                log(pending, step)
                 checkpoints.save(state)
+                pending = None
         if pending is not None:
             log(pending, step)
-        if step < config.steps:
+        if stopped := stop.requested():
             checkpoints.save(state)
             checkpoints.wait()
             console.print(f"stopped at step {step}, which is saved: the same command continues")
-    return step == config.steps
+    return not stopped
 
 
 def device_batches(config: ConfigDict, folder: Path, mesh: Mesh, step: int
@@ -230,11 +306,16 @@ def device_batches(config: ConfigDict, folder: Path, mesh: Mesh, step: int
         yield sharding.put_batch(batch, split)
 
 
+class Stopped(Exception):
+    """A SIGTERM came while nothing was to be saved."""
+
+
 class StopSignal:
-    """True once SIGTERM came, on all processes at the same step; a context manager."""
+    """What a SIGTERM does: raise Stopped at once, or, inside `deferred`, make `requested` true on
+    all processes at the same step. A context manager."""
 
     def __init__(self):
-        self._came = False
+        self._came = self._deferred = False
 
     def __enter__(self) -> "StopSignal":
         self._before = signal.signal(signal.SIGTERM, self._note)
@@ -246,6 +327,16 @@ class StopSignal:
     def _note(self, number: int, frame: object) -> None:
         del number, frame
         self._came = True
+        if not self._deferred:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     def requested(self) -> bool:
         if jax.process_count() == 1:

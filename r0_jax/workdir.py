@@ -19,7 +19,8 @@ from r0_jax.images import write_bytes
 # without a decay of the learning rate towards it.
 HARMLESS = frozenset(
     {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
-     "mesh", "keep_checkpoints", "test", "compilation_cache"}
+     "mesh", "accumulation", "sharding", "keep_checkpoints", "max_skipped_in_a_row", "test",
+     "compilation_cache"}
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
                 f"{workdir} holds a run with another config: {'; '.join(differs[:3])}{more}; "
                 "set it back to continue that run, or give another --workdir"
             )
+    elif path.exists() and "rewards" not in _read(path):
+        raise InputError(f"{path} is not the config of a run: give another --workdir")
     if jax.process_index() == 0:
         write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
     matters = {name: value for name, value in here.items() if _matters(name, here)}
@@ -53,11 +56,15 @@ def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         reason = "is missing, though there are checkpoints"
     except ValueError:
         reason = "is no JSON"
+    else:
+        if isinstance(config, dict):
+            return config
+        reason = "is no JSON object"
     raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
 
 

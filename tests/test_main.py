@@ -158,10 +158,27 @@ def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
     (["--config.data.prompts=/nowhere.txt"], "/nowhere.txt"),
     (["--config.objective.method=r1"], "r0plus"),
     (["--config.lora.targets=nothing"], "lora.targets"),
+    (["--config.sampler.num_steps=5"], "sampler.num_steps=5 must be from 1 to 4"),
+    (["--config.best_metric=heldout/hedlout"], "heldout/heldout"),
+    (["--config.test.prompts=/nowhere.txt"], "/nowhere.txt"),
 ])
 def test_bad_input_is_one_line(world, tmp_path, flags, named):
     assert named in one_line_error(start(world, tmp_path / "w", *flags))
     assert not (tmp_path / "w" / "checkpoints").exists() or not checkpoints(tmp_path / "w")
+
+
+def test_a_prompts_folder_of_the_users_own_is_not_touched(world, tmp_path):
+    shutil.copytree(world / "sd" / "tokenizer", tmp_path / "w" / "prompts")
+    before = sorted(path.name for path in (tmp_path / "w" / "prompts").iterdir())
+    assert "is in the way" in one_line_error(start(world, tmp_path / "w"))
+    assert before == sorted(path.name for path in (tmp_path / "w" / "prompts").iterdir())
+
+
+def test_fewer_steps_than_there_are(world, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "w")
+    error = one_line_error(start(world, tmp_path / "w", "--config.steps=2"))
+    assert f"is at step {STEPS} already, beyond steps=2" in error
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["steps"] == STEPS
 
 
 def test_an_empty_prompt_file_and_a_truncated_weight_file(world, tmp_path):
@@ -180,7 +197,7 @@ def test_nonfinite_steps_stop_the_run(world, tmp_path):
     error = one_line_error(start(world, tmp_path / "w", "--config.optimizer.learning_rate=1e30",
                                  "--config.max_skipped_in_a_row=2", "--config.steps=50",
                                  "--config.eval_every=100"))
-    assert "not finite" in error
+    assert "the last 2 steps (to step" in error and "--workdir" in error
 
 
 def test_neither_torch_nor_tensorflow_is_imported(world, tmp_path):

@@ -172,7 +172,7 @@ def text(world):
 def test_weight_0_leaves_nothing_in_the_program(monkeypatch, name):
     off, on = text(regularized(name, weight=0.0)), text(regularized(name))
     monkeypatch.setattr(objective, "PENALTIES", {})
-    monkeypatch.setattr(reward_gradient, "_bounded", lambda *a: a[2])
+    monkeypatch.setattr(reward_gradient, "_smoothed", lambda *a: a[2])
     assert off == text(step_world.make(ONE_STEP))
     assert on != off
 

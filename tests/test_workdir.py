@@ -100,6 +100,14 @@ def test_a_config_that_cannot_be_read(tmp_path, text):
         workdir.check_same_run(tmp_path, config())
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "clip"}', "[1]"])
+def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="give another --workdir"):
+        workdir.check_same_run(tmp_path, config())
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == text
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     digest = workdir.check_same_run(tmp_path / "a", config())
     monkeypatch.setattr("jax.process_index", lambda: 1)

@@ -44,8 +44,9 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
         lambda params, prompts: np.asarray(encode(list(prompts)), np.float32))
 
 
-def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
-    """Runs a reward once, jitted, and its gradient, on two random images.
+def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = True) -> None:
+    """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on two random
+    images, which also hold exact zeros and ones, as clipped images do.
 
     Raises:
       InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
@@ -57,7 +58,8 @@ def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
         if features.ndim != 2 or len(features) != 2:
             raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
                              f"{features.shape}; expected (2, D)")
-    images = jax.random.uniform(jax.random.key(0), (2, *image_shape))
+    images = jax.random.normal(jax.random.key(0), (2, *image_shape))
+    images = jnp.clip(0.5 + 0.5 * images, 0.0, 1.0)
     with _blaming(reward, f"images of shape {images.shape}"):
         found = jax.eval_shape(reward.score, reward.params, images, features)
     if getattr(found, "shape", None) != (2,) or found.dtype != jnp.float32:
@@ -72,6 +74,8 @@ def check(reward: Reward, image_shape: tuple[int, int, int]) -> None:
         grads, value = jax.jit(jax.grad(first, has_aux=True))(images, reward.params)
     if not bool(jnp.all(jnp.isfinite(value))):
         raise InputError(f"reward {reward.name} is not finite on random images: {value}")
+    if not trained:
+        return
     if not bool(jnp.all(jnp.isfinite(grads))):
         raise InputError(f"reward {reward.name} has a gradient that is not finite")
     if not bool(jnp.any(grads[0] != 0)):

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"  # trained by `python -m r0_jax.pretrain`
-PROMPTS = Path(__file__).parent / "prompts"  # one file a split, made by its stage `prompts`
+PROMPTS = Path(__file__).parent / "prompts"  # captions.prompts(split, number, seed=0), a file each
