@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results test lint
+.PHONY: install install-dev demo results parity test lint
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -31,6 +31,11 @@ results: install
 test: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
+
+# Writes down what the tests against PyTorch measure: docs/parity.md.
+parity: install-dev
+	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline_stable_diffusion.py \
+	  --parity-report=docs/parity.md
 
 lint: install-dev
 	$(BIN)/ruff check .

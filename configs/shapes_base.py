@@ -3,7 +3,7 @@
 Commands, in this order (each stage needs those before it; --out=DIR writes elsewhere):
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=2     # one device a core: 1.4 x faster
-    for stage in tokenizer vae text_encoder unet clip heldout_clip preference aesthetic; do
+    for stage in tokenizer vae text_encoder unet decoder clip heldout_clip preference aesthetic; do
       python -m r0_jax.pretrain --config=configs/shapes_base.py:$stage
     done
 
@@ -18,7 +18,7 @@ MAX_TOKENS = 32  # the longest caption has 17; a third of the cost of CLIP's 77
 def get_config(stage: str) -> ConfigDict:
     config = {
         "tokenizer": tokenizer, "vae": vae, "text_encoder": text_encoder, "unet": unet,
-        "clip": clip, "heldout_clip": heldout_clip, "preference": preference,
+        "decoder": decoder, "clip": clip, "heldout_clip": heldout_clip, "preference": preference,
         "aesthetic": aesthetic,
     }.get(stage, ConfigDict)()
     config.stage = stage
@@ -115,6 +115,12 @@ def unet() -> ConfigDict:
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         })
+
+
+def decoder() -> ConfigDict:
+    """The VAE's decoder, on what the UNet predicts at timesteps below `latest_timestep`."""
+    return training(seed=8, steps=1000, batch_size=16, learning_rate=1e-3, warmup_steps=50,
+                    ema_decay=0.99, outline_weight=5.0, latest_timestep=400, clean_share=0.2)
 
 
 def clip() -> ConfigDict:

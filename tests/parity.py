@@ -1,6 +1,8 @@
 """A torch module against its JAX twin with the same weights, forward and backward, in float32."""
 
+import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +19,18 @@ OUTPUT, GRADIENT = 1e-5, 1e-4
 # A fifth of the time to compile; results differ by rounding only.
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False,
                    "xla_cpu_parallel_codegen_split_count": 1}
+
+
+class Measurement(NamedTuple):
+    """One comparison: the largest difference as a share of the largest element."""
+
+    test: str
+    what: str
+    error: float
+    tolerance: float
+
+
+MEASURED: list[Measurement] = []  # in this process; conftest.py writes it down
 
 
 def part(constructor: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -89,6 +103,8 @@ def assert_close(ours, theirs, tolerance: float, what: str = "") -> None:
     assert ours.shape == theirs.shape
     assert np.abs(theirs).max() > 0, f"{what} is zero everywhere: it would test nothing"
     error = np.abs(ours.astype(np.float64) - theirs).max() / np.abs(theirs).max()
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+    MEASURED.append(Measurement(test, what, float(error), tolerance))
     assert error < tolerance, f"{what}: relative error {error:.1e}"
 
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.pretrain import clip, diffusion, preference, text, tokenizer, vae
+from r0_jax.pretrain import clip, decoder, diffusion, preference, text, tokenizer, vae
 from r0_jax.shapes import CHECKPOINTS
 
 _CONFIG = cli.define_config()
@@ -20,6 +20,7 @@ STAGES: dict[str, Callable[[ConfigDict, Path], None]] = {
     "vae": vae.train,
     "text_encoder": text.train,
     "unet": diffusion.train,
+    "decoder": decoder.train,
     "clip": clip.train,
     "heldout_clip": clip.train,
     "preference": preference.train_preference,

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from r0_jax import convert
@@ -30,8 +31,21 @@ def scene_batches(seed: int, batch_size: int, split: str = "train"
         yield scenes, sample_layouts(rng, scenes)
 
 
+def difference(decoded: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"],
+               outline_weight: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Absolute and squared error of images in [-1, 1], and the PSNR in dB.
+
+    Most of a scene is background: outlines, which decide what shape it shows, count more.
+    """
+    error = decoded - images
+    soft = blur(images, jnp.full(len(images), 1.0))
+    outline = jnp.max(jnp.abs(images - soft), axis=-1, keepdims=True) > 0.03
+    weighted = jnp.where(outline, outline_weight, 1.0) * (jnp.abs(error) + error**2)
+    return jnp.mean(weighted), -10 * jnp.log10(jnp.mean(error**2) / 4)
+
+
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes `out/pipeline/vae`: absolute and squared error, a slight pull towards N(0, I)."""
+    """Writes `out/pipeline/vae`: reconstruction, and a pull towards N(0, I)."""
     fields = config.network.to_dict()
     parsed = AutoencoderKLConfig.from_json(fields)
 
@@ -44,14 +58,10 @@ def train(config: ConfigDict, out: Path) -> None:
         images = 2 * render(*batch, xp=jnp) - 1
         mean, log_variance = network.apply(params, "encode", images)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        error = network.apply(params, "decode", latents) - images
-        # Most of a scene is background: outlines decide what shape it shows.
-        soft = blur(images, jnp.full(len(images), 1.0))
-        outline = jnp.max(jnp.abs(images - soft), axis=-1, keepdims=True) > 0.03
-        weighted = jnp.where(outline, config.outline_weight, 1.0) * (jnp.abs(error) + error**2)
+        value, psnr = difference(network.apply(params, "decode", latents), images,
+                                 config.outline_weight)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
-        value = jnp.mean(weighted) + config.kl_weight * kl
-        return value, {"psnr": -10 * jnp.log10(jnp.mean(error**2) / 4), "kl": kl}
+        return value + config.kl_weight * kl, {"psnr": psnr, "kl": kl}
 
     folder = out / "pipeline" / "vae"
     if config.warm_start:

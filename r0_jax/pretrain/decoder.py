@@ -1,0 +1,61 @@
+"""Stage `decoder`: the VAE's decoder learns to read what the UNet predicts.
+
+What a small network denoises is a little off what the encoder says of a scene, always in the same
+ways: too smooth. The latents stay as they are, so the UNet need not be trained again.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from r0_jax import convert, schedulers
+from r0_jax.pipelines import stable_diffusion
+from r0_jax.pretrain.fit import console, fit
+from r0_jax.pretrain.vae import STEM, difference, scene_batches
+from r0_jax.shapes.captions import captions_for
+from r0_jax.shapes.scene import render
+
+
+def train(config: ConfigDict, out: Path) -> None:
+    """Rewrites `out/pipeline/vae`, of which the encoder stays the same."""
+    pipeline = stable_diffusion.load(out / "pipeline")
+    vae, frozen = pipeline.networks["vae"], jax.device_put(pipeline.params)
+    scale = vae.config.scaling_factor
+    products = schedulers.alphas_cumprod(pipeline.scheduler_config)[:config.latest_timestep]
+    alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
+
+    def loss(params, batch, key):
+        images = 2 * render(batch["scenes"], batch["layouts"], xp=jnp) - 1
+        mean, _ = vae.apply(frozen["vae"], "encode", images)
+        latents = predict(scale * mean, batch["input_ids"], key)
+        decoded = vae.apply({**frozen["vae"], **params}, "decode", latents / scale)
+        value, psnr = difference(decoded, images, config.outline_weight)
+        return value, {"psnr": psnr}
+
+    def predict(latents, input_ids, key):
+        """The UNet's one-shot prediction of the latents, from noisy ones; a share stays clean."""
+        t_key, noise_key, clean_key = jax.random.split(key, 3)
+        count = len(latents)
+        t = jax.random.randint(t_key, (count,), 0, len(alphas))
+        alpha, sigma = (x[t][:, None, None, None] for x in (alphas, sigmas))
+        noisy = alpha * latents + sigma * jax.random.normal(noise_key, latents.shape)
+        velocity = pipeline.denoise(frozen["unet"], noisy, t.astype(jnp.float32),
+                                    pipeline.encode_prompt(frozen, input_ids))
+        clean = jax.random.bernoulli(clean_key, config.clean_share, (count, 1, 1, 1))
+        return jnp.where(clean, latents, alpha * noisy - sigma * velocity)
+
+    def batches():
+        rng = np.random.default_rng(config.seed)
+        for scenes, layouts in scene_batches(config.seed, config.batch_size):
+            yield {"scenes": scenes, "layouts": layouts,
+                   "input_ids": pipeline.tokenize(captions_for(scenes, rng))}
+
+    start = {name: value for name, value in pipeline.params["vae"].items()
+             if name.startswith(("decoder.", "post_quant_conv."))}
+    params = {**pipeline.params["vae"], **fit(loss, start, batches(), config)}
+    path = out / "pipeline" / "vae" / f"{STEM}.safetensors"
+    convert.save(params, path, config.store_dtype)
+    console.print(f"written to {path}")
