@@ -1,16 +1,24 @@
 """The pretraining of the embedded world: its data, its loop, and each stage from end to end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
 from configs import shapes_base
+from configs.common import reward_entry
+from r0_jax import rewards
 from r0_jax.errors import InputError
+from r0_jax.pipelines import stable_diffusion
 from r0_jax.pretrain import clip, text
 from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import fit
+from r0_jax.pretrain.stages import STAGES
 from r0_jax.shapes.captions import caption, parse
 from r0_jax.shapes.scene import Scene, sample_scenes, split_of
 
@@ -82,3 +90,54 @@ def test_fit_names_a_warm_up_that_does_not_fit():
     config.warmup_steps = 300
     with pytest.raises(InputError, match="steps=300 must be more than warmup_steps=300"):
         fit(lambda *_: None, {}, iter(()), config)
+
+
+def tiny_config(stage: str) -> ConfigDict:
+    """The stage with two steps and a network of a few thousand weights."""
+    config = shapes_base.get_config(stage)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 projection_dim=8)
+    networks = {
+        "vae": dict(block_out_channels=[4, 4, 8, 8], norm_num_groups=2, latent_channels=4),
+        "text_encoder": tower,
+        "unet": dict(block_out_channels=[8, 16], norm_num_groups=4, attention_head_dim=[2, 2],
+                     cross_attention_dim=16, in_channels=4, out_channels=4),
+        "clip": dict(projection_dim=8), "heldout_clip": dict(projection_dim=8),
+    }  # fmt: skip
+    with config.unlocked():
+        if stage in networks:
+            config.network.update(networks[stage])
+        if "clip" in stage:
+            config.network.text_config.update(tower)
+            config.network.vision_config.update(tower | {"patch_size": 16})
+        if stage != "tokenizer":
+            config.update(steps=2, warmup_steps=1, batch_size=8, log_every=1, eval_every=2)
+        for field, value in (("scenes", 128), ("eval_prompts", 2), ("few_step_images", 64)):
+            if field in config:
+                config[field] = value
+    return config
+
+
+def test_every_stage_makes_what_the_next_one_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", functools.partial(
+        jax.jit, compiler_options=parity.COMPILE_QUICKLY))
+    for stage, train in STAGES.items():
+        train(tiny_config(stage), tmp_path)
+    pipeline = stable_diffusion.load(tmp_path / "pipeline")
+    assert pipeline.image_shape == (64, 64, 3)
+    assert len(pipeline.tokenizer) > 300
+    for name in ("clip", "heldout_clip", "preference"):
+        reward = rewards.load(name, reward_entry("clip_score", path=str(tmp_path / name)))
+        features = reward.text_features(reward.params, ["a large red circle", "一个小的蓝色圆形"])
+        assert features.shape == (2, 8)
+    head = str(tmp_path / "aesthetic" / "model.safetensors")
+    aesthetic = reward_entry("aesthetic", path=str(tmp_path / "preference"), head=head)
+    assert rewards.load("aesthetic", aesthetic).text_features is None
+    # A further leg begins where the one before ended.
+    config = tiny_config("vae")
+    config.warm_start, config.learning_rate, config.ema_decay = True, 0.0, 0.0
+    path = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    before = load_file(path)
+    STAGES["vae"](config, tmp_path)
+    after = load_file(path)
+    assert all((before[name] == after[name]).all() for name in before)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import Attention
+from r0_jax.models.normalization import GroupNorm
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
 
 _EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's is 1e-5
@@ -60,8 +61,7 @@ class SpatialAttention(nnx.Module):
     """One head over all pixels of the smallest feature map, with a residual."""
 
     def __init__(self, channels: int, *, norm_num_groups: int, rngs: nnx.Rngs):
-        self.group_norm = nnx.GroupNorm(channels, num_groups=norm_num_groups, epsilon=_EPS,
-                                        rngs=rngs)
+        self.group_norm = GroupNorm(channels, num_groups=norm_num_groups, epsilon=_EPS, rngs=rngs)
         attention = Attention(channels, 1, qkv_bias=True, rngs=rngs)
         self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
         self.to_out, self.heads = attention.to_out, attention.heads
@@ -126,8 +126,8 @@ class Encoder(nnx.Module):
                                downsamples=i < len(widths) - 1, rngs=rngs)
             for i, width in enumerate(widths)])
         self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
-        self.conv_norm_out = nnx.GroupNorm(widths[-1], num_groups=config.norm_num_groups,
-                                           epsilon=_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], num_groups=config.norm_num_groups,
+                                       epsilon=_EPS, rngs=rngs)
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -147,8 +147,8 @@ class Decoder(nnx.Module):
             UpDecoderBlock2D(widths[max(i - 1, 0)], width, config,
                              upsamples=i < len(widths) - 1, rngs=rngs)
             for i, width in enumerate(widths)])
-        self.conv_norm_out = nnx.GroupNorm(widths[-1], num_groups=config.norm_num_groups,
-                                           epsilon=_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], num_groups=config.norm_num_groups,
+                                       epsilon=_EPS, rngs=rngs)
         self.conv_out = conv3x3(widths[-1], config.out_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import dot_product_attention
+from r0_jax.models.normalization import LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -125,9 +126,9 @@ class CLIPEncoderLayer(nnx.Module):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.self_attn = CLIPAttention(width, config.num_attention_heads, is_causal=is_causal,
                                        rngs=rngs)
-        self.layer_norm1 = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.layer_norm1 = LayerNorm(width, epsilon=eps, rngs=rngs)
         self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
-        self.layer_norm2 = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.layer_norm2 = LayerNorm(width, epsilon=eps, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -173,8 +174,8 @@ class CLIPTextTransformer(nnx.Module):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, rngs=rngs)
         self.encoder = CLIPEncoder(config, is_causal=True, rngs=rngs)
-        self.final_layer_norm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
-                                              rngs=rngs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
+                                          rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> TextFeatures:
         hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
@@ -208,9 +209,9 @@ class CLIPVisionTransformer(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)  # sic: the file's name
+        self.pre_layrnorm = LayerNorm(width, epsilon=eps, rngs=rngs)  # sic: the file's name
         self.encoder = CLIPEncoder(config, is_causal=False, rngs=rngs)
-        self.post_layernorm = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.post_layernorm = LayerNorm(width, epsilon=eps, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """The class token after the last LayerNorm."""

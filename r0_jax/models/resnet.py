@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from r0_jax.models.normalization import GroupNorm
+
 
 def conv3x3(inputs: int, outputs: int, *, strides: int = 1, padding=((1, 1), (1, 1)),
             rngs: nnx.Rngs) -> nnx.Conv:
@@ -18,11 +20,11 @@ class ResnetBlock2D(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, time_embed_dim: int | None,
                  norm_num_groups: int, norm_eps: float, rngs: nnx.Rngs):
-        self.norm1 = nnx.GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
+        self.norm1 = GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv1 = conv3x3(inputs, outputs, rngs=rngs)
         if time_embed_dim is not None:
             self.time_emb_proj = nnx.Linear(time_embed_dim, outputs, rngs=rngs)
-        self.norm2 = nnx.GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv2 = conv3x3(outputs, outputs, rngs=rngs)
         self.has_shortcut = inputs != outputs
         if self.has_shortcut:

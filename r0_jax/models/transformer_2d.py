@@ -4,17 +4,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from r0_jax.models.attention import Attention, FeedForward
+from r0_jax.models.normalization import GroupNorm, LayerNorm
 
 
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; pre-norm residuals."""
 
     def __init__(self, channels: int, heads: int, cross_attention_dim: int, *, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+        self.norm1 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
         self.attn1 = Attention(channels, heads, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+        self.norm2 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
         self.attn2 = Attention(channels, heads, cross_attention_dim=cross_attention_dim, rngs=rngs)
-        self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)
+        self.norm3 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
         self.ff = FeedForward(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"],
@@ -29,23 +30,24 @@ class Transformer2DModel(nnx.Module):
 
     def __init__(self, channels: int, heads: int, depth: int, cross_attention_dim: int, *,
                  norm_num_groups: int, use_linear_projection: bool, rngs: nnx.Rngs):
-        self.norm = nnx.GroupNorm(channels, num_groups=norm_num_groups, epsilon=1e-6, rngs=rngs)
+        self.norm = GroupNorm(channels, num_groups=norm_num_groups, epsilon=1e-6, rngs=rngs)
+        inner = heads * (channels // heads)  # smaller where the heads do not divide the channels
 
-        def projection():
+        def projection(inputs: int, outputs: int):
             if use_linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
-            return nnx.Conv(channels, channels, kernel_size=(1, 1), rngs=rngs)
+                return nnx.Linear(inputs, outputs, rngs=rngs)
+            return nnx.Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
 
-        self.proj_in = projection()
+        self.proj_in = projection(channels, inner)
         self.transformer_blocks = nnx.List([
-            BasicTransformerBlock(channels, heads, cross_attention_dim, rngs=rngs)
+            BasicTransformerBlock(inner, heads, cross_attention_dim, rngs=rngs)
             for _ in range(depth)])
-        self.proj_out = projection()
+        self.proj_out = projection(inner, channels)
 
     def __call__(self, x: Float[Array, "b h w c"],
                  prompt_embeds: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        hidden = self.proj_in(self.norm(x)).reshape(b, h * w, c)  # [B, H W, C]
+        b, h, w, _ = x.shape
+        hidden = self.proj_in(self.norm(x)).reshape(b, h * w, -1)  # [B, H W, C]
         for block in self.transformer_blocks:
             hidden = block(hidden, prompt_embeds)
-        return x + self.proj_out(hidden.reshape(b, h, w, c))
+        return x + self.proj_out(hidden.reshape(b, h, w, -1))

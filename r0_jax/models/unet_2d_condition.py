@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.embeddings import TimestepEmbedding, sinusoidal
+from r0_jax.models.normalization import GroupNorm
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
 from r0_jax.models.transformer_2d import Transformer2DModel
 
@@ -201,8 +202,8 @@ class UNet2DConditionModel(nnx.Module):
                 block_widths, upsamples=i > 0, heads=heads[i], depth=depths[i],
                 attends=kind == "CrossAttnUpBlock2D", config=config, rngs=rngs))
 
-        self.conv_norm_out = nnx.GroupNorm(widths[0], num_groups=config.norm_num_groups,
-                                           epsilon=config.norm_eps, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[0], num_groups=config.norm_num_groups,
+                                       epsilon=config.norm_eps, rngs=rngs)
         self.conv_out = conv3x3(widths[0], config.out_channels, rngs=rngs)
 
     def __call__(
