@@ -60,12 +60,19 @@ def find_files(folder: Path, stem: str) -> list[Path]:
     variant (`stem.fp16.safetensors`); the full-precision file is preferred.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
+    path = find_weights(folder, stem)
+    return [path] if path.suffix == ".safetensors" else _shards(path)
+
+
+def find_weights(folder: Path, stem: str) -> Path:
+    """What `find_files` goes by: the single safetensors file, or the index of the shards."""
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-    variants = [*sorted(folder.glob(f"{stem}.*.safetensors")),
-                *sorted(folder.glob(f"{stem}.safetensors.index.*.json"))]
+    # Indexes first: the names of their shards may look like those of single files.
+    variants = [*sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
+                *sorted(folder.glob(f"{stem}.*.safetensors"))]
     for path in [folder / single, folder / index, *variants]:
         if path.is_file() and "-of-" not in path.name:
-            return [path] if path.suffix == ".safetensors" else _shards(path)
+            return path
     if any(any(folder.glob(f"*.{suffix}")) for suffix in ("bin", "ckpt", "pt", "pth")):
         raise InputError(f"{folder} holds only pickled weights, which are never read: "
                          f"put {single} there")
@@ -87,7 +94,7 @@ def _read_index(path: Path) -> dict[str, str]:
         # Names only: an index never reads a file outside of its folder.
         if index and all(isinstance(v, str) and Path(v).name == v for v in index.values()):
             return index
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{path} is not a safetensors index: download it again")
 
@@ -152,9 +159,13 @@ def _possible_keys(name: str) -> Iterator[str]:
 
 def _tensor(handle, key: str, source: Path) -> np.ndarray:
     try:
-        return handle.get_tensor(key)
+        value = handle.get_tensor(key)
     except (SafetensorError, TypeError, ValueError, AttributeError) as e:  # NumPy has no float8
         raise InputError(f"{source}: {key} cannot be read ({e})") from None
+    if value.dtype not in (*DTYPES.values(), np.dtype(np.float64)):
+        raise InputError(f"{source}: {key} holds {value.dtype}, not floating-point numbers: "
+                         "quantized weights are not supported")
+    return value
 
 
 def _shape_of(files: list[Path], key: str) -> tuple[int, ...]:

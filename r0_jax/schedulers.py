@@ -238,7 +238,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
 def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class name and all fields of that class, defaults filled in, each one supported."""
     name = config.get("_class_name")
-    if name not in _FIELDS:
+    if not isinstance(name, str) or name not in _FIELDS:
         raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_FIELDS)}")
     fields = {field: config.get(field, default) for field, (default, _) in _FIELDS[name].items()}
     for field, value in fields.items():
@@ -249,6 +249,11 @@ def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
                 f"{name} with {field}={value!r} is not supported; supported:"
                 f" {', '.join(map(repr, values)) if listed else values}"
             )
+    if fields["num_train_timesteps"] < 1:
+        raise InputError(
+            f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at least 1 is"
+            " expected"
+        )
     return name, fields
 
 
@@ -258,16 +263,25 @@ def _betas(fields: dict[str, Any]) -> np.ndarray:
     if betas is not None:
         if len(betas) != n:
             raise InputError(f"trained_betas has {len(betas)} values, num_train_timesteps is {n}")
+        _check_betas(betas, "trained_betas")
         return np.asarray(betas, np.float32)
     if fields["beta_schedule"] == "squaredcos_cap_v2":
         times = np.arange(n + 1) / n
         alpha_bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999).astype(np.float32)
     power = {"linear": 1, "scaled_linear": 2}[fields["beta_schedule"]]
-    ends = np.asarray([fields["beta_start"], fields["beta_end"]]) ** (1 / power)
+    ends = [fields["beta_start"], fields["beta_end"]]
+    _check_betas(ends, "beta_start and beta_end")
+    ends = np.asarray(ends) ** (1 / power)
     # Like torch.linspace, round the ends to float32 first.
     start, end = ends.astype(np.float32).astype(np.float64)
     return np.linspace(start, end, n).astype(np.float32) ** power
+
+
+def _check_betas(betas: Sequence[Any], name: str) -> None:
+    wrong = [b for b in betas if not (isinstance(b, int | float) and 0 <= b <= 1)]  # NaN is wrong
+    if wrong:
+        raise InputError(f"{name}: variances are numbers from 0 to 1, found {wrong[0]!r}")
 
 
 def _rescale_zero_terminal_snr(products: np.ndarray) -> np.ndarray:

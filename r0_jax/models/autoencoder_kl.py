@@ -42,11 +42,14 @@ class AutoencoderKLConfig:
         # Norms and softmax are float32 here, and nothing runs in float16: no need to upcast.
         unused = frozenset({"force_upcast", "down_block_types", "up_block_types"})
         config = configs.parse(cls, fields, only=only, unused=unused)
+        configs.check_least(config, 1, "in_channels", "out_channels", "latent_channels",
+                            "layers_per_block")
+        configs.check_groups(config)
         levels = len(config.block_out_channels)
         for name, kind in (("down_block_types", "DownEncoderBlock2D"),
                            ("up_block_types", "UpDecoderBlock2D")):
-            kinds = list(fields.get(name, (kind,)))
-            if kinds != [kind] * levels:
+            kinds = fields.get(name, (kind,))
+            if not isinstance(kinds, list | tuple) or list(kinds) != [kind] * levels:
                 raise InputError(f"AutoencoderKLConfig: {name} = {kinds} is not supported: "
                                  f"{levels} of {kind} are expected")
         return config

@@ -22,11 +22,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _parse(cls, fields: Mapping[str, Any]):
+def _parse(cls, fields: Mapping[str, Any], tower: str):
+    """A tower's config from its own config.json, or from that of the whole CLIPModel."""
+    fields = fields.get(tower, fields)
+    if not isinstance(fields, Mapping):
+        raise InputError(f"{cls.__name__}: {tower} is a {type(fields).__name__}, not an object")
     # Files of transformers carry dozens of generation and training defaults: fields that the
     # tower does not have are not an error here.
-    names = {field.name for field in dataclasses.fields(cls)}
-    config = configs.parse(cls, {k: v for k, v in fields.items() if k in names})
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    config = configs.parse(cls, {k: v for k, v in fields.items() if k in types})
+    sizes = [name for name, kind in types.items() if kind is int and name != "eos_token_id"]
+    configs.check_least(config, 1, *sizes)
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{cls.__name__}: num_attention_heads = {config.num_attention_heads} does "
+                         f"not divide hidden_size = {config.hidden_size}")
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{cls.__name__}: hidden_act = {config.hidden_act!r} is not supported "
                          f"(supported: {', '.join(ACTIVATIONS)})")
@@ -50,7 +59,7 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CLIPTextConfig":
-        return _parse(cls, fields)
+        return _parse(cls, fields, "text_config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CLIPVisionConfig":
-        return _parse(cls, fields)
+        return _parse(cls, fields, "vision_config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +99,11 @@ class CLIPConfig:
                              "this is not the config.json of a CLIPModel")
         # Old files repeat the sub-configs under *_config_dict, and those are the ones in force,
         # down to the defaults of what they leave out.
-        text = fields.get("text_config_dict") or fields["text_config"]
-        vision = fields.get("vision_config_dict") or fields["vision_config"]
+        text, vision = (fields[name] if fields.get(f"{name}_dict") is None
+                        else fields[f"{name}_dict"] for name in ("text_config", "vision_config"))
         return configs.parse(cls, {
-            "text_config": CLIPTextConfig.from_json(text),
-            "vision_config": CLIPVisionConfig.from_json(vision),
+            "text_config": CLIPTextConfig.from_json({"text_config": text}),
+            "vision_config": CLIPVisionConfig.from_json({"vision_config": vision}),
             **{k: fields[k] for k in ("projection_dim", "logit_scale_init_value") if k in fields}})
 
 

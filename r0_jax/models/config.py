@@ -17,9 +17,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: is the folder complete?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a JSON file: is the folder complete?") from None
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a thousand brackets
         raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
@@ -61,6 +63,25 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
         raise InputError(f"{cls.__name__}: {e}") from None
 
 
+def check_least(config: Any, least: int, *names: str) -> None:
+    """InputError unless these whole numbers, or tuples of them, are at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or min(values) < least:
+            raise InputError(f"{type(config).__name__}: {name} = {json.dumps(value)} is not "
+                             f"supported: at least {least} is expected")
+
+
+def check_groups(config: Any) -> None:
+    """InputError unless the groups of the norms divide the channels of every level."""
+    check_least(config, 1, "block_out_channels", "norm_num_groups")
+    groups, widths = config.norm_num_groups, config.block_out_channels
+    if any(width % groups for width in widths):
+        raise InputError(f"{type(config).__name__}: norm_num_groups = {groups} does not divide "
+                         f"block_out_channels = {list(widths)}")
+
+
 def _is_of_type(value: Any, annotation: Any) -> bool:
     kinds = get_args(annotation)
     if get_origin(annotation) is UnionType:
@@ -69,6 +90,8 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
         kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
         return (isinstance(value, tuple) and len(value) == len(kinds)
                 and all(map(_is_of_type, value, kinds)))
+    if isinstance(value, bool):  # which is an int to Python
+        return annotation is bool
     return isinstance(value, int | float if annotation is float else annotation)
 
 

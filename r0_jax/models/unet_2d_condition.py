@@ -42,6 +42,8 @@ class UNet2DConditionConfig:
     def from_json(cls, fields: Mapping[str, Any]) -> "UNet2DConditionConfig":
         """Parses a published `unet/config.json`; InputError names what is not supported."""
         config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED)
+        configs.check_least(config, 1, "in_channels", "out_channels", "cross_attention_dim")
+        configs.check_groups(config)
         levels = len(config.block_out_channels)
         for name, known in (("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
                             ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D"))):
@@ -54,6 +56,16 @@ class UNet2DConditionConfig:
             if len(values) != levels or not all(isinstance(value, int) for value in values):
                 raise InputError(f"UNet2DConditionConfig: {name} = {values} is not supported: "
                                  f"one whole number, or {levels} of them, are expected")
+        configs.check_least(config, 1, "layers_per_block")
+        configs.check_least(config, 0, "transformer_layers_per_block")
+        kinds = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
+        for i, (down, up) in enumerate(kinds):
+            heads, width = config.per_level("attention_head_dim")[i], config.block_out_channels[i]
+            attends = i == levels - 1 or "CrossAttn" in down + up  # the mid-block always does
+            if attends and not 1 <= heads <= width:
+                raise InputError(f"UNet2DConditionConfig: attention_head_dim, which is the number "
+                                 f"of heads, = {heads} is not supported: 1 to {width} are expected "
+                                 f"at a level of {width} channels")
         return config
 
     def per_level(self, name: str) -> tuple[int, ...]:
