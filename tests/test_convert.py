@@ -208,6 +208,21 @@ def test_variants(folder, vae, variant, dtype, shard):
         np.testing.assert_array_equal(value, rounded)
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_may_have_any_name(folder, variant):
+    """Nothing but the index says what they are."""
+    tensors = list(load_file(folder / FILE).items())
+    (folder / FILE).unlink()
+    names = [f"{STEM}{variant}.a.safetensors", "part_b.safetensors"]
+    for name, half in zip(names, (tensors[::2], tensors[1::2]), strict=True):
+        save_file(dict(half), folder / name)
+    index = folder / f"{FILE}.index{variant}.json"
+    index.write_text(json.dumps({"weight_map": {
+        key: names[i % 2] for i, (key, _) in enumerate(tensors)}}), "utf-8")
+    assert convert.find_weights(folder, STEM) == index
+    assert convert.find_files(folder, STEM) == [folder / name for name in names]
+
+
 def test_full_precision_shards_are_preferred_to_a_variant_in_one_file(folder):
     module = diffusers.AutoencoderKL.from_pretrained(folder)
     (folder / FILE).unlink()
@@ -298,6 +313,13 @@ def test_a_number_format_numpy_lacks_is_named(folder, vae):
         load(folder, vae)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])
+def test_numbers_that_are_no_weights_are_refused(folder, vae, dtype):
+    change(folder, lambda tensors: tensors.update({KEY: tensors[KEY].to(getattr(torch, dtype))}))
+    with refused(FILE, KEY, dtype):
+        load(folder, vae)
+
+
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
 def test_a_truncated_file(folder, vae, size):
     data = (folder / FILE).read_bytes()
@@ -361,9 +383,10 @@ def test_an_index_of_other_places_or_of_nothing(folder, vae, index):
         load(folder, vae)
 
 
-def test_an_index_that_is_not_json(folder, vae):
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[" * 100_000])
+def test_an_index_that_is_not_json(folder, vae, content):
     (folder / FILE).unlink()
-    (folder / f"{FILE}.index.json").write_bytes(b"\xff\xfe{")
+    (folder / f"{FILE}.index.json").write_bytes(content)
     with refused(f"{FILE}.index.json", "not a safetensors index"):
         load(folder, vae)
 

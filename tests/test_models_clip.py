@@ -1,5 +1,6 @@
 """Every layer of CLIP and both towers against transformers, forward and backward."""
 
+import copy
 import dataclasses
 import json
 
@@ -28,6 +29,7 @@ from r0_jax.network import Network
 
 TEXT = tiny.TEXT | {"vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 49}
 VISION = tiny.VISION
+BOTH = {"text_config": TEXT, "vision_config": VISION}
 
 
 def check(torch_module, constructor, *inputs, theirs=None):
@@ -189,20 +191,41 @@ def test_defaults_are_those_of_transformers():
     # A repetition in the file overrules, down to the defaults of what it leaves out.
     {"text_config_dict": {"hidden_size": 24}, "vision_config_dict": {"patch_size": 8}},
     {"text_config_dict": None, "vision_config_dict": None},
+    {"text_config_dict": {}},
 ])
 def test_config_of_a_clip_model(changes):
     fields = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 12} | changes
-    config, theirs = CLIPConfig.from_json(fields), transformers.CLIPConfig.from_dict(fields)
+    config = CLIPConfig.from_json(fields)
+    theirs = transformers.CLIPConfig.from_dict(copy.deepcopy(fields))  # it writes into its input
     assert config.projection_dim == theirs.projection_dim == 12
     for part in ("text_config", "vision_config"):
         for name, value in dataclasses.asdict(getattr(config, part)).items():
             assert value == getattr(getattr(theirs, part), name), name
 
 
+def test_a_tower_reads_its_part_of_the_config_of_both(tmp_path):
+    transformers.CLIPConfig(**copy.deepcopy(BOTH)).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    for ours, theirs in [(CLIPTextConfig, transformers.CLIPTextConfig),
+                         (CLIPVisionConfig, transformers.CLIPVisionConfig)]:
+        expected = theirs.from_pretrained(tmp_path)
+        for name, value in dataclasses.asdict(ours.from_json(fields)).items():
+            assert value == getattr(expected, name), name
+    assert CLIPTextConfig.from_json(fields).hidden_size == TEXT["hidden_size"] != 512
+
+
 @pytest.mark.parametrize("parse, fields, said", [
     (CLIPTextConfig.from_json, TEXT | {"hidden_act": "relu"}, "hidden_act"),
     (CLIPVisionConfig.from_json, VISION | {"hidden_size": "16"}, "hidden_size"),
     (CLIPConfig.from_json, TEXT, "text_config"),
+    (CLIPConfig.from_json, BOTH | {"text_config": None}, "text_config is a NoneType"),
+    (CLIPConfig.from_json, BOTH | {"vision_config": []}, "vision_config is a list"),
+    (CLIPConfig.from_json, BOTH | {"text_config_dict": [1]}, "text_config is a list"),
+    (CLIPTextConfig.from_json, {"text_config": 3}, "text_config is a int"),
+    (CLIPTextConfig.from_json, TEXT | {"num_attention_heads": 3}, "num_attention_heads = 3"),
+    (CLIPTextConfig.from_json, TEXT | {"num_attention_heads": 0}, "num_attention_heads = 0"),
+    (CLIPVisionConfig.from_json, VISION | {"patch_size": 0}, "patch_size = 0"),
+    (CLIPVisionConfig.from_json, VISION | {"num_channels": True}, "num_channels = true"),
 ])
 def test_what_is_not_supported_is_refused_by_name(parse, fields, said):
     with pytest.raises(InputError, match=said) as error:

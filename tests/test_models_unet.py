@@ -15,12 +15,16 @@ from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.downsampling import Downsample2D as TorchDownsample2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel as TorchTransformer2D
 from diffusers.models.upsampling import Upsample2D as TorchUpsample2D
+from flax import nnx
 from parity import normal
 
 from r0_jax.errors import InputError
 from r0_jax.models import unet_2d_condition
 from r0_jax.models.attention import GEGLU, Attention, FeedForward
+from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.embeddings import TimestepEmbedding, sinusoidal
+from r0_jax.models.normalization import GroupNorm, LayerNorm
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from r0_jax.models.transformer_2d import BasicTransformerBlock, Transformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -68,6 +72,31 @@ def test_upsample(size):
           theirs=lambda module, x: module(x, output_size=size))
 
 
+def test_norms_of_numbers_far_from_zero():
+    """Where the mean is 30 deviations, flax's own variance would be off by 1e-4; torch, whose
+    float32 is off by 4e-5 too, says in float64 what is right."""
+    far = 30 + normal(0, 2, 5, 4, 8)
+    norm = GroupNorm(8, num_groups=4, epsilon=1e-5, rngs=nnx.Rngs(0))
+    expected = torch.nn.functional.group_norm(parity.to_torch(far).double(), 4)
+    parity.assert_close(norm(far), parity.to_jax(expected), parity.OUTPUT, "GroupNorm")
+    norm = LayerNorm(8, epsilon=1e-5, rngs=nnx.Rngs(0))
+    expected = torch.nn.functional.layer_norm(torch.tensor(far).double(), (8,))
+    parity.assert_close(norm(far), expected, parity.OUTPUT, "LayerNorm")
+
+
+@pytest.mark.parametrize("build", [
+    lambda rngs: UNet2DConditionModel(UNet2DConditionConfig.from_json(tiny.UNET), rngs=rngs),
+    lambda rngs: AutoencoderKL(AutoencoderKLConfig.from_json(tiny.VAE), rngs=rngs),
+    lambda rngs: CLIPModel(CLIPConfig.from_json(
+        {"text_config": tiny.TEXT, "vision_config": tiny.VISION}), rngs=rngs),
+], ids=["unet", "vae", "clip"])
+def test_every_norm_is_one_of_them(build):
+    model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    norms = [node for _, node in nnx.iter_graph(model)
+             if isinstance(node, nnx.GroupNorm | nnx.LayerNorm)]
+    assert len(norms) > 10 and not any(norm.use_fast_variance for norm in norms)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("context", [None, 12])
 def test_attention(heads, context):
@@ -95,7 +124,9 @@ def test_transformer_block():
           quiet=("attn1.to_out", "attn2.to_out", "ff.net.2"))
 
 
-@pytest.mark.parametrize("linear, heads, depth", [(False, 2, 1), (True, 4, 2)])
+# 3 heads of 5 channels each: the blocks between the projections are 15 wide.
+@pytest.mark.parametrize("linear, heads, depth", [
+    (False, 2, 1), (True, 4, 2), (False, 3, 1), (True, 3, 1)])
 def test_transformer(linear, heads, depth):
     check(
         TorchTransformer2D(
@@ -278,6 +309,15 @@ def test_bfloat16():
     {"down_block_types": ["DownBlock2D"]},
     {"up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"]},
     {"attention_head_dim": [1, 2, 4]},
+    {"attention_head_dim": 0},
+    {"attention_head_dim": [9, 2]},
+    {"attention_head_dim": [2, 17]},
+    {"norm_num_groups": 3},
+    {"norm_num_groups": -4},
+    {"block_out_channels": []},
+    {"block_out_channels": [0, 16]},
+    {"layers_per_block": [1, 0]},
+    {"in_channels": True},
     {"layers_per_block": [1]},
     {"transformer_layers_per_block": [[1, 2], [1, 2]]},
     {"a_field_of_tomorrow": 1},

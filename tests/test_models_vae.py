@@ -146,6 +146,12 @@ def test_bfloat16():
     {"latents_mean": [0.0]},
     {"block_out_channels": 8},
     {"layers_per_block": [1, 2]},
+    {"layers_per_block": 0},
+    {"norm_num_groups": 3},
+    {"norm_num_groups": 0},
+    {"block_out_channels": []},
+    {"down_block_types": None},
+    {"up_block_types": "UpDecoderBlock2D"},
     {"a_field_of_tomorrow": 1},
 ])
 def test_what_is_not_supported_is_refused_by_name(change):

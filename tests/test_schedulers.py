@@ -32,6 +32,7 @@ SD = {
     "clip_sample": False,
 }
 DDIM = SD | {"_class_name": "DDIMScheduler"}
+ONE = DDIM | {"num_train_timesteps": 1}
 EULER = SD | {"_class_name": "EulerDiscreteScheduler"}
 PNDM = SD | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -359,6 +360,13 @@ def test_refused_fields_are_named(base, field, value):
         ((EULER, 2, [1.0, 0.5]), "sigmas are for FlowMatch"),
         ((FLOW, 4, [1.0, 0.5]), "2 sigmas"),
         ((DDIM | {"trained_betas": [0.1]}, 4), "trained_betas has 1 values"),
+        ((ONE | {"trained_betas": ["0.1"]}, 1), r"trained_betas: .* found '0\.1'"),
+        ((ONE | {"trained_betas": [[0.1]]}, 1), r"trained_betas: .* found \[0\.1\]"),
+        ((DDIM | {"beta_start": float("nan")}, 4), "beta_start and beta_end: .* found nan"),
+        ((EULER | {"beta_end": 2.0}, 4), "beta_start and beta_end: .* from 0 to 1, found 2.0"),
+        ((DDIM | {"num_train_timesteps": 0}, 1), "num_train_timesteps=0: at least 1"),
+        ((FLOW | {"num_train_timesteps": -5}, 1), "num_train_timesteps=-5: at least 1"),
+        (({"_class_name": ["DDIMScheduler"]}, 4), r"\['DDIMScheduler'\] is not supported"),
     ],
 )
 def test_refused_arguments(arguments, match):
