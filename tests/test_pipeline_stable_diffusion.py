@@ -105,6 +105,14 @@ def test_prompts_that_are_cut_off_are_counted(pipeline):
     assert ids[0, -2] != pipeline.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("length, expected", [(9, 9), (100, tiny.TOKENS)])
+def test_tokens_are_padded_to_the_length_of_the_tokenizer(pipeline, copy, length, expected):
+    edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    tokenizer = stable_diffusion.load_tokenizer(copy / "tokenizer")
+    other = dataclasses.replace(pipeline, tokenizer=tokenizer)
+    assert other.tokenize(["a red square"]).shape == (1, expected)
+
+
 def test_encode_prompt(pipeline, stock, compile_quickly):
     expected = stock.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     ids = jnp.asarray(pipeline.tokenize(PROMPTS))
@@ -156,16 +164,25 @@ def with_config(pipeline, part, **fields):
     return dataclasses.replace(pipeline, networks=pipeline.networks | {part: network})
 
 
-def test_decode_with_a_shift(pipeline, compile_quickly):
-    shifted = with_config(pipeline, "vae", scaling_factor=2.0, shift_factor=0.5)
-    usual = pipeline.networks["vae"].config.scaling_factor
+def test_decode_scales_and_does_not_shift(pipeline, stock, compile_quickly):
+    """Of the two fields of a VAE's config the stock pipeline of this family reads one."""
+    other = with_config(pipeline, "vae", scaling_factor=2.0, shift_factor=0.5)
+    vae = diffusers.AutoencoderKL.from_config(stock.vae.config, scaling_factor=2.0,
+                                              shift_factor=0.5)
+    vae.load_state_dict(stock.vae.state_dict())
+    pipe = diffusers.StableDiffusionPipeline(**stock.components | {"vae": vae},
+                                             requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    final = {}
 
-    @jax.jit
-    def decode(vae, latents):
-        return (shifted.decode_unclipped(vae, latents),
-                pipeline.decode_unclipped(vae, usual * (latents / 2 + 0.5)))
+    def keep(pipe, i, t, tensors):
+        return final.update(tensors) or {}
 
-    parity.assert_close(*decode(pipeline.params["vae"], LATENTS), 1e-5)
+    expected = pipe(PROMPTS, num_inference_steps=1, guidance_scale=1, output_type="np",
+                    latents=parity.to_torch(LATENTS), callback_on_step_end=keep).images
+    images = jax.jit(other.decode)(pipeline.params["vae"], parity.to_jax(final["latents"]))
+    assert images.std() > 0.05
+    parity.assert_close(images, expected, parity.OUTPUT)
 
 
 def test_shapes(pipeline):
@@ -290,6 +307,34 @@ def test_a_broken_tokenizer(copy, name):
         stable_diffusion.load(copy)
 
 
+def test_a_tokenizer_without_a_vocabulary(copy):
+    path = copy / "tokenizer" / "tokenizer.json"
+    fields = json.loads(path.read_text("utf-8"))
+    fields["model"] |= {"vocab": {}, "merges": []}
+    path.write_text(json.dumps(fields | {"added_tokens": []}), "utf-8")
+    with refused(copy / "tokenizer", "readable CLIP tokenizer"):
+        stable_diffusion.load_tokenizer(copy / "tokenizer")
+
+
+@pytest.mark.parametrize("length", [0, 1, 77.5, "77"])
+def test_a_tokenizer_of_no_length(copy, length):
+    edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with refused(copy / "tokenizer"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.9])
+def test_merges_that_were_cut_at_the_end_of_a_line(copy, share):
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    path = copy / "tokenizer" / "merges.txt"
+    lines = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join(lines[: 1 + int(share * len(lines))]) + "\n", "utf-8")
+    with refused(path, "incomplete", "download it again"):
+        stable_diffusion.load(copy)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    stable_diffusion.load_tokenizer(copy / "tokenizer")
+
+
 def test_half_downloaded_weights(copy):
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -337,7 +382,7 @@ def test_another_family_is_named(copy, changes, said):
     ("vae", {"latents_mean": [0.0]}, "latents_mean"),
     ("text_encoder", {"hidden_act": "relu"}, "hidden_act"),
     # Supported, but not what the file holds.
-    ("unet", {"cross_attention_dim": 20}, "(8, 20)"),
+    ("unet", {"layers_per_block": 2}, "attentions.1."),
     ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
     ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
 ])
@@ -347,8 +392,100 @@ def test_a_config_that_is_not_supported_or_does_not_fit(copy, part, changes, sai
         stable_diffusion.load(copy)
 
 
-def test_the_scheduler_class_is_refused_by_name(copy):
-    edit(copy / "scheduler" / "scheduler_config.json", _class_name="DPMSolverMultistepScheduler")
-    pipeline = stable_diffusion.load(copy)
+@pytest.mark.parametrize("part, changes, said", [
+    ("unet", {"cross_attention_dim": 20}, "cross_attention_dim is 20, but the text_encoder's "
+                                          "hidden_size is 16"),
+    ("unet", {"in_channels": 9}, "in_channels is 9, but the vae's latent_channels is 4"),
+    ("unet", {"out_channels": 8}, "out_channels is 8, but the vae's latent_channels is 4"),
+    ("vae", {"out_channels": 4}, "out_channels is 4, but the number of an image's channels is 3"),
+    ("text_encoder", {"vocab_size": 500}, "the text_encoder knows 500 tokens"),
+])
+def test_parts_of_different_models(copy, part, changes, said):
+    edit(copy / part / "config.json", **changes)
+    for path in copy.glob("*/*.safetensors"):  # said before gigabytes are read
+        path.write_bytes(b"")
+    with refused(copy, said, "belong to different models"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_masked_padding_is_refused(copy, nested):
+    path = copy / "text_encoder" / "config.json"
+    edit(path, use_attention_mask=True)
+    if nested:
+        path.write_text(json.dumps({"model_type": "clip", "text_config":
+                                    json.loads(path.read_text("utf-8"))}), "utf-8")
+    with refused(path, "use_attention_mask"):
+        stable_diffusion.load(copy)
+
+
+def test_a_text_encoder_with_the_config_of_a_whole_clip(copy, pipeline):
+    path = copy / "text_encoder" / "config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({"model_type": "clip", "text_config": fields}), "utf-8")
+    loaded = stable_diffusion.load(copy)
+    assert loaded.networks["text_encoder"].config == pipeline.networks["text_encoder"].config
+
+
+@pytest.mark.parametrize("version, size, expected", [
+    ("0.6.0", 8, (64, 64)), ("0.8.1", 32, (64, 64)), ("0.8.1", [8, 8], (8, 8)),
+    ("0.8.1", 96, (96, 96)), ("0.9.0.dev0", 8, (8, 8)), ("0.42.0", 8, (8, 8)), (None, 8, (8, 8))])
+def test_the_sample_size_of_old_folders(copy, version, size, expected):
+    """As the stock pipeline reads it."""
+    path = copy / "unet" / "config.json"
+    edit(path, _diffusers_version=version, sample_size=size)
+    if version is None:
+        fields = json.loads(path.read_text("utf-8"))
+        del fields["_diffusers_version"]
+        path.write_text(json.dumps(fields), "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).unet.config.sample_size
+    assert expected == (tuple(theirs) if isinstance(theirs, list | tuple) else (theirs, theirs))
+    mended = expected[0] != size and not isinstance(size, list)
+    with pytest.warns(UserWarning, match=f"sample_size {size}: 64") if mended else (
+            contextlib.nullcontext()):
+        loaded = stable_diffusion.load(copy)
+    assert loaded.latent_shape == (*expected, 4)
+
+
+def test_the_scheduler_is_of_the_class_in_the_index(copy):
+    """As in stock pipelines: the name in the scheduler's own file plays no part."""
+    edit(copy / "scheduler" / "scheduler_config.json", _class_name=["PNDMScheduler"])
+    edit(copy / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(copy)
+    loaded = stable_diffusion.load(copy)
+    assert loaded.scheduler_config["_class_name"] == type(pipe.scheduler).__name__
+    ours = schedulers.from_config(loaded.scheduler_config, 4)
+    pipe.scheduler.set_timesteps(4)
+    np.testing.assert_allclose(ours.timesteps, pipe.scheduler.timesteps)
+    edit(copy / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    loaded = stable_diffusion.load(copy)
     with refused("DPMSolverMultistepScheduler", "DDIMScheduler"):
-        schedulers.from_config(pipeline.scheduler_config, 4)
+        schedulers.from_config(loaded.scheduler_config, 4)
+
+
+@pytest.mark.parametrize("entry", [None, [None, None], [], 3, ["diffusers", ["DDIMScheduler"]]])
+def test_an_index_without_a_scheduler(copy, entry):
+    edit(copy / "model_index.json", scheduler=entry)
+    with refused(copy / "model_index.json", f"scheduler is {json.dumps(entry)}"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "tokenizer"])
+def test_a_part_that_is_a_file(copy, part):
+    shutil.rmtree(copy / part)
+    (copy / part).write_text("")
+    with refused(copy / part, "missing"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json"])
+def test_a_json_file_that_is_a_folder_or_bottomless(copy, name):
+    (copy / name).write_text("[" * 100_000)
+    with refused(copy / name, "not valid JSON"):
+        stable_diffusion.load(copy)
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with refused(copy / name, "is a folder"):
+        stable_diffusion.load(copy)

@@ -5,6 +5,8 @@ fields and methods of `StableDiffusionPipeline` below.
 """
 
 import dataclasses
+import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,9 +76,10 @@ class StableDiffusionPipeline:
         return (height * factor, width * factor, 3)
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b t"]:
-        """Token ids, padded to the encoder's length; warns with the share of prompts cut off."""
-        length = self.networks["text_encoder"].config.max_position_embeddings
-        return tokenize(self.tokenizer, prompts, length)
+        """Token ids, padded to the tokenizer's length, which the encoder's may limit; warns with
+        the share of prompts cut off."""
+        positions = self.networks["text_encoder"].config.max_position_embeddings
+        return tokenize(self.tokenizer, prompts, min(self.tokenizer.model_max_length, positions))
 
     def encode_prompt(self, params: dict[str, Params], input_ids: Int[Array, "b t"]
                       ) -> Conditioning:
@@ -109,8 +112,8 @@ class StableDiffusionPipeline:
     def decode_unclipped(self, vae: Params, latents: Float[Array, "b h w c"]
                          ) -> Float[Array, "b h2 w2 3"]:
         """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
-        config = self.networks["vae"].config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        # A shift_factor plays no part, as in the stock pipeline: later families have one.
+        latents = latents / self.networks["vae"].config.scaling_factor
         images = self.networks["vae"].apply(vae, "decode",
                                             latents.astype(vae["decoder.conv_in.kernel"].dtype))
         return images.astype(jnp.float32) / 2 + 0.5
@@ -137,14 +140,23 @@ def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
         config; the message says which.
     """
     folder = Path(folder)
-    check_family(folder)
     # What may be wrong is looked at before gigabytes are read.
-    scheduler_config = load_scheduler_config(folder / "scheduler")
+    scheduler_class = check_family(folder)
+    # Stock pipelines build the class of the index, whatever the scheduler's own file says.
+    scheduler_config = (load_scheduler_config(folder / "scheduler")
+                        | {"_class_name": scheduler_class})
     tokenizer = load_tokenizer(folder / "tokenizer")
     fields = {part: read_json(folder / part / "config.json") for part in PARTS}
+    mended = mend_sample_size(fields["unet"])
+    if mended != fields["unet"]:
+        warnings.warn(f"{folder}/unet/config.json is of an old diffusers and says sample_size "
+                      f"{fields['unet']['sample_size']}: 64 is used, as diffusers does",
+                      stacklevel=2)
+    fields["unet"] = mended
     files = {part: convert.find_files(folder / part, stem) for part, (*_, stem) in PARTS.items()}
     networks = {part: Network.abstract(lambda rngs, b=build, f=fields[part]: b(f, rngs))
                 for part, (_, build, _) in PARTS.items()}
+    check_fit(folder, networks, fields["text_encoder"], tokenizer)
     params = {part: convert.load(files[part], networks[part], dtype) for part in PARTS}
     return StableDiffusionPipeline(folder, networks, params, tokenizer, scheduler_config)
 
@@ -155,8 +167,42 @@ def load_scheduler_config(folder: Path) -> dict[str, Any]:
     return {**config, "steps_offset": 1, "clip_sample": False}
 
 
-def check_family(folder: Path) -> None:
-    """InputError unless model_index.json says that the folder is a Stable Diffusion 1.x one."""
+def mend_sample_size(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `unet/config.json`, with the one that stock pipelines overrule in files of
+    diffusers before 0.9: their sample_size was not that of the training."""
+    version = re.match(r"(\d+)\.(\d+)", str(fields.get("_diffusers_version")))
+    size = fields.get("sample_size")
+    if version and (int(version[1]), int(version[2])) < (0, 9) and type(size) is int and size < 64:
+        return fields | {"sample_size": 64}
+    return fields
+
+
+def check_fit(folder: Path, networks: dict[str, Network], text_fields: dict[str, Any],
+              tokenizer: CLIPTokenizer) -> None:
+    """InputError unless the parts of a folder are made for each other."""
+    unet, vae, text = (networks[part].config for part in ("unet", "vae", "text_encoder"))
+    for left, a, right, b in (
+            ("unet's cross_attention_dim", unet.cross_attention_dim,
+             "text_encoder's hidden_size", text.hidden_size),
+            ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
+            ("unet's out_channels", unet.out_channels,
+             "vae's latent_channels", vae.latent_channels),
+            ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)):
+        if a != b:
+            raise InputError(f"{folder}: the {left} is {a}, but the {right} is {b}: these parts "
+                             "belong to different models")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= text.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has ids up to {highest}, the text_encoder knows "
+                         f"{text.vocab_size} tokens: they belong to different models")
+    if text_fields.get("text_config", text_fields).get("use_attention_mask"):
+        raise InputError(f"{folder}/text_encoder/config.json: use_attention_mask = true is not "
+                         "supported: the padding is always attended to")
+
+
+def check_family(folder: Path) -> str:
+    """The class of the scheduler; InputError unless model_index.json says that the folder is a
+    Stable Diffusion 1.x one."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the diffusers folder of a pretrained "
                          "pipeline (the one that holds model_index.json)")
@@ -170,6 +216,11 @@ def check_family(folder: Path) -> None:
         found = entry[-1] if isinstance(entry, list) and entry else entry
         if found != expected:
             raise InputError(f"{folder}/model_index.json: {part} is a {found}, not a {expected}")
+    scheduler = index.get("scheduler")
+    if not (isinstance(scheduler, list) and scheduler and isinstance(scheduler[-1], str)):
+        raise InputError(f"{folder}/model_index.json: scheduler is {json.dumps(scheduler)}: the "
+                         'class is expected, as in ["diffusers", "DDIMScheduler"]')
+    return scheduler[-1]
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -180,9 +231,29 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
             if not path.is_file():
                 raise InputError(f"{path} is missing: is the folder complete?")
     try:
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer(["a"])  # where the vocabulary is empty, only this fails
+        lost, count = _unreachable(tokenizer)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
         raise InputError(f"{folder} does not hold a readable CLIP tokenizer ({e})") from None
+    length = tokenizer.model_max_length
+    if not isinstance(length, int) or length < 2:  # both ends of a prompt
+        raise InputError(f"{folder}/tokenizer_config.json: model_max_length = {length!r} is no "
+                         "number of tokens")
+    if lost > 0.01 * count:
+        name = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "merges.txt"
+        raise InputError(f"{folder / name} is incomplete: its merges never make {lost} of {count} "
+                         "tokens: download it again")
+    return tokenizer
+
+
+def _unreachable(tokenizer: CLIPTokenizer) -> tuple[int, int]:
+    """How many tokens of several letters no merge makes, and of how many. A merges.txt cut short
+    at the end of a line is read without complaint, and then prompts fall into other tokens."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {"".join(merge) for merge in model["merges"]} | set(tokenizer.all_special_tokens)
+    longer = [token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1]
+    return sum(token not in made for token in longer), len(longer)
 
 
 def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:
