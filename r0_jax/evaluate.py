@@ -14,47 +14,77 @@ from r0_jax.inference import ImageSampler
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.testbed import Model, Testbed, evaluate_models, evaluate_run
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run: measures base and generator")
-_PIPELINE = flags.DEFINE_string("pipeline", None, "diffusers folder: measures it alone")
-_OUT = flags.DEFINE_string("out", None, "with --pipeline: folder for eval.json and images")
-_PROMPTS = flags.DEFINE_string("prompts", None, "file of test prompts; default: the recipe's")
-_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "how many of them; default: the recipe's",
-                                    lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", None, "of the noise; default: the recipe's")
-_STEP = flags.DEFINE_string("step", "", "with --workdir: a step, best or latest")
-_STEPS = flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1 it is on")
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_string("workdir", None, "folder of a run: measures base and generator")
+    flags.DEFINE_string("pipeline", None, "diffusers folder: measures it alone")
+    flags.DEFINE_string("out", None, "with --pipeline: folder for eval.json and images")
+    flags.DEFINE_bool("overwrite", False, "with --pipeline: replace the eval.json in --out")
+    flags.DEFINE_string("prompts", None, "file of test prompts; default: the recipe's")
+    flags.DEFINE_integer("num_prompts", None, "how many of them; default: the recipe's",
+                         lower_bound=2)
+    # The seed after it is used too, for the images that diversity is measured on.
+    flags.DEFINE_integer("seed", None, "of the noise; default: the recipe's", lower_bound=0,
+                         upper_bound=2**32 - 2)
+    flags.DEFINE_string("step", "", "with --workdir: a step, best or latest")
+    flags.DEFINE_string("pretrained", None, "with --workdir: the run's pretrained pipeline, where "
+                        "it has moved")
+    flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
+    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1 it is on")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    if (_WORKDIR.value is None) == (_PIPELINE.value is None):
+    fields = flags.FLAGS
+    if (fields.workdir is None) == (fields.pipeline is None):
         raise InputError("give either --workdir=W or --pipeline=DIR")
-    if _WORKDIR.value:
-        folder, config = Path(_WORKDIR.value), run.read_config(Path(_WORKDIR.value))
+    if fields.workdir is not None:
+        if fields.out or fields.overwrite:
+            raise InputError("--out and --overwrite go with --pipeline, not with --workdir, where "
+                             "the table lies in the folder of the run")
+        folder, config = Path(fields.workdir), run.read_config(Path(fields.workdir))
+        pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
     else:
         from configs import shapes_r0  # the recipe of the world says what is measured
 
-        if not _OUT.value:
+        if fields.step or fields.pretrained:
+            raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
+        if not fields.out:
             raise InputError("--pipeline needs --out=DIR for eval.json and the images")
-        folder, config = Path(_OUT.value), shapes_r0.get_config()
+        folder, config = Path(fields.out), shapes_r0.get_config()
+        pretrained = config.pretrained
+        _check_free(folder, fields.overwrite)
+    if "test" not in config:
+        raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
+    run.check_writable(folder / "samples" / "eval")
     with config.unlocked():
-        config.test.prompts = _PROMPTS.value or config.test.prompts
-        config.test.num_prompts = _NUM_PROMPTS.value or config.test.num_prompts
-        config.seed = config.seed if _SEED.value is None else _SEED.value
+        config.pretrained = pretrained
+        config.test.prompts = fields.prompts or config.test.prompts
+        config.test.num_prompts = fields.num_prompts or config.test.num_prompts
+        config.seed = config.seed if fields.seed is None else fields.seed
     if not config.test.prompts:
         raise InputError("the run's config has no test.prompts: give --prompts=FILE")
-    if _WORKDIR.value:
-        table = evaluate_run(folder, config, _STEP.value)
+    if fields.workdir is not None:
+        table = evaluate_run(folder, config, fields.step)
     else:
-        pipeline = stable_diffusion.load(_PIPELINE.value)
-        scheduler = schedulers.from_config(pipeline.scheduler_config, _STEPS.value)
-        model = Model(ImageSampler(pipeline, scheduler, _GUIDANCE.value), pipeline.params)
-        name = f"{Path(_PIPELINE.value).resolve().name}_{_STEPS.value}"
+        pipeline = stable_diffusion.load(fields.pipeline)
+        scheduler = schedulers.from_config(pipeline.scheduler_config, fields.num_inference_steps)
+        model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale), pipeline.params)
+        name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)
     print(f"written: {folder / 'eval.json'}")
 
 
+def _check_free(out: Path, overwrite: bool) -> None:
+    """An evaluation, perhaps of a run, is not lost to another one by mistake."""
+    there = [path for path in (out / "eval.json", out / "samples" / "eval") if path.exists()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]} exists already; choose another --out or replace it with "
+                         "--overwrite")
+
+
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

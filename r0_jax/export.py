@@ -16,6 +16,7 @@ from absl import flags
 from r0_jax import cli, convert, lora, model_card
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
+from r0_jax.pipelines.stable_diffusion import mend_sample_size
 from r0_jax.run import HostParams, Run, choose_step, open_run, read_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
@@ -70,7 +71,8 @@ def export(
         else:
             write_diffusers(run, params, building, dtype)
         for path in run.pretrained.glob("LICENSE*"):
-            shutil.copyfile(path, building / path.name)
+            if path.is_file():
+                shutil.copyfile(path, building / path.name)
         card = model_card.write(run, form, chosen, ema, dtype, base_model)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
@@ -83,7 +85,8 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     """A folder like the pretrained one, with the generator's weights and the trained grid.
 
     All else is copied byte for byte, but for pickles: a part that has no other weights (an old
-    safety checker) is left out.
+    safety checker) is left out. And of a generator's old config the sample_size becomes the one
+    that was trained.
     """
     part, source = run.pipeline.generator_part, run.pretrained
     index = read_json(source / "model_index.json")
@@ -96,6 +99,9 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     _write_scheduler(run, folder / "scheduler")
     (folder / part).mkdir()
     shutil.copyfile(source / part / "config.json", folder / part / "config.json")
+    fields = read_json(source / part / "config.json")
+    if (mended := mend_sample_size(fields)) != fields:
+        _write_json(folder / part / "config.json", mended)
     weights = jax.device_get(run.weights(params, "float32"))  # rounded once, to `dtype`
     convert.save(weights, folder / part / "diffusion_pytorch_model.safetensors", dtype)
 
@@ -117,25 +123,28 @@ def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
 
 def _copy_part(source: Path, target: Path) -> bool:
     """Copies what is text and the safetensors of a part; False if there is nothing to copy."""
-    stems = ("diffusion_pytorch_model", "model")
-    stem = next((stem for stem in stems if any(source.glob(f"{stem}*.safetensors"))), None)
+    # By the index too: it may give its shards any name.
+    stem = next((stem for stem in ("diffusion_pytorch_model", "model")
+                 for end in (".safetensors", ".safetensors.index*.json")
+                 if any(source.glob(f"{stem}*{end}"))), None)
     pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in source.glob("*"))
     if not source.is_dir() or (pickled and stem is None):
         return False
     target.mkdir()
     for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".model") and ".index." not in path.name:
+        if (path.suffix in (".json", ".txt", ".model") and ".index." not in path.name
+                and path.is_file()):
             shutil.copyfile(path, target / path.name)
-    files = convert.find_files(source, stem) if stem else []
-    if any("-of-" in path.name for path in files):
-        index = source / f"{stem}.safetensors.index.json"
-        variants = sorted(source.glob(f"{stem}.safetensors.index.*.json"))
-        shutil.copyfile(index if index.is_file() else variants[0], target / index.name)
-        for path in files:
+    if stem is None:
+        return True
+    # model.fp16.safetensors too gets the name that loads without naming a variant.
+    weights = convert.find_weights(source, stem)
+    if weights.suffix == ".safetensors":
+        shutil.copyfile(weights, target / f"{stem}.safetensors")
+    else:
+        shutil.copyfile(weights, target / f"{stem}.safetensors.index.json")
+        for path in convert.find_files(source, stem):
             shutil.copyfile(path, target / path.name)
-    else:  # model.fp16.safetensors too gets the name that loads without naming a variant
-        for path in files:
-            shutil.copyfile(path, target / f"{stem}.safetensors")
     return True
 
 

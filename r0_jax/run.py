@@ -87,10 +87,7 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
     """
     workdir = Path(workdir)
     config = read_config(workdir)
-    folder = Path(pretrained or config.pretrained)
-    if not folder.is_dir() and not pretrained:
-        raise InputError(f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
-                         "it is now with --pretrained=DIR")
+    folder = find_pretrained(workdir, config, pretrained)
     pipeline = stable_diffusion.load(folder)
     scheduler_config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
     adapter = config.lora
@@ -98,17 +95,39 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
     return Run(workdir, config, folder, pipeline, generator, scheduler_config)
 
 
+def find_pretrained(workdir: Path, config: ConfigDict,
+                    pretrained: str | os.PathLike | None = None) -> Path:
+    """The folder of the pretrained pipeline; InputError if the config's has moved."""
+    folder = Path(pretrained or config.pretrained)
+    if not folder.is_dir() and not pretrained:
+        raise InputError(f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
+                         "it is now with --pretrained=DIR")
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """InputError for an output folder that cannot be made or written to, before the work whose
+    results go there; makes nothing."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"cannot write to {folder}: {there} is not a folder; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {folder}: {there} is not writable; change its "
+                         "permissions or choose another one")
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The resolved config of a run; InputError for a folder that is no workdir."""
     path = workdir / "config.json"
     if not workdir.is_dir():
         raise InputError(f"{workdir} is not a folder; give the --workdir of a run")
+    if not path.is_file():
+        raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run")
     try:
-        config = ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run"
-                         ) from None
-    except (ValueError, TypeError):
+        # dict() is not for its copy: it refuses a list or a number.
+        config = ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path} is not the config of a run: bring the original back") from None
     for field in _NEEDED:
         value = config

@@ -8,6 +8,7 @@
 import functools
 import math
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
-from r0_jax.run import choose_step, open_run
+from r0_jax.run import check_writable, choose_step, open_run
 from r0_jax.schedulers import Scheduler
 
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
@@ -135,10 +136,11 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, 
     """The noise in a .npy file, as float32; InputError says what is expected instead."""
     expected = f"expected a .npy file of finite numbers of shape {list(shape)}, [N, h, w, c]"
     try:
-        latents = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            latents = np.load(file, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
-    except (ValueError, EOFError):
+    except (ValueError, EOFError, zipfile.BadZipFile):  # a zip by its first letters only
         raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
     if not isinstance(latents, np.ndarray):
         raise InputError(f"{path} holds several arrays; {expected}")
@@ -165,6 +167,7 @@ def main(argv: list[str]) -> None:
     if earlier and not fields.overwrite:
         raise InputError(f"{out} holds images already ({earlier[0].name}); choose another --out or "
                          "replace them with --overwrite")
+    check_writable(out)
     prompts = data.read_prompts(fields.prompts)
     if fields.workdir is None:
         source = from_pipeline(fields.pipeline, fields.num_inference_steps or 4)
@@ -197,6 +200,11 @@ def _write(out: Path, prompts: list[str], batches: Iterator[np.ndarray], text: d
     shown, written = [], 0
     for batch in rich.progress.track(batches, "sampling", total=count, console=console,
                                      disable=not console.is_terminal):
+        broken = ~np.isfinite(batch).all(axis=(1, 2, 3))
+        if broken.any():
+            prompt = prompts[written + int(broken.argmax())]
+            raise InputError(f"the image of {prompt!r} came out as NaN, so it is not written: try "
+                             "--dtype=float32, and see whether the pipeline's weights are whole")
         if not written:
             for path in _earlier(out):  # or a longer list's images would stay among the new ones
                 path.unlink()

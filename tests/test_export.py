@@ -19,6 +19,7 @@ import optax
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -247,6 +248,43 @@ def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, 
     assert difference(images_of(stock(out)), images_of(stock(exported / "lora"))) == 0
 
 
+def test_shards_of_any_name(pretrained, tmp_path):
+    """Only the index says that they are weights."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(pretrained / "text_encoder", source)
+    tensors = list(load_file(source / "model.safetensors").items())
+    os.unlink(source / "model.safetensors")
+    weights = {}
+    for name, half in [("model_a.safetensors", tensors[::2]), ("b.safetensors", tensors[1::2])]:
+        save_file(dict(half), source / name, metadata={"format": "pt"})
+        weights |= {key: name for key, _ in half}
+    index = json.dumps({"metadata": {}, "weight_map": weights})
+    (source / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    (source / "notes.txt").mkdir()  # a folder is passed over
+    assert export._copy_part(source, target)
+    assert set(os.listdir(target)) == set(os.listdir(source)) - {"notes.txt"}
+    network = stable_diffusion.load(pretrained).networks["text_encoder"]
+    expected = convert.load([pretrained / "text_encoder" / "model.safetensors"], network)
+    found = convert.load(convert.find_files(target, "model"), network)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    _, info = transformers.CLIPTextModel.from_pretrained(target, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_an_old_sample_size_is_written_as_it_was_trained(runs, pretrained, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(pretrained, source)
+    path = source / "unet" / "config.json"
+    fields = json.loads(path.read_text("utf-8")) | {"_diffusers_version": "0.6.0"}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    (source / "LICENSES").mkdir()  # a folder is passed over
+    with pytest.warns(UserWarning, match="sample_size 8: 64 is used"):
+        export.export(runs / "lora", tmp_path / "out", "diffusers", pretrained=str(source))
+    written = json.loads((tmp_path / "out" / "unet" / "config.json").read_text("utf-8"))
+    assert written == fields | {"sample_size": 64}
+    assert not (tmp_path / "out" / "LICENSES").exists()
+
+
 def test_which_parameters_and_dtype(runs, tmp_path):
     opened = open_run(runs / "lora")
     base = opened.pipeline.params["unet"]
@@ -436,11 +474,14 @@ def test_bad_input_is_one_line(runs, pretrained, tmp_path):
     foreign = broken("foreign", lambda config: config.pop("lora"))
     no_json = broken("no_json", dict)
     (tmp_path / "no_json" / "config.json").write_text("{", encoding="utf-8")
+    listed, number, deep = (broken(name, dict) for name in ("listed", "number", "deep"))
+    for name, text in [("listed", "[1]"), ("number", "3"), ("deep", "[" * 100_000)]:
+        (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
+    (tmp_path / "empty" / "config.json").mkdir(parents=True)
     young = broken("young", dict)
     shutil.rmtree(tmp_path / "young" / "checkpoints")
     cut = broken("cut", dict)
     (tmp_path / "cut" / "eval.json").write_text('{"models": {', encoding="utf-8")
-    (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine", encoding="utf-8")
     good = ["--workdir", runs / "lora", "--format=peft"]
@@ -452,6 +493,9 @@ def test_bad_input_is_one_line(runs, pretrained, tmp_path):
         (["--workdir", tmp_path / "none", *to, "--format=peft"], "none is not a folder; give the"),
         (["--workdir", tmp_path / "empty", *to, "--format=peft"], "has no config.json"),
         (no_json, "config.json is not the config of a run"),
+        (listed, "config.json is not the config of a run"),
+        (number, "config.json is not the config of a run"),
+        (deep, "config.json is not the config of a run"),
         (foreign, "config.json has no lora.rank"),
         (young, "young has no checkpoint yet"),
         (moved, "gone/away, the pretrained .* not there; say where it is now with --pretrained"),

@@ -119,8 +119,10 @@ def test_latents_that_do_not_fit(tmp_path):
     np.savez(tmp_path / "several.npz", LATENTS)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "shape.npy").read_bytes()[:-9])
     (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
     for name, said in [("several.npz", "several arrays"), ("cut.npy", "not a whole"),
-                       ("empty.npy", "not a whole"), ("none.npy", "no such file")]:  # fmt: skip
+                       ("empty.npy", "not a whole"), ("zip.npy", "not a whole"),
+                       ("none.npy", "no such file")]:  # fmt: skip
         with pytest.raises(InputError, match=said):
             sample.read_latents(tmp_path / name, shape)
     np.save(tmp_path / "good.npy", good)
@@ -141,6 +143,16 @@ def test_a_new_call_leaves_none_of_an_old_ones_images(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == [
         "00000.png", "00001.png", "contact_sheet.png", "mine.png"]  # fmt: skip
     assert images.load_png(tmp_path / "00001.png").mean() > 0.7
+
+
+def test_images_that_are_not_finite_are_not_written(tmp_path):
+    images.save_png(tmp_path / "00000.png", np.ones((8, 8, 3)))
+    drawn = np.zeros((2, 8, 8, 3), np.float32)
+    drawn[1, 3, 4, 0] = np.nan
+    with pytest.raises(InputError, match="the image of 'b' came out as NaN, so it is not written"):
+        sample._write(tmp_path, ["a", "b"], iter([drawn]), {}, 1)
+    assert os.listdir(tmp_path) == ["00000.png"]
+    assert images.load_png(tmp_path / "00000.png").min() == 1
 
 
 # --- the command -------------------------------------------------------------------------
@@ -187,6 +199,8 @@ def test_bad_input_is_one_line(folder, tmp_path):
         ([*good, "--prompts", tmp_path / "none.txt"], "none.txt: no such file"),
         ([*good, "--prompts", tmp_path / "blank.txt"], "blank.txt has no prompts"),
         ([*good, "--out", tmp_path / "used"], r"holds images already \(00000.png\); "),
+        ([*good, "--out", folder / "prompts.txt"], "prompts.txt is not a folder; choose another"),
+        ([*good, "--out", folder / "prompts.txt" / "x"], "prompts.txt is not a folder; choose"),
         ([*good, "--eta=2"], "--eta=2"),
         ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
         ([*good, "--batch_size=0"], "--batch_size=0"),

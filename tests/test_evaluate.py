@@ -1,0 +1,80 @@
+"""The command that makes a table: what it refuses before it measures, and what it passes on."""
+
+import json
+import os
+
+import pytest
+import tiny
+from test_export import check_refusals, write_run
+
+from configs import common
+from r0_jax import run
+from r0_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pretrained pipeline, and a run of it whose config has a test."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.stable_diffusion(folder / "base")
+    write_run(folder / "run", folder / "base", 2, {10: 0.5})
+    path = folder / "run" / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["test"] = common.get_config().test.to_dict()
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_bad_input_is_one_line(folder, tmp_path):
+    def changed(name, **fields):
+        (tmp_path / name).mkdir()
+        config = json.loads((folder / "run" / "config.json").read_text("utf-8")) | fields
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return ["--workdir", tmp_path / name, "--prompts=p.txt"]
+
+    moved, foreign = changed("moved", pretrained="gone/away"), changed("foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text("utf-8"))
+    del config["test"]
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    blocked = changed("blocked")
+    (tmp_path / "blocked" / "samples").write_text("mine", encoding="utf-8")
+    for name in ("table", "images/samples/eval"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "table" / "eval.json").write_text("{}", encoding="utf-8")
+    pipeline = ["--pipeline", folder / "base", "--prompts=p.txt"]
+    out = ["--out", tmp_path / "out"]
+
+    check_refusals("r0_jax.evaluate", [
+        (["--seed=1"], "give either --workdir=W or --pipeline=DIR"),
+        ([*pipeline, *out, "--workdir=w"], "give either --workdir=W or --pipeline=DIR"),
+        ([*pipeline], "--pipeline needs --out=DIR"),
+        ([*pipeline, *out, "--step=best"], "--step and --pretrained go with --workdir"),
+        ([*pipeline, *out, "--pretrained=d"], "--step and --pretrained go with --workdir"),
+        (["--workdir", folder / "run", *out], "--out and --overwrite go with --pipeline"),
+        (["--workdir", folder / "run"], "no test.prompts: give --prompts=FILE"),
+        ([*pipeline, "--out", tmp_path / "table"], "eval.json exists already; .* --overwrite"),
+        ([*pipeline, "--out", tmp_path / "images"], "samples/eval exists already; .* --overwrite"),
+        ([*pipeline, "--out", tmp_path / "table", "--overwrite"], "p.txt: no such file"),
+        ([*pipeline, "--out", tmp_path / "table" / "eval.json"], "eval.json is not a folder"),
+        (blocked, "samples is not a folder"),
+        (foreign, "config.json has no test, so it is not the config of an R0 run"),
+        (moved, "gone/away, the pretrained .* say where it is now with --pretrained=DIR"),
+        ([*moved, "--pretrained", tmp_path / "table"], "model_index.json is missing"),
+        ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
+        ([*pipeline, *out, "--seed=-1"], "--seed=-1"),
+        ([*pipeline, *out, "--seed=4294967295"], "--seed=4294967295"),
+        ([*pipeline, *out, "--num_inference_steps=0"], "--num_inference_steps=0"),
+    ])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "table" / "eval.json").read_text("utf-8") == "{}"
+
+
+def test_where_results_can_be_written(tmp_path, monkeypatch):
+    run.check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []  # it only looks
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link is not a folder"):
+        run.check_writable(tmp_path / "link")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(InputError, match=f"a/b: {tmp_path} is not writable"):
+        run.check_writable(tmp_path / "a" / "b")
