@@ -201,12 +201,11 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of a nested dict's leaves."""
+    """Dotted names of all that a nested dict holds."""
     for name, value in fields.items():
-        if isinstance(value, dict) and value:
+        yield prefix + name
+        if isinstance(value, dict):
             yield from field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict, trained: bool
