@@ -2,6 +2,7 @@
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_transformers_gives_the_same_scores(name):
     config = shapes_r0.get_config()
     entry = config.rewards.get(name) or config.heldout_rewards[name]
     reward = rewards.load(name, entry)
-    model = CLIPModel.from_pretrained(entry.path)
+    model = CLIPModel.from_pretrained(entry.path, dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(entry.path)
     size = model.config.vision_config.image_size  # its own, so that nothing is resized
     images = np.random.default_rng(0).random((len(FOUR), size, size, 3), np.float32)
@@ -67,7 +68,8 @@ def test_transformers_gives_the_same_scores(name):
     with torch.no_grad():
         theirs = model(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), **ids)
     cosine = (theirs.image_embeds * theirs.text_embeds).sum(-1).numpy()
-    ours = reward.score(reward.params, images, reward.text_features(reward.params, FOUR))
+    features = jnp.asarray(reward.text_features(reward.params, FOUR))
+    ours = reward.score(reward.params, jnp.asarray(images), features)
     np.testing.assert_allclose(ours, cosine, atol=1e-5)
 
 

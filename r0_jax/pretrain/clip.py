@@ -68,7 +68,8 @@ def train(config: ConfigDict, out: Path) -> None:
 
     params = fit(loss, init(constructor, jax.random.key(config.seed)),
                  batches(config, tokenizer), config)
-    params["logit_scale"] = np.minimum(params["logit_scale"], np.float32(_MAX_LOGIT_SCALE))
+    params["logit_scale"] = np.asarray(np.minimum(params["logit_scale"], _MAX_LOGIT_SCALE),
+                                       np.float32)
     write(out, config, fields, params)
 
 
