@@ -18,6 +18,7 @@ def get_config(method: str = "r0") -> ConfigDict:
     config.pretrained = str(CHECKPOINTS / "pipeline")
     config.data.prompts = str(PROMPTS / "train.txt")
     config.objective.method = method
+    config.objective.unroll = True
 
     clip, preference = str(CHECKPOINTS / "clip"), str(CHECKPOINTS / "preference")
     head = str(CHECKPOINTS / "aesthetic" / "model.safetensors")

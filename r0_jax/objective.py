@@ -94,7 +94,7 @@ class Objective:
             denoiser(weights), denoiser(lax.stop_gradient(weights)), self.grid,
             sampler.normal(keys, _NOISE, self.pipeline.latent_shape), rolled, last=last,
             grad_steps=self.grad_steps, random_eta=self.config.sampler.random_eta,
-            eta=self.config.sampler.eta)
+            eta=self.config.sampler.eta, unroll=self.config.objective.unroll)
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
         def empty():

@@ -68,6 +68,7 @@ def rollout(
     grad_steps: int,
     random_eta: bool,
     eta: float,
+    unroll: bool = False,
 ) -> Trajectory:
     """Runs steps 0 to `last` of the grid; gradients flow through the last `grad_steps` of them.
 
@@ -79,6 +80,8 @@ def rollout(
       denoise_frozen: the same network with the gradient stopped at its parameters.
       last: may be traced; at least grad_steps - 1.
       random_eta: each step of each sample draws eta ~ U[0, 1]; otherwise all take `eta`.
+      unroll: write the steps with gradient one after the other instead of as a loop: the same
+        numbers, but XLA for CPU then keeps the activations of all of them.
     """
     batch, *shape = noise.shape
     eta_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (0, 1))
@@ -99,7 +102,7 @@ def rollout(
         return after, (latents, x0)
 
     _, (inputs, predictions) = lax.scan(graded, lax.stop_gradient(latents),
-                                        first + jnp.arange(grad_steps))
+                                        first + jnp.arange(grad_steps), unroll=unroll)
     return Trajectory(
         inputs[-1],
         jnp.full(batch, jnp.asarray(grid.timesteps, jnp.float32)[last]),

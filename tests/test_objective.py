@@ -230,6 +230,18 @@ def test_memory_of_r0_grows_by_latents_only(monkeypatch):
     assert temporary_bytes(4) > 2 * four
 
 
+def test_unrolled_is_the_same_step():
+    losses, grads = [], []
+    for unroll in (False, True):
+        world = step_world.make({"sampler.num_steps": 3, "objective.grad_steps": 3,
+                                 "objective.unroll": unroll})
+        (loss, _), gradient = world.value_and_grad(world.params(), batch(B), last=2)
+        losses.append(loss)
+        grads.append(gradient)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *grads)
+
+
 def test_memory_of_r0plus_does_not_grow_with_the_steps():
     two, four = temporary_bytes(2, "r0plus"), temporary_bytes(4, "r0plus")
     assert four <= 1.01 * two
