@@ -56,12 +56,23 @@ class GEGLU(nnx.Module):
         return x * jax.nn.gelu(gate, approximate=False)
 
 
-class FeedForward(nnx.Module):
-    """GEGLU to four times the width and back."""
+class GELU(nnx.Module):
+    """A linear layer and GELU's tanh approximation."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(channels, inner, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
+        return jax.nn.gelu(self.proj(x), approximate=True)
+
+
+class FeedForward(nnx.Module):
+    """Up to four times the width, through a GEGLU unless told otherwise, and back."""
+
+    def __init__(self, channels: int, *, activation: type[GEGLU] | type[GELU] = GEGLU,
+                 rngs: nnx.Rngs):
         inner = 4 * channels
-        self.net = nnx.List([GEGLU(channels, inner, rngs=rngs), Placeholder(),
+        self.net = nnx.List([activation(channels, inner, rngs=rngs), Placeholder(),
                              nnx.Linear(inner, channels, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:

@@ -9,10 +9,10 @@ from r0_jax.models.normalization import GroupNorm
 
 
 def conv3x3(inputs: int, outputs: int, *, strides: int = 1, padding=((1, 1), (1, 1)),
-            rngs: nnx.Rngs) -> nnx.Conv:
+            use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Conv:
     # Explicit padding: flax's 'SAME' pads a stride of 2 on the bottom and right only.
     return nnx.Conv(inputs, outputs, kernel_size=(3, 3), strides=strides, padding=padding,
-                    rngs=rngs)
+                    use_bias=use_bias, rngs=rngs)
 
 
 class ResnetBlock2D(nnx.Module):
