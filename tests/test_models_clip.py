@@ -215,7 +215,7 @@ def test_a_tower_reads_its_part_of_the_config_of_both(tmp_path):
 
 
 @pytest.mark.parametrize("parse, fields, said", [
-    (CLIPTextConfig.from_json, TEXT | {"hidden_act": "relu"}, "hidden_act"),
+    (CLIPTextConfig.from_json, TEXT | {"hidden_act": "mish"}, "hidden_act"),
     (CLIPVisionConfig.from_json, VISION | {"hidden_size": "16"}, "hidden_size"),
     (CLIPConfig.from_json, TEXT, "text_config"),
     (CLIPConfig.from_json, BOTH | {"text_config": None}, "text_config is a NoneType"),

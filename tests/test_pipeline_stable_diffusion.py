@@ -380,7 +380,7 @@ def test_another_family_is_named(copy, changes, said):
     ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
     ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
     ("vae", {"latents_mean": [0.0]}, "latents_mean"),
-    ("text_encoder", {"hidden_act": "relu"}, "hidden_act"),
+    ("text_encoder", {"hidden_act": "mish"}, "hidden_act"),
     # Supported, but not what the file holds.
     ("unet", {"layers_per_block": 2}, "attentions.1."),
     ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),

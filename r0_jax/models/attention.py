@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def dot_product_attention(
@@ -12,13 +12,21 @@ def dot_product_attention(
     value: Float[Array, "b s c"],
     heads: int,
     *,
+    bias: Float[Array, "#b h t s"] | None = None,
+    mask: Bool[Array, "b s"] | None = None,
+    scale: float | None = None,
     is_causal: bool = False,
 ) -> Float[Array, "b t c"]:
-    """softmax(q k^T / sqrt(c / heads)) v over `heads` heads; the softmax is float32."""
+    """softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; the softmax is float32.
+
+    `mask` is False at the keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
+    """
     query, key, value = (
         x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
     )  # [B, T, heads, head_dim]
-    out = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+    mask = None if mask is None else mask[:, None, None, :]  # [B, heads, T, S]
+    out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale,
+                                       is_causal=is_causal)
     return out.reshape(*out.shape[:2], -1)
 
 

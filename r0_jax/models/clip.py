@@ -1,7 +1,7 @@
 """CLIP, whole and its text tower alone: transformers `models/clip/modeling_clip.py`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
+from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
+from r0_jax.models.embeddings import embed
 from r0_jax.models.normalization import LayerNorm
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 def _parse(cls, fields: Mapping[str, Any], tower: str):
@@ -27,18 +22,8 @@ def _parse(cls, fields: Mapping[str, Any], tower: str):
     fields = fields.get(tower, fields)
     if not isinstance(fields, Mapping):
         raise InputError(f"{cls.__name__}: {tower} is a {type(fields).__name__}, not an object")
-    # Files of transformers carry dozens of generation and training defaults: fields that the
-    # tower does not have are not an error here.
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    config = configs.parse(cls, {k: v for k, v in fields.items() if k in types})
-    sizes = [name for name, kind in types.items() if kind is int and name != "eos_token_id"]
-    configs.check_least(config, 1, *sizes)
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{cls.__name__}: num_attention_heads = {config.num_attention_heads} does "
-                         f"not divide hidden_size = {config.hidden_size}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{cls.__name__}: hidden_act = {config.hidden_act!r} is not supported "
-                         f"(supported: {', '.join(ACTIVATIONS)})")
+    config = configs.parse_transformers(cls, fields, ids=("eos_token_id",))
+    configs.check_layers(config)
     return config
 
 
@@ -155,16 +140,11 @@ class CLIPEncoder(nnx.Module):
         return x
 
 
-def _embed(count: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
-    embed = nnx.Embed(count, width, rngs=rngs)
-    embed.dtype = None  # that of its table; flax would keep to the float32 of construction
-    return embed
-
-
 class CLIPTextEmbeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = _embed(config.vocab_size, config.hidden_size, rngs)
-        self.position_embedding = _embed(config.max_position_embeddings, config.hidden_size, rngs)
+        self.token_embedding = embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embedding = embed(config.max_position_embeddings, config.hidden_size,
+                                        rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         positions = self.position_embedding(jnp.arange(input_ids.shape[1]))
@@ -202,7 +182,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.patch_embedding = nnx.Conv(config.num_channels, width, kernel_size=(patch, patch),
                                         strides=patch, padding="VALID", use_bias=False, rngs=rngs)
         tokens = (config.image_size // patch) ** 2 + 1
-        self.position_embedding = _embed(tokens, width, rngs)
+        self.position_embedding = embed(tokens, width, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
         patches = self.patch_embedding(images)

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from r0_jax.errors import InputError
+from r0_jax.models.activations import ACTIVATIONS
 
 Config = TypeVar("Config")
 
@@ -33,8 +34,8 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
     """An instance of the dataclass `cls`, whose field names and defaults mirror the library's.
 
     Args:
-      only: fields that change the network in ways not implemented here, with the values that do
-        not ("field": (values that are fine, ...)).
+      only: fields that change the network, with the only values implemented here
+        ("field": (values that are fine, ...)); those that `cls` has not are checked and dropped.
       unused: fields without an effect on the network's output (training flags, metadata).
     Raises:
       InputError: a field has an unsupported value or is unknown; the message names it.
@@ -49,7 +50,8 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
                 raise InputError(
                     f"{cls.__name__}: {name} = {json.dumps(value)} is not supported "
                     f"(supported: {', '.join(json.dumps(v) for v in only[name])})")
-            continue
+            if name not in known:
+                continue
         if name not in known:
             raise InputError(f"{cls.__name__}: the config field {name!r} = {json.dumps(value)} "
                              "is not supported")
@@ -61,6 +63,31 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
         return cls(**values)
     except TypeError as e:
         raise InputError(f"{cls.__name__}: {e}") from None
+
+
+def parse_transformers(cls: type[Config], fields: Mapping[str, Any], *,
+                       only: Mapping[str, tuple] = {}, ids: tuple[str, ...] = ()) -> Config:
+    """`parse` for files of transformers, whose every whole number but `ids` counts something.
+
+    They carry dozens of generation and training defaults: fields that the network does not have
+    are not an error here.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    config = parse(cls, {k: v for k, v in fields.items() if k in types or k in only}, only=only)
+    check_least(config, 1, *(name for name, kind in types.items()
+                             if kind is int and name not in ids))
+    return config
+
+
+def check_layers(config: Any) -> None:
+    """InputError unless the heads divide the width and the activation is known."""
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{type(config).__name__}: num_attention_heads = "
+                         f"{config.num_attention_heads} does not divide hidden_size = "
+                         f"{config.hidden_size}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"{type(config).__name__}: hidden_act = {config.hidden_act!r} is not "
+                         f"supported (supported: {', '.join(ACTIVATIONS)})")
 
 
 def check_least(config: Any, least: int, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings of the timestep: diffusers `models/embeddings.py`."""
+"""Embeddings of the timestep, diffusers `models/embeddings.py`, and tables of embeddings."""
 
 import math
 
@@ -20,13 +20,26 @@ def sinusoidal(timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos:
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with a SiLU between them."""
+    """Two linear layers with a SiLU between them, and before them the projection of a condition."""
 
-    def __init__(self, channels: int, time_embed_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, time_embed_dim: int, *, cond_proj_dim: int | None = None,
+                 rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(channels, time_embed_dim, rngs=rngs)
+        if cond_proj_dim is not None:
+            self.cond_proj = nnx.Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
         self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b t"]:
+    def __call__(self, x: Float[Array, "b c"],
+                 condition: Float[Array, "b d"] | None = None) -> Float[Array, "b t"]:
         # The sinusoids are float32; the network computes in the dtype of its weights.
         x = x.astype(self.linear_1.kernel.get_value().dtype)
+        if condition is not None:
+            x = x + self.cond_proj(condition.astype(x.dtype))
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of `count` embeddings, read in its own dtype."""
+    table = nnx.Embed(count, width, rngs=rngs)
+    table.dtype = None  # flax would keep to the float32 of construction
+    return table
