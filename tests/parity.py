@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import torch
 from flax import nnx
+from safetensors.numpy import load_file
 
 from r0_jax import convert
 from r0_jax.network import Network, Params, Shapes
@@ -53,6 +55,20 @@ def params_of(module: torch.nn.Module, shapes: Shapes, prefix: str = "") -> Para
     assert {name: value.shape for name, value in params.items()} == {
         name: struct.shape for name, struct in shapes.items()}
     return params
+
+
+def assert_round_trip(params: Params, folder: Path, torch_class: type[torch.nn.Module]) -> None:
+    """Asserts that these parameters, read from the folder, are written as they were, and that the
+    library takes what was written for its own."""
+    [path] = folder.glob("*.safetensors")
+    theirs = load_file(path)
+    convert.save(params, path)
+    ours = load_file(path)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].shape == value.shape and ours[key].tobytes() == value.tobytes()
+               for key, value in theirs.items())
+    _, info = torch_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
 
 
 def quieten(module: torch.nn.Module, *names: str) -> None:

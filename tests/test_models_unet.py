@@ -229,7 +229,7 @@ def test_mid_features():
 
 
 TIME, CONTEXT = normal(2, 2, 32), normal(3, 2, 5, 16)
-COMMON = {"heads": 2, "depth": 1, "config": UNet2DConditionConfig.from_json(tiny.UNET)}
+COMMON = {"heads": 2, "config": UNet2DConditionConfig.from_json(tiny.UNET)}
 TORCH_COMMON = {"temb_channels": 32, "num_layers": 2, "resnet_eps": 1e-5, "resnet_groups": 4}
 TORCH_ATTENDS = {"num_attention_heads": 2, "cross_attention_dim": 16}
 
@@ -237,12 +237,14 @@ TORCH_ATTENDS = {"num_attention_heads": 2, "cross_attention_dim": 16}
 @pytest.mark.parametrize("attends, downsamples", [(True, True), (False, False)])
 def test_down_block(attends, downsamples):
     fields = TORCH_COMMON | {"in_channels": 8, "out_channels": 16, "add_downsample": downsamples}
-    module = (torch_blocks.CrossAttnDownBlock2D(**fields, **TORCH_ATTENDS) if attends
+    module = (torch_blocks.CrossAttnDownBlock2D(**fields, **TORCH_ATTENDS,
+                                                transformer_layers_per_block=[2, 1]) if attends
               else torch_blocks.DownBlock2D(**fields))
     context = torch.tensor(CONTEXT)
     check(module,
           lambda rngs: unet_2d_condition.DownBlock(
-              [(8, 16), (16, 16)], downsamples=downsamples, attends=attends, rngs=rngs, **COMMON),
+              [(8, 16), (16, 16)], depths=(2, 1), downsamples=downsamples, attends=attends,
+              rngs=rngs, **COMMON),
           normal(0, 2, 5, 7, 8), TIME,
           ours=lambda network, params, x, t: network(params, x, t, jnp.asarray(CONTEXT)),
           theirs=lambda module, x, t: module(x, t, *[context] * attends))
@@ -259,8 +261,8 @@ def test_up_block(attends, size):
     below = [] if size is None else [jnp.zeros((2, *size, 8))]
     check(module,
           lambda rngs: unet_2d_condition.UpBlock(
-              [(12 + 16, 16), (16 + 8, 16)], upsamples=size is not None, attends=attends,
-              rngs=rngs, **COMMON),
+              [(12 + 16, 16), (16 + 8, 16)], depths=(1, 1), upsamples=size is not None,
+              attends=attends, rngs=rngs, **COMMON),
           normal(0, 2, 3, 4, 12), TIME, normal(4, 2, 3, 4, 8), normal(5, 2, 3, 4, 16),
           ours=lambda network, params, x, t, *skips: network(
               params, x, [*below, *skips], t, jnp.asarray(CONTEXT)),
@@ -271,7 +273,7 @@ def test_up_block(attends, size):
 def test_mid_block():
     check(torch_blocks.UNetMidBlock2DCrossAttn(
               16, 32, resnet_eps=1e-5, resnet_groups=4, **TORCH_ATTENDS),
-          lambda rngs: unet_2d_condition.MidBlock(16, rngs=rngs, **COMMON),
+          lambda rngs: unet_2d_condition.MidBlock(16, depth=1, rngs=rngs, **COMMON),
           normal(0, 2, 3, 4, 16), TIME, CONTEXT,
           theirs=lambda module, x, t, context: module(x, t, encoder_hidden_states=context))
 
@@ -296,15 +298,21 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("change", [
     {"act_fn": "gelu"},
-    {"class_embed_type": "timestep"},
+    {"class_embed_type": "of_tomorrow"},
+    {"class_embed_type": "projection"},
+    {"class_embeddings_concat": True},
+    {"addition_embed_type": "text"},
     {"addition_embed_type": "text_time"},
+    {"addition_time_embed_dim": 0},
+    {"num_class_embeds": 0},
     {"encoder_hid_dim": 4},
     {"dual_cross_attention": True},
-    {"resnet_time_scale_shift": "scale_shift"},
-    {"time_cond_proj_dim": 256},
+    {"resnet_time_scale_shift": "spatial"},
+    {"time_cond_proj_dim": -1},
     {"conv_in_kernel": 1},
-    {"only_cross_attention": [True, False]},
-    {"mid_block_type": None},
+    {"only_cross_attention": [True]},
+    {"only_cross_attention": 1},
+    {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
     {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
     {"down_block_types": ["DownBlock2D"]},
     {"up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"]},
@@ -319,7 +327,13 @@ def test_bfloat16():
     {"layers_per_block": [1, 0]},
     {"in_channels": True},
     {"layers_per_block": [1]},
+    {"transformer_layers_per_block": [1, -1]},
     {"transformer_layers_per_block": [[1, 2], [1, 2]]},
+    # One of them is not enough where the way up has a layer more.
+    {"reverse_transformer_layers_per_block": None, "transformer_layers_per_block": [[1], [1]]},
+    {"reverse_transformer_layers_per_block": [1]},
+    {"reverse_transformer_layers_per_block": [[1, 1], [1]]},
+    {"reverse_transformer_layers_per_block": 1},
     {"a_field_of_tomorrow": 1},
 ])
 def test_what_is_not_supported_is_refused_by_name(change):

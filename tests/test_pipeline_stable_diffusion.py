@@ -378,11 +378,12 @@ def test_another_family_is_named(copy, changes, said):
 
 @pytest.mark.parametrize("part, changes, said", [
     ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
-    ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+    ("unet", {"encoder_hid_dim": 256}, "encoder_hid_dim"),
     ("vae", {"latents_mean": [0.0]}, "latents_mean"),
     ("text_encoder", {"hidden_act": "mish"}, "hidden_act"),
     # Supported, but not what the file holds.
     ("unet", {"layers_per_block": 2}, "attentions.1."),
+    ("unet", {"time_cond_proj_dim": 256}, "time_embedding.cond_proj."),
     ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
     ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
 ])

@@ -16,14 +16,20 @@ def conv3x3(inputs: int, outputs: int, *, strides: int = 1, padding=((1, 1), (1,
 
 
 class ResnetBlock2D(nnx.Module):
-    """GroupNorm-SiLU-conv twice, the time embedding added in between, and a residual."""
+    """GroupNorm-SiLU-conv twice, the time embedding added in between, and a residual.
+
+    With `time_scale_shift` the time scales and shifts what comes out of the second norm instead.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, time_embed_dim: int | None,
-                 norm_num_groups: int, norm_eps: float, rngs: nnx.Rngs):
+                 norm_num_groups: int, norm_eps: float, time_scale_shift: bool = False,
+                 rngs: nnx.Rngs):
+        self.time_scale_shift = time_scale_shift
         self.norm1 = GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv1 = conv3x3(inputs, outputs, rngs=rngs)
         if time_embed_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_embed_dim, outputs, rngs=rngs)
+            self.time_emb_proj = nnx.Linear(
+                time_embed_dim, 2 * outputs if time_scale_shift else outputs, rngs=rngs)
         self.norm2 = GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv2 = conv3x3(outputs, outputs, rngs=rngs)
         self.has_shortcut = inputs != outputs
@@ -34,8 +40,13 @@ class ResnetBlock2D(nnx.Module):
                  time_embedding: Float[Array, "b t"] | None = None) -> Float[Array, "b h w d"]:
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if time_embedding is not None:
-            hidden = hidden + self.time_emb_proj(jax.nn.silu(time_embedding))[:, None, None, :]
-        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+            time = self.time_emb_proj(jax.nn.silu(time_embedding))[:, None, None, :]
+        if self.time_scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            hidden = self.norm2(hidden) * (1 + scale) + shift
+        else:
+            hidden = self.norm2(hidden if time_embedding is None else hidden + time)
+        hidden = self.conv2(jax.nn.silu(hidden))
         return hidden + (self.conv_shortcut(x) if self.has_shortcut else x)
 
 

@@ -8,11 +8,18 @@ from r0_jax.models.normalization import GroupNorm, LayerNorm
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; pre-norm residuals."""
+    """Self-attention, cross-attention to the prompt, feed-forward; pre-norm residuals.
 
-    def __init__(self, channels: int, heads: int, cross_attention_dim: int, *, rngs: nnx.Rngs):
+    With `only_cross_attention` the first attention is to the prompt as well.
+    """
+
+    def __init__(self, channels: int, heads: int, cross_attention_dim: int, *,
+                 only_cross_attention: bool = False, rngs: nnx.Rngs):
+        self.only_cross_attention = only_cross_attention
         self.norm1 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
-        self.attn1 = Attention(channels, heads, rngs=rngs)
+        self.attn1 = Attention(
+            channels, heads, cross_attention_dim=cross_attention_dim if only_cross_attention
+            else None, rngs=rngs)
         self.norm2 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
         self.attn2 = Attention(channels, heads, cross_attention_dim=cross_attention_dim, rngs=rngs)
         self.norm3 = LayerNorm(channels, epsilon=1e-5, rngs=rngs)
@@ -20,7 +27,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"],
                  prompt_embeds: Float[Array, "b s d"]) -> Float[Array, "b t c"]:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), prompt_embeds if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), prompt_embeds)
         return x + self.ff(self.norm3(x))
 
@@ -29,7 +36,8 @@ class Transformer2DModel(nnx.Module):
     """`depth` transformer blocks over the pixels of a feature map, with a residual around them."""
 
     def __init__(self, channels: int, heads: int, depth: int, cross_attention_dim: int, *,
-                 norm_num_groups: int, use_linear_projection: bool, rngs: nnx.Rngs):
+                 norm_num_groups: int, use_linear_projection: bool,
+                 only_cross_attention: bool = False, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, num_groups=norm_num_groups, epsilon=1e-6, rngs=rngs)
         inner = heads * (channels // heads)  # smaller where the heads do not divide the channels
 
@@ -40,7 +48,8 @@ class Transformer2DModel(nnx.Module):
 
         self.proj_in = projection(channels, inner)
         self.transformer_blocks = nnx.List([
-            BasicTransformerBlock(inner, heads, cross_attention_dim, rngs=rngs)
+            BasicTransformerBlock(inner, heads, cross_attention_dim,
+                                  only_cross_attention=only_cross_attention, rngs=rngs)
             for _ in range(depth)])
         self.proj_out = projection(inner, channels)
 
