@@ -27,6 +27,8 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
 
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
+# T5's encoder reads its tokens from the table shared with the decoder: files hold one or both.
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # Old VAE files name the mid-block attention after its first implementation.
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
               ".to_out.0.": ".proj_attn."}
@@ -139,7 +141,8 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
                 raise InputError(f"{source}: {key} has shape {value.shape}, but the config asks "
                                  f"for {expected}")
             params[name] = np.asarray(from_checkpoint(name, value), DTYPES[dtype], order="C")
-        unexpected = [k for k in where if k not in used and k.split(".")[-1] not in _BUFFERS]
+        unexpected = [k for k in where if k not in used and _TIED.get(k) not in used
+                      and k.split(".")[-1] not in _BUFFERS]
     if unexpected:
         shape = _shape_of(files, unexpected[0])
         raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
@@ -152,6 +155,7 @@ def _possible_keys(name: str) -> Iterator[str]:
     yield key
     if "attentions" in key:
         yield from (key.replace(new, old) for new, old in _OLD_NAMES.items() if new in key)
+    yield from (tied for tied, shared in _TIED.items() if key == shared)
     # transformers >= 5.6 writes a CLIPTextModel without the prefix that the hub's files have.
     if key.startswith("text_model."):
         yield key.removeprefix("text_model.")
