@@ -1,0 +1,167 @@
+"""BERT as an encoder: transformers `models/bert/modeling_bert.py`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from r0_jax.models import config as configs
+from r0_jax.models.activations import ACTIVATIONS
+from r0_jax.models.attention import dot_product_attention
+from r0_jax.models.embeddings import embed
+from r0_jax.models.normalization import LayerNorm
+
+# Another type may count its positions otherwise (roberta: from pad_token_id + 1).
+_ONLY = {"model_type": ("bert",), "position_embedding_type": ("absolute",), "is_decoder": (False,),
+         "add_cross_attention": (False,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Fields and defaults of transformers' `BertConfig`."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "BertConfig":
+        """Parses a published `config.json`; InputError names what is not supported."""
+        config = configs.parse_transformers(cls, fields, only=_ONLY)
+        configs.check_layers(config)
+        return config
+
+
+def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+
+
+class BertEmbeddings(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.word_embeddings = embed(config.vocab_size, width, rngs=rngs)
+        self.position_embeddings = embed(config.max_position_embeddings, width, rngs=rngs)
+        self.token_type_embeddings = embed(config.type_vocab_size, width, rngs=rngs)
+        self.LayerNorm = _norm(config, rngs)
+
+    def __call__(self, input_ids: Int[Array, "b t"],
+                 token_type_ids: Int[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        return self.LayerNorm(x + self.position_embeddings(jnp.arange(input_ids.shape[1]))[None])
+
+
+class BertSelfAttention(nnx.Module):
+    """Also cross-attention, where a `context` of width `context_size` is given."""
+
+    def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
+        self.heads = config.num_attention_heads
+        width, context_size = config.hidden_size, context_size or config.hidden_size
+        self.query = nnx.Linear(width, width, rngs=rngs)
+        self.key = nnx.Linear(context_size, width, rngs=rngs)
+        self.value = nnx.Linear(context_size, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b s"] | None = None,
+                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+        context = x if context is None else context
+        return dot_product_attention(self.query(x), self.key(context), self.value(context),
+                                     self.heads, mask=mask)
+
+
+class BertOutput(nnx.Module):
+    """A linear layer, then the norm of its sum with the residual; also `BertSelfOutput`."""
+
+    def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.LayerNorm = _norm(config, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"],
+                 residual: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class BertAttention(nnx.Module):
+    def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
+        self.self = BertSelfAttention(config, context_size=context_size, rngs=rngs)
+        self.output = BertOutput(config.hidden_size, config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b s"] | None = None,
+                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+        return self.output(self.self(x, mask, context), x)
+
+
+class BertIntermediate(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
+        return self.activation(self.dense(x))
+
+
+class BertLayer(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.attention = BertAttention(config, rngs=rngs)
+        self.intermediate = BertIntermediate(config, rngs=rngs)
+        self.output = BertOutput(config.intermediate_size, config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"],
+                 mask: Bool[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class BertEncoder(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.layer = nnx.List([BertLayer(config, rngs=rngs)
+                               for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x: Float[Array, "b t c"],
+                 mask: Bool[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+        for layer in self.layer:
+            x = layer(x, mask)
+        return x
+
+
+class BertPooler(nnx.Module):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b c"]:
+        return jnp.tanh(self.dense(x[:, 0]))
+
+
+class BertFeatures(NamedTuple):
+    """What the encoder gives: all tokens, and the first one through the pooler, if there is one."""
+
+    last_hidden_state: Float[Array, "b t c"]
+    pooled: Float[Array, "b c"] | None
+
+
+class BertModel(nnx.Module):
+    """The text encoder of Taiyi, which replaces Stable Diffusion's for Chinese prompts."""
+
+    def __init__(self, config: BertConfig, *, add_pooling_layer: bool = True, rngs: nnx.Rngs):
+        self.config, self.add_pooling_layer = config, add_pooling_layer
+        self.embeddings = BertEmbeddings(config, rngs=rngs)
+        self.encoder = BertEncoder(config, rngs=rngs)
+        if add_pooling_layer:
+            self.pooler = BertPooler(config, rngs=rngs)
+
+    def __call__(self, input_ids: Int[Array, "b t"],
+                 attention_mask: Int[Array, "b t"] | None = None,
+                 token_type_ids: Int[Array, "b t"] | None = None) -> BertFeatures:
+        """`attention_mask` is 0 at pads; without it pads are attended to, as Taiyi does."""
+        mask = None if attention_mask is None else attention_mask != 0
+        hidden = self.encoder(self.embeddings(input_ids, token_type_ids), mask)
+        return BertFeatures(hidden, self.pooler(hidden) if self.add_pooling_layer else None)
