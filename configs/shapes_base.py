@@ -158,12 +158,12 @@ def tower(width: int, layers: int, heads: int, **fields) -> dict:
 
 def preference() -> ConfigDict:
     """HPS's way: CLIP taught by pairs."""
-    return training(name="preference", seed=4, steps=500, learning_rate=3e-4, warmup_steps=50,
+    return training(name="preference", seed=4, steps=1200, learning_rate=3e-4, warmup_steps=50,
                     b2=0.98, weight_decay=0.05, ema_decay=0.99,
-                    # What the base draws in 4 steps, as examples of the worse.
-                    few_step_images=2048)
+                    # What the base draws in few steps, as examples of the worse.
+                    few_step_images=3072, few_steps=(2, 4, 8))
 
 
 def aesthetic() -> ConfigDict:
-    return training(name="aesthetic", seed=5, steps=300, learning_rate=1e-3, warmup_steps=50,
-                    ema_decay=0.99, few_step_images=1024)
+    return training(name="aesthetic", seed=5, steps=1500, learning_rate=1e-3, warmup_steps=50,
+                    ema_decay=0.99, few_step_images=1536, few_steps=(2, 4, 8))

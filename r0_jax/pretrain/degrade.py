@@ -1,11 +1,15 @@
-"""Ways for an image to be bad, by a level in [0, 1] a sample: blur, noise, washed-out colours."""
+"""Ways for an image to be bad, by a level in [0, 1] a sample: blur, noise, washed-out colours, and
+outlines bent out of shape."""
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Key
 
 _RADIUS = 4  # of the blur's window, pixels; covers its widest Gaussian
 BLUR, NOISE, FADE = 2.0, 0.25, 0.7  # at level 1: sigma in pixels, standard deviation, share
+WARP = 1.8  # at level 1: standard deviation of a pixel's displacement
+_BENDS = 10  # of the warp, along a side: a small object is bent about once
 
 
 def blur(images: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Float[Array, "b h w c"]:
@@ -35,3 +39,19 @@ def degrade(key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[A
     grey = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
     images = images + FADE * mix[:, 2, None, None, None] * (grey - images)
     return jnp.clip(images, 0.0, 1.0)
+
+
+def warp(key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Array, " b"]
+         ) -> Float[Array, "b h w c"]:
+    """Outlines bent at random, as few denoising steps leave them: round corners, dented circles."""
+    batch, height, width, _ = images.shape
+    coarse = jax.random.normal(key, (batch, _BENDS, _BENDS, 2))
+    shift = jax.image.resize(coarse, (batch, height, width, 2), "cubic")
+    shift = WARP * level[:, None, None, None] * shift
+    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    places = jnp.moveaxis(shift, -1, 1) + jnp.stack([rows, columns])[None]  # [B, 2, H, W]
+
+    def bend(channel, place):
+        return map_coordinates(channel, list(place), order=1, mode="nearest")
+
+    return jax.vmap(jax.vmap(bend, (-1, None), -1))(images, places)

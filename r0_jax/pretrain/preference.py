@@ -17,7 +17,7 @@ from r0_jax.network import Network, init
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.stable_diffusion import few_step_scheduler, tokenize
 from r0_jax.pretrain import clip
-from r0_jax.pretrain.degrade import degrade
+from r0_jax.pretrain.degrade import degrade, warp
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.text import CAPTION_LENGTH
 from r0_jax.rewards.aesthetic import AestheticMLP
@@ -32,16 +32,16 @@ _DRAWN_AT_ONCE = 64
 def train_preference(config: ConfigDict, out: Path) -> None:
     """Writes `out/preference`: the `clip` stage's model, taught by pairs as HPS was from CLIP.
 
-    The better image is a clean scene of the prompt. The worse one is the same scene degraded, a
-    near miss of it, or what the base draws of the prompt in 4 steps.
+    The better image is a clean scene of the prompt. The worse one is the same scene degraded or
+    bent, a near miss of it, or what the base draws of the prompt in few steps.
     """
     network, params, tokenizer, prepare = load_tower(out / "clip", "float32")
 
     def loss(params, batch, key):
-        level_key, degrade_key = jax.random.split(key)
+        level_key, degrade_key, warp_key = jax.random.split(key, 3)
         better = render(batch["scenes"], batch["layouts"], xp=jnp)
         level = jax.random.uniform(level_key, (len(better),), minval=0.05)
-        worse = jnp.stack([degrade(degrade_key, better, level),
+        worse = jnp.stack([degrade(degrade_key, better, level), warp(warp_key, better, level),
                            render(batch["wrong"], batch["wrong_layouts"], xp=jnp),
                            batch["few_step"]])
         worse = worse[batch["kind"], jnp.arange(len(better))]
@@ -58,18 +58,22 @@ def train_preference(config: ConfigDict, out: Path) -> None:
 
 
 def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
-    """What the base draws in 4 steps without guidance: images in [0, 1], and what was asked for,
-    all of it training scenes."""
+    """What the base draws without guidance, in each of config.few_steps as often: images in [0, 1],
+    and what was asked for, all of it training scenes."""
     rng = np.random.default_rng(config.seed)
     scenes = sample_scenes(rng, config.few_step_images, "train")
     pipeline = stable_diffusion.load(out / "pipeline")
     ids = pipeline.tokenize(captions_for(scenes, rng))
-    grid = schedulers.from_config(few_step_scheduler(pipeline.scheduler_config), 4)
-    sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
     noise, keys = fixed_noise(config.seed, len(ids), pipeline.latent_shape)
-    drawn = draw(sampler, jax.device_put(pipeline.params), ids, noise, keys, _DRAWN_AT_ONCE)
-    console.print(f"drew {len(drawn)} images in 4 steps")
-    return drawn, scenes
+    params = jax.device_put(pipeline.params)
+    drawn = []
+    for steps, rows in zip(config.few_steps, np.array_split(np.arange(len(ids)),
+                                                            len(config.few_steps)), strict=True):
+        grid = schedulers.from_config(few_step_scheduler(pipeline.scheduler_config), steps)
+        sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
+        drawn.append(draw(sampler, params, ids[rows], noise[rows], keys[rows], _DRAWN_AT_ONCE))
+    console.print(f"drew {len(ids)} images in few steps")
+    return np.concatenate(drawn), scenes
 
 
 def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_scenes: Scene
@@ -81,13 +85,13 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_
         wrong = clip.near_miss(rng, scenes)
         yield {"scenes": scenes, "layouts": sample_layouts(rng, scenes),
                "wrong": wrong, "wrong_layouts": sample_layouts(rng, wrong),
-               "few_step": pool[rows], "kind": rng.integers(3, size=config.batch_size),
+               "few_step": pool[rows], "kind": rng.integers(4, size=config.batch_size),
                "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH)}
 
 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
     """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
-    features, from 1 (fully degraded) to 10 (clean); what the base draws in 4 steps counts as 4."""
+    features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
     tower, tower_params, _, prepare = load_tower(out / "preference", "float32")
     inputs = tower.config.projection_dim
 
@@ -98,11 +102,13 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
     tower_params = jax.device_put(tower_params)
 
     def loss(params, batch, key):
-        level_key, degrade_key = jax.random.split(key)
+        level_key, degrade_key, warp_key, which_key = jax.random.split(key, 4)
         clean = render(batch["scenes"], batch["layouts"], xp=jnp)
         level = jnp.maximum(jax.random.uniform(level_key, (len(clean),), minval=-0.3), 0.0)
         drawn = batch["from_base"][:, None, None, None]
-        images = jnp.where(drawn, batch["few_step"], degrade(degrade_key, clean, level))
+        bent = jax.random.bernoulli(which_key, 0.3, drawn.shape)
+        worse = jnp.where(bent, warp(warp_key, clean, level), degrade(degrade_key, clean, level))
+        images = jnp.where(drawn, batch["few_step"], worse)
         target = jnp.where(batch["from_base"], 4.0, 10.0 - 9.0 * level)
         # The tower is frozen: only the head is trained.
         features = normalize(tower.apply(tower_params, "image_features", prepare(images)))
