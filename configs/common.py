@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
     config.objective.method = "r0"
     # Of "r0": how many of the last calls carry gradient (num_steps: all, as in the paper).
     config.objective.grad_steps = 4
-    # Compile these calls one after the other instead of as a loop: the same numbers, after a longer
-    # compilation. For CPU, where the gradient of a loop is several times slower.
+    # Compile these calls one after the other instead of as a loop, and keep their activations: the
+    # same numbers. For small networks on CPU, where the gradient of a loop is many times slower.
     config.objective.unroll = False
     # "per_sample": each reward's image gradient is divided by its own norm; "none": plain sum.
     config.objective.normalization = "per_sample"
