@@ -20,12 +20,15 @@ install-dev: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# A device a core is faster; the rest keeps memory down.
+CPU := XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_enable_concurrency_optimized_scheduler=false" MALLOC_ARENA_MAX=2
+
 demo: install
-	$(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
+	$(CPU) $(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 
 # About an hour: all test prompts, three seeds; writes docs/results.md and its picture.
 results: install
-	$(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
+	$(CPU) $(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
 	  --out=docs/results.md
 
 test: install-dev
