@@ -239,7 +239,7 @@ def test_unrolled_is_the_same_step():
         losses.append(loss)
         grads.append(gradient)
     np.testing.assert_allclose(*losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *grads)
+    assert_close(*grads, 1e-4)
 
 
 def test_memory_of_r0plus_does_not_grow_with_the_steps():
