@@ -378,12 +378,16 @@ def test_another_family_is_named(copy, changes, said):
 
 @pytest.mark.parametrize("part, changes, said", [
     ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+    ("unet", {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+              "projection_class_embeddings_input_dim": 60}, "addition_embed_type"),
+    ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
+    ("unet", {"num_class_embeds": 4}, "num_class_embeds"),
+    ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
     ("unet", {"encoder_hid_dim": 256}, "encoder_hid_dim"),
     ("vae", {"latents_mean": [0.0]}, "latents_mean"),
     ("text_encoder", {"hidden_act": "mish"}, "hidden_act"),
     # Supported, but not what the file holds.
     ("unet", {"layers_per_block": 2}, "attentions.1."),
-    ("unet", {"time_cond_proj_dim": 256}, "time_embedding.cond_proj."),
     ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
     ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
 ])

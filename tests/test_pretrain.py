@@ -16,7 +16,7 @@ from r0_jax import rewards
 from r0_jax.errors import InputError
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pretrain import clip, text
-from r0_jax.pretrain.degrade import degrade
+from r0_jax.pretrain.degrade import degrade, warp
 from r0_jax.pretrain.fit import fit
 from r0_jax.pretrain.stages import STAGES
 from r0_jax.shapes.captions import caption, parse
@@ -57,11 +57,21 @@ def test_equal_scenes_have_equal_identities_and_others_do_not():
     assert len(set(keys)) == len(set(numbers.tolist())) == len(set(zip(keys, numbers, strict=True)))
 
 
-def test_degrade_does_nothing_at_level_0_and_more_at_higher_levels():
+@pytest.mark.parametrize("worsen", [degrade, warp])
+def test_degrading_does_nothing_at_level_0_and_more_at_higher_levels(worsen):
     images = jax.random.uniform(jax.random.key(0), (8, 16, 16, 3))
-    errors = [float(jnp.mean(jnp.abs(degrade(jax.random.key(1), images, jnp.full(8, level))
+    errors = [float(jnp.mean(jnp.abs(worsen(jax.random.key(1), images, jnp.full(8, level))
                                      - images))) for level in (0.0, 0.3, 1.0)]
     assert errors[0] < 1e-6 < errors[1] < errors[2]
+
+
+def test_warping_moves_outlines_and_invents_no_colours():
+    images = np.zeros((4, 64, 64, 3), np.float32)
+    images[:, 20:44, 20:44] = 1.0
+    bent = np.asarray(warp(jax.random.key(0), jnp.asarray(images), jnp.full(4, 0.3)))
+    moved = np.abs(bent - images).max(axis=(0, 3)) > 0.1
+    assert moved.any() and not moved[26:38, 26:38].any() and not moved[:14].any()
+    np.testing.assert_array_equal(bent[..., :1].repeat(3, -1), bent)
 
 
 def quadratic(**fields) -> ConfigDict:

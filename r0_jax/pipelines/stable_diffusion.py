@@ -191,6 +191,12 @@ def check_fit(folder: Path, networks: dict[str, Network], text_fields: dict[str,
         if a != b:
             raise InputError(f"{folder}: the {left} is {a}, but the {right} is {b}: these parts "
                              "belong to different models")
+    for field in ("addition_embed_type", "class_embed_type", "num_class_embeds",
+                  "time_cond_proj_dim"):
+        if (value := getattr(unet, field)) is not None:
+            raise InputError(f"{folder}/unet/config.json: {field} = {json.dumps(value)} is not "
+                             "supported here: a Stable Diffusion 1.x network is told the prompt "
+                             "and nothing else")
     highest = max(tokenizer.get_vocab().values())
     if highest >= text.vocab_size:
         raise InputError(f"{folder}: the tokenizer has ids up to {highest}, the text_encoder knows "
