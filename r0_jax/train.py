@@ -305,8 +305,12 @@ def device_batches(config: ConfigDict, folder: Path, mesh: Mesh, step: int
         yield sharding.put_batch(batch, split)
 
 
-class Stopped(Exception):
-    """A SIGTERM came while nothing was to be saved."""
+class Stopped(BaseException):
+    """A SIGTERM came while nothing was to be saved.
+
+    As KeyboardInterrupt is, no Exception: it may come inside of any call, and whoever asks there
+    what is wrong with a file or a reward would take it for the answer.
+    """
 
 
 class StopSignal:

@@ -14,7 +14,7 @@ import optax
 import pytest
 from absl import logging
 
-from r0_jax import checkpoint, sharding, train_state
+from r0_jax import checkpoint, sharding, train, train_state
 from r0_jax.checkpoint import Checkpoints, load_params
 from r0_jax.errors import InputError
 
@@ -263,6 +263,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, state, harm, c
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert f"checkpoint {folder} is damaged" in said and "20.damaged" in said
     assert "Traceback" not in capfd.readouterr().err + said
+
+
+def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
+    def come(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", come)
+    with pytest.raises(train.Stopped), train.StopSignal(), Checkpoints(copied) as checkpoints:
+        checkpoints.restore(target(1))
+    assert checkpoint.steps(copied) == [10, 20]
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
