@@ -45,6 +45,8 @@ def read_prompts(path: str | Path) -> list[str]:
         found = (_read_tfds if path.is_dir() else _READERS[path.suffix])(path)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
+        raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
     prompts = [prompt.strip() for prompt in found]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -79,7 +81,8 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         with parquet.ParquetFile(path) as file:
             name = _pick_name(file.schema_arrow.names, path, "columns")
-            values = file.read(columns=[name]).column(name).to_pylist()
+            table = file.read(columns=[name])  # all of that name; the first one counts
+            values = table.column(table.column_names.index(name)).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
     blank = ("" if value is None else value for value in values)

@@ -164,6 +164,23 @@ def test_bad_parquet_columns(tmp_path):
         data.read_prompts(path)
 
 
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.table(columns, names=["prompt"] * 2), tmp_path / "p.parquet")
+    assert data.read_prompts(tmp_path / "p.parquet") == ["a"]
+
+
+def test_prompts_that_are_not_utf8(tmp_path):
+    latin = "café".encode("latin-1")
+    text = pyarrow.array([b"a", latin]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "p.parquet")
+    rows = [{"text": b"a"}, {"text": latin}]
+    version = write_tfds(tmp_path, {"text": tfds.features.Text()}, rows, split="train")
+    for path in (tmp_path / "p.parquet", version):
+        with pytest.raises(InputError, match=rf"^{path}: a prompt is not UTF-8: b'caf.xe9'"):
+            data.read_prompts(path)
+
+
 def test_tfds_folder_without_text(tmp_path):
     version = write_tfds(tmp_path, {"label": np.int64}, [{"label": 1}], split="train")
     with pytest.raises(InputError, match=r"no prompt or caption or text among the text feat.*none"):
