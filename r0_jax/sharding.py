@@ -61,7 +61,7 @@ def param_sharding(
     `re.fullmatch` has it: a regex that is too narrow then fails as an uncovered name, while one
     that matched any part would silently take too much.
     """
-    compiled = [(_compile(regex), _known(strategy)) for regex, strategy in rules]
+    compiled = [(_compile(regex), _known(strategy)) for regex, strategy in map(_pair, rules)]
     return {
         name: NamedSharding(mesh, _spec(name, array, mesh, compiled))
         for name, array in shapes.items()
@@ -118,6 +118,14 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )
+
+
+def _pair(rule: Any) -> tuple[str, str]:
+    match rule:
+        case [str(regex), str(strategy)]:
+            return regex, strategy
+    raise InputError(f"sharding rule {rule!r} is not a pair of a regular expression and "
+                     f"{' or '.join(STRATEGIES)}")
 
 
 def _compile(regex: str) -> re.Pattern:

@@ -4,8 +4,8 @@ Sections stand in the order in which things happen.
 """
 
 import contextlib
+import difflib
 import functools
-import inspect
 import math
 import os
 import signal
@@ -140,9 +140,12 @@ RANGES = {
     "keep_checkpoints": (1, math.inf), "max_skipped_in_a_row": (1, math.inf),
     "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
-    "objective.delta": (0, math.inf),
+    "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
     "regularizers.gradient.weight": (0, 1), "regularizers.gradient.samples": (1, math.inf),
     "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
+    "regularizers.feature.least": (0, 1), "regularizers.feature.most": (0, 1),
+    "regularizers.guidance.least": (0, 1), "regularizers.guidance.most": (0, 1),
+    "regularizers.guidance.scale": (0, math.inf),
 }  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def check_config(config: ConfigDict) -> None:
                        if name != "gradient"}
     for field, (least, most) in ranges.items():
         value = functools.reduce(lambda part, name: part[name], field.split("."), config)
-        if not least <= value <= most:
+        if not (least <= value <= most and value < math.inf):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise InputError(f"{field}={value} must be {bound}")
     if config.objective.method not in ("r0", "r0plus"):
@@ -186,18 +189,37 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_fields(config: ConfigDict) -> None:
-    """InputError unless the config has every field of the base, and its rewards all of theirs."""
-    there = set(field_names(config.to_dict()))
-    missing = [name for name in field_names(common.get_config().to_dict()) if name not in there]
-    if missing:
+    """InputError unless the config has every field of the base, its rewards all of theirs, and
+    nothing else."""
+    there = list(field_names(config.to_dict()))
+    known = list(field_names(common.get_config().to_dict()))
+    if missing := [name for name in known if name not in there]:
         raise InputError(f"the config has no {missing[0]}: begin it with "
                          "config = common.get_config(), as the recipes in configs/ do")
-    expected = inspect.signature(common.reward_entry).parameters.keys()
+    # A recipe unlocks its config to add rewards, and can then mistype whatever else it sets.
+    for name in there:
+        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
+            near = "".join(difflib.get_close_matches(name, known, n=1))
+            raise InputError(f"the config has a field that does not exist, {name}"
+                             + (f"; did you mean {near}?" if near else ""))
     for section in ("rewards", "heldout_rewards"):
         for name, entry in config[section].items():
-            if different := set(entry) ^ expected:
-                raise InputError(f"{section}.{name} should not have, or lacks, {min(different)}: "
-                                 "make it with common.reward_entry(...)")
+            check_reward(f"{section}.{name}", entry)
+
+
+def check_reward(name: str, entry: Any) -> None:
+    """InputError unless an entry has the fields of `common.reward_entry`, each of its type."""
+    expected = common.reward_entry(type="").to_dict()
+    fields = entry.to_dict() if isinstance(entry, ConfigDict) else {}
+    if different := set(fields) ^ set(expected):
+        raise InputError(f"{name} should not have, or lacks, {min(different)}: "
+                         "make it with common.reward_entry(...)")
+    for field, default in expected.items():
+        kind, value = type(default), fields[field]
+        if not (isinstance(value, kind) or (kind is float and type(value) is int)):
+            raise InputError(f"{name}.{field}={value!r} must be of type {kind.__name__}")
+    if not math.isfinite(fields["weight"]):
+        raise InputError(f"{name}.weight={fields['weight']} must be finite")
 
 
 def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:

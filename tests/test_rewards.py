@@ -173,6 +173,15 @@ def test_unknown_type():
         rewards.load("x", reward_entry("clip"))
 
 
+@pytest.mark.parametrize(("fields", "missing"), [
+    ({"type": "clip_score"}, "path"),
+    ({"type": "aesthetic", "path": "clip"}, "head"),
+])
+def test_an_entry_without_its_files(fields, missing):
+    with pytest.raises(InputError, match=rf"rewards.x.{missing} is not set: a reward of type"):
+        rewards.load("x", reward_entry(**fields))
+
+
 # --- A user's own function ------------------------------------------------------------------------
 
 SHAPE = (4, 6, 3)

@@ -99,6 +99,9 @@ def test_bad_rules():
         ([("conv_out.*", "fsdp")], "covers conv_in.bias"),
         ([("(", "fsdp")], r"'\(' is not a regular expression"),
         ([(".*", "tensor")], "'tensor' is not one of fsdp, replicate"),
+        ([(".*",)], r"\('.\*',\) is not a pair of a regular expression and"),
+        ([".*", "fsdp"], r"rule '.\*' is not a pair"),
+        ([(1, "fsdp")], r"rule \(1, 'fsdp'\) is not a pair"),
     ]:
         with pytest.raises(InputError, match=said):
             sharding.param_sharding(shapes, mesh, rules)

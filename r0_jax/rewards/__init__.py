@@ -14,6 +14,8 @@ TYPES: dict[str, Callable[[str, ConfigDict, str], Reward]] = {
     "aesthetic": aesthetic.load,
     "function": plugin.load,
 }
+# `type` -> fields without which it is nothing.
+_NEEDED = {"clip_score": ("path",), "aesthetic": ("path", "head")}
 
 
 def load(name: str, entry: ConfigDict, dtype: str = "float32") -> Reward:
@@ -21,4 +23,8 @@ def load(name: str, entry: ConfigDict, dtype: str = "float32") -> Reward:
     if entry.type not in TYPES:
         raise InputError(f"rewards.{name}.type = {entry.type!r} is unknown; "
                          f"known: {', '.join(TYPES)}")
+    for field in _NEEDED.get(entry.type, ()):
+        if not entry[field]:
+            raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "
+                             "needs it")
     return TYPES[entry.type](name, entry, dtype)

@@ -1,0 +1,61 @@
+"""What a config may hold; the loop itself is tested through main."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from r0_jax import train
+from r0_jax.errors import InputError
+
+
+def config(**rewards):
+    found = common.get_config()
+    found.pretrained, found.data.prompts = "folder", "prompts.txt"
+    found.regularizers.weight.weight = 1e-4
+    with found.unlocked():
+        found.rewards.clip = common.reward_entry("clip_score", path="clip")
+        found.rewards.update(rewards)
+    return found
+
+
+def test_the_base_and_a_reward_are_enough():
+    train.check_config(config())
+    train.check_config(config(own=common.reward_entry("function", weight=2, function="a:b")))
+
+
+@pytest.mark.parametrize("override", [
+    {"lora.alpha": math.nan}, {"lora.alpha": math.inf}, {"objective.delta": math.nan},
+    {"regularizers.guidance.scale": math.nan}, {"regularizers.guidance.most": 1.5},
+    {"regularizers.feature.least": -0.1}, {"regularizers.weight.weight": math.inf},
+])
+def test_numbers_that_no_step_survives(override):
+    found = config()
+    found.update_from_flattened_dict(override)
+    [(field, value)] = override.items()
+    with pytest.raises(InputError, match=f"^{field}={value} must be"):
+        train.check_config(found)
+
+
+@pytest.mark.parametrize(("section", "name", "said"), [
+    ("regularizers", "wieght", "regularizers.wieght; did you mean regularizers.weight"),
+    ("objective", "qqqqqq", "objective.qqqqqq"),
+])
+def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
+    found = config()
+    with found.unlocked():
+        found[section][name] = 1.0
+    with pytest.raises(InputError, match=f"a field that does not exist, {said}"):
+        train.check_config(found)
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    (3, "rewards.own should not have, or lacks, function"),
+    (common.reward_entry("clip_score", path=Path("clip")), "rewards.own.path=.* of type str"),
+    (common.reward_entry("clip_score", weight="1"), "rewards.own.weight='1' must be of type float"),
+    (common.reward_entry("clip_score", weight=math.nan), "rewards.own.weight=nan must be finite"),
+])
+def test_a_reward_that_is_none(entry, said):
+    with pytest.raises(InputError, match=said):
+        train.check_config(config(own=entry))
