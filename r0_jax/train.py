@@ -29,6 +29,7 @@ from r0_jax import (
     prompt_dataset,
     report,
     rewards,
+    schedulers,
     sharding,
     testbed,
     train_state,
@@ -69,6 +70,8 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
 
     # Pretrained models, on the host.
     pipeline = stable_diffusion.load(config.pretrained, config.dtype)
+    if config.test.prompts:  # too many steps for the base would show when the training is over
+        schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
     generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype)

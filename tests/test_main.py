@@ -193,6 +193,13 @@ def test_an_empty_prompt_file_and_a_truncated_weight_file(world, tmp_path):
     assert weights.name in error
 
 
+def test_a_test_that_cannot_be_made_shows_before_the_training(world, tmp_path):
+    error = one_line_error(start(world, tmp_path / "w", "--config.test.base_steps=2000",
+                                 f"--config.test.prompts={world / 'prompts.txt'}"))
+    assert "num_inference_steps=2000 is more than the 1000 timesteps" in error
+    assert not (tmp_path / "w").exists()
+
+
 def test_nonfinite_steps_stop_the_run(world, tmp_path):
     error = one_line_error(start(world, tmp_path / "w", "--config.optimizer.learning_rate=1e30",
                                  "--config.max_skipped_in_a_row=2", "--config.steps=50",
