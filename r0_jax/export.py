@@ -16,7 +16,7 @@ from absl import flags
 from r0_jax import cli, convert, lora, model_card
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
-from r0_jax.pipelines.stable_diffusion import mend_sample_size
+from r0_jax.pipelines.folder import mend_sample_size
 from r0_jax.run import HostParams, Run, choose_step, open_run, read_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint
+from r0_jax import checkpoint, few_step
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
 from r0_jax.network import Params
-from r0_jax.pipelines import stable_diffusion
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.pipelines import families
+from r0_jax.pipelines.pipeline import Pipeline
 
 HostParams = dict[str, Shaped[np.ndarray, "..."]]  # flat, by dotted name, in numpy
 
@@ -38,13 +38,13 @@ class Run:
       pretrained: the folder that `pipeline` was loaded from.
       pipeline: in float32, so that adapters are merged in float32 whatever the run computed in.
       generator: as it was trained, computing in config.dtype.
-      scheduler_config: of diffusers; its first `config.sampler.num_steps` visit the trained grid.
+      scheduler_config: of diffusers; `config.sampler.num_steps` steps of it visit the trained grid.
     """
 
     workdir: Path
     config: ConfigDict
     pretrained: Path
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
     generator: Generator
     scheduler_config: dict[str, Any]
 
@@ -88,10 +88,12 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
     workdir = Path(workdir)
     config = read_config(workdir)
     folder = find_pretrained(workdir, config, pretrained)
-    pipeline = stable_diffusion.load(folder)
-    scheduler_config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
+    pipeline = families.load(folder)
+    scheduler_config = few_step.scheduler_config(pipeline.scheduler_config,
+                                                 config.sampler.num_steps)
     adapter = config.lora
-    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype)
+    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype,
+                          pipeline.fixed)
     return Run(workdir, config, folder, pipeline, generator, scheduler_config)
 
 
