@@ -92,7 +92,7 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     index = read_json(source / "model_index.json")
     for name, kind in index.items():
         if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
-            if not _copy_part(source / name, folder / name):
+            if name in run.left_out or not _copy_part(source / name, folder / name):
                 index[name] = [None, None]
     index["scheduler"] = ["diffusers", run.scheduler_config["_class_name"]]
     _write_json(folder / "model_index.json", index)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from r0_jax import checkpoint, few_step
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
+from r0_jax.models.config import read_json
 from r0_jax.network import Params
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline
@@ -47,6 +48,14 @@ class Run:
     pipeline: Pipeline
     generator: Generator
     scheduler_config: dict[str, Any]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Text encoders and tokenizers that the folder's index may name and the run did without:
+        a stock pipeline has to be told that they are None."""
+        there = self.pipeline.networks.keys() | self.pipeline.tokenizers.keys()
+        return [name for name in read_json(self.pretrained / "model_index.json")
+                if name.startswith(("text_encoder", "tokenizer")) and name not in there]
 
     def params(self, step: int, ema: bool = True) -> HostParams:
         """The trainable parameters (adapters or all weights) of a checkpoint, in float32.

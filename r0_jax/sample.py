@@ -72,7 +72,7 @@ def define_flags() -> None:
 
 
 def from_pipeline(folder: str | Path, num_inference_steps: int,
-                  sigmas: Sequence[float] | None = None) -> Source:
+                  sigmas: Sequence[float | int] | None = None) -> Source:
     """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines."""
     pipeline = families.load(folder)
     scheduler = schedulers.from_config(pipeline.scheduler_config, num_inference_steps, sigmas)

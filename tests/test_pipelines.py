@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import warnings
 
 import diffusers
 import jax
@@ -116,7 +115,10 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, compile_q
     for (key, which), value in zip([(k, w) for k in keys for w in (positive, negative)], expected,
                                    strict=True):
         assert which[key].shape == tuple(value.shape)
-        parity.assert_close(which[key], value.numpy(), parity.OUTPUT)
+        if name == "sdxl" and which is negative:
+            assert not which[key].any() and not value.any()
+        else:
+            parity.assert_close(which[key], value.numpy(), parity.OUTPUT)
     if name.startswith("sd3"):
         assert positive["prompt_embeds"].shape[1] == miniature.TOKENS + 256
 
@@ -227,18 +229,19 @@ def test_parts_that_do_not_fit_are_named_before_weights_are_read(
 def test_t5_that_was_not_downloaded(folders, tmp_path, loaded):
     """9.5 GB that one may do without, but not half of it."""
     folder = shutil.copytree(folders / "sd3", tmp_path / "sd3")
-    shutil.rmtree(folder / "text_encoder_3")
+    shutil.move(folder / "text_encoder_3", tmp_path / "elsewhere")
     with pytest.warns(UserWarning, match="text_encoder_3 is not there: going on without it"):
-        with pytest.raises(InputError, match="has tokenizer_3 but not text_encoder_3"):
-            families.load(folder)
-    shutil.rmtree(folder / "tokenizer_3")
-    with pytest.warns(UserWarning, match="tokenizer_3 is not there"):
         pipeline = families.load(folder)
-    assert pipeline.networks.keys() == loaded("sd3_without_t5").networks.keys()
+    without = loaded("sd3_without_t5")
+    assert pipeline.networks.keys() == without.networks.keys()
+    assert pipeline.tokenizers.keys() == without.tokenizers.keys() == {"tokenizer", "tokenizer_2"}
     (folder / "text_encoder_3").mkdir()
-    with pytest.raises(InputError, match=r"text_encoder_3.*config\.json is missing"), (
-            warnings.catch_warnings()):
-        warnings.simplefilter("ignore")
+    with pytest.raises(InputError, match=r"text_encoder_3.*config\.json is missing"):
+        families.load(folder)
+    (folder / "text_encoder_3").rmdir()
+    shutil.move(tmp_path / "elsewhere", folder / "text_encoder_3")
+    shutil.rmtree(folder / "tokenizer_3")
+    with pytest.raises(InputError, match=r"tokenizer_3/tokenizer\.json is missing"):
         families.load(folder)
 
 

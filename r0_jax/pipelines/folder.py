@@ -111,7 +111,8 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
     Args:
       family: the class of diffusers that model_index.json must name.
       parts: networks and tokenizers with the classes that each may have.
-      optional: of these, those that may be left out; a warning says so where the index has them.
+      optional: of the networks, those that may be left out, and their tokenizers with them; a
+        warning says so where the index has them.
     Raises:
       InputError: a part is missing, half downloaded or of another family; the message says which.
     """
@@ -126,6 +127,8 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
             if found is not None:
                 warnings.warn(f"{path / part} is not there: going on without it", stacklevel=3)
             continue
+        if part.replace("tokenizer", "text_encoder") not in {*kinds, part}:
+            continue  # the tokenizer of an encoder left out
         if found not in allowed:
             raise InputError(f"{path}/model_index.json: {part} is a {found}, not a "
                              f"{' or '.join(allowed[:2])}")

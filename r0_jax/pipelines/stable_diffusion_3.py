@@ -24,7 +24,6 @@ PARTS = {
     "tokenizer_2": CLIP_TOKENIZERS,
     "tokenizer_3": T5_TOKENIZERS,
 }
-T5_PARTS = ("text_encoder_3", "tokenizer_3")
 T5_TOKENS = 256  # the stock pipeline's max_sequence_length
 
 
@@ -74,7 +73,8 @@ def load(folder: str | Path, dtype: str = "float32") -> StableDiffusion3Pipeline
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusion3Pipeline", PARTS, optional=T5_PARTS)
+    opened = open_folder(Path(folder), "StableDiffusion3Pipeline", PARTS,
+                         optional=("text_encoder_3",))
     check_fit(opened)
     return StableDiffusion3Pipeline(opened.path, opened.networks, opened.load(dtype),
                                     opened.tokenizers, opened.scheduler_config)
@@ -92,12 +92,7 @@ def check_fit(folder: Folder) -> None:
         ("transformer's out_channels", transformer.out_channels,
          "vae's latent_channels", vae.latent_channels),
         ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)]
-    here = [part for part in T5_PARTS if part in folder.networks | folder.tokenizers]
-    if len(here) == 1:
-        raise InputError(f"{folder.path} has {here[0]} but not "
-                         f"{next(part for part in T5_PARTS if part not in here)}: put both there, "
-                         "or neither")
-    if here:
+    if "text_encoder_3" in folder.networks:
         rows.append(("transformer's joint_attention_dim", transformer.joint_attention_dim,
                      "text_encoder_3's d_model", folder.networks["text_encoder_3"].config.d_model))
     folder.check_equal(rows)
