@@ -40,10 +40,15 @@ VAE = {
 }
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4,
-    "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 2,
-    "cross_attention_dim": 16,
+    "block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
+    "attention_head_dim": 2, "cross_attention_dim": 16,
+}
+XL_UNET = UNET | {
+    "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2],
+    "cross_attention_dim": 40, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60,
 }
 TRANSFORMER = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 2, "in_channels": 16,
@@ -59,11 +64,11 @@ CLIP_TEXT = {
     "eos_token_id": 2,  # wrong, as published: the highest id is meant
 }
 BIG_CLIP_TEXT = CLIP_TEXT | {
-    "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 24, "num_hidden_layers": 3,
+    "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 24,
     "projection_dim": 12, "hidden_act": "gelu"}
 T5 = {
     "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 40, "d_kv": 8, "d_ff": 32,
-    "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu", "is_gated_act": True,
+    "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu", "is_gated_act": True,
     "dense_act_fn": "gelu_new", "layer_norm_epsilon": 1e-6, "is_encoder_decoder": True,
 }
 BERT = {
@@ -93,11 +98,7 @@ MINIATURES: dict[str, dict[str, Any]] = {
         "unet": UNET, "vae": VAE, "text_encoder": BERT, "scheduler": PNDM,
         "tokenizer": ("BertTokenizer", "[PAD]")},
     "StableDiffusionXLPipeline": {
-        "unet": UNET | {"cross_attention_dim": 40, "addition_embed_type": "text_time",
-                        "addition_time_embed_dim": 8, "use_linear_projection": True,
-                        "transformer_layers_per_block": [1, 2],
-                        "projection_class_embeddings_input_dim": 60},
-        "vae": VAE | {"scaling_factor": 0.13025}, "scheduler": EULER,
+        "unet": XL_UNET, "vae": VAE | {"scaling_factor": 0.13025}, "scheduler": EULER,
         "text_encoder": CLIP_TEXT, "tokenizer": ("CLIPTokenizer", EOS),
         "text_encoder_2": BIG_CLIP_TEXT, "tokenizer_2": ("CLIPTokenizer", "!")},
     "StableDiffusion3Pipeline": {
