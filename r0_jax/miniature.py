@@ -6,7 +6,6 @@
 They have every part and file that the real ones have, and nothing that was learned.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -120,15 +119,19 @@ def kept(name: str) -> Path:
     folder = cache / "miniatures" / f"{name}-{code}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as building:
-            write(Path(building) / "pipeline", name)
-            write_reward(Path(building) / "clip", seed=1)
-            write_reward(Path(building) / "heldout_clip", seed=2)
-            write_prompts(Path(building) / "prompts.txt")
-            with contextlib.suppress(OSError):  # another process was faster
-                shutil.copytree(building, f"{building}.whole")
-                os.rename(f"{building}.whole", folder)
-            shutil.rmtree(f"{building}.whole", ignore_errors=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            write(building / "pipeline", name)
+            write_reward(building / "clip", seed=1)
+            write_reward(building / "heldout_clip", seed=2)
+            (building / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+            try:
+                os.rename(building, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
@@ -172,12 +175,6 @@ def write_reward(folder: Path, seed: int = 0) -> None:
     _write_json(folder / "preprocessor_config.json", {
         "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
         "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3})
-
-
-def write_prompts(path: Path) -> None:
-    """Writes `PROMPTS`, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
 
 def random_params(network: Network, seed: int) -> Params:

@@ -37,7 +37,7 @@ def run_main(*arguments):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
     return subprocess.run([sys.executable, "-m", "r0_jax.main", *map(str, arguments)], cwd=ROOT,
-                          env=env, capture_output=True, text=True, timeout=1800)
+                          env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("name, variants", [
