@@ -37,7 +37,7 @@ test: install-dev
 
 # Writes down what the tests against PyTorch measure: docs/parity.md.
 parity: install-dev
-	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline_stable_diffusion.py \
+	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline*.py \
 	  --parity-report=docs/parity.md
 
 lint: install-dev

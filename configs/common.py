@@ -5,6 +5,10 @@ Fields are changed on the command line as `--config.field=value`; an unknown one
 
 from ml_collections import ConfigDict
 
+from r0_jax.errors import InputError
+
+VARIANTS = ("r0plus", "full", "dryrun")  # of the recipes of real models
+
 
 def get_config() -> ConfigDict:
     """All fields with their defaults, locked: a recipe cannot add one by a typing error."""
@@ -12,6 +16,9 @@ def get_config() -> ConfigDict:
 
     # The diffusers folder of the pretrained pipeline (it holds model_index.json).
     config.pretrained = ""
+    # The class of diffusers that this folder must be of: StableDiffusionPipeline,
+    # StableDiffusionXLPipeline or StableDiffusion3Pipeline; "" takes any of them.
+    config.family = ""
     # What frozen weights are kept in and networks compute in: "float32", or "bfloat16" on
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
     config.dtype = "float32"
@@ -157,6 +164,50 @@ def get_config() -> ConfigDict:
     config.test.world = ""
 
     return config.lock()
+
+
+def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigDict:
+    """A recipe with what stands after the colon of --config=FILE.py:r0plus,full,dryrun.
+
+    Args:
+      variants: any of `VARIANTS` with commas between. r0plus: reward the prediction of a random
+        step; full: train all weights instead of adapters; dryrun: a few quick steps on a pipeline
+        in miniature, made on the spot.
+      miniature: the name of that pipeline in r0_jax/miniature.py.
+    """
+    chosen = variants.split(",") if variants else []
+    for name in chosen:
+        if name not in VARIANTS:
+            raise InputError(f"variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
+    if "r0plus" in chosen:
+        config.objective.method = "r0plus"
+    if "full" in chosen:
+        config.lora.rank = 0
+        config.optimizer.learning_rate = 4e-6  # of TDM's full fine-tuning, by the same first author
+    if "dryrun" in chosen:
+        dry_run(config, miniature)
+    return config
+
+
+def dry_run(config: ConfigDict, miniature: str) -> None:
+    """Makes the whole main job of a recipe take seconds; what it trains is nothing to look at."""
+    from r0_jax import miniature as miniatures  # imports JAX, which reading a config does not need
+
+    folder = miniatures.kept(miniature)
+    config.pretrained = str(folder / "pipeline")
+    config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
+    config.dtype = "float32"
+    config.steps, config.batch_size, config.accumulation = 4, 4, 2
+    config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
+    config.eval.num_prompts, config.eval.grid = 4, 4
+    config.test.num_prompts, config.test.batch_size, config.test.base_steps = 4, 4, 3
+    config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
+    with config.unlocked():
+        config.rewards = ConfigDict(
+            {"clip_score": reward_entry("clip_score", path=str(folder / "clip"))})
+        config.heldout_rewards = ConfigDict(
+            {"heldout_clip": reward_entry("clip_score", path=str(folder / "heldout_clip"))})
+    config.best_metric, config.test.features = "heldout/heldout_clip", "heldout_clip"
 
 
 def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",

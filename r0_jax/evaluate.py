@@ -11,7 +11,7 @@ from absl import flags
 from r0_jax import cli, report, run, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
-from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines import families
 from r0_jax.testbed import Model, Testbed, evaluate_models, evaluate_run
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if fields.workdir is not None:
         table = evaluate_run(folder, config, fields.step)
     else:
-        pipeline = stable_diffusion.load(fields.pipeline)
+        pipeline = families.load(fields.pipeline)
         scheduler = schedulers.from_config(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"

@@ -16,7 +16,7 @@ from absl import flags
 from r0_jax import cli, convert, lora, model_card
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
-from r0_jax.pipelines.stable_diffusion import mend_sample_size
+from r0_jax.pipelines.folder import mend_sample_size
 from r0_jax.run import HostParams, Run, choose_step, open_run, read_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
@@ -92,7 +92,7 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     index = read_json(source / "model_index.json")
     for name, kind in index.items():
         if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
-            if not _copy_part(source / name, folder / name):
+            if name in run.left_out or not _copy_part(source / name, folder / name):
                 index[name] = [None, None]
     index["scheduler"] = ["diffusers", run.scheduler_config["_class_name"]]
     _write_json(folder / "model_index.json", index)

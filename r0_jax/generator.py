@@ -18,12 +18,14 @@ class Generator:
       alpha: adapters are scaled by alpha / rank.
       targets: regex on dotted module names that get an adapter.
       dtype: the network computes in it; trainable parameters stay float32.
+      fixed: parameters of the network that are never trained.
     """
 
     rank: int
     alpha: float
     targets: str
     dtype: str = "float32"
+    fixed: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -33,11 +35,12 @@ class Generator:
         """Trainable parameters, float32, with which the generator equals the base."""
         if self.rank:
             return lora.init(key, shapes, self.targets, self.rank)
-        return {name: jnp.array(value, jnp.float32) for name, value in base.items()}
+        return {name: jnp.array(value, jnp.float32) for name, value in base.items()
+                if name not in self.fixed}
 
     def weights(self, params: Params, base: Params) -> Params:
         """The network's weights in `dtype`, differentiable in `params`."""
-        merged = lora.merge(base, params, self.scale) if self.rank else params
+        merged = lora.merge(base, params, self.scale) if self.rank else {**base, **params}
         return {name: value.astype(self.dtype) for name, value in merged.items()}
 
     def squared_distance(self, params: Params, base: Params) -> jax.Array:

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 
 from r0_jax import sampler
 from r0_jax.network import Params
-from r0_jax.pipelines.stable_diffusion import Conditioning, StableDiffusionPipeline
+from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.schedulers import Scheduler
 
 
 def sample_latents(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     scheduler: Scheduler,
     params: Params,
     noise: Float[Array, "b h w c"],
@@ -54,25 +54,25 @@ def sample_latents(
 class ImageSampler:
     """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, scheduler: Scheduler,
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
                  guidance_scale: float, eta: float = 0.0):
-        self.pipeline = pipeline
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
+        empty = jax.tree.map(jnp.asarray, pipeline.tokenize([""])) if self.guided else {}
+
         @jax.jit
-        def run(params: dict[str, Params], input_ids, empty_ids, noise, keys
-                ) -> Float[Array, "b h w 3"]:
-            conditioning = pipeline.encode_prompt(params, input_ids)
-            negative = pipeline.encode_prompt(params, empty_ids) if self.guided else None
+        def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
+            conditioning = pipeline.encode_prompt(params, tokens)
+            negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
+                        else None)
             latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noise,
                                      conditioning, negative, guidance_scale, keys, eta)
             return pipeline.decode(params["vae"], latents)
 
         self._run = run
 
-    def __call__(self, params: dict[str, Params], input_ids: Any, noise: Any, keys: Any
+    def __call__(self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
                  ) -> Float[Array, "b h w 3"]:
-        """Images in [0, 1] of token ids [B, T] and standard normal noise [B, h, w, c]."""
-        empty_ids = jnp.asarray(self.pipeline.tokenize([""] * len(input_ids)))
-        return self._run(params, input_ids, empty_ids, noise, keys)
+        """Images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
+        return self._run(params, tokens, noise, keys)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ml_collections import ConfigDict
 
-from r0_jax import report
+from r0_jax import few_step, report
 from r0_jax.checkpoint import read_metadata
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
@@ -58,7 +58,7 @@ In this folder (or with its path, or its name on the Hub, in place of `"."`):
 ```python
 {_snippet(run, form, dtype, base_model)}
 ```
-{_lora_notes(run) if form == "peft" else ""}
+{_grid_notes(run)}{_lora_notes(run) if form == "peft" else ""}
 ## Recipe
 
 | | |
@@ -74,6 +74,7 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
     scheduler = run.scheduler_config["_class_name"]
     options = "" if dtype == "float32" else f", dtype=torch.{dtype}"
     lines = ["import torch"] if options else []
+    options += "".join(f", {name}=None" for name in run.left_out)
     if form == "peft":
         source = json.dumps(base_model, ensure_ascii=False)
         lines += [
@@ -92,6 +93,18 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
     call = f'"{_PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
     lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
     return "\n".join(lines)
+
+
+def _grid_notes(run: Run) -> str:
+    """How a program that does not read our scheduler config comes to the trained grid."""
+    steps, config = run.config.sampler.num_steps, run.scheduler_config
+    if not few_step.is_flow(config) or steps == 1:
+        return ""
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in few_step.sigmas(steps))
+    return f"""
+The scheduler's shift and shift_terminal are such that {steps} steps visit the trained grid. With
+the base's own scheduler (shift {few_step.shift(config):g}) ask for it by `sigmas=[{sigmas}]`.
+"""
 
 
 def _lora_notes(run: Run) -> str:

@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax import sampler, schedulers
+from r0_jax import few_step, sampler
 from r0_jax.generator import Generator
 from r0_jax.network import Params
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline, few_step_scheduler
+from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.regularizers import PENALTIES
 from r0_jax.regularizers.context import Context
 from r0_jax.reward_gradient import reward_gradient
@@ -36,18 +36,17 @@ class Objective:
     """loss(params, frozen, batch, keys, last): what one gradient step descends.
 
     `frozen` holds what is never trained, as arguments and never as constants of the program:
-    "base" (the pretrained network), "vae", "text_encoder", "rewards" ({name: params}) and
-    "empty_ids" (the tokens of the empty prompt).
+    "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
+    "rewards" ({name: params}) and "empty" (the tokens of the empty prompt).
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, generator: Generator,
+    def __init__(self, pipeline: Pipeline, generator: Generator,
                  rewards: Sequence[Reward], config: ConfigDict):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config = config
-        scheduler = few_step_scheduler(pipeline.scheduler_config)
         self.num_steps = config.sampler.num_steps
-        self.grid = schedulers.from_config(scheduler, self.num_steps)
-        self.table = schedulers.from_config(scheduler, scheduler["num_train_timesteps"])
+        self.grid = few_step.grid(pipeline.scheduler_config, self.num_steps)
+        self.table = few_step.noise_levels(pipeline.scheduler_config)
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
     def draw_last(self, key: jax.Array) -> jax.Array | int:
@@ -61,11 +60,12 @@ class Objective:
              keys: sampler.Keys, last: jax.Array | int) -> tuple[Float[Array, ""], Metrics]:
         """Mean over the batch's samples; metrics are means too.
 
-        batch: "input_ids" [B, T], and "features/<reward>" [B, D] for rewards that read prompts.
+        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...), and
+        "features/<reward>" [B, D] for rewards that read prompts.
         """
         rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
                          for tag in (_ROLLOUT, _REGULARIZERS))
-        conditioning = self.pipeline.encode_prompt(frozen, batch["input_ids"])
+        conditioning = self.pipeline.encode_prompt(frozen, batch)
         trajectory = self._rollout(params, frozen, conditioning, keys, rolled, last)
 
         images = self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
@@ -97,14 +97,10 @@ class Objective:
             eta=self.config.sampler.eta, unroll=self.config.objective.unroll)
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
-        def empty():
-            one = self.pipeline.encode_prompt(frozen, frozen["empty_ids"])
-            return jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (len(keys), *x.shape[1:])), one)
-
         def base(latents, timesteps, prompted: bool):
-            return self.pipeline.denoise(frozen["base"], latents, timesteps,
-                                         conditioning if prompted else empty())
+            told = conditioning if prompted else self.pipeline.encode_negative(
+                frozen, frozen["empty"], conditioning)
+            return self.pipeline.denoise(frozen["base"], latents, timesteps, told)
 
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)

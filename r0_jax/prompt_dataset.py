@@ -8,32 +8,31 @@ import numpy as np
 
 from r0_jax import data
 from r0_jax.errors import InputError
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.rewards.reward import Reward
 
 
-def columns(prompts: Sequence[str], pipeline: StableDiffusionPipeline, rewards: Sequence[Reward]
-            ) -> dict[str, np.ndarray]:
-    """"input_ids" int32 [N, T] and "features/<reward>" float32 [N, D] of every prompt."""
-    found = {"input_ids": pipeline.tokenize(prompts)}
+def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
+    """"features/<reward>" float32 [N, D] of every prompt, for the rewards that read prompts."""
+    found = {}
     distinct = list(dict.fromkeys(prompts))
     row = {prompt: i for i, prompt in enumerate(distinct)}
     rows = np.asarray([row[prompt] for prompt in prompts])
     for reward in rewards:
         if reward.text_features is not None:
-            features = reward.text_features(reward.params, distinct)
-            found[f"features/{reward.name}"] = features[rows]
+            encoded = reward.text_features(reward.params, distinct)
+            found[f"features/{reward.name}"] = encoded[rows]
     return found
 
 
-def prepare(path: str, folder: Path, pipeline: StableDiffusionPipeline,
+def prepare(path: str, folder: Path, pipeline: Pipeline,
             rewards: Sequence[Reward]) -> data.Summary:
     """Makes the dataset in `folder`, unless it is there from before; returns its size."""
     if not data.is_prepared(folder):
         prompts = data.read_prompts(path)
+        columns = pipeline.tokenize(prompts) | features(prompts, rewards)
         # array_record takes no slash in a column's name.
-        named = {name.replace("/", "__", 1): value
-                 for name, value in columns(prompts, pipeline, rewards).items()}
+        named = {name.replace("/", "__", 1): value for name, value in columns.items()}
         data.prepare({"prompt": prompts, **named}, folder)
     return data.describe(folder)
 

@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint
+from r0_jax import checkpoint, few_step
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
+from r0_jax.models.config import read_json
 from r0_jax.network import Params
-from r0_jax.pipelines import stable_diffusion
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.pipelines import families
+from r0_jax.pipelines.pipeline import Pipeline
 
 HostParams = dict[str, Shaped[np.ndarray, "..."]]  # flat, by dotted name, in numpy
 
@@ -38,15 +39,23 @@ class Run:
       pretrained: the folder that `pipeline` was loaded from.
       pipeline: in float32, so that adapters are merged in float32 whatever the run computed in.
       generator: as it was trained, computing in config.dtype.
-      scheduler_config: of diffusers; its first `config.sampler.num_steps` visit the trained grid.
+      scheduler_config: of diffusers; `config.sampler.num_steps` steps of it visit the trained grid.
     """
 
     workdir: Path
     config: ConfigDict
     pretrained: Path
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
     generator: Generator
     scheduler_config: dict[str, Any]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Text encoders and tokenizers that the folder's index may name and the run did without:
+        a stock pipeline has to be told that they are None."""
+        there = self.pipeline.networks.keys() | self.pipeline.tokenizers.keys()
+        return [name for name in read_json(self.pretrained / "model_index.json")
+                if name.startswith(("text_encoder", "tokenizer")) and name not in there]
 
     def params(self, step: int, ema: bool = True) -> HostParams:
         """The trainable parameters (adapters or all weights) of a checkpoint, in float32.
@@ -88,10 +97,12 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
     workdir = Path(workdir)
     config = read_config(workdir)
     folder = find_pretrained(workdir, config, pretrained)
-    pipeline = stable_diffusion.load(folder)
-    scheduler_config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
+    pipeline = families.load(folder)
+    scheduler_config = few_step.scheduler_config(pipeline.scheduler_config,
+                                                 config.sampler.num_steps)
     adapter = config.lora
-    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype)
+    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype,
+                          pipeline.fixed)
     return Run(workdir, config, folder, pipeline, generator, scheduler_config)
 
 

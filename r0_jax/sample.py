@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +21,12 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import cli, data, images, sampler, schedulers
+from r0_jax import cli, data, few_step, images, sampler, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
-from r0_jax.pipelines import stable_diffusion
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.pipelines import families
+from r0_jax.pipelines.pipeline import Pipeline, take
 from r0_jax.run import check_writable, choose_step, open_run
 from r0_jax.schedulers import Scheduler
 
@@ -37,7 +37,7 @@ _NOISE, _STEPS = range(2)  # tags of the random draws of one sample
 class Source(NamedTuple):
     """What images are drawn with."""
 
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
     params: dict[str, Params]  # of every part
     scheduler: Scheduler
 
@@ -55,6 +55,9 @@ def define_flags() -> None:
                          lower_bound=1)
     flags.DEFINE_float("guidance_scale", 1.0, "above 1: classifier-free guidance, two network "
                        "calls a step", lower_bound=0)
+    flags.DEFINE_list("sigmas", None, "with --pipeline, of SD3: the noise levels of the steps, "
+                      "before the scheduler's shift, such as 1,.75,.5,.25; their number is that "
+                      "of the steps")
     flags.DEFINE_float("eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0,
                        upper_bound=1)
     flags.DEFINE_integer("seed", 0, "of the noise; image i depends on it and i, not on the batch",
@@ -68,10 +71,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
 
 
-def from_pipeline(folder: str | Path, num_inference_steps: int) -> Source:
-    """A diffusers folder, sampled by its own scheduler."""
-    pipeline = stable_diffusion.load(folder)
-    scheduler = schedulers.from_config(pipeline.scheduler_config, num_inference_steps)
+def from_pipeline(folder: str | Path, num_inference_steps: int,
+                  sigmas: Sequence[float | int] | None = None) -> Source:
+    """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines."""
+    pipeline = families.load(folder)
+    scheduler = schedulers.from_config(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
 
@@ -85,9 +89,8 @@ def from_run(
     chosen = choose_step(workdir, step)
     run = open_run(workdir, pretrained)
     weights = run.weights(run.params(chosen), "float32")
-    scheduler = schedulers.from_config(
-        run.scheduler_config, num_inference_steps or run.config.sampler.num_steps
-    )
+    scheduler = few_step.grid(run.pipeline.scheduler_config,
+                              num_inference_steps or run.config.sampler.num_steps)
     params = run.pipeline.params | {run.pipeline.generator_part: weights}
     return Source(run.pipeline, params, scheduler)
 
@@ -111,14 +114,14 @@ def draw(
     pipeline, params, scheduler = source
     draw_images = ImageSampler(pipeline, scheduler, guidance_scale, eta)
     params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params))
-    input_ids = pipeline.tokenize(prompts)
+    tokens = pipeline.tokenize(prompts)
     batch_size = min(batch_size, len(prompts))
     for start in range(0, len(prompts), batch_size):
         # The last batch is filled up with its last prompt.
         indices = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
         noise, keys = draw_noise(jax.random.key(seed), jnp.asarray(indices), pipeline.latent_shape)
         noise = noise if latents is None else jnp.asarray(latents[indices])
-        drawn = draw_images(params, input_ids[indices], noise, keys)
+        drawn = draw_images(params, take(tokens, indices), noise, keys)
         yield np.asarray(drawn)[: len(prompts) - start]
 
 
@@ -160,6 +163,8 @@ def main(argv: list[str]) -> None:
     fields = flags.FLAGS
     if (fields.pipeline is None) == (fields.workdir is None):
         raise InputError("give either --pipeline=DIR or --workdir=W, one of them")
+    if fields.workdir is not None and fields.sigmas:
+        raise InputError("--sigmas goes with --pipeline: a run is sampled on its own grid")
     if fields.pipeline is not None and (fields.step or fields.pretrained):
         raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
     out = Path(fields.out)
@@ -170,7 +175,9 @@ def main(argv: list[str]) -> None:
     check_writable(out)
     prompts = data.read_prompts(fields.prompts)
     if fields.workdir is None:
-        source = from_pipeline(fields.pipeline, fields.num_inference_steps or 4)
+        sigmas = _read_sigmas(fields.sigmas)
+        steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
+        source = from_pipeline(fields.pipeline, steps, sigmas)
     else:
         source = from_run(
             fields.workdir, fields.num_inference_steps, fields.step, fields.pretrained)
@@ -186,6 +193,20 @@ def main(argv: list[str]) -> None:
         latents=latents, dtype=fields.dtype, batch_size=fields.batch_size,
     )
     _write(out, prompts, batches, text, math.ceil(len(prompts) / fields.batch_size))
+
+
+def _read_sigmas(texts: list[str] | None) -> list[float] | None:
+    """The numbers of --sigmas, in (0, 1] and descending."""
+    if not texts:
+        return None
+    try:
+        sigmas = [float(text) for text in texts]
+    except ValueError:
+        sigmas = [0.0]
+    ends = [*sigmas[1:], 0.0]
+    if not all(1 >= sigma > after for sigma, after in zip(sigmas, ends, strict=True)):
+        raise InputError(f"--sigmas={','.join(texts)}: expected numbers from 1 down to above 0")
+    return sigmas
 
 
 def _earlier(out: Path) -> list[Path]:

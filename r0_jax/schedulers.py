@@ -71,7 +71,7 @@ _FIELDS = {
         "num_train_timesteps": (1000, int),
         "shift": (1.0, _NUMBER),
         "stochastic_sampling": (False, (False, True)),
-        "shift_terminal": (None, (None,)),
+        "shift_terminal": (None, _NUMBER | None),
         "use_dynamic_shifting": (False, (False,)),
         "invert_sigmas": (False, (False,)),
         "use_karras_sigmas": (False, (False,)),
@@ -408,7 +408,13 @@ def _flow_match(fields: dict[str, Any], n: int, sigmas: Sequence | None) -> Sche
         raise InputError(f"{len(sigmas)} sigmas given for num_inference_steps={n}: give one a step")
     else:
         sigmas = np.asarray(sigmas, np.float32)
-    sigmas = np.append(shifted(sigmas), 0).astype(np.float32)
+    sigmas = shifted(sigmas)
+    if fields["shift_terminal"]:  # stretched, so that the last one is this
+        if n == 1:
+            raise InputError("shift_terminal is where the last of several steps starts: a single "
+                             "step cannot be stretched to it")
+        sigmas = 1 - (1 - sigmas) * (1 - fields["shift_terminal"]) / (1 - sigmas[-1])
+    sigmas = np.append(sigmas, 0).astype(np.float32)
     return Scheduler(
         timesteps=sigmas[:-1] * np.float32(total),
         init_noise_sigma=1.0,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from r0_jax import (
     data,
+    few_step,
     images,
     prompt_dataset,
     rewards,
@@ -25,7 +26,7 @@ from r0_jax import (
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.rewards.clip_score import load_tower, normalize
 from r0_jax.rewards.reward import Reward
 from r0_jax.shapes import world
@@ -68,15 +69,16 @@ class Testbed:
     """What every model is measured with: prompts, noise and judges."""
 
     config: ConfigDict
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
     prompts: list[str]
     rewards: list[Reward]
     heldout: list[Reward]
-    columns: dict[str, np.ndarray]
+    tokens: Tokens
+    features: dict[str, np.ndarray]  # of the rewards that read prompts
     image_features: Callable[[np.ndarray], np.ndarray] | None
 
     @classmethod
-    def build(cls, config: ConfigDict, pipeline: StableDiffusionPipeline) -> "Testbed":
+    def build(cls, config: ConfigDict, pipeline: Pipeline) -> "Testbed":
         """Reads the test prompts and loads all rewards of the config."""
         check(config.test, config.heldout_rewards)
         prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
@@ -84,22 +86,20 @@ class Testbed:
                       for name, entry in config.rewards.items()]
         heldout = [rewards.load(name, entry, config.dtype)
                    for name, entry in config.heldout_rewards.items()]
-        columns = prompt_dataset.columns(prompts, pipeline, trained_on + heldout)
-        return cls(config, pipeline, prompts, trained_on, heldout, columns,
-                   _image_features(config))
+        return cls(config, pipeline, prompts, trained_on, heldout, pipeline.tokenize(prompts),
+                   prompt_dataset.features(prompts, trained_on + heldout), _image_features(config))
 
     def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
         """{metric: {"value", "ci95"}} and the images of the prompts."""
         test, shape = self.config.test, self.pipeline.latent_shape
         noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
-        ids = self.columns["input_ids"]
-        drawn, seconds = timed_draw(model, ids, noise, keys, test.batch_size)
+        drawn, seconds = timed_draw(model, self.tokens, noise, keys, test.batch_size)
 
         found: dict[str, Any] = {}
         if test.world == "shapes":
             found |= world.judge_metrics(drawn, self.prompts)
         for reward in self.rewards + self.heldout:
-            features = self.columns.get(f"features/{reward.name}")
+            features = self.features.get(f"features/{reward.name}")
             scores = score(jax.jit(reward.score), reward.params, drawn, features, test.batch_size)
             name = f"reward/{reward.name}"
             if reward.name == test.features:
@@ -123,25 +123,26 @@ class Testbed:
                 statistics.frechet_distance, self.image_features(drawn),
                 self.image_features(scenes), seed=self.config.seed)
         count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
-        ids = np.repeat(self.columns["input_ids"][:count], each, axis=0)
-        noise, keys = fixed_noise(self.config.seed + 1, len(ids), self.pipeline.latent_shape)
-        several = draw(model.sampler, model.params, ids, noise, keys, test.batch_size)
+        rows = np.repeat(np.arange(count), each)
+        noise, keys = fixed_noise(self.config.seed + 1, len(rows), self.pipeline.latent_shape)
+        several = draw(model.sampler, model.params, take(self.tokens, rows), noise, keys,
+                       test.batch_size)
         features = self.image_features(several).reshape(count, each, -1)
         found["diversity"] = statistics.mean_ci(statistics.diversity(features))
         return found
 
 
-def timed_draw(model: Model, ids: np.ndarray, noise: np.ndarray, keys: jax.Array,
+def timed_draw(model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array,
                batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images, and seconds an image of each batch, compilation left out."""
-    first = np.arange(batch_size) % len(ids)
-    model.sampler(model.params, ids[first], noise[first], keys[first]).block_until_ready()
+    first = np.arange(batch_size) % len(noise)
+    model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
     drawn, seconds = [], []
-    for start in range(0, len(ids), batch_size):
+    for start in range(0, len(noise), batch_size):
         rows = slice(start, start + batch_size)
         begin = time.perf_counter()
-        drawn.append(draw(model.sampler, model.params, ids[rows], noise[rows], keys[rows],
-                          batch_size))
+        drawn.append(draw(model.sampler, model.params, take(tokens, rows), noise[rows],
+                          keys[rows], batch_size))
         seconds.append((time.perf_counter() - begin) / batch_size)
     return np.concatenate(drawn), np.asarray(seconds)
 
@@ -163,7 +164,7 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     pipeline, chosen = opened.pipeline, run.choose_step(folder, step)
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
-    grid = schedulers.from_config(opened.scheduler_config, config.sampler.num_steps)
+    grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
     few = ImageSampler(pipeline, grid, guidance_scale=1.0)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps

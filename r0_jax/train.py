@@ -40,7 +40,7 @@ from r0_jax.generator import Generator
 from r0_jax.metrics import MetricWriter, Throughput
 from r0_jax.network import Params
 from r0_jax.objective import Objective
-from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines import families
 from r0_jax.progress import TrainingProgress
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
@@ -69,12 +69,13 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
     # Pretrained models, on the host.
-    pipeline = stable_diffusion.load(config.pretrained, config.dtype)
+    pipeline = families.load(config.pretrained, config.dtype, config.family)
     if config.test.prompts:  # too many steps for the base would show when the training is over
         schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
-    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype)
+    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
+                          pipeline.fixed)
     objective = Objective(pipeline, generator, trained_on, config)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
@@ -174,9 +175,9 @@ def check_config(config: ConfigDict) -> None:
                          f"and sampler.num_steps={config.sampler.num_steps}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
-    for name, value in (("pretrained", config.pretrained), ("data.prompts", config.data.prompts)):
-        if not value:
-            raise InputError(f"{name} is not set: give --config.{name}=PATH")
+    families.check_there(config.pretrained, config.family)
+    if not config.data.prompts:
+        raise InputError("data.prompts is not set: give --config.data.prompts=PATH")
     if not config.rewards:
         raise InputError("rewards is empty: there is nothing to maximize")
     if both := set(config.rewards) & set(config.heldout_rewards):
@@ -253,9 +254,8 @@ def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigD
 
     parts = {part: place(params) for part, params in pipeline.params.items()}
     parts["base"] = parts.pop(pipeline.generator_part)
-    empty_ids = jax.device_put(pipeline.tokenize([""]), sharding.replicated(mesh))
-    return {**parts, "rewards": {r.name: place(r.params) for r in trained_on},
-            "empty_ids": empty_ids}
+    empty = jax.device_put(pipeline.tokenize([""]), sharding.replicated(mesh))
+    return {**parts, "rewards": {r.name: place(r.params) for r in trained_on}, "empty": empty}
 
 
 def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resumed: bool, step_fn,

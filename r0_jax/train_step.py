@@ -33,7 +33,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         key = jax.random.fold_in(key, state.step)
         step_key, sample_key = jax.random.split(key)
         last = objective.draw_last(step_key)
-        size = len(batch["input_ids"])
+        size = len(next(iter(batch.values())))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
 
         def microbatch(batch, keys):

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import data, images, prompt_dataset, schedulers
+from r0_jax import data, few_step, images, prompt_dataset
 from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
-from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline, few_step_scheduler
+from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.rewards.reward import Reward
 
 _BATCH = 32  # images drawn at once
@@ -19,18 +19,18 @@ _BATCH = 32  # images drawn at once
 class Validation:
     """validation(params, step) -> metrics; also writes the grid samples/step_NNNNNN.png."""
 
-    def __init__(self, config: ConfigDict, folder: Path, pipeline: StableDiffusionPipeline,
+    def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
                  generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
                  heldout: set[str]):
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout = rewards, heldout
         prompts = data.read_prompts(config.eval.prompts or config.data.prompts)
         self.prompts = prompts[:config.eval.num_prompts]
-        self.columns = prompt_dataset.columns(self.prompts, pipeline, rewards)
+        self.tokens = pipeline.tokenize(self.prompts)
+        self.features = prompt_dataset.features(self.prompts, rewards)
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
-        grid = schedulers.from_config(few_step_scheduler(pipeline.scheduler_config),
-                                      config.sampler.num_steps)
+        grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
         self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
@@ -39,10 +39,10 @@ class Validation:
     def __call__(self, params: dict[str, jax.Array], step: int) -> dict[str, float]:
         """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each."""
         parts = {**self.frozen, self.part: self.weights(params, self.frozen["base"])}
-        drawn = draw(self.sampler, parts, self.columns["input_ids"], self.noise, self.keys, _BATCH)
+        drawn = draw(self.sampler, parts, self.tokens, self.noise, self.keys, _BATCH)
         values = {}
         for reward in self.rewards:
-            features = self.columns.get(f"features/{reward.name}")
+            features = self.features.get(f"features/{reward.name}")
             scores = score(self.scores[reward.name], reward.params, drawn, features, _BATCH)
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
@@ -60,14 +60,15 @@ def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarr
     return np.asarray(noise), jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-def draw(sampler: ImageSampler, parts: dict[str, Any], input_ids: np.ndarray, noise: np.ndarray,
+def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np.ndarray,
          keys: jax.Array, batch_size: int) -> np.ndarray:
     """Images [N, h, w, 3] in [0, 1]; the last batch is filled up, so that one program does."""
     drawn = []
-    for start in range(0, len(input_ids), batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), len(input_ids) - 1)
-        count = min(batch_size, len(input_ids) - start)
-        drawn.append(np.asarray(sampler(parts, input_ids[rows], noise[rows], keys[rows]))[:count])
+    for start in range(0, len(noise), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(noise) - 1)
+        count = min(batch_size, len(noise) - start)
+        batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
+        drawn.append(np.asarray(batch)[:count])
     return np.concatenate(drawn)
 
 

@@ -253,13 +253,13 @@ def make(changes: dict[str, Any] | None = None, toy: ToyConfig | None = ToyConfi
     params = {part: random_params(network, seed)
               for seed, (part, network) in enumerate(networks.items())}
     rewards = REWARDS if rewards is None else rewards
-    pipeline = StableDiffusionPipeline(Path("."), networks, params, CLIPTokenizer(),
+    pipeline = StableDiffusionPipeline(Path("."), networks, params, {"tokenizer": CLIPTokenizer()},
                                        SCHEDULER | {"prediction_type": prediction_type})
     lora = settings.lora
     generator = Generator(lora.rank, lora.alpha, lora.targets, settings.dtype)
     frozen = {"base": params["unet"], "vae": params["vae"], "text_encoder": params["text_encoder"],
               "rewards": {reward.name: reward.params for reward in rewards},
-              "empty_ids": np.full((1, TOKENS), WORDS - 1, np.int32)}
+              "empty": {"input_ids": np.full((1, TOKENS), WORDS - 1, np.int32)}}
     frozen = jax.tree.map(jnp.asarray, frozen)
     return World(settings, pipeline, generator, Objective(pipeline, generator, rewards, settings),
                  frozen)
@@ -272,7 +272,7 @@ def place(frozen: dict[str, Any], mesh, config: ConfigDict) -> dict[str, Any]:
 
     networks = {part: put(frozen[part]) for part in ("base", "vae", "text_encoder")}
     return {**networks, "rewards": {k: put(v) for k, v in frozen["rewards"].items()},
-            "empty_ids": jax.device_put(frozen["empty_ids"], sharding.replicated(mesh))}
+            "empty": jax.device_put(frozen["empty"], sharding.replicated(mesh))}
 
 
 def batch(size: int) -> dict[str, np.ndarray]:

@@ -19,12 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from r0_jax import convert
 from r0_jax.errors import InputError
-from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.config import read_json
-from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.network import Network
-from r0_jax.pipelines.stable_diffusion import PARTS
+from r0_jax.pipelines.folder import NETWORKS
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -35,8 +33,7 @@ def network_of(folder) -> Network:
     if fields.get("model_type") == "clip":
         config = CLIPConfig.from_json(fields)
         return Network.abstract(lambda rngs: CLIPModel(config, rngs=rngs))
-    kinds = {kind: build for kind, build, _ in PARTS.values()}
-    build = kinds[fields.get("_class_name") or fields["architectures"][0]]
+    build, _ = NETWORKS[fields.get("_class_name") or fields["architectures"][0]]
     return Network.abstract(lambda rngs: build(fields, rngs))
 
 
@@ -96,18 +93,14 @@ def test_the_rule(name, key, shape, file_shape):
 
 
 MANIFESTS = {  # of the published files -> the config published with them
-    "sd15_unet": ("sd-v1-5-unet", lambda fields, rngs: PARTS["unet"][1](fields, rngs)),
-    "sd15_vae_fp32_oldnames": ("sd-v1-5-vae", lambda fields, rngs: PARTS["vae"][1](fields, rngs)),
-    "clip_l_text_hub": ("sd-v1-5-text_encoder",
-                        lambda fields, rngs: PARTS["text_encoder"][1](fields, rngs)),
+    "sd15_unet": ("sd-v1-5-unet", NETWORKS["UNet2DConditionModel"][0]),
+    "sd15_vae_fp32_oldnames": ("sd-v1-5-vae", NETWORKS["AutoencoderKL"][0]),
+    "clip_l_text_hub": ("sd-v1-5-text_encoder", NETWORKS["CLIPTextModel"][0]),
     "clip_l_hf": ("clip-vit-large-patch14",
                   lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs)),
-    "sdxl_unet": ("sdxl-base-1.0-unet", lambda fields, rngs: PARTS["unet"][1](fields, rngs)),
-    "t5xxl_encoder": ("sd3-medium-text_encoder_3",
-                      lambda fields, rngs: T5EncoderModel(T5Config.from_json(fields), rngs=rngs)),
-    "taiyi_bert_text_encoder": (
-        "taiyi-text_encoder",
-        lambda fields, rngs: BertModel(BertConfig.from_json(fields), rngs=rngs)),
+    "sdxl_unet": ("sdxl-base-1.0-unet", NETWORKS["UNet2DConditionModel"][0]),
+    "t5xxl_encoder": ("sd3-medium-text_encoder_3", NETWORKS["T5EncoderModel"][0]),
+    "taiyi_bert_text_encoder": ("taiyi-text_encoder", NETWORKS["BertModel"][0]),
 }
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
              ".proj_attn.": ".to_out.0."}

@@ -114,8 +114,10 @@ def test_text_model(name, projected):
 
     def run_theirs(input_ids, values):
         output = torch.func.functional_call(
-            module, {table.removeprefix(prefix) + "weight": values}, (input_ids,))
-        return output.last_hidden_state, output.text_embeds if projected else output.pooler_output
+            module, {table.removeprefix(prefix) + "weight": values}, (input_ids,),
+            {"output_hidden_states": True})
+        pooled = output.text_embeds if projected else output.pooler_output
+        return output.last_hidden_state, pooled, output.hidden_states[-2]
 
     parity.compare(run_ours, params, run_theirs, PROMPTS, np.array(params[table + "embedding"]))
 

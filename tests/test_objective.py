@@ -200,7 +200,7 @@ def test_each_regularizer_changes_the_gradient(bare, name):
     np.testing.assert_allclose(loss, bare_loss + ON[name]["weight"] * penalty, rtol=1e-5)
 
     if name == "guidance":  # of the empty prompt over itself
-        same = batch(B) | {"input_ids": np.repeat(world.frozen["empty_ids"], B, axis=0)}
+        same = batch(B) | {"input_ids": np.repeat(world.frozen["empty"]["input_ids"], B, axis=0)}
         (_, metrics), _ = world.value_and_grad(away, same, last=0)
     else:  # where training starts, the generator is its base
         (_, metrics), _ = world.value_and_grad(start, batch(B), last=0)

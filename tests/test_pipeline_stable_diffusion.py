@@ -16,11 +16,11 @@ import pytest
 import tiny
 import torch
 
-from r0_jax import schedulers
+from r0_jax import few_step, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
-from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines import stable_diffusion, tokenizers
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
 pytestmark = pytest.mark.filterwarnings(
@@ -82,41 +82,40 @@ def compile_quickly(monkeypatch):
 def test_tokenize(pipeline, stock, copy):
     expected = stock.tokenizer(PROMPTS, padding="max_length", max_length=tiny.TOKENS,
                                truncation=True, return_tensors="np").input_ids
-    ids = pipeline.tokenize(PROMPTS)
+    ids = pipeline.tokenize(PROMPTS)["input_ids"]
     assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), tiny.TOKENS)
     np.testing.assert_array_equal(ids, expected)
     assert len(set(map(tuple, ids))) == len(PROMPTS)
     # As folders on the hub hold it: vocabulary and merges, and no tokenizer.json.
     (copy / "tokenizer" / "tokenizer.json").unlink()
-    tokenizer = stable_diffusion.load_tokenizer(copy / "tokenizer")
+    tokenizer = tokenizers.load_tokenizer(copy / "tokenizer")
     np.testing.assert_array_equal(
-        stable_diffusion.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
+        tokenizers.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
 
 
 def test_prompts_that_are_cut_off_are_counted(pipeline):
     long = "a red square " * 10
     with pytest.warns(UserWarning, match=r"2 of 5 prompts \(40%\) are longer than 24 tokens"):
-        ids = pipeline.tokenize(["a", long, "b", long, ""])
-    assert ids[1, -1] == ids[0, -1] == pipeline.tokenizer.eos_token_id
+        ids = pipeline.tokenize(["a", long, "b", long, ""])["input_ids"]
+    assert ids[1, -1] == ids[0, -1] == pipeline.tokenizers["tokenizer"].eos_token_id
     fits = "a " * (tiny.TOKENS - 2)  # and the two ends
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ids = pipeline.tokenize([fits])
-    assert ids[0, -2] != pipeline.tokenizer.eos_token_id
+        ids = pipeline.tokenize([fits])["input_ids"]
+    assert ids[0, -2] != pipeline.tokenizers["tokenizer"].eos_token_id
 
 
 @pytest.mark.parametrize("length, expected", [(9, 9), (100, tiny.TOKENS)])
 def test_tokens_are_padded_to_the_length_of_the_tokenizer(pipeline, copy, length, expected):
     edit(copy / "tokenizer" / "tokenizer_config.json", model_max_length=length)
-    tokenizer = stable_diffusion.load_tokenizer(copy / "tokenizer")
-    other = dataclasses.replace(pipeline, tokenizer=tokenizer)
-    assert other.tokenize(["a red square"]).shape == (1, expected)
+    tokenizer = tokenizers.load_tokenizer(copy / "tokenizer")
+    other = dataclasses.replace(pipeline, tokenizers={"tokenizer": tokenizer})
+    assert other.tokenize(["a red square"])["input_ids"].shape == (1, expected)
 
 
 def test_encode_prompt(pipeline, stock, compile_quickly):
     expected = stock.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-    ids = jnp.asarray(pipeline.tokenize(PROMPTS))
-    conditioning = jax.jit(pipeline.encode_prompt)(pipeline.params, ids)
+    conditioning = jax.jit(pipeline.encode_prompt)(pipeline.params, pipeline.tokenize(PROMPTS))
     assert list(conditioning) == ["prompt_embeds"]
     parity.assert_close(conditioning["prompt_embeds"], parity.to_jax(expected), parity.OUTPUT)
 
@@ -215,7 +214,7 @@ SCHEDULERS = {
     ("sd15", 4, 5.0), ("ddim_leading", 4, 1.0), ("ddim_trailing_v", 3, 5.0),
     ("euler", 4, 1.0), ("euler_leading_v", 3, 3.0)])
 def test_images_are_those_of_the_stock_pipeline(
-        pipeline, stock, tmp_path, compile_quickly, name, steps, guidance_scale):
+        pipeline, stock, compile_quickly, name, steps, guidance_scale):
     config = SCHEDULERS[name]
     kind = getattr(diffusers, config["_class_name"])
     with warnings.catch_warnings():
@@ -228,10 +227,9 @@ def test_images_are_those_of_the_stock_pipeline(
         expected = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale,
                         latents=parity.to_torch(LATENTS), output_type="np").images
 
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(config), "utf-8")
-    config = stable_diffusion.load_scheduler_config(tmp_path)
+    config = config | stable_diffusion.OVERRULED
     sampler = ImageSampler(pipeline, schedulers.from_config(config, steps), guidance_scale)
-    images = sampler(pipeline.params, jnp.asarray(pipeline.tokenize(PROMPTS)),
+    images = sampler(pipeline.params, pipeline.tokenize(PROMPTS),
                      jnp.asarray(LATENTS), jax.random.split(jax.random.key(0), len(PROMPTS)))
     assert np.mean((expected > 0.01) & (expected < 0.99)) > 0.2, "saturated: tests little"
     difference = np.abs(np.asarray(images) - expected)
@@ -240,7 +238,7 @@ def test_images_are_those_of_the_stock_pipeline(
 
 
 def test_few_step_scheduler(pipeline, stock):
-    config = stable_diffusion.few_step_scheduler(pipeline.scheduler_config)
+    config = few_step.scheduler_config(pipeline.scheduler_config, 4)
     scheduler = diffusers.DDIMScheduler.from_config(config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a stock pipeline has nothing to overrule
@@ -252,10 +250,10 @@ def test_few_step_scheduler(pipeline, stock):
     assert ours.next_sigmas[-1] == 0 and ours.next_alphas[-1] == 1
     np.testing.assert_allclose(
         schedulers.alphas_cumprod(config), schedulers.alphas_cumprod(tiny.PNDM))
-    v = stable_diffusion.few_step_scheduler(SCHEDULERS["ddim_trailing_v"])
+    v = few_step.scheduler_config(SCHEDULERS["ddim_trailing_v"], 4)
     assert v["prediction_type"] == "v_prediction" and v["rescale_betas_zero_snr"]
     with refused("DPMSolverMultistepScheduler"):
-        stable_diffusion.few_step_scheduler({"_class_name": "DPMSolverMultistepScheduler"})
+        few_step.scheduler_config({"_class_name": "DPMSolverMultistepScheduler"}, 4)
 
 
 # --- folders that are not it ------------------------------------------------------------------
@@ -313,7 +311,7 @@ def test_a_tokenizer_without_a_vocabulary(copy):
     fields["model"] |= {"vocab": {}, "merges": []}
     path.write_text(json.dumps(fields | {"added_tokens": []}), "utf-8")
     with refused(copy / "tokenizer", "readable CLIP tokenizer"):
-        stable_diffusion.load_tokenizer(copy / "tokenizer")
+        tokenizers.load_tokenizer(copy / "tokenizer")
 
 
 @pytest.mark.parametrize("length", [0, 1, 77.5, "77"])
@@ -332,7 +330,7 @@ def test_merges_that_were_cut_at_the_end_of_a_line(copy, share):
     with refused(path, "incomplete", "download it again"):
         stable_diffusion.load(copy)
     path.write_text("\n".join(lines) + "\n", "utf-8")
-    stable_diffusion.load_tokenizer(copy / "tokenizer")
+    tokenizers.load_tokenizer(copy / "tokenizer")
 
 
 def test_half_downloaded_weights(copy):
@@ -362,9 +360,10 @@ def test_a_path_that_is_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+    ({"_class_name": "StableDiffusionXLPipeline"}, "is SDXL (StableDiffusionXLPipeline), not "
+                                                   "Stable Diffusion 1.x"),
     ({"_class_name": None}, "supported: StableDiffusionPipeline"),
-    ({"text_encoder": ["transformers", "BertModel"]}, "text_encoder is a BertModel"),
+    ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
     ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
     ({"vae": [None, None]}, "vae"),
     ({"vae": []}, "vae"),

@@ -135,7 +135,7 @@ def test_every_stage_makes_what_the_next_one_needs(tmp_path, monkeypatch):
         train(tiny_config(stage), tmp_path)
     pipeline = stable_diffusion.load(tmp_path / "pipeline")
     assert pipeline.image_shape == (64, 64, 3)
-    assert len(pipeline.tokenizer) > 300
+    assert len(pipeline.tokenizers["tokenizer"]) > 300
     for name in ("clip", "heldout_clip", "preference"):
         reward = rewards.load(name, reward_entry("clip_score", path=str(tmp_path / name)))
         features = reward.text_features(reward.params, ["a large red circle", "一个小的蓝色圆形"])

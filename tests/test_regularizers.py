@@ -6,8 +6,7 @@ from ml_collections import ConfigDict
 from step_world import SCHEDULER, sample_keys
 
 from configs.common import get_config
-from r0_jax import regularizers, sampler, schedulers
-from r0_jax.pipelines.stable_diffusion import few_step_scheduler
+from r0_jax import few_step, regularizers, sampler
 from r0_jax.regularizers import penalties
 from r0_jax.regularizers.context import Context
 
@@ -35,9 +34,9 @@ def context(x0=None, prediction_type="epsilon", base=base, batch=B):
     at = sampler.Trajectory(normal(0, 8, *SHAPE)[:batch], jnp.full(batch, 499.0),
                             jnp.float32(ALPHAS[499]), jnp.float32(SIGMAS[499]),
                             normal(1, 8, *SHAPE)[:batch] if x0 is None else x0)
-    config = few_step_scheduler(SCHEDULER | {"prediction_type": prediction_type})
+    config = SCHEDULER | {"prediction_type": prediction_type}
     return Context(at, sample_keys(batch), base, base_features, lambda: jnp.float32(7.0),
-                   schedulers.from_config(config, 1000))
+                   few_step.noise_levels(config))
 
 
 def clean(output, latents, alpha, sigma, prediction_type):

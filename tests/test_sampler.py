@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from step_world import FAST
 
-from r0_jax import sampler, schedulers
-from r0_jax.pipelines.stable_diffusion import few_step_scheduler
+from r0_jax import few_step, sampler, schedulers
 
 BATCH, SHAPE = 4, (2, 3, 2)
 SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
@@ -18,7 +17,7 @@ EULER = {**SD, "_class_name": "EulerDiscreteScheduler"}
 
 
 def few_steps(prediction_type="epsilon"):
-    return schedulers.from_config(few_step_scheduler(SD | {"prediction_type": prediction_type}), 4)
+    return few_step.grid(SD | {"prediction_type": prediction_type}, 4)
 
 
 def network(theta, latents, timesteps):
@@ -46,7 +45,8 @@ def rollout(grid, last, grad_steps):
 
 
 @pytest.mark.parametrize(
-    "config", [few_step_scheduler(SD), few_step_scheduler(SD | {"prediction_type": "v_prediction"}),
+    "config", [few_step.scheduler_config(SD, 4),
+               few_step.scheduler_config(SD | {"prediction_type": "v_prediction"}, 4),
                SD3, EULER], ids=["epsilon", "v", "flow", "euler"])  # fmt: skip
 def test_eta_0_is_the_scheduler_over_the_whole_trajectory(config):
     grid = schedulers.from_config(config, 4)

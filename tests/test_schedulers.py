@@ -333,7 +333,6 @@ def test_needs_noise():
         (PNDM, "skip_prk_steps", False),
         (PNDM, "prediction_type", "sample"),
         (FLOW, "use_dynamic_shifting", True),
-        (FLOW, "shift_terminal", 0.02),
         (FLOW, "invert_sigmas", True),
         (FLOW, "use_karras_sigmas", True),
         (FLOW, "use_exponential_sigmas", True),

@@ -135,9 +135,15 @@ class CLIPEncoder(nnx.Module):
                                 for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        for layer in self.layers:
+        return self.with_penultimate(x)[0]
+
+    def with_penultimate(self, x: Float[Array, "b t c"]
+                         ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
+        """The last block's output, and what went into that block."""
+        *first, last = self.layers
+        for layer in first:
             x = layer(x)
-        return x
+        return last(x), x
 
 
 class CLIPTextEmbeddings(nnx.Module):
@@ -152,10 +158,12 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class TextFeatures(NamedTuple):
-    """What the text tower gives: all tokens after the final LayerNorm, and the EOS one."""
+    """What the text tower gives: all tokens after the final LayerNorm, the EOS one of them, and
+    all tokens before the last block, without a LayerNorm (hidden_states[-2])."""
 
     last_hidden_state: Float[Array, "b t c"]
     pooled: Float[Array, "b c"]
+    penultimate: Float[Array, "b t c"]
 
 
 class CLIPTextTransformer(nnx.Module):
@@ -167,12 +175,14 @@ class CLIPTextTransformer(nnx.Module):
                                           rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> TextFeatures:
-        hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        last, penultimate = self.encoder.with_penultimate(self.embeddings(input_ids))
+        hidden = self.final_layer_norm(last)
         # Published configs say eos_token_id 2, which is wrong: there, and only there, the pooled
         # token is the one of the highest id.
         is_eos = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
         eos = jnp.argmax(is_eos, axis=-1)[:, None, None]  # the first one
-        return TextFeatures(hidden, jnp.take_along_axis(hidden, eos, axis=1)[:, 0])
+        pooled = jnp.take_along_axis(hidden, eos, axis=1)[:, 0]
+        return TextFeatures(hidden, pooled, penultimate)
 
 
 class CLIPVisionEmbeddings(nnx.Module):

@@ -295,7 +295,7 @@ class UNet2DConditionModel(nnx.Module):
         timesteps: Float[Array, " b"],
         prompt_embeds: Float[Array, "b s d"],
         pooled_prompt_embeds: Float[Array, "b p"] | None = None,
-        add_time_ids: Float[Array, "b n"] | None = None,
+        add_time_ids: Float[Array, "b n"] | Int[Array, "b n"] | None = None,
         class_labels: Float[Array, "b *k"] | Int[Array, " b"] | None = None,
         timestep_cond: Float[Array, "b q"] | None = None,
     ) -> Float[Array, "b h w out"]:
@@ -342,7 +342,8 @@ class UNet2DConditionModel(nnx.Module):
             embedding = embedding + class_labels.astype(embedding.dtype)
         if config.addition_embed_type == "text_time":
             _require(pooled_prompt_embeds=pooled_prompt_embeds, add_time_ids=add_time_ids)
-            times = sinusoids(add_time_ids.reshape(-1), config.addition_time_embed_dim)
+            times = sinusoids(add_time_ids.reshape(-1).astype(jnp.float32),
+                              config.addition_time_embed_dim)
             times = times.reshape(len(add_time_ids), -1)  # [B, ids x dim]
             embedding = embedding + self.add_embedding(
                 jnp.concatenate([pooled_prompt_embeds, times], axis=-1))

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from r0_jax import convert
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.network import Network, Params, init
-from r0_jax.pipelines.stable_diffusion import load_tokenizer, tokenize
+from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import copy_tokenizer, write_json

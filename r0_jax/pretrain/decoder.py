@@ -43,7 +43,7 @@ def train(config: ConfigDict, out: Path) -> None:
         alpha, sigma = (x[t][:, None, None, None] for x in (alphas, sigmas))
         noisy = alpha * latents + sigma * jax.random.normal(noise_key, latents.shape)
         velocity = pipeline.denoise(frozen["unet"], noisy, t.astype(jnp.float32),
-                                    pipeline.encode_prompt(frozen, input_ids))
+                                    pipeline.encode_prompt(frozen, {"input_ids": input_ids}))
         clean = jax.random.bernoulli(clean_key, config.clean_share, (count, 1, 1, 1))
         return jnp.where(clean, latents, alpha * noisy - sigma * velocity)
 
@@ -51,7 +51,7 @@ def train(config: ConfigDict, out: Path) -> None:
         rng = np.random.default_rng(config.seed)
         for scenes, layouts in scene_batches(config.seed, config.batch_size):
             yield {"scenes": scenes, "layouts": layouts,
-                   "input_ids": pipeline.tokenize(captions_for(scenes, rng))}
+                   **pipeline.tokenize(captions_for(scenes, rng))}
 
     start = {name: value for name, value in pipeline.params["vae"].items()
              if name.startswith(("decoder.", "post_quant_conv."))}

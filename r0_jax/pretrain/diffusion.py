@@ -13,11 +13,9 @@ from r0_jax import convert, schedulers
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params, init
-from r0_jax.pipelines.stable_diffusion import (
-    PARTS,
-    StableDiffusionPipeline,
-    load_tokenizer,
-)
+from r0_jax.pipelines.folder import NETWORKS
+from r0_jax.pipelines.stable_diffusion import PARTS, StableDiffusionPipeline
+from r0_jax.pipelines.tokenizers import load_tokenizer
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import write_json
 from r0_jax.pretrain.vae import CHUNK, scene_batches
@@ -40,17 +38,18 @@ def train(config: ConfigDict, out: Path) -> None:
         part_fields = read_json(folder / part / "config.json")
         networks[part] = Network.abstract(_constructor(part, part_fields))
         frozen[part] = jax.device_put(
-            convert.load(convert.find_files(folder / part, PARTS[part][2]), networks[part]))
+            convert.load(convert.find_files(folder / part, _stem(part)), networks[part]))
     networks["unet"] = unet = Network.abstract(_constructor("unet", fields))
     if config.warm_start:
-        start = convert.load(convert.find_files(folder / "unet", PARTS["unet"][2]), unet)
+        start = convert.load(convert.find_files(folder / "unet", _stem("unet")), unet)
     else:
         start = init(_constructor("unet", fields), jax.random.key(config.seed))
 
-    pipeline = StableDiffusionPipeline(folder, networks, frozen, tokenizer, scheduler_config)
+    pipeline = StableDiffusionPipeline(folder, networks, frozen, {"tokenizer": tokenizer},
+                                       scheduler_config)
     products = schedulers.alphas_cumprod(scheduler_config)
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
-    empty = jnp.asarray(pipeline.tokenize([""]))
+    empty = jnp.asarray(pipeline.tokenize([""])["input_ids"])
 
     def loss(params, batch, key):
         """Mean squared error of the velocity v = alpha eps - sigma x0 at uniform timesteps."""
@@ -63,7 +62,8 @@ def train(config: ConfigDict, out: Path) -> None:
         noise = jax.random.normal(noise_key, latents.shape)
         alpha, sigma = (x[t][:, None, None, None] for x in (alphas, sigmas))
         dropped = jax.random.bernoulli(drop_key, config.prompt_dropout, (count, 1))
-        conditioning = pipeline.encode_prompt(frozen, jnp.where(dropped, empty, input_ids))
+        tokens = {"input_ids": jnp.where(dropped, empty, input_ids)}
+        conditioning = pipeline.encode_prompt(frozen, tokens)
         velocity = pipeline.denoise(params, alpha * latents + sigma * noise,
                                     t.astype(jnp.float32), conditioning)
         return jnp.mean((velocity - (alpha * noise - sigma * latents)) ** 2), {}
@@ -82,7 +82,7 @@ def train(config: ConfigDict, out: Path) -> None:
                       + " ".join(f"{k} {v:.3f}" for k, v in shares.items()), highlight=False)
 
     def write(params: Params) -> None:
-        convert.save(params, folder / "unet" / f"{PARTS['unet'][2]}.safetensors",
+        convert.save(params, folder / "unet" / f"{_stem('unet')}.safetensors",
                      config.store_dtype)
         write_json(folder / "unet" / "config.json", fields)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
@@ -93,7 +93,12 @@ def train(config: ConfigDict, out: Path) -> None:
 
 
 def _constructor(part: str, fields: dict[str, Any]):
-    return lambda rngs: PARTS[part][1](fields, rngs)
+    build, _ = NETWORKS[PARTS[part][0]]
+    return lambda rngs: build(fields, rngs)
+
+
+def _stem(part: str) -> str:
+    return NETWORKS[PARTS[part][0]][1]
 
 
 def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline
@@ -112,7 +117,7 @@ def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline
     for _ in range(config.scenes // CHUNK):
         scenes, layouts = next(stream)
         latents.append(np.asarray(encode(pipeline.params["vae"], (scenes, layouts))))
-        ids = [pipeline.tokenize(captions_for(scenes, rng)) for _ in range(CAPTIONS)]
+        ids = [pipeline.tokenize(captions_for(scenes, rng))["input_ids"] for _ in range(CAPTIONS)]
         input_ids.append(np.stack(ids, axis=1).astype(np.int16))
     console.print(f"encoded {len(latents) * CHUNK} scenes")
     return {"latents": np.concatenate(latents), "input_ids": np.concatenate(input_ids)}

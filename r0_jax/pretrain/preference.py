@@ -10,12 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax import convert, schedulers
+from r0_jax import convert, few_step
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, init
 from r0_jax.pipelines import stable_diffusion
-from r0_jax.pipelines.stable_diffusion import few_step_scheduler, tokenize
+from r0_jax.pipelines.pipeline import take
+from r0_jax.pipelines.tokenizers import tokenize
 from r0_jax.pretrain import clip
 from r0_jax.pretrain.degrade import degrade, warp
 from r0_jax.pretrain.fit import console, fit
@@ -63,16 +64,18 @@ def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
     rng = np.random.default_rng(config.seed)
     scenes = sample_scenes(rng, config.few_step_images, "train")
     pipeline = stable_diffusion.load(out / "pipeline")
-    ids = pipeline.tokenize(captions_for(scenes, rng))
-    noise, keys = fixed_noise(config.seed, len(ids), pipeline.latent_shape)
+    tokens = pipeline.tokenize(captions_for(scenes, rng))
+    count = config.few_step_images
+    noise, keys = fixed_noise(config.seed, count, pipeline.latent_shape)
     params = jax.device_put(pipeline.params)
     drawn = []
-    for steps, rows in zip(config.few_steps, np.array_split(np.arange(len(ids)),
+    for steps, rows in zip(config.few_steps, np.array_split(np.arange(count),
                                                             len(config.few_steps)), strict=True):
-        grid = schedulers.from_config(few_step_scheduler(pipeline.scheduler_config), steps)
+        grid = few_step.grid(pipeline.scheduler_config, steps)
         sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
-        drawn.append(draw(sampler, params, ids[rows], noise[rows], keys[rows], _DRAWN_AT_ONCE))
-    console.print(f"drew {len(ids)} images in few steps")
+        drawn.append(draw(sampler, params, take(tokens, rows), noise[rows], keys[rows],
+                          _DRAWN_AT_ONCE))
+    console.print(f"drew {count} images in few steps")
     return np.concatenate(drawn), scenes
 
 

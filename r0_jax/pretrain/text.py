@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from r0_jax import convert
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from r0_jax.network import Network, init
-from r0_jax.pipelines.stable_diffusion import load_tokenizer, tokenize
+from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import write_json
 from r0_jax.shapes.captions import captions_for

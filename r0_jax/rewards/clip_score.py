@@ -18,7 +18,7 @@ from r0_jax import convert
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params
-from r0_jax.pipelines.stable_diffusion import load_tokenizer, tokenize
+from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.rewards import preprocess
 from r0_jax.rewards.reward import Reward
 

@@ -1,0 +1,43 @@
+"""R0 on Stable Diffusion 3 medium, 1024 px: adapters that turn 28 guided steps into 4 plain ones.
+
+Command:   python -m r0_jax.main --config=configs/sd3_r0.py --workdir=runs/sd3 \\
+             --config.pretrained=/path/to/stable-diffusion-3-medium-diffusers \\
+             --config.data.prompts=prompts.txt
+Variants:  sd3_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+           python -m r0_jax.main --config=configs/sd3_r0.py:dryrun --workdir=runs/dry
+Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log in on the Hub and
+           accept its licence first. text_encoder_3 and tokenizer_3 (T5, 9.5 GB) may be left out:
+           its share of the prompt is then zeros, as in stock diffusers. And the reward models of
+           sd15_r0.py.
+Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
+           must be a multiple of devices x accumulation.
+Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
+           CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.9 GB: 11 or 20 GB. Adapters of
+           rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
+           Activations of 2 images: about 9 GB an image, most of it the VAE's decoder at 1024 px.
+           :full adds 2.03 G parameters x 20 bytes (the gradient too) = 41 GB: shard it with
+           --config.mesh.data=1 --config.mesh.fsdp=-1.
+Hours:     not measured. Per image and step, forward passes: transformer 4 x 8.9, decoder 10.5
+           TFLOP; backward about twice that, and the transformer once more as it is
+           rematerialized.
+Numbers:   none measured here yet. The paper (28 guided steps -> 4 plain ones): HPS v2.1
+           31.37 -> 34.04, aesthetic 5.84 -> 6.27, CLIP score 34.13 -> 33.89, ImageReward
+           1.07 -> 1.13. Weights of regularizers are those found on the embedded world
+           (shapes_r0.py) and in sibling code, not searched at this size.
+Grid:      sigmas 1, .75, .5, .25 before the folder's shift of 3, i.e. 1, .9, .75, .5.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, sd15_r0
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    config = sd15_r0.get_config()
+    config.family = "StableDiffusion3Pipeline"
+    config.accumulation = 16
+    # All projections of the joint attention, of image and text.
+    config.lora.targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    config.test.base_steps, config.test.guidance_scale = 28, 7.0
+    config.test.batch_size = 4
+    return common.apply_variants(config, variants, "StableDiffusion3Pipeline")

@@ -1,0 +1,36 @@
+"""R0 on SDXL base 1.0, 1024 px: adapters that turn 25 guided steps into 4 plain ones.
+
+Command:   python -m r0_jax.main --config=configs/sdxl_r0.py --workdir=runs/sdxl \\
+             --config.pretrained=/path/to/stable-diffusion-xl-base-1.0 \\
+             --config.data.prompts=prompts.txt
+Variants:  sdxl_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+           python -m r0_jax.main --config=configs/sdxl_r0.py:dryrun --workdir=runs/dry
+Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 files will do), and
+           the reward models of sd15_r0.py.
+Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
+           must be a multiple of devices x accumulation.
+Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
+           encoders 1.6 GB, reward models 4.9 GB: 12 GB. Adapters of rank 32: 46 M parameters x
+           16 bytes (float32: parameter, EMA, two moments): 0.7 GB. Activations of 2 images: about
+           9 GB an image, most of it the VAE's decoder at 1024 px, four times that at 512 px.
+           :full adds 2.57 G parameters x 20 bytes (the gradient too) = 51 GB: shard it with
+           --config.mesh.data=1 --config.mesh.fsdp=-1.
+Hours:     not measured. Per image and step, forward passes: UNet 4 x 6.8, decoder 10.5 TFLOP;
+           backward about twice that, and the UNet once more as it is rematerialized.
+Numbers:   none measured here yet, and the paper has none of SDXL. Weights of regularizers are
+           those found on the embedded world (shapes_r0.py) and in sibling code, not searched at
+           this size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, sd15_r0
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    config = sd15_r0.get_config()
+    config.family = "StableDiffusionXLPipeline"
+    config.accumulation = 16
+    config.test.guidance_scale = 5.0
+    config.test.batch_size = 4
+    return common.apply_variants(config, variants, "StableDiffusionXLPipeline")

@@ -1,0 +1,103 @@
+"""The grid that a K-step generator is trained on, and how a stock sampler comes to visit it.
+
+    variance preserving: trailing timesteps, e.g. 999, 749, 499, 249, the last step ending at 0
+    flow matching:       sigmas 1, .75, .5, .25, 0 before the shift of the folder's own scheduler
+
+Which of both is said by the class of the folder's scheduler.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from r0_jax import schedulers
+from r0_jax.errors import InputError
+from r0_jax.schedulers import Scheduler
+
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_VARIANCE_PRESERVING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
+                        "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+
+
+def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
+    """The deterministic sampler of `num_steps` network calls, from a pretrained folder's
+    scheduler_config.json."""
+    if config.get("_class_name") == _FLOW:
+        return _flow(config, num_steps)
+    return schedulers.from_config(scheduler_config(config, num_steps), num_steps)
+
+
+def noise_levels(config: Mapping[str, Any]) -> Scheduler:
+    """Every noise level that the folder's network was trained on, noisiest first, as a sampler."""
+    count = config.get("num_train_timesteps", 1000)
+    if config.get("_class_name") == _FLOW:
+        return _flow(config, count)
+    return schedulers.from_config(scheduler_config(config, count), count)
+
+
+def scheduler_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """The scheduler_config.json to export: `num_inference_steps=num_steps` of a stock pipeline
+    visits `grid`. InputError names what of the folder's own is not supported."""
+    if config.get("_class_name") == _FLOW:
+        return _flow_config(config, num_steps)
+    schedulers.alphas_cumprod(config)  # names what is not supported
+    return {"_class_name": "DDIMScheduler",
+            **{k: config[k] for k in _VARIANCE_PRESERVING if k in config},
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
+            "thresholding": False, "timestep_spacing": "trailing"}
+
+
+def sigmas(num_steps: int) -> list[float]:
+    """1, ..., 1 / num_steps: the grid of flow matching before the shift."""
+    return [1 - i / num_steps for i in range(num_steps)]
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """True where the network was trained by flow matching."""
+    return config.get("_class_name") == _FLOW
+
+
+def shift(config: Mapping[str, Any]) -> float:
+    """The shift that the network of a flow-matching folder was trained with.
+
+    The folder may be an export of ours, whose scheduler has another shift and a terminal: both
+    come from the true one by `_flow_config`, which is solved for it here.
+    """
+    found, last = config.get("shift", 1.0), config.get("shift_terminal")
+    if not last:
+        return float(found)
+    least = 1 / config.get("num_train_timesteps", 1000)
+    least = found * least / (1 + (found - 1) * least)
+    share, a = (found - 1) * (1 - least) / found, (1 - last) / last
+    return (share + a) / (a * (1 - share))
+
+
+def _flow(config: Mapping[str, Any], num_steps: int) -> Scheduler:
+    plain = {**config, "shift": shift(config), "shift_terminal": None}
+    if plain.get("stochastic_sampling"):
+        raise InputError(f"{_FLOW} with stochastic_sampling=true is not supported in training: "
+                         "set it to false")
+    return schedulers.from_config(plain, num_steps, sigmas(num_steps))
+
+
+def _flow_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """Left alone, diffusers spaces its sigmas evenly from 1 to the least one that it knows, shifts
+    them and, with a shift_terminal, stretches them to end there. With t = k / K and the true
+    shift S, the trained grid is
+
+        1 - sigma_k = t / (S - (S - 1) t),      k = 0, ..., K - 1
+
+    which another shift s and the right end make of even spacing too. For both to be proportional,
+    (s - 1) (1 - least(s)) / s = (S - 1) (K - 1) / (S K): a quadratic equation in s.
+    """
+    _flow(config, num_steps)  # names what is not supported
+    true = shift(config)
+    kept = {"_class_name": _FLOW, "num_train_timesteps": config.get("num_train_timesteps", 1000)}
+    if num_steps == 1:
+        return kept | {"shift": true}
+    rest = kept["num_train_timesteps"] - 1
+    share = (true - 1) * (num_steps - 1) / (true * num_steps)
+    b = (1 - share) * rest
+    # The smaller root, written so that it is exact where share is 0.
+    found = 2 * rest / (b + math.sqrt(b**2 - 4 * share * rest))
+    return kept | {"shift": found, "shift_terminal": true / (num_steps + true - 1)}

@@ -1,0 +1,192 @@
+"""A diffusers folder, opened: its index, configs, tokenizers and scheduler are read and checked
+before gigabytes of weights are."""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from r0_jax import convert
+from r0_jax.errors import InputError
+from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.models.bert import BertConfig, BertModel
+from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from r0_jax.models.config import read_json
+from r0_jax.models.t5 import T5Config, T5EncoderModel
+from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from r0_jax.network import Network, Params
+from r0_jax.pipelines import tokenizers
+
+# Class of diffusers -> what people call the family.
+FAMILIES = {
+    "StableDiffusionPipeline": "Stable Diffusion 1.x",
+    "StableDiffusionXLPipeline": "SDXL",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+}
+Build = Callable[[dict[str, Any], nnx.Rngs], nnx.Module]
+
+
+def _network(config: type, module: type) -> Build:
+    return lambda fields, rngs: module(config.from_json(fields), rngs=rngs)
+
+
+# Class in model_index.json -> (how to build the network from its config.json, stem of the weights).
+NETWORKS: dict[str, tuple[Build, str]] = {
+    "UNet2DConditionModel": (_network(UNet2DConditionConfig, UNet2DConditionModel),
+                             "diffusion_pytorch_model"),
+    "SD3Transformer2DModel": (_network(SD3Transformer2DConfig, SD3Transformer2DModel),
+                              "diffusion_pytorch_model"),
+    "AutoencoderKL": (_network(AutoencoderKLConfig, AutoencoderKL), "diffusion_pytorch_model"),
+    "CLIPTextModel": (_network(CLIPTextConfig, CLIPTextModel), "model"),
+    "CLIPTextModelWithProjection": (_network(CLIPTextConfig, CLIPTextModelWithProjection),
+                                    "model"),
+    "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
+    "BertModel": (_network(BertConfig, BertModel), "model"),
+}
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
+T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder:
+    """All of a folder but its weights, of which `files` are known to be there.
+
+    Attributes:
+      index: model_index.json.
+      fields: the config.json of each network.
+      scheduler_config: with the class of the index, which is the one that stock pipelines build,
+        whatever the scheduler's own file says.
+    """
+
+    path: Path
+    index: dict[str, Any]
+    fields: dict[str, dict[str, Any]]
+    files: dict[str, list[Path]]
+    networks: dict[str, Network]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    scheduler_config: dict[str, Any]
+
+    def load(self, dtype: str) -> dict[str, Params]:
+        """The parameters of every network, on the host; InputError names a key that is wrong."""
+        return {part: convert.load(self.files[part], network, dtype)
+                for part, network in self.networks.items()}
+
+    def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:
+        """InputError unless the parts are made for each other: (left, a, right, b) with a == b."""
+        for left, a, right, b in rows:
+            if a != b:
+                raise InputError(f"{self.path}: the {left} is {a}, but the {right} is {b}: these "
+                                 "parts belong to different models")
+
+    def check_conditions(self, part: str, names: Iterable[str], told: str) -> None:
+        """InputError where the network wants to be told what this family does not tell."""
+        for field in names:
+            if (value := getattr(self.networks[part].config, field)) is not None:
+                raise InputError(f"{self.path}/{part}/config.json: {field} = {json.dumps(value)} "
+                                 f"is not supported here: {told}")
+
+    def check_vocabulary(self) -> None:
+        """InputError unless every text encoder knows all tokens of its tokenizer."""
+        for name, tokenizer in self.tokenizers.items():
+            part = name.replace("tokenizer", "text_encoder")
+            known, highest = self.networks[part].config.vocab_size, max(
+                tokenizer.get_vocab().values())
+            if highest >= known:
+                raise InputError(f"{self.path}: the {name} has ids up to {highest}, the {part} "
+                                 f"knows {known} tokens: they belong to different models")
+
+
+def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
+                optional: tuple[str, ...] = ()) -> Folder:
+    """Reads all but the weights of a folder.
+
+    Args:
+      family: the class of diffusers that model_index.json must name.
+      parts: networks and tokenizers with the classes that each may have.
+      optional: of the networks, those that may be left out, and their tokenizers with them; a
+        warning says so where the index has them.
+    Raises:
+      InputError: a part is missing, half downloaded or of another family; the message says which.
+    """
+    index = read_index(path)
+    if index["_class_name"] != family:
+        raise InputError(f"{path} is {describe(index['_class_name'])}, not {describe(family)}")
+    kinds = {}
+    for part, allowed in parts.items():
+        entry = index.get(part)
+        found = entry[-1] if isinstance(entry, list) and entry else entry
+        if part in optional and (found is None or not (path / part).is_dir()):
+            if found is not None:
+                warnings.warn(f"{path / part} is not there: going on without it", stacklevel=3)
+            continue
+        if part.replace("tokenizer", "text_encoder") not in {*kinds, part}:
+            continue  # the tokenizer of an encoder left out
+        if found not in allowed:
+            raise InputError(f"{path}/model_index.json: {part} is a {found}, not a "
+                             f"{' or '.join(allowed[:2])}")
+        kinds[part] = found
+    scheduler_config = read_json(path / "scheduler" / "scheduler_config.json") | {
+        "_class_name": _scheduler_class(path, index)}
+    tokenizers_ = {part: tokenizers.load_tokenizer(path / part, kind)
+                   for part, kind in kinds.items() if kind in tokenizers.KINDS}
+    kinds = {part: kind for part, kind in kinds.items() if kind in NETWORKS}
+    fields = {part: _read_fields(path / part / "config.json") for part in kinds}
+    files = {part: convert.find_files(path / part, NETWORKS[kind][1])
+             for part, kind in kinds.items()}
+    networks = {part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
+                for part, kind in kinds.items()}
+    return Folder(path, index, fields, files, networks, tokenizers_, scheduler_config)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The folder's model_index.json; InputError unless it is that of a supported family."""
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: give the diffusers folder of a pretrained "
+                         "pipeline (the one that holds model_index.json)")
+    index = read_json(path / "model_index.json")
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise InputError(f"{path} holds a {name}, which is not supported; supported: "
+                         f"{', '.join(FAMILIES)}")
+    return index
+
+
+def describe(family: str) -> str:
+    """A family for people: "SDXL (StableDiffusionXLPipeline)"."""
+    return f"{FAMILIES[family]} ({family})"
+
+
+def _scheduler_class(path: Path, index: dict[str, Any]) -> str:
+    entry = index.get("scheduler")
+    if not (isinstance(entry, list) and entry and isinstance(entry[-1], str)):
+        raise InputError(f"{path}/model_index.json: scheduler is {json.dumps(entry)}: the "
+                         'class is expected, as in ["diffusers", "DDIMScheduler"]')
+    return entry[-1]
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    fields = read_json(path)
+    mended = mend_sample_size(fields)
+    if mended != fields:
+        warnings.warn(f"{path} is of an old diffusers and says sample_size "
+                      f"{fields['sample_size']}: 64 is used, as diffusers does", stacklevel=4)
+    return mended
+
+
+def mend_sample_size(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a UNet's config.json, with the one that stock pipelines overrule in files of
+    diffusers before 0.9: their sample_size was not that of the training."""
+    version = re.match(r"(\d+)\.(\d+)", str(fields.get("_diffusers_version")))
+    size = fields.get("sample_size")
+    if (fields.get("_class_name") == "UNet2DConditionModel" and version
+            and (int(version[1]), int(version[2])) < (0, 9) and type(size) is int and size < 64):
+        return fields | {"sample_size": 64}
+    return fields

@@ -1,0 +1,123 @@
+"""The one protocol of all model families: tokens -> conditioning -> denoised latents -> images.
+
+`Pipeline` is all that the rest of the program knows of a family. What differs is what a network is
+told of a prompt (`tokenize`, `encode_prompt`, `encode_negative`); the rest is the same for all.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+from transformers import PreTrainedTokenizerBase
+
+from r0_jax.errors import InputError
+from r0_jax.network import Network, Params
+
+# [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch.
+Tokens = dict[str, jax.Array | np.ndarray]
+# What the network is told of the prompts, by the names of its arguments; leading axis batch.
+Conditioning = dict[str, jax.Array]
+
+
+def take(tokens: Tokens, rows: Shaped[np.ndarray, "..."] | slice) -> Tokens:
+    """The tokens of some of the prompts."""
+    return {name: ids[rows] for name, ids in tokens.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline(abc.ABC):
+    """A loaded folder. Methods take the parameters they use, so that a jitted step can own them.
+
+    Attributes:
+      networks, params: of each part ("unet" or "transformer", "vae", "text_encoder", ...); params
+        are on the host.
+      tokenizers: by their folder: "tokenizer", "tokenizer_2", "tokenizer_3".
+      scheduler_config: of diffusers, as the stock pipeline reads it.
+    """
+
+    folder: Path
+    networks: dict[str, Network]
+    params: dict[str, Params]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    scheduler_config: dict[str, Any]
+
+    generator_part: ClassVar[str] = "unet"  # the part that R0 trains
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters in its file that are never trained
+
+    @abc.abstractmethod
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Token ids [N, T] int32 for each tokenizer, padded and cut as the stock pipeline does;
+        warns with the share of prompts cut off."""
+
+    @abc.abstractmethod
+    def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
+        """What the prompts are to the network. `tokens` may hold other columns of a batch too."""
+
+    def encode_negative(self, params: dict[str, Params], empty: Tokens,
+                        conditioning: Conditioning) -> Conditioning:
+        """What guidance leads away from, in the shapes of `conditioning`; `empty` are the tokens
+        of the empty prompt, [1, T]."""
+        return jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape),
+                            self.encode_prompt(params, empty), conditioning)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[h, w, c] of one sample's latents at the resolution that the folder was trained for."""
+        config = self.networks[self.generator_part].config
+        size = config.sample_size
+        if size is None:
+            raise InputError(f"{self.folder}/{self.generator_part}/config.json has no sample_size: "
+                             "add the latents' height, e.g. 64 for 512 px")
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return (height, width, config.in_channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, 3] of one sample's image."""
+        height, width, _ = self.latent_shape
+        factor = 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
+        return (height * factor, width * factor, 3)
+
+    def denoise(self, generator: Params, latents: Float[Array, "b h w c"],
+                timesteps: Float[Array, " b"], conditioning: Conditioning
+                ) -> Float[Array, "b h w c"]:
+        """One network call, computed in the dtype of the parameters, returned in float32."""
+        return self._call("__call__", generator, latents, timesteps, conditioning)
+
+    def features(self, generator: Params, latents: Float[Array, "b h w c"],
+                 timesteps: Float[Array, " b"], conditioning: Conditioning
+                 ) -> Float[Array, "b hm wm cm"]:
+        """The network's features half-way through, in float32."""
+        return self._call("mid_features", generator, latents, timesteps, conditioning)
+
+    def _call(self, method, generator, latents, timesteps, conditioning):
+        dtype = next(iter(generator.values())).dtype
+        told = {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+                for name, x in conditioning.items()}
+        output = self.networks[self.generator_part].apply(
+            generator, method, latents.astype(dtype), timesteps, **told)
+        return output.astype(jnp.float32)
+
+    def decode(self, vae: Params, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Images in [0, 1], clipped as the stock pipeline's postprocessing does; float32."""
+        return jnp.clip(self.decode_unclipped(vae, latents), 0.0, 1.0)
+
+    def decode_unclipped(self, vae: Params, latents: Float[Array, "b h w c"]
+                         ) -> Float[Array, "b h2 w2 3"]:
+        """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
+        latents = latents / self.networks["vae"].config.scaling_factor + self.shift
+        images = self.networks["vae"].apply(vae, "decode",
+                                            latents.astype(vae["decoder.conv_in.kernel"].dtype))
+        return images.astype(jnp.float32) / 2 + 0.5
+
+    @property
+    def shift(self) -> float:
+        """Added to the unscaled latents. Where a VAE's config has a shift_factor, the stock
+        pipelines of some families ignore it."""
+        return 0.0

@@ -1,0 +1,66 @@
+"""The tokenizers of diffusers folders: CLIP's, BERT's and T5's, read with their files checked."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
+
+from r0_jax.errors import InputError
+
+# Class in model_index.json -> (how prose calls it, class here, files that it can be read from).
+_KINDS = {
+    "CLIPTokenizer": ("CLIP", CLIPTokenizer, ("vocab.json", "merges.txt")),
+    "BertTokenizer": ("BERT", BertTokenizer, ("vocab.txt",)),
+    "T5Tokenizer": ("T5", T5TokenizerFast, ("tokenizer.json",)),
+}
+KINDS = tuple(f"{kind}{fast}" for kind in _KINDS for fast in ("", "Fast"))
+
+
+def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; InputError if its files are missing or broken."""
+    name, cls, needed = _KINDS[kind.removesuffix("Fast")]
+    if not (folder / "tokenizer.json").is_file():
+        for file in needed:
+            if not (folder / file).is_file():
+                raise InputError(f"{folder / file} is missing: is the folder complete?")
+    try:
+        tokenizer = cls.from_pretrained(folder)
+        tokenizer(["a"])  # where the vocabulary is empty, only this fails
+        lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
+    except Exception as e:  # tokenizers raises bare Exception on malformed files
+        raise InputError(f"{folder} does not hold a readable {name} tokenizer ({e})") from None
+    length = tokenizer.model_max_length
+    if not isinstance(length, int) or length < 2:  # both ends of a prompt
+        raise InputError(f"{folder}/tokenizer_config.json: model_max_length = {length!r} is no "
+                         "number of tokens")
+    if lost > 0.01 * count:
+        file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "merges.txt"
+        raise InputError(f"{folder / file} is incomplete: its merges never make {lost} of {count} "
+                         "tokens: download it again")
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+             ) -> Int[np.ndarray, "b t"]:
+    """Ids [B, length] int32; the end-of-text token is kept when a prompt is cut off."""
+    whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    cut = sum(len(ids) > length for ids in whole)
+    if cut:
+        warnings.warn(f"{cut} of {len(whole)} prompts ({cut / len(whole):.0%}) are longer than "
+                      f"{length} tokens and are cut off there", stacklevel=3)
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True,
+                    verbose=False).input_ids
+    return np.asarray(ids, np.int32)
+
+
+def _unreachable(tokenizer: CLIPTokenizer) -> tuple[int, int]:
+    """How many tokens of several letters no merge makes, and of how many. A merges.txt cut short
+    at the end of a line is read without complaint, and then prompts fall into other tokens."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {"".join(merge) for merge in model["merges"]} | set(tokenizer.all_special_tokens)
+    longer = [token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1]
+    return sum(token not in made for token in longer), len(longer)

@@ -1,0 +1,135 @@
+"""Exports of SDXL, SD3 and Taiyi runs: stock diffusers draws what we draw."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from test_export import CLOSE, RANK, card, difference, images_of, ours, silent, write_run
+
+from r0_jax import export, miniature, sample
+from r0_jax.run import open_run
+
+# Importing them says that torchvision is not there.
+STOCK = {kind.__name__: kind for kind in (
+    diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline,
+    diffusers.StableDiffusion3Pipeline)}
+T5 = ("text_encoder_3", "tokenizer_3")
+FAMILIES = {  # name -> (miniature, targets, parts left out)
+    "sdxl": ("StableDiffusionXLPipeline", r".*\.attn[12]\.to_(q|v|out\.0)|add_embedding\.linear_1",
+             ()),
+    "sd3": ("StableDiffusion3Pipeline",
+            r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|pos_embed\.proj", ()),
+    "sd3_without_t5": ("StableDiffusion3Pipeline", r".*\.attn\.to_q", T5),
+    "taiyi": ("Taiyi", r".*\.attn[12]\.to_(q|v|out\.0)", ()),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Of every family a folder, a run of adapters and one of all weights, and their exports."""
+    root = tmp_path_factory.mktemp("families")
+    for name, (family, targets, absent) in FAMILIES.items():
+        here = root / name
+        miniature.write(here / "base", family, **dict.fromkeys(absent))
+        write_run(here / "lora", here / "base", RANK, {10: 0.5}, targets)
+        export.export(here / "lora", here / "peft", "peft", base_model=str(here / "base"))
+        if name != "taiyi":  # a UNet as SDXL's
+            write_run(here / "full", here / "base", 0, {10: None}, targets)
+            export.export(here / "full", here / "diffusers", "diffusers")
+    return root
+
+
+def stock(folder, absent=()):
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    pipeline = STOCK[index["_class_name"]].from_pretrained(folder, **dict.fromkeys(absent))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise_of(source):
+    return np.random.default_rng(0).standard_normal((3, *source.pipeline.latent_shape), np.float32)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3_without_t5"])
+def test_a_whole_folder_draws_what_the_run_draws(world, name):
+    folder, absent = world / name, FAMILIES[name][2]
+    source = sample.from_run(folder / "full")
+    noise = noise_of(source)
+    with silent():
+        pipeline = stock(folder / "diffusers", absent)
+        theirs = images_of(pipeline, noise=noise)
+    assert theirs.std() > 0.05 and np.mean((theirs == 0) | (theirs == 1)) < 0.7
+    assert difference(theirs, ours(source, noise)) < CLOSE
+    base = stock(folder / "base", absent)
+    base.scheduler = pipeline.scheduler
+    assert difference(theirs, images_of(base, noise=noise)) > 20 * CLOSE  # what was trained
+    if name == "sd3":  # nobody trains sines and cosines
+        weights, before = (load_file(folder / at / "transformer" /
+                                     "diffusion_pytorch_model.safetensors")
+                           for at in ("diffusers", "base"))
+        key = "pos_embed.pos_embed"
+        np.testing.assert_array_equal(weights[key], before[key])
+        assert key not in open_run(folder / "full").params(10)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])
+def test_adapters_at_scale_one(world, name):
+    folder = world / name
+    source = sample.from_run(folder / "lora")
+    noise = noise_of(source)
+    with silent():
+        pipeline = stock(folder / "base")
+        scheduler = json.loads((folder / "peft" / "scheduler_config.json").read_text("utf-8"))
+        kind = getattr(diffusers, scheduler["_class_name"])
+        pipeline.scheduler = kind.from_pretrained(folder / "peft")
+        before = images_of(pipeline, noise=noise)
+        pipeline.load_lora_weights(folder / "peft")
+        adapted = images_of(pipeline, noise=noise)
+    assert difference(adapted, ours(source, noise)) < CLOSE
+    assert difference(adapted, before) > 20 * CLOSE
+
+    # Every tensor of the file is where it belongs, and nowhere is there another.
+    part = source.pipeline.generator_part
+    tensors = load_file(folder / "peft" / export.LORA_FILE)
+    state = getattr(pipeline, part).state_dict()
+    assert len(tensors) == sum("lora" in key for key in state) >= 12
+    for key, value in tensors.items():
+        module, factor, _ = key.removeprefix(f"{part}.").rsplit(".", 2)
+        np.testing.assert_array_equal(state[f"{module}.{factor}.default_0.weight"], value)
+    with safe_open(folder / "peft" / export.LORA_FILE, "numpy") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert adapter[f"{part}.r"] == RANK
+
+
+@pytest.mark.parametrize("name, form", [("sd3_without_t5", "peft"), ("sd3_without_t5", "diffusers"),
+                                        ("sdxl", "peft")])
+def test_the_snippet_of_the_card_runs(world, name, form, monkeypatch, tmp_path):
+    folder = shutil.copytree(world / name / form, tmp_path / form)
+    _, snippet, text = card(folder)
+    assert ("text_encoder_3=None, tokenizer_3=None" in snippet) == (name != "sdxl")
+    assert ("`sigmas=[1, 0.75, 0.5, 0.25]`" in text) == ("(shift 3)" in text) == (name != "sdxl")
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (folder / "image.png").exists()
+
+
+def test_an_export_without_t5_says_so(world, tmp_path):
+    """Also where the index names a T5 that was never downloaded."""
+    for source in ("index", "folder"):
+        base = tmp_path / source
+        if source == "index":
+            shutil.copytree(world / "sd3_without_t5" / "base", base)
+        else:
+            shutil.copytree(world / "sd3" / "base", base)
+            shutil.rmtree(base / "text_encoder_3")
+        with pytest.warns(UserWarning, match="going on without it") if source == "folder" else (
+                silent()):
+            export.export(world / "sd3_without_t5" / "lora", tmp_path / f"{source}_out",
+                          "diffusers", pretrained=str(base))
+        index = json.loads((tmp_path / f"{source}_out" / "model_index.json").read_text("utf-8"))
+        assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
+        assert not (tmp_path / f"{source}_out" / "tokenizer_3").exists()

@@ -1,0 +1,101 @@
+"""The recipes of real models, run from end to end on their miniatures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_export import commands
+
+from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
+from r0_jax import lora
+from r0_jax.errors import InputError
+from r0_jax.models.config import read_json
+from r0_jax.network import Network
+from r0_jax.pipelines import families
+from r0_jax.pipelines.folder import NETWORKS
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "taiyi": taiyi_r0}
+# Programs that run a few times are not worth optimizing.
+FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Miniatures and compiled programs are kept here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+def run_main(*arguments):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
+    return subprocess.run([sys.executable, "-m", "r0_jax.main", *map(str, arguments)], cwd=ROOT,
+                          env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("name, variants", [
+    ("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun,r0plus"), ("taiyi", "dryrun")])
+def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, variants):
+    workdir = tmp_path / "run"
+    flags = [f"--config=configs/{name}_r0.py:{variants}", f"--workdir={workdir}"]
+    started = run_main(*flags, "--config.steps=2", "--config.test.prompts=")
+    assert started.returncode == 0, started.stderr
+    ended = run_main(*flags)
+    assert ended.returncode == 0, ended.stderr
+    assert "report: " in ended.stdout
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "heldout/heldout_clip" in line] == [0, 2, 4]
+    assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
+    table = json.loads((workdir / "eval.json").read_text())["models"]
+    assert len(table) == 3 and "r0_4" in table
+
+    config = json.loads((workdir / "config.json").read_text())
+    assert str(cache) in config["data"]["prompts"]
+    forms = ["diffusers"] + ["peft"] * ("full" not in variants)
+    for status, _, stderr in commands("r0_jax.export", [
+            ["--workdir", workdir, "--out", tmp_path / form, f"--format={form}"]
+            for form in forms]):
+        assert (status, stderr) == (0, "")
+    assert families.load(tmp_path / "diffusers", family=config["family"])
+
+
+def test_without_weights_a_recipe_says_what_is_missing(tmp_path):
+    result = run_main("--config=configs/sd3_r0.py", f"--workdir={tmp_path / 'w'}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "pretrained is not set" in line and "accept its licence" in line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_variants_change_what_they_say_and_combine(name):
+    recipe = RECIPES[name]
+    plain, both = recipe.get_config(), recipe.get_config("r0plus,full")
+    assert (plain.objective.method, both.objective.method) == ("r0", "r0plus")
+    assert plain.lora.rank == 32 and both.lora.rank == 0
+    assert both.optimizer.learning_rate < plain.optimizer.learning_rate
+    dry = recipe.get_config("dryrun")
+    for kept in ("family", "lora", "regularizers", "optimizer", "sampler", "objective"):
+        assert dry[kept] == plain[kept], kept
+    with pytest.raises(InputError, match="variant 'r1' is unknown; known: r0plus, full, dryrun"):
+        recipe.get_config("r1")
+    assert set(plain) == set(common.get_config())
+
+
+@pytest.mark.parametrize("name, folder, count", [
+    ("sd15", "sd-v1-5-unet", 128), ("sdxl", "sdxl-base-1.0-unet", 560),
+    ("sd3", "sd3-medium-transformer", 191)])
+def test_adapters_are_on_the_layers_that_the_published_sets_name(name, folder, count):
+    """The attention of both UNets; of SD3 diffusers' DreamBooth set, whose last block lacks one."""
+    path = ROOT / "tests" / "data" / "configs" / f"{folder}.json"
+    fields = read_json(path)
+    build, _ = NETWORKS[fields["_class_name"]]
+    shapes = Network.abstract(lambda rngs: build(fields, rngs)).shapes
+    assert len(lora.targets(shapes, RECIPES[name].get_config().lora.targets)) == count
