@@ -6,17 +6,17 @@ another, and the weighted sum is pulled back once through decoder and generator:
     g = sum_i w_i grad_I r_i / (||grad_I r_i|| + delta)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 from ml_collections import ConfigDict
 
 from r0_jax import sampler
 from r0_jax.network import Params
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards.reward import Reward, value_and_gradient
 
 NORMALIZATIONS = ("per_sample", "none")
 _SMOOTHING = 300  # tag of the random draws
@@ -34,7 +34,7 @@ def reward_gradient(
     rewards: Sequence[Reward],
     params: dict[str, Params],
     images: Float[Array, "b h w 3"],
-    features: dict[str, Float[Array, "b d"]],
+    features: dict[str, Shaped[Array, "b d"]],
     keys: sampler.Keys,
     config: ConfigDict,
 ) -> RewardGradient:
@@ -61,14 +61,6 @@ def reward_gradient(
         total *= jnp.minimum(1.0, config.regularizers.gradient.clip / (norm + 1e-12))
     leaves = ((images > 1) & (total > 0)) | ((images < 0) & (total < 0))
     return RewardGradient(jnp.where(leaves, 0.0, total), scores, norms)
-
-
-def value_and_gradient(
-    score: Callable[[jax.Array], jax.Array], images: Float[Array, "b h w 3"]
-) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
-    """Each sample's score and its gradient; samples do not see each other, so one pass does."""
-    scores, pullback = jax.vjp(score, images)
-    return scores, pullback(jnp.ones_like(scores))[0]
 
 
 def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:

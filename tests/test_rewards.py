@@ -17,9 +17,8 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from configs.common import reward_entry
 from r0_jax import rewards
 from r0_jax.errors import InputError
-from r0_jax.reward_gradient import value_and_gradient
-from r0_jax.rewards import clip_score, plugin
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards import plugin, tower
+from r0_jax.rewards.reward import Reward, value_and_gradient
 
 PROMPTS = ["a red square", "a blue circle above a green star"]
 
@@ -114,7 +113,7 @@ def test_logit_scale_multiplies_the_cosine(folder, reward):
 
 def test_text_features_of_many_prompts(folder, reward):
     prompts = [f"{i} red {'squares' * (i % 3)}" for i in range(259)]  # not a multiple of a batch
-    assert len(prompts) % clip_score._TEXT_BATCH == 3
+    assert len(prompts) % tower._TEXT_BATCH == 3
     found = reward.text_features(reward.params, prompts)
     assert found.dtype == np.float32 and isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, torch_text(folder, prompts), atol=2e-6)
