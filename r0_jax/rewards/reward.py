@@ -49,6 +49,14 @@ class Reward:
         """Scores, and each image's gradient of its own score; jitted, compiled once a shape."""
         return self._value_and_grad(self.params, jnp.asarray(images), self._features(prompts))
 
+    def truncated_share(self, prompts: Sequence[str]) -> float | None:
+        """The share of prompts that lose their end, 0 to 1; None where none can."""
+        return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
+
+    def renamed(self, name: str) -> "Reward":
+        """The same reward under another name."""
+        return dataclasses.replace(self, name=name)
+
     def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
         if self.text_features is None:
             return None
