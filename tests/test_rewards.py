@@ -167,6 +167,28 @@ def test_aesthetic_equals_torch(folder, head):
     np.testing.assert_allclose(gradient, images.grad, atol=1e-4 * size)
 
 
+def test_truncation_and_the_grid_of_patches(folder, reward, head):
+    assert reward.truncated_share(["red", "red " * 40, "a star", ""]) == 0.25
+    assert reward.grid == 4
+    beauty = rewards.load("beauty", reward_entry("aesthetic", path=str(folder), head=str(head[1])))
+    assert beauty.truncated_share(["red " * 40]) is None and beauty.grid == 4
+
+
+def test_the_same_weights_under_another_name(folder, reward, tmp_path):
+    again = rewards.load("other", reward_entry("clip_score", path=str(folder)))
+    assert reward.same_weights(again)
+    other = rewards.load("clip_score", tiny.clip(tmp_path, seed=5))
+    assert not reward.same_weights(other)
+    assert not Reward("x", {}, None, None).same_weights(Reward("y", {}, None, None))
+
+
+def test_five_lines_of_python(folder):
+    clip = rewards.load("clip_score", folder)
+    scores, gradient = clip.value_and_grad(noise(20, 20), PROMPTS)
+    assert clip.name == "clip_score" and gradient.shape == (2, 20, 20, 3)
+    np.testing.assert_allclose(clip(noise(20, 20), PROMPTS), scores, rtol=1e-5)
+
+
 def test_unknown_type():
     with pytest.raises(InputError, match=r"rewards.x.type = 'clip' is unknown; known: clip_score"):
         rewards.load("x", reward_entry("clip"))

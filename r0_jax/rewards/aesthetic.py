@@ -19,7 +19,8 @@ HEAD = "aesthetic_head.safetensors"
 def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     """A reward from a CLIP folder (`path`) and the head's safetensors file: `head`, or else
     aesthetic_head.safetensors in the folder. Scores are about 1 to 10."""
-    clip, clip_params, _, prepare, inputs = tower.load(entry.path, dtype)
+    found = tower.load(entry.path, dtype)
+    clip, clip_params, _, prepare, inputs = found
     head = Network.abstract(lambda rngs: ScoreMLP(inputs, rngs=rngs))
     path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
     head_params = convert.load([path], head, "float32")
@@ -31,7 +32,8 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
         return head(split(params, "head/"), normalize(image))
 
     vision = {f"clip/{k}": v for k, v in clip_params.items()}
-    return Reward(name, vision | {f"head/{k}": v for k, v in head_params.items()}, score, None)
+    return Reward(name, vision | {f"head/{k}": v for k, v in head_params.items()}, score, None,
+                  grid=found.grid)
 
 
 def split(params: Params, prefix: str) -> Params:

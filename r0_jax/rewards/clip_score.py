@@ -48,4 +48,4 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
         return cosine
 
     return Reward(name, found.params, score, found.text_encoder(),
-                  lambda prompts: found.tokenize(prompts).truncated)
+                  lambda prompts: found.tokenize(prompts).truncated, found.grid)

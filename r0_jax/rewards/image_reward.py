@@ -41,7 +41,8 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
         return tokenize(prompts).ids
 
     return Reward(name, params, score, text_features,
-                  lambda prompts: tokenize(prompts).truncated)
+                  lambda prompts: tokenize(prompts).truncated,
+                  config.vision_config.image_size // config.vision_config.patch_size)
 
 
 def _config(folder: Path) -> dict:

@@ -30,6 +30,8 @@ class Reward:
         does not read the prompt (features is then None too).
       truncated: prompts -> bool [N], which of them are too long and lose their end; None where
         none can.
+      grid: patches a side of its vision transformer, 0 where it has none: a generator that hacks
+        it may repeat something so many times.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Reward:
     score: Callable[[Params, jax.Array, jax.Array | None], Float[Array, " b"]]
     text_features: Callable[[Params, Sequence[str]], Shaped[np.ndarray, "n d"]] | None
     truncated: Callable[[Sequence[str]], Bool[np.ndarray, " n"]] | None = None
+    grid: int = 0
 
     def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                  prompts: Sequence[str]) -> Float[Array, " b"]:
@@ -56,6 +59,11 @@ class Reward:
     def renamed(self, name: str) -> "Reward":
         """The same reward under another name."""
         return dataclasses.replace(self, name=name)
+
+    def same_weights(self, other: "Reward") -> bool:
+        """Whether both judge by the same numbers, whatever they are called."""
+        return bool(self.params) and self.params.keys() == other.params.keys() and all(
+            np.array_equal(value, other.params[name]) for name, value in self.params.items())
 
     def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
         if self.text_features is None:

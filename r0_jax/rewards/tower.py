@@ -45,6 +45,13 @@ class Tower(NamedTuple):
     prepare: Preprocess
     width: int
 
+    @property
+    def grid(self) -> int:
+        """Patches a side of the vision transformer."""
+        patch = next(value.shape[0] for name, value in self.params.items()
+                     if name.endswith(("patch_embedding.kernel", "visual.conv1.kernel")))
+        return self.prepare.size // patch
+
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
         """(params, prompts) -> normalized text features in float32, compiled once."""
         @jax.jit
