@@ -3,8 +3,9 @@
     python -m benchmarks.rewards --tower=ViT-H-14 --batch_size=8
     python -m benchmarks.rewards --tower=image_reward --layers=2
 
-The second cuts the tower short, for small machines. Both compute the same random weights on the same images, on the same device where torch has it;
-the table also says how far their numbers are apart. Needs the packages of requirements-dev.txt.
+The second cuts the tower short, for small machines. Both sides compute the same random weights on
+the same images, on the same device where torch has it; the table also says how far their numbers
+are apart. Needs the packages of requirements-dev.txt.
 """
 
 import statistics

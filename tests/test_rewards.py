@@ -179,7 +179,8 @@ def test_the_same_weights_under_another_name(folder, reward, tmp_path):
     assert reward.same_weights(again)
     other = rewards.load("clip_score", tiny.clip(tmp_path, seed=5))
     assert not reward.same_weights(other)
-    assert not Reward("x", {}, None, None).same_weights(Reward("y", {}, None, None))
+    without = Reward("x", {}, lambda params, images, features: mean(images), None)
+    assert not without.same_weights(without.renamed("y"))
 
 
 def test_five_lines_of_python(folder):
