@@ -38,6 +38,7 @@ test: install-dev
 # Writes down what the tests against PyTorch measure: docs/parity.md.
 parity: install-dev
 	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline*.py \
+	  tests/test_full_width.py -m "full_width or not full_width" \
 	  --parity-report=docs/parity.md
 
 lint: install-dev

@@ -63,6 +63,12 @@ def get_config() -> ConfigDict:
     config.objective.normalization = "per_sample"
     # Added to the norm that is divided by.
     config.objective.delta = 1e-8
+    # "project": what of a reward's gradient works against another reward's is taken out (PCGrad);
+    # "keep": they are added as they are.
+    config.objective.conflicts = "keep"
+    # Rewards' gradients are taken at images so far down their own slope (a norm, in units of
+    # pixels in [0, 1]); 0.01 is usual, 0 is off, and it costs a second gradient of each reward.
+    config.objective.sharpness = 0.0
 
     # What is maximized, {name: entry}; see `reward_entry` below for the fields of an entry.
     config.rewards = ConfigDict()
@@ -211,16 +217,18 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
 
 
 def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
-                 logit_scale: bool = False, function: str = "") -> ConfigDict:
+                 logit_scale: bool = False, function: str = "", cap: float = 1e9) -> ConfigDict:
     """One reward.
 
     Args:
-      type: "clip_score", "aesthetic" or "function".
+      type: "clip_score", "hps_v2", "hps_v2_1", "pickscore", "image_reward", "chinese_clip",
+        "aesthetic" or "function".
       weight: of its normalized gradient.
-      path: transformers folder of a CLIPModel (clip_score, aesthetic).
-      head: safetensors file of the MLP (aesthetic).
-      logit_scale: the score is exp(logit_scale) times the cosine, as PickScore has it.
+      path: folder of the weights, as published or as `r0_jax.convert_reward` makes it.
+      head: safetensors file of the MLP (aesthetic); "" looks for it in the folder.
+      logit_scale: a clip_score is exp(logit_scale) times the cosine.
       function: "module:function" of the user's own reward.
+      cap: an image that scores so much is not pushed further by this reward: relu(cap - score).
     """
     return ConfigDict({"type": type, "weight": weight, "path": path, "head": head,
-                       "logit_scale": logit_scale, "function": function})
+                       "logit_scale": logit_scale, "function": function, "cap": cap})

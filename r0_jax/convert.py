@@ -51,7 +51,8 @@ def from_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, (1, 0), (-2, -1)) if name.endswith("kernel") else value
 
 
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the file has where the parameter has `shape`."""
     return (shape[-1], shape[-2], *shape[:-2]) if name.endswith("kernel") else tuple(shape)
 
 
@@ -102,7 +103,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _reading(files: list[Path]) -> Iterator[dict]:
+def opened(files: list[Path]) -> Iterator[dict]:
     """Key -> open file, over all files of one network; tensors are read one by one on demand."""
     with contextlib.ExitStack() as stack:
         where = {}
@@ -125,29 +126,41 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
       InputError: a key is missing, unexpected or mis-shaped; the message names it and both shapes.
     """
     source = files[0].parent if len(files) > 1 else files[0]
-    params, used = {}, set()
-    with _reading(files) as where:
-        for name, struct_ in network.shapes.items():
-            expected = _file_shape(name, struct_.shape)
-            key = next((k for k in _possible_keys(name) if k in where), None)
-            if key is None:
-                raise InputError(f"{source}: the key {to_key(name)} is missing; "
-                                 f"expected shape {expected}")
-            used.add(key)
+    params = {}
+    with opened(files) as where:
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key, handle in where.items()}
+        for name, key in match(network, shapes, source).items():
             value = _tensor(where[key], key, source)
-            if value.shape == (*expected, 1, 1) and any(p in to_key(name) for p in _OLD_NAMES):
-                value = value[..., 0, 0]  # older still: attention by 1x1 convolutions
-            if value.shape != expected:
-                raise InputError(f"{source}: {key} has shape {value.shape}, but the config asks "
-                                 f"for {expected}")
+            value = value.reshape(file_shape(name, network.shapes[name].shape))
             params[name] = np.asarray(from_checkpoint(name, value), DTYPES[dtype], order="C")
-        unexpected = [k for k in where if k not in used and _TIED.get(k) not in used
-                      and k.split(".")[-1] not in _BUFFERS]
-    if unexpected:
-        shape = _shape_of(files, unexpected[0])
-        raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
-                         f"shape {shape}: the file belongs to another model")
     return params
+
+
+def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, str]:
+    """{parameter: key} of a file's keys and shapes, for every parameter of `network`.
+
+    Raises InputError as `load` does; `source` is what the message calls the file.
+    """
+    keys = {}
+    for name, struct in network.shapes.items():
+        expected = file_shape(name, struct.shape)
+        key = next((k for k in _possible_keys(name) if k in shapes), None)
+        if key is None:
+            raise InputError(f"{source}: the key {to_key(name)} is missing; "
+                             f"expected shape {expected}")
+        # Older still than those names: attention by 1x1 convolutions.
+        ones = (1, 1) if any(p in to_key(name) for p in _OLD_NAMES) else ()
+        if shapes[key] not in (expected, (*expected, *ones)):
+            raise InputError(f"{source}: {key} has shape {shapes[key]}, but the config asks "
+                             f"for {expected}")
+        keys[name] = key
+    used = set(keys.values())
+    unexpected = [k for k in shapes if k not in used and _TIED.get(k) not in used
+                  and k.split(".")[-1] not in _BUFFERS]
+    if unexpected:
+        raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
+                         f"shape {shapes[unexpected[0]]}: the file belongs to another model")
+    return keys
 
 
 def _possible_keys(name: str) -> Iterator[str]:
@@ -170,11 +183,6 @@ def _tensor(handle, key: str, source: Path) -> np.ndarray:
         raise InputError(f"{source}: {key} holds {value.dtype}, not floating-point numbers: "
                          "quantized weights are not supported")
     return value
-
-
-def _shape_of(files: list[Path], key: str) -> tuple[int, ...]:
-    with _reading(files) as where:
-        return tuple(where[key].get_slice(key).get_shape())
 
 
 def save(params: Params, path: Path, dtype: str = "float32",

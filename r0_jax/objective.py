@@ -74,6 +74,8 @@ class Objective:
         loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))
         metrics = {f"reward/{name}": jnp.mean(x) for name, x in gradient.scores.items()}
         metrics |= {f"norm/reward_grads/{name}": jnp.mean(x) for name, x in gradient.norms.items()}
+        metrics |= {f"cosine/reward_grads/{pair}": jnp.mean(x)
+                    for pair, x in gradient.cosines.items()}
 
         context = self._context(params, frozen, conditioning, trajectory, drawn)
         for name, penalty in PENALTIES.items():

@@ -1,6 +1,7 @@
 """Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def prepare(path: str, folder: Path, pipeline: Pipeline,
     """Makes the dataset in `folder`, unless it is there from before; returns its size."""
     if not data.is_prepared(folder):
         prompts = data.read_prompts(path)
+        for reward in rewards:
+            if share := reward.truncated_share(prompts):
+                warnings.warn(f"the reward {reward.name} does not read the end of {share:.0%} of "
+                              "the prompts: they are too long for it", stacklevel=2)
         columns = pipeline.tokenize(prompts) | features(prompts, rewards)
         # array_record takes no slash in a column's name.
         named = {name.replace("/", "__", 1): value for name, value in columns.items()}

@@ -4,37 +4,44 @@ Each reward's own gradient is normalized by its norm, sample by sample, so that 
 another, and the weighted sum is pulled back once through decoder and generator:
 
     g = sum_i w_i grad_I r_i / (||grad_I r_i|| + delta)
+
+What a config can change on the way, in this order: smoothing, a look from a worse image nearby
+(sharpness), a cap above which a reward falls silent, normalization, projection of conflicts.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 from ml_collections import ConfigDict
 
 from r0_jax import sampler
 from r0_jax.network import Params
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards.reward import Reward, value_and_gradient
 
 NORMALIZATIONS = ("per_sample", "none")
+CONFLICTS = ("keep", "project")
 _SMOOTHING = 300  # tag of the random draws
 
 
 class RewardGradient(NamedTuple):
-    """The weighted sum of gradients, and each reward's scores and gradient norms, all a sample."""
+    """The weighted sum of gradients, and each reward's scores and gradient norms, all a sample;
+    and the cosine between the gradients of each two rewards, as "first~second"."""
 
     images: Float[Array, "b h w 3"]
     scores: dict[str, Float[Array, " b"]]
     norms: dict[str, Float[Array, " b"]]
+    cosines: dict[str, Float[Array, " b"]]
 
 
 def reward_gradient(
     rewards: Sequence[Reward],
     params: dict[str, Params],
     images: Float[Array, "b h w 3"],
-    features: dict[str, Float[Array, "b d"]],
+    features: dict[str, Shaped[Array, "b d"]],
     keys: sampler.Keys,
     config: ConfigDict,
 ) -> RewardGradient:
@@ -44,31 +51,31 @@ def reward_gradient(
     leave it stuck, and ignoring the clip would push it on for ever.
     """
     clipped = jnp.clip(images, 0.0, 1.0)
-    total, scores, norms = jnp.zeros_like(images), {}, {}
+    options, scores, norms, gradients = config.objective, {}, {}, {}
     for reward in rewards:
         def score(images, reward=reward):
             return reward.score(params[reward.name], images, features.get(reward.name))
 
+        entry = config.rewards[reward.name]
         scores[reward.name], gradient = value_and_gradient(score, clipped)
         gradient = _smoothed(score, clipped, gradient, keys, config.regularizers.gradient)
-        norm = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3)))
-        norms[reward.name] = norm
-        if config.objective.normalization == "per_sample":
-            gradient = gradient / (norm + config.objective.delta)[:, None, None, None]
-        total += config.rewards[reward.name].weight * gradient
+        gradient = _sharpened(score, clipped, gradient, options.sharpness)
+        capped = scores[reward.name] >= entry.cap
+        gradient = jnp.where(capped[:, None, None, None], 0.0, gradient)
+        norms[reward.name] = norm = _norm(gradient)[:, 0, 0, 0]
+        if options.normalization == "per_sample":
+            gradient = gradient / (norm + options.delta)[:, None, None, None]
+        gradients[reward.name] = entry.weight * gradient
+    cosines = {f"{a}~{b}": _dot(gradients[a], gradients[b])[:, 0, 0, 0] / (
+        _norm(gradients[a]) * _norm(gradients[b]) + 1e-12)[:, 0, 0, 0]
+        for a, b in itertools.combinations(gradients, 2)}
+    if options.conflicts == "project":
+        gradients = _projected(gradients)
+    total = sum(gradients.values(), start=jnp.zeros_like(images))
     if config.regularizers.gradient.weight:
-        norm = jnp.sqrt(jnp.sum(total**2, axis=(1, 2, 3), keepdims=True))
-        total *= jnp.minimum(1.0, config.regularizers.gradient.clip / (norm + 1e-12))
+        total *= jnp.minimum(1.0, config.regularizers.gradient.clip / (_norm(total) + 1e-12))
     leaves = ((images > 1) & (total > 0)) | ((images < 0) & (total < 0))
-    return RewardGradient(jnp.where(leaves, 0.0, total), scores, norms)
-
-
-def value_and_gradient(
-    score: Callable[[jax.Array], jax.Array], images: Float[Array, "b h w 3"]
-) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
-    """Each sample's score and its gradient; samples do not see each other, so one pass does."""
-    scores, pullback = jax.vjp(score, images)
-    return scores, pullback(jnp.ones_like(scores))[0]
+    return RewardGradient(jnp.where(leaves, 0.0, total), scores, norms, cosines)
 
 
 def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
@@ -83,3 +90,33 @@ def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
         perturbed = jnp.clip(images + noise, 0.0, 1.0)  # all that a reward is promised
         smooth += value_and_gradient(score, perturbed)[1] / options.samples
     return (1 - options.weight) * gradient + options.weight * smooth
+
+
+def _sharpened(score, images, gradient, rho: float) -> jax.Array:
+    """The gradient `rho` down the slope, where the reward is lower: a peak too narrow to last
+    pulls less. Sharpness-aware reward, grad r(I - rho grad / ||grad||)."""
+    if rho == 0:
+        return gradient
+    worse = images - rho * gradient / (_norm(gradient) + 1e-12)
+    return value_and_gradient(score, jnp.clip(worse, 0.0, 1.0))[1]
+
+
+def _projected(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Each gradient without what works against another one (PCGrad, sample by sample, the others
+    in the order of the config)."""
+    found = {}
+    for name, gradient in gradients.items():
+        for other, against in gradients.items():
+            if other != name:
+                share = _dot(gradient, against) / (_dot(against, against) + 1e-12)
+                gradient -= jnp.minimum(share, 0.0) * against
+        found[name] = gradient
+    return found
+
+
+def _dot(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 1"]:
+    return jnp.sum(a * b, axis=(1, 2, 3), keepdims=True)
+
+
+def _norm(x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 1"]:
+    return jnp.sqrt(_dot(x, x))

@@ -27,8 +27,9 @@ from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.rewards.clip_score import load_tower, normalize
+from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
+from r0_jax.rewards.tower import normalize
 from r0_jax.shapes import world
 from r0_jax.validation import draw, fixed_noise, score
 
@@ -152,7 +153,7 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     if not config.test.features:
         return None
     entry = config.heldout_rewards[config.test.features]
-    network, params, _, prepare = load_tower(Path(entry.path), config.dtype)
+    network, params, _, prepare, _ = tower.load(entry.path, config.dtype)
     encode = jax.jit(lambda params, x, _: normalize(
         network.apply(params, "image_features", prepare(x).astype(config.dtype))))
     return lambda x: score(encode, params, x, None, config.test.batch_size)

@@ -6,6 +6,7 @@ Sections stand in the order in which things happen.
 import contextlib
 import difflib
 import functools
+import itertools
 import math
 import os
 import signal
@@ -42,6 +43,7 @@ from r0_jax.network import Params
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families
 from r0_jax.progress import TrainingProgress
+from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
 from r0_jax.train_state import TrainState
@@ -74,6 +76,10 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
         schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
+    for reward, other in itertools.product(trained_on, heldout):
+        if reward.same_weights(other):
+            warnings.warn(f"the held-out reward {other.name} has the weights of {reward.name}, "
+                          "which is trained on: it will not show reward hacking", stacklevel=2)
     generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
                           pipeline.fixed)
     objective = Objective(pipeline, generator, trained_on, config)
@@ -145,6 +151,7 @@ RANGES = {
     "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
     "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
+    "objective.sharpness": (0, math.inf),
     "regularizers.gradient.weight": (0, 1), "regularizers.gradient.samples": (1, math.inf),
     "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
     "regularizers.feature.least": (0, 1), "regularizers.feature.most": (0, 1),
@@ -166,9 +173,10 @@ def check_config(config: ConfigDict) -> None:
     if config.objective.method not in ("r0", "r0plus"):
         raise InputError(f"objective.method={config.objective.method!r} is unknown; "
                          "use 'r0' or 'r0plus'")
-    if config.objective.normalization not in ("per_sample", "none"):
-        raise InputError(f"objective.normalization={config.objective.normalization!r} is unknown; "
-                         "use 'per_sample' or 'none'")
+    for field, known in (("normalization", NORMALIZATIONS), ("conflicts", CONFLICTS)):
+        if config.objective[field] not in known:
+            raise InputError(f"objective.{field}={config.objective[field]!r} is unknown; "
+                             f"use {' or '.join(map(repr, known))}")
     r0 = config.objective.method == "r0"
     if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
         raise InputError(f"objective.grad_steps={config.objective.grad_steps} must be between 1 "

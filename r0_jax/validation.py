@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import data, few_step, images, prompt_dataset
+from r0_jax import data, few_step, hacking, images, prompt_dataset
 from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
+from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.rewards.reward import Reward
 
@@ -35,12 +36,16 @@ class Validation:
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
         self.scores = {r.name: jax.jit(r.score) for r in rewards}
+        self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
 
     def __call__(self, params: dict[str, jax.Array], step: int) -> dict[str, float]:
-        """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each."""
-        parts = {**self.frozen, self.part: self.weights(params, self.frozen["base"])}
-        drawn = draw(self.sampler, parts, self.tokens, self.noise, self.keys, _BATCH)
-        values = {}
+        """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
+        "hacking/<sign>", as a multiple of the base's."""
+        if self.base_signs is None:
+            self.base_signs = self._signs(self._draw(self.frozen["base"]))
+        drawn = self._draw(self.weights(params, self.frozen["base"]))
+        found = hacking.relative(self._signs(drawn), self.base_signs)
+        values = {f"hacking/{name}": value for name, value in found.items()}
         for reward in self.rewards:
             features = self.features.get(f"features/{reward.name}")
             scores = score(self.scores[reward.name], reward.params, drawn, features, _BATCH)
@@ -51,6 +56,13 @@ class Validation:
             images.save_png(self.folder / "samples" / f"step_{step:06d}.png", sheet,
                             {"step": str(step)})
         return values
+
+    def _draw(self, weights: Params) -> np.ndarray:
+        parts = {**self.frozen, self.part: weights}
+        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, _BATCH)
+
+    def _signs(self, drawn: np.ndarray) -> dict[str, float]:
+        return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
 
 
 def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, jax.Array]:

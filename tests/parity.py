@@ -79,11 +79,13 @@ def quieten(module: torch.nn.Module, *names: str) -> None:
             value.data *= 1e-3
 
 
-def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarray) -> None:
+def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarray,
+            output: float = OUTPUT, gradient: float = GRADIENT) -> None:
     """Asserts that all outputs agree, and their gradients with respect to each float input.
 
     `ours(params, *inputs)` takes and returns images as [B, H, W, C]; `theirs(*inputs)` as
     [B, C, H, W]. Both return an array or several. The gradient is of sum(output * random).
+    `output` and `gradient` are the tolerances.
     """
     theirs_in = [to_torch(x).requires_grad_(x.dtype == np.float32) for x in inputs]
     expected = _flat(theirs(*theirs_in))
@@ -106,11 +108,11 @@ def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarra
 
     outputs, gradients = run(params, inputs, weights)
     assert len(outputs) == len(expected)
-    for i, (output, other) in enumerate(zip(outputs, expected, strict=True)):
-        assert_close(output, to_jax(other), OUTPUT, f"output {i}")
-    for i, (gradient, x) in enumerate(
+    for i, (found, other) in enumerate(zip(outputs, expected, strict=True)):
+        assert_close(found, to_jax(other), output, f"output {i}")
+    for i, (found, x) in enumerate(
             zip(gradients, (x for x in theirs_in if x.requires_grad), strict=True)):
-        assert_close(gradient, to_jax(x.grad), GRADIENT, f"gradient {i}")
+        assert_close(found, to_jax(x.grad), gradient, f"gradient {i}")
 
 
 def assert_close(ours, theirs, tolerance: float, what: str = "") -> None:

@@ -49,6 +49,7 @@ def world(tmp_path_factory) -> Path:
     (folder / "recipe.py").write_text(RECIPE.format(folder=str(folder), steps=STEPS))
     result = start(folder, folder / "whole")
     assert result.returncode == 0, result.stderr
+    (folder / "stderr.txt").write_text(result.stderr, "utf-8")
     return folder
 
 
@@ -216,3 +217,16 @@ def test_neither_torch_nor_tensorflow_is_imported(world, tmp_path):
     result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=environment(),
                             capture_output=True, text=True, timeout=600)
     assert result.stdout.strip().endswith("set()"), result.stderr
+
+
+def test_signs_of_hacking_are_logged_and_an_overlap_is_told(world):
+    said = (world / "stderr.txt").read_text("utf-8")
+    assert "the held-out reward heldout has the weights of clip_score" in said
+    lines = (world / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()
+    signs = [{name: value for name, value in json.loads(line).items()
+              if name.startswith("hacking/")} for line in lines]
+    signs = [found for found in signs if found]
+    assert signs[0].keys() == {f"hacking/{name}" for name in (
+        "saturation", "contrast", "diversity", "grid_energy_4")}
+    assert signs[0] == pytest.approx(dict.fromkeys(signs[0], 1.0), abs=1e-4)  # it is the base
+    assert signs[-1] != signs[0]

@@ -111,3 +111,13 @@ def test_reads_published_files():
 def test_files_that_do_not_fit(fields, said):
     with pytest.raises(InputError, match=said):
         preprocess.from_json(fields, 224)
+
+
+def test_preprocessing_of_open_clip():
+    assert preprocess.from_open_clip({}, 16) == Preprocess(16, "crop")
+    fields = {"resize_mode": "longest", "interpolation": "bicubic", "mean": [0.5] * 3,
+              "std": [0.25] * 3, "size": [16, 16], "fill_color": 0}
+    assert preprocess.from_open_clip(fields, 16) == Preprocess(16, "pad", (0.5,) * 3, (0.25,) * 3)
+    for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random")]:
+        with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
+            preprocess.from_open_clip({name: value}, 16)

@@ -146,3 +146,58 @@ def test_clip_bounds_the_norm_of_each_sample_of_the_sum(normalization):
     cut = norms(run(**plain, regularizers__gradient__clip=bound))
     assert (free > bound).any()
     np.testing.assert_allclose(cut, np.minimum(free, bound), rtol=1e-5)
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+
+def toward(direction):
+    """A reward whose gradient is this constant everywhere."""
+    def score(params, images, features):
+        return jnp.sum(images * direction[None], axis=(1, 2, 3))
+    return score
+
+
+FIRST = jnp.zeros((4, 5, 3)).at[0, 0, 0].set(2.0)
+AGAINST = FIRST.at[0, 0, 0].set(-1.0).at[0, 0, 1].set(3.0)
+PAIR = [Reward("brightness", {}, toward(FIRST), None),
+        Reward("agreement", {}, toward(AGAINST), None)]
+PLAIN = {"objective__normalization": "none"}
+
+
+def test_cosines_between_rewards():
+    found = run(rewards=PAIR, **PLAIN)
+    assert found.cosines.keys() == {"brightness~agreement"}
+    np.testing.assert_allclose(found.cosines["brightness~agreement"],
+                               np.full(3, -1 / np.sqrt(10)), rtol=1e-5)
+
+
+def test_projection_takes_out_what_works_against_another_reward():
+    added = run(rewards=PAIR, **PLAIN).images[0, 0, 0]
+    np.testing.assert_allclose(added, [0.7 * 2 - 1.3, 1.3 * 3, 0], rtol=1e-5)
+    found = run(rewards=PAIR, objective__conflicts="project", **PLAIN).images[0, 0, 0]
+    first, against = np.array([1.4, 0.0]), np.array([-1.3, 3.9])
+    expected = (first - first @ against / (against @ against) * against
+                + against - first @ against / (first @ first) * first)
+    np.testing.assert_allclose(found[:2], expected, rtol=1e-5)
+    agree = [PAIR[0], Reward("agreement", {}, toward(FIRST + 1), None)]
+    np.testing.assert_allclose(run(rewards=agree, objective__conflicts="project", **PLAIN).images,
+                               run(rewards=agree, **PLAIN).images)
+
+
+def test_a_reward_above_its_cap_falls_silent_for_that_image():
+    scores = run(rewards=PAIR[:1], **PLAIN).scores["brightness"]
+    cap = float(jnp.sort(scores)[1])  # between the three images
+    found = run(rewards=PAIR[:1], rewards__brightness__cap=cap, **PLAIN)
+    silent = ~np.any(np.asarray(found.images), axis=(1, 2, 3))
+    assert silent.tolist() == (np.asarray(scores) >= cap).tolist() and silent.sum() == 2
+    np.testing.assert_array_equal(found.scores["brightness"], scores)
+
+
+def test_sharpness_looks_from_down_the_slope():
+    quadratic = Reward("brightness", {}, lambda params, images, features: jnp.sum(
+        images**2, axis=(1, 2, 3)) / 2, None)
+    inside = 0.3 + 0.4 * IMAGES  # the gradient is the image itself
+    found = run(inside, [quadratic], objective__sharpness=0.05, **PLAIN).images
+    norm = np.sqrt(np.sum(np.square(inside), axis=(1, 2, 3), keepdims=True))
+    np.testing.assert_allclose(found, 0.7 * inside * (1 - 0.05 / norm), rtol=1e-5)

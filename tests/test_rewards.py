@@ -17,9 +17,8 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from configs.common import reward_entry
 from r0_jax import rewards
 from r0_jax.errors import InputError
-from r0_jax.reward_gradient import value_and_gradient
-from r0_jax.rewards import clip_score, plugin
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards import plugin, tower
+from r0_jax.rewards.reward import Reward, value_and_gradient
 
 PROMPTS = ["a red square", "a blue circle above a green star"]
 
@@ -114,7 +113,7 @@ def test_logit_scale_multiplies_the_cosine(folder, reward):
 
 def test_text_features_of_many_prompts(folder, reward):
     prompts = [f"{i} red {'squares' * (i % 3)}" for i in range(259)]  # not a multiple of a batch
-    assert len(prompts) % clip_score._TEXT_BATCH == 3
+    assert len(prompts) % tower._TEXT_BATCH == 3
     found = reward.text_features(reward.params, prompts)
     assert found.dtype == np.float32 and isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, torch_text(folder, prompts), atol=2e-6)
@@ -166,6 +165,29 @@ def test_aesthetic_equals_torch(folder, head):
     np.testing.assert_allclose(scores, expected.detach(), rtol=1e-4, atol=1e-5)
     size = float(images.grad.abs().max())
     np.testing.assert_allclose(gradient, images.grad, atol=1e-4 * size)
+
+
+def test_truncation_and_the_grid_of_patches(folder, reward, head):
+    assert reward.truncated_share(["red", "red " * 40, "a star", ""]) == 0.25
+    assert reward.grid == 4
+    beauty = rewards.load("beauty", reward_entry("aesthetic", path=str(folder), head=str(head[1])))
+    assert beauty.truncated_share(["red " * 40]) is None and beauty.grid == 4
+
+
+def test_the_same_weights_under_another_name(folder, reward, tmp_path):
+    again = rewards.load("other", reward_entry("clip_score", path=str(folder)))
+    assert reward.same_weights(again)
+    other = rewards.load("clip_score", tiny.clip(tmp_path, seed=5))
+    assert not reward.same_weights(other)
+    without = Reward("x", {}, lambda params, images, features: mean(images), None)
+    assert not without.same_weights(without.renamed("y"))
+
+
+def test_five_lines_of_python(folder):
+    clip = rewards.load("clip_score", folder)
+    scores, gradient = clip.value_and_grad(noise(20, 20), PROMPTS)
+    assert clip.name == "clip_score" and gradient.shape == (2, 20, 20, 3)
+    np.testing.assert_allclose(clip(noise(20, 20), PROMPTS), scores, rtol=1e-5)
 
 
 def test_unknown_type():

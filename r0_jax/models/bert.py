@@ -46,18 +46,23 @@ def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class BertEmbeddings(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        width = config.hidden_size
+    """With `token_types` False there are none of those, as in BLIP."""
+
+    def __init__(self, config: BertConfig, *, token_types: bool = True, rngs: nnx.Rngs):
+        width, self.token_types = config.hidden_size, token_types
         self.word_embeddings = embed(config.vocab_size, width, rngs=rngs)
         self.position_embeddings = embed(config.max_position_embeddings, width, rngs=rngs)
-        self.token_type_embeddings = embed(config.type_vocab_size, width, rngs=rngs)
+        if token_types:
+            self.token_type_embeddings = embed(config.type_vocab_size, width, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"],
                  token_type_ids: Int[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = self.word_embeddings(input_ids)
+        if self.token_types:
+            if token_type_ids is None:
+                token_type_ids = jnp.zeros_like(input_ids)
+            x = x + self.token_type_embeddings(token_type_ids)
         return self.LayerNorm(x + self.position_embeddings(jnp.arange(input_ids.shape[1]))[None])
 
 
@@ -110,26 +115,33 @@ class BertIntermediate(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+    """Where a `context_size` is given, cross-attention to such a context comes second."""
+
+    def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
+        self.crosses = context_size is not None
         self.attention = BertAttention(config, rngs=rngs)
+        if self.crosses:
+            self.crossattention = BertAttention(config, context_size=context_size, rngs=rngs)
         self.intermediate = BertIntermediate(config, rngs=rngs)
         self.output = BertOutput(config.intermediate_size, config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t c"],
-                 mask: Bool[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b t"] | None = None,
+                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
         x = self.attention(x, mask)
+        if self.crosses:
+            x = self.crossattention(x, None, context)
         return self.output(self.intermediate(x), x)
 
 
 class BertEncoder(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.layer = nnx.List([BertLayer(config, rngs=rngs)
+    def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
+        self.layer = nnx.List([BertLayer(config, context_size=context_size, rngs=rngs)
                                for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: Float[Array, "b t c"],
-                 mask: Bool[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b t"] | None = None,
+                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
         for layer in self.layer:
-            x = layer(x, mask)
+            x = layer(x, mask, context)
         return x
 
 
@@ -159,7 +171,7 @@ class BertModel(nnx.Module):
             self.pooler = BertPooler(config, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b t"],
-                 attention_mask: Int[Array, "b t"] | None = None,
+                 attention_mask: Int[Array, "b t"] | Bool[Array, "b t"] | None = None,
                  token_type_ids: Int[Array, "b t"] | None = None) -> BertFeatures:
         """`attention_mask` is 0 at pads; without it pads are attended to, as Taiyi does."""
         mask = None if attention_mask is None else attention_mask != 0

@@ -18,8 +18,8 @@ from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import copy_tokenizer, write_json
 from r0_jax.pretrain.text import CAPTION_LENGTH, special_tokens
-from r0_jax.rewards.clip_score import normalize
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from r0_jax.rewards.tower import normalize
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import (
     COLOURS,

@@ -13,16 +13,17 @@ from transformers import CLIPTokenizer
 from r0_jax import convert, few_step
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
+from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.network import Network, init
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.pipeline import take
-from r0_jax.pipelines.tokenizers import tokenize
+from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.pretrain import clip
 from r0_jax.pretrain.degrade import degrade, warp
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.text import CAPTION_LENGTH
-from r0_jax.rewards.aesthetic import AestheticMLP
-from r0_jax.rewards.clip_score import load_tower, normalize
+from r0_jax.rewards import tower
+from r0_jax.rewards.tower import normalize
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import Scene, render, sample_layouts, sample_scenes
 from r0_jax.validation import draw, fixed_noise
@@ -36,7 +37,8 @@ def train_preference(config: ConfigDict, out: Path) -> None:
     The better image is a clean scene of the prompt. The worse one is the same scene degraded or
     bent, a near miss of it, or what the base draws of the prompt in few steps.
     """
-    network, params, tokenizer, prepare = load_tower(out / "clip", "float32")
+    network, params, _, prepare, _ = tower.load(out / "clip")
+    tokenizer = load_tokenizer(out / "clip")
 
     def loss(params, batch, key):
         level_key, degrade_key, warp_key = jax.random.split(key, 3)
@@ -95,11 +97,10 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
     """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
     features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
-    tower, tower_params, _, prepare = load_tower(out / "preference", "float32")
-    inputs = tower.config.projection_dim
+    network, tower_params, _, prepare, inputs = tower.load(out / "preference")
 
     def constructor(rngs):
-        return AestheticMLP(inputs, rngs=rngs)
+        return ScoreMLP(inputs, rngs=rngs)
 
     head = Network.abstract(constructor)
     tower_params = jax.device_put(tower_params)
@@ -114,7 +115,7 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         images = jnp.where(drawn, batch["few_step"], worse)
         target = jnp.where(batch["from_base"], 4.0, 10.0 - 9.0 * level)
         # The tower is frozen: only the head is trained.
-        features = normalize(tower.apply(tower_params, "image_features", prepare(images)))
+        features = normalize(network.apply(tower_params, "image_features", prepare(images)))
         error = head(params, features) - target
         return jnp.mean(error**2), {"mean_abs_error": jnp.mean(jnp.abs(error))}
 

@@ -1,29 +1,43 @@
 """Rewards: images and prompts -> one differentiable score each."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
-from r0_jax.rewards import aesthetic, clip_score, plugin
+from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.reward import Reward
 
 # `type` of a config entry -> how to load it.
 TYPES: dict[str, Callable[[str, ConfigDict, str], Reward]] = {
     "clip_score": clip_score.load,
+    "hps_v2": clip_score.load_hps,
+    "hps_v2_1": clip_score.load_hps,
+    "pickscore": clip_score.load_pickscore,
+    "chinese_clip": clip_score.load,
+    "image_reward": image_reward.load,
     "aesthetic": aesthetic.load,
     "function": plugin.load,
 }
 # `type` -> fields without which it is nothing.
-_NEEDED = {"clip_score": ("path",), "aesthetic": ("path", "head")}
+_NEEDED = {**dict.fromkeys(TYPES, ("path",)), "aesthetic": ("path", "head"), "function": ()}
 
 
-def load(name: str, entry: ConfigDict, dtype: str = "float32") -> Reward:
-    """The reward that one entry of `config.rewards` describes; towers compute in `dtype`."""
+def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32") -> Reward:
+    """The reward that one entry of `config.rewards` describes; towers compute in `dtype`.
+
+    In place of an entry a folder will do; then `name` is one of `TYPES` too, as in
+    `load("hps_v2_1", "/path")`, or `load("function", "module:function")`.
+    Raises InputError for an unknown type and for files that are missing or do not fit.
+    """
+    if not isinstance(entry, ConfigDict):
+        entry = ConfigDict({"type": name, "path": str(entry), "head": "", "logit_scale": False,
+                            "function": str(entry)})
     if entry.type not in TYPES:
         raise InputError(f"rewards.{name}.type = {entry.type!r} is unknown; "
                          f"known: {', '.join(TYPES)}")
-    for field in _NEEDED.get(entry.type, ()):
+    for field in _NEEDED[entry.type]:
         if not entry[field]:
             raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "
                              "needs it")

@@ -1,72 +1,51 @@
 """Rewards of CLIP form: agreement of image and prompt in a shared space.
 
-`clip_score`, HPS, PickScore and a world's own preference model are this one function with
-different weights: the cosine, or exp(logit_scale) times it.
+CLIP score, HPS, PickScore, Chinese-CLIP and a world's own preference model are this one function
+with different weights: the cosine, or exp(logit_scale) times it.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
-from transformers import CLIPTokenizer
 
-from r0_jax import convert
-from r0_jax.models.clip import CLIPConfig, CLIPModel
-from r0_jax.models.config import read_json
-from r0_jax.network import Network, Params
-from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
-from r0_jax.rewards import preprocess
+from r0_jax.network import Params
+from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
-
-_TEXT_BATCH = 256  # prompts encoded at once; the last batch is padded, to compile once
+from r0_jax.rewards.tower import Tower, normalize
 
 
 def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
-    """A reward from a transformers folder of a `CLIPModel`."""
-    folder = Path(entry.path)
-    network, params, tokenizer, prepare = load_tower(folder, dtype)
+    """Any CLIP or Chinese-CLIP folder (`tower.load`), with the folder's own preprocessing."""
+    return from_tower(name, tower.load(entry.path, dtype), entry.logit_scale)
+
+
+def load_hps(name: str, entry: ConfigDict, dtype: str) -> Reward:
+    """HPS v2 and v2.1, which differ in weights only: the cosine of an image padded to a square
+    (hpsv2 `img_score.py`). Not times 100, as its tables have it."""
+    found = tower.load(entry.path, dtype)
+    padded = dataclasses.replace(found.prepare, policy="pad")
+    return from_tower(name, found._replace(prepare=padded), logit_scale=False)
+
+
+def load_pickscore(name: str, entry: ConfigDict, dtype: str) -> Reward:
+    """PickScore v1: exp(logit_scale) times the cosine, 20 to 23 for today's models."""
+    return from_tower(name, tower.load(entry.path, dtype), logit_scale=True)
+
+
+def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
+    """The cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
+    network, prepare = found.network, found.prepare
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: Float[Array, "b d"]) -> Float[Array, " b"]:
+        dtype = params["logit_scale"].dtype
         image = network.apply(params, "image_features", prepare(images).astype(dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
-        if entry.logit_scale:
+        if logit_scale:
             cosine = cosine * jnp.exp(params["logit_scale"].astype(jnp.float32))
         return cosine
 
-    @jax.jit
-    def encode(params: Params, input_ids: jax.Array) -> jax.Array:
-        return normalize(network.apply(params, "text_features", input_ids))
-
-    def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Normalized, float32."""
-        ids = tokenize(tokenizer, prompts, network.config.text_config.max_position_embeddings)
-        rows = []
-        for start in range(0, len(ids), _TEXT_BATCH):
-            chunk = ids[start:start + _TEXT_BATCH]
-            padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
-            rows.append(np.asarray(encode(params, padded))[:len(chunk)])
-        return np.concatenate(rows)
-
-    return Reward(name, params, score, text_features)
-
-
-def load_tower(folder: Path, dtype: str
-               ) -> tuple[Network, Params, CLIPTokenizer, preprocess.Preprocess]:
-    """Both towers of a folder, its tokenizer and its image preprocessing."""
-    config = CLIPConfig.from_json(read_json(folder / "config.json"))
-    network = Network.abstract(lambda rngs: CLIPModel(config, rngs=rngs))
-    params = convert.load(convert.find_files(folder, "model"), network, dtype)
-    prepare = preprocess.from_json(read_json(folder / "preprocessor_config.json"),
-                                   config.vision_config.image_size)
-    return network, params, load_tokenizer(folder), prepare
-
-
-def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Unit length, in float32."""
-    features = features.astype(jnp.float32)
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+    return Reward(name, found.params, score, found.text_encoder(),
+                  lambda prompts: found.tokenize(prompts).truncated, found.grid)

@@ -74,3 +74,22 @@ def from_json(fields: Mapping[str, Any], image_size: int) -> Preprocess:
     return Preprocess(image_size, "crop" if crops else "squash",
                       tuple(fields.get("image_mean", CLIP_MEAN)),
                       tuple(fields.get("image_std", CLIP_STD)))
+
+
+_RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+
+
+def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
+    """The preprocessing that the `preprocess_cfg` of an `open_clip_config.json` describes.
+
+    Raises InputError for another interpolation, padding or colour mode.
+    """
+    only = {"interpolation": ("bicubic",), "mode": ("RGB",), "fill_color": (0,),
+            "resize_mode": tuple(_RESIZE_MODES), "size": (image_size, [image_size, image_size],
+                                                          [3, image_size, image_size])}
+    for name, value in fields.items():
+        if name in only and value not in only[name]:
+            raise InputError(f"preprocess_cfg: {name} = {value!r} is not supported (supported: "
+                             f"{', '.join(map(str, only[name]))})")
+    return Preprocess(image_size, _RESIZE_MODES[fields.get("resize_mode", "shortest")],
+                      tuple(fields.get("mean", CLIP_MEAN)), tuple(fields.get("std", CLIP_STD)))

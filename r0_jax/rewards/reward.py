@@ -1,11 +1,13 @@
 """What a reward is."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from r0_jax.network import Params
 
@@ -14,16 +16,73 @@ from r0_jax.network import Params
 class Reward:
     """A differentiable judge of images under prompts; higher is better.
 
+        hps = rewards.load("hps_v2_1", "/path/to/converted")
+        scores = hps(images, prompts)                           # [B]
+        scores, gradient = hps.value_and_grad(images, prompts)  # [B], [B, h, w, 3]
+
     Attributes:
       name: its name in the config and in every metric.
       params: frozen weights, passed back to `score` and `text_features` as an argument.
       score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]. One image's score
         must not depend on another's: gradients are normalized sample by sample.
-      text_features: (params, prompts) -> float32 [N, D], computed once per prompt; None where
-        the reward does not read the prompt (features is then None too).
+      text_features: (params, prompts) -> [N, D], computed once per prompt: float32 features, or
+        int32 token ids where the network reads image and prompt together; None where the reward
+        does not read the prompt (features is then None too).
+      truncated: prompts -> bool [N], which of them are too long and lose their end; None where
+        none can.
+      grid: patches a side of its vision transformer, 0 where it has none: a generator that hacks
+        it may repeat something so many times.
     """
 
     name: str
     params: Params
     score: Callable[[Params, jax.Array, jax.Array | None], Float[Array, " b"]]
-    text_features: Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]] | None
+    text_features: Callable[[Params, Sequence[str]], Shaped[np.ndarray, "n d"]] | None
+    truncated: Callable[[Sequence[str]], Bool[np.ndarray, " n"]] | None = None
+    grid: int = 0
+
+    def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
+                 prompts: Sequence[str]) -> Float[Array, " b"]:
+        """One float32 score an image in [0, 1]; jitted, compiled once a shape."""
+        return self._score(self.params, jnp.asarray(images), self._features(prompts))
+
+    def value_and_grad(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
+                       prompts: Sequence[str]
+                       ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
+        """Scores, and each image's gradient of its own score; jitted, compiled once a shape."""
+        return self._value_and_grad(self.params, jnp.asarray(images), self._features(prompts))
+
+    def truncated_share(self, prompts: Sequence[str]) -> float | None:
+        """The share of prompts that lose their end, 0 to 1; None where none can."""
+        return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
+
+    def renamed(self, name: str) -> "Reward":
+        """The same reward under another name."""
+        return dataclasses.replace(self, name=name)
+
+    def same_weights(self, other: "Reward") -> bool:
+        """Whether both judge by the same numbers, whatever they are called."""
+        return bool(self.params) and self.params.keys() == other.params.keys() and all(
+            np.array_equal(value, other.params[name]) for name, value in self.params.items())
+
+    def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
+        if self.text_features is None:
+            return None
+        return self.text_features(self.params, list(prompts))
+
+    @functools.cached_property
+    def _score(self):
+        return jax.jit(self.score)
+
+    @functools.cached_property
+    def _value_and_grad(self):
+        return jax.jit(lambda params, images, features: value_and_gradient(
+            lambda x: self.score(params, x, features), images))
+
+
+def value_and_gradient(
+    score: Callable[[jax.Array], jax.Array], images: Float[Array, "b h w 3"]
+) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
+    """Each sample's score and its gradient; samples do not see each other, so one pass does."""
+    scores, pullback = jax.vjp(score, images)
+    return scores, pullback(jnp.ones_like(scores))[0]

@@ -1,0 +1,284 @@
+"""Published reward checkpoints -> folders that the rewards load, without running any pickle.
+
+    python -m r0_jax.convert_reward --reward=hps_v2_1 --checkpoint=HPS_v2.1_compressed.pt \\
+        --tokenizer=bpe_simple_vocab_16e6.txt.gz --out=rewards/hps_v2_1
+
+A `.pt`, `.pth` or `.bin` file needs torch, which reads tensors from it and nothing else
+(`weights_only=True`); a `.safetensors` file does not. Names and shapes are checked first.
+"""
+
+import gzip
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from absl import flags
+from jaxtyping import Shaped
+from tokenizers.pre_tokenizers import ByteLevel
+
+from r0_jax import cli, convert
+from r0_jax.errors import InputError
+from r0_jax.images import write_bytes
+from r0_jax.models import chinese_clip, open_clip
+from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
+from r0_jax.models.clip import CLIPConfig, CLIPModel
+from r0_jax.models.config import read_json
+from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.score_mlp import ScoreMLP
+from r0_jax.network import Network
+from r0_jax.rewards import prompt_text
+from r0_jax.rewards.aesthetic import HEAD
+from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
+from r0_jax.run import check_writable
+
+Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
+Fields = dict[str, Any]
+
+# Tensors of published files that no score depends on.
+_UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size")
+_BPE_MERGES = 49152 - 256 - 2  # of those in OpenAI's file, so many are CLIP's
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Layout(NamedTuple):
+    """How the folder of a kind of network looks.
+
+    Attributes:
+      network: of the architecture's fields.
+      files: of the fields, {name: contents} of the JSON files.
+      weights: the safetensors file.
+      tokenizer: checks the tokenizer of a folder, (folder, fields); None where there is none.
+    """
+
+    network: Callable[[Fields], Network]
+    files: Callable[[Fields], dict[str, Fields]]
+    weights: str
+    tokenizer: Callable[[Path, Fields], object] | None
+
+
+def _network(kind: type, config_class: type) -> Callable[[Fields], Network]:
+    def build(fields: Fields) -> Network:
+        config = config_class.from_json(fields)
+        return Network.abstract(lambda rngs: kind(config, rngs=rngs))
+
+    return build
+
+
+def _open_clip(resize_mode: str) -> Layout:
+    def tokenizer(folder: Path, fields: Fields) -> object:
+        text = OpenCLIPConfig.from_json(fields).text_cfg
+        return prompt_text.open_clip(folder, text.context_length, text.vocab_size)
+
+    return Layout(
+        _network(OpenCLIP, OpenCLIPConfig),
+        lambda fields: {OPEN_CLIP_CONFIG: {"model_cfg": fields,
+                                           "preprocess_cfg": {"resize_mode": resize_mode}}},
+        "open_clip_model.safetensors", tokenizer)
+
+
+def _clip_files(fields: Fields) -> dict[str, Fields]:
+    size = CLIPConfig.from_json(fields).vision_config.image_size
+    return {"config.json": {"model_type": "clip"} | fields,
+            "preprocessor_config.json": {"resample": 3, "size": {"shortest_edge": size},
+                                         "crop_size": {"height": size, "width": size}}}
+
+
+def _clip_tokenizer(folder: Path, fields: Fields) -> object:
+    text = CLIPConfig.from_json(fields).text_config
+    return prompt_text.clip(folder, text.max_position_embeddings, text.vocab_size)
+
+
+_HPS = _open_clip("longest")
+_CLIP_H = {
+    "projection_dim": 1024,
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                    "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024,
+                    "eos_token_id": 2},
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                      "num_attention_heads": 16, "patch_size": 14, "hidden_act": "gelu",
+                      "projection_dim": 1024},
+}
+# Reward -> its layout, its architectures by name, and the one it is published in ("": several).
+REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
+    "hps_v2": (_HPS, open_clip.ARCHITECTURES, "ViT-H-14"),
+    "hps_v2_1": (_HPS, open_clip.ARCHITECTURES, "ViT-H-14"),
+    "clip_score": (_open_clip("shortest"), open_clip.ARCHITECTURES, ""),
+    "pickscore": (
+        Layout(_network(CLIPModel, CLIPConfig), _clip_files, "model.safetensors", _clip_tokenizer),
+        {"CLIP-H": _CLIP_H}, "CLIP-H"),
+    "image_reward": (
+        Layout(_network(ImageReward, ImageRewardConfig),
+               lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
+               "model.safetensors",
+               lambda folder, fields: prompt_text.wordpiece(
+                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size)),
+        {"v1.0": {}}, "v1.0"),
+    "chinese_clip": (
+        Layout(_network(CNCLIP, CNCLIPConfig),
+               lambda fields: {"config.json": {"model_type": "cn_clip"} | fields},
+               "model.safetensors",
+               lambda folder, fields: prompt_text.wordpiece(
+                   folder, 2, CNCLIPConfig.from_json(fields).text.vocab_size)),
+        chinese_clip.ARCHITECTURES, ""),
+    "aesthetic": (
+        Layout(lambda fields: Network.abstract(lambda rngs: ScoreMLP(fields["inputs"], rngs=rngs)),
+               lambda fields: {}, HEAD, None),
+        {"ViT-L-14": {"inputs": 768}}, "ViT-L-14"),
+}
+
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_enum("reward", None, list(REWARDS), "what the checkpoint is", required=True)
+    flags.DEFINE_string("checkpoint", None, "the published file", required=True)
+    flags.DEFINE_string("out", None, "the folder to make; for aesthetic, a CLIP folder to put the "
+                        "head into", required=True)
+    flags.DEFINE_string("tokenizer", None, "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a "
+                        "folder with a tokenizer of that kind")
+    flags.DEFINE_string("architecture", None, "by name, where the reward is published in several")
+    flags.DEFINE_string("architecture_config", None, "or a JSON file with its fields")
+
+
+def convert_reward(reward: str, checkpoint: Path, out: Path, tokenizer: Path | None = None,
+                   fields: Fields | None = None) -> None:
+    """Makes the folder `out`, in the dtype of the checkpoint; `fields` are the architecture's.
+
+    Raises InputError for a file that is not what `reward` is published as; nothing is written
+    then.
+    """
+    layout, architectures, usual = REWARDS[reward]
+    fields = architectures[usual] if fields is None else fields
+    network = layout.network(fields)
+    if layout.tokenizer and tokenizer is None:
+        raise InputError(f"{reward} reads prompts: give its tokenizer with --tokenizer=PATH")
+    check_writable(out)
+    tensors = read_checkpoint(checkpoint)
+    shapes = {key: value.shape for key, value in tensors.items()}
+    keys = convert.match(network, shapes, checkpoint)
+    if layout.tokenizer:
+        with tempfile.TemporaryDirectory() as tried:
+            write_tokenizer(tokenizer, Path(tried))
+            layout.tokenizer(Path(tried), fields)
+        write_tokenizer(tokenizer, out)
+    convert.save_tensors({key: np.asarray(tensors[key], order="C") for key in keys.values()},
+                         out / layout.weights)
+    for name, contents in layout.files(fields).items():
+        write_bytes(out / name, json.dumps(contents, indent=1).encode())
+
+
+def read_checkpoint(path: Path) -> Tensors:
+    """The tensors of a `.safetensors` file, or of a pickled state_dict, which is not executed.
+
+    The prefix `module.` of data-parallel training is taken off.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        with convert.opened([path]) as where:
+            state = {key: handle.get_tensor(key) for key, handle in where.items()}
+    else:
+        state = _read_pickle(path)
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
+
+
+def _read_pickle(path: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{path} is a pickle, which only torch reads: pip install torch, or give "
+                         "a .safetensors file") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # which one depends on where the file stops making sense
+        reason = str(e).splitlines()[0] if str(e) else "it ends too early"
+        raise InputError(f"{path} is no whole file of plain tensors, and nothing else in it is "
+                         f"ever run ({reason})") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)} \
+        if isinstance(state, Mapping) else {}
+    if not tensors:
+        raise InputError(f"{path} holds no tensors by name")
+
+    def array(value: torch.Tensor) -> np.ndarray:
+        value = value.detach().contiguous()
+        if value.dtype == torch.bfloat16:  # which NumPy does not have
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+
+    return {str(key): array(value) for key, value in tensors.items()}
+
+
+def write_tokenizer(source: Path, out: Path) -> None:
+    """Puts a tokenizer's files into `out`: OpenAI's merges, BERT's vocabulary, or a folder's."""
+    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "vocab.txt")
+    if not source.exists():
+        raise InputError(f"--tokenizer={source}: no such file or folder")
+    if source.is_dir():
+        found = [source / name for name in names if (source / name).is_file()]
+        if not found:
+            raise InputError(f"--tokenizer={source} holds no tokenizer")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            if path.resolve() != (out / path.name).resolve():
+                shutil.copyfile(path, out / path.name)
+    elif source.name.endswith((".txt.gz", "bpe.gz")):
+        _write_bpe(source, out)
+    elif source.suffix == ".txt":
+        write_bytes(out / "vocab.txt", source.read_bytes())
+    else:
+        raise InputError(f"--tokenizer={source}: expected OpenAI's merges (.txt.gz), BERT's "
+                         "vocab.txt, or a folder")
+
+
+def _write_bpe(path: Path, out: Path) -> None:
+    """transformers' two files of OpenAI's one: ids are bytes, bytes that end a word, merges."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
+    merges = [line for line in lines[1:1 + _BPE_MERGES] if len(line.split()) == 2]
+    # Bytes that print stand for themselves and come first; the others follow from code 256 on.
+    letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
+    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges),
+              _START, _END]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | special
+    write_bytes(out / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+    write_bytes(out / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]).encode())
+    write_bytes(out / "tokenizer_config.json", json.dumps(config).encode())
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    _, architectures, usual = REWARDS[given.reward]
+    if given.architecture_config:
+        fields = read_json(given.architecture_config)
+    else:
+        name = given.architecture or usual
+        if name not in architectures:
+            raise InputError(f"--architecture={name}: {given.reward} is published as "
+                             f"{', '.join(architectures)}")
+        fields = architectures[name]
+    out = Path(given.out)
+    convert_reward(given.reward, Path(given.checkpoint), out,
+                   Path(given.tokenizer) if given.tokenizer else None, fields)
+    print(f"{given.reward} is in {out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""The MLP that ends the LAION aesthetic predictor and ImageReward: features -> one number."""
+
+import itertools
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from r0_jax.models.attention import Placeholder
+
+WIDTHS = (1024, 128, 64, 16, 1)
+
+
+class ScoreMLP(nnx.Module):
+    """Linear layers with dropout between them and no activation, as published
+    (improved-aesthetic-predictor, `MLP`; ImageReward, `MLP`)."""
+
+    def __init__(self, inputs: int, *, rngs: nnx.Rngs):
+        self.config = {"inputs": inputs}
+        widths = (inputs, *WIDTHS)
+        linears = [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
+        self.layers = nnx.List([linears[0], Placeholder(), linears[1], Placeholder(), linears[2],
+                                Placeholder(), linears[3], linears[4]])
+
+    def __call__(self, features: Float[Array, "b d"]) -> Float[Array, " b"]:
+        for i in (0, 2, 4, 6, 7):
+            features = self.layers[i](features)
+        return features[:, 0]

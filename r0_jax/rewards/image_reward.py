@@ -1,0 +1,50 @@
+"""ImageReward: a text encoder that reads the image, and an MLP (ImageReward `ImageReward.py`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from r0_jax import convert
+from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.config import read_json
+from r0_jax.network import Network, Params
+from r0_jax.rewards import prompt_text
+from r0_jax.rewards.preprocess import Preprocess
+from r0_jax.rewards.reward import Reward
+
+LENGTH = 35  # tokens, both ends included, that it was trained on
+
+
+def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+    """A reward from a converted folder: about N(0, 1) on its training set.
+
+    Its features of a prompt are the token ids: all layers but the embeddings see the image.
+    """
+    folder = Path(entry.path)
+    config = ImageRewardConfig.from_json(_config(folder))
+    network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
+    params = convert.load(convert.find_files(folder, "model"), network, "float32")
+    params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
+              for k, v in params.items()}
+    tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size)
+    prepare = Preprocess(config.vision_config.image_size)
+
+    def score(params: Params, images: Float[Array, "b h w 3"],
+              features: Int[Array, "b t"]) -> Float[Array, " b"]:
+        return network(params, features, prepare(images).astype(dtype))
+
+    def text_features(params: Params, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
+        del params
+        return tokenize(prompts).ids
+
+    return Reward(name, params, score, text_features,
+                  lambda prompts: tokenize(prompts).truncated,
+                  config.vision_config.image_size // config.vision_config.patch_size)
+
+
+def _config(folder: Path) -> dict:
+    fields = read_json(folder / "config.json")
+    return {k: v for k, v in fields.items() if k != "model_type"}

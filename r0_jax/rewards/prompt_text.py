@@ -1,0 +1,123 @@
+"""Prompts -> token ids, as each published model was trained on them."""
+
+import functools
+import html
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import BertTokenizer, CLIPTokenizer
+
+from r0_jax.errors import InputError
+from r0_jax.pipelines.tokenizers import load_tokenizer
+
+
+class Tokens(NamedTuple):
+    """Ids int32, padded; and which prompts were longer and lost their end."""
+
+    ids: Int[np.ndarray, "n t"]
+    truncated: Bool[np.ndarray, " n"]
+
+
+Tokenize = Callable[[Sequence[str]], Tokens]
+
+
+def clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
+    """The CLIP tokenizer of transformers, padded as the folder says; the end token is kept.
+
+    Like the others, it raises InputError for a vocabulary that is missing, broken or larger than
+    the network's table of `vocab_size` embeddings.
+    """
+    tokenizer = load_tokenizer(folder)
+    _check_size(tokenizer, folder, vocab_size)
+    return functools.partial(_tokenize, tokenizer, length=length)
+
+
+def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
+    """open_clip's `SimpleTokenizer` on the same vocabulary: text is repaired first, pads are 0."""
+    tokenizer = load_tokenizer(folder)
+    _check_size(tokenizer, folder, vocab_size)
+
+    def tokenize(prompts: Sequence[str]) -> Tokens:
+        # What looks like a special token in a prompt is only text to it.
+        tokens = _tokenize(tokenizer, [clean(prompt) for prompt in prompts], length=length,
+                           split_special_tokens=True)
+        is_end = tokens.ids == tokenizer.eos_token_id
+        is_pad = np.cumsum(is_end, axis=1) - is_end > 0  # after the first end
+        return tokens._replace(ids=np.where(is_pad, 0, tokens.ids).astype(np.int32))
+
+    return tokenize
+
+
+def wordpiece(folder: Path, length: int, vocab_size: int) -> Tokenize:
+    """BERT's tokenizer, lower-casing, of a folder with vocab.txt or tokenizer.json; pads are 0."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        raise InputError(f"{folder / 'vocab.txt'} is missing: put BERT's vocabulary there")
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder)
+        tokenizer(["a"])
+    except Exception as e:  # tokenizers raises bare Exception on malformed files
+        raise InputError(f"{folder} does not hold a readable BERT tokenizer ({e})") from None
+    if tokenizer.pad_token_id != 0:  # by which the networks know the pads
+        raise InputError(f"{folder} holds no vocabulary of BERT: [PAD] is not its first token")
+    _check_size(tokenizer, folder, vocab_size)
+    return functools.partial(_tokenize, tokenizer, length=length)
+
+
+def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_size: int) -> None:
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise InputError(f"{folder}: the vocabulary goes up to id {largest}, but the network has "
+                         f"only {vocab_size} embeddings: it belongs to another model")
+
+
+def _tokenize(tokenizer: CLIPTokenizer | BertTokenizer, prompts: Sequence[str], *, length: int,
+              **options: bool) -> Tokens:
+    prompts = list(prompts)
+    whole = tokenizer(prompts, truncation=False, verbose=False, **options).input_ids
+    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+                    verbose=False, **options).input_ids
+    return Tokens(np.asarray(ids, np.int32), np.asarray([len(row) > length for row in whole]))
+
+
+# --- open_clip's cleaning -----------------------------------------------------------------------
+
+_TERMINAL_ESCAPE = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
+_INVISIBLE = dict.fromkeys([
+    *range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF,
+    *range(0xFFF9, 0xFFFC)])
+_LIGATURES = {ord(a): b for a, b in {
+    "Ĳ": "IJ", "ĳ": "ij", "ŉ": "ʼn", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž", "Ǉ": "LJ", "ǈ": "Lj",
+    "ǉ": "lj", "Ǌ": "NJ", "ǋ": "Nj", "ǌ": "nj", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz", "ﬀ": "ff",
+    "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}.items()}
+_WIDTHS = {0x3000: " ", **{code: unicodedata.normalize("NFKC", chr(code))
+                           for code in range(0xFF01, 0xFFF0)}}
+_QUOTES = {**dict.fromkeys(map(ord, "ʼ‘’‚‛"), "'"), **dict.fromkeys(map(ord, "“”„‟"), '"')}
+_C1 = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
+_C1 = {code: char for code, char in _C1.items() if char != "\ufffd"}
+
+
+def clean(prompt: str) -> str:
+    """The prompt as open_clip's tokenizer sees it: repaired, unescaped, lower case, one space
+    between words.
+
+    open_clip repairs by `ftfy.fix_text`. This does what that does to text in order (entities,
+    escapes, ligatures, full-width letters, quotes, control characters, NFC) but does not guess at
+    text that was decoded in the wrong encoding.
+    """
+    before = None
+    unescapes = "<" not in prompt  # with tags around, &lt; may be meant as it stands
+    while prompt != before:
+        before = prompt
+        if unescapes:
+            prompt = html.unescape(prompt)
+        prompt = _TERMINAL_ESCAPE.sub("", prompt.translate(_C1))
+        prompt = prompt.translate(_LIGATURES).translate(_WIDTHS).translate(_QUOTES)
+        # Halves of a character, as some JSON has them, are joined; one alone is none.
+        prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        prompt = unicodedata.normalize("NFC", prompt.translate(_INVISIBLE))
+    prompt = html.unescape(html.unescape(prompt))
+    return " ".join(prompt.split()).lower()

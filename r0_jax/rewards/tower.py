@@ -1,0 +1,146 @@
+"""Both towers of a CLIP from a folder, whichever library wrote it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from r0_jax import convert
+from r0_jax.errors import InputError
+from r0_jax.models.bert import BertConfig
+from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
+from r0_jax.models.clip import CLIPConfig, CLIPModel
+from r0_jax.models.config import read_json
+from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.network import Network, Params
+from r0_jax.rewards import preprocess, prompt_text
+from r0_jax.rewards.preprocess import Preprocess
+from r0_jax.rewards.prompt_text import Tokenize
+
+_TEXT_BATCH = 256  # prompts encoded at once; the last batch is padded, to compile once
+_CHINESE_LENGTH = 52  # tokens that cn_clip trains on, of the 512 positions
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+class Tower(NamedTuple):
+    """A CLIP of any family.
+
+    Attributes:
+      network: has the methods `image_features` and `text_features`.
+      params: on the host.
+      tokenize: prompts -> token ids.
+      prepare: images in [0, 1] -> what `image_features` takes.
+      width: of the space that both share.
+    """
+
+    network: Network
+    params: Params
+    tokenize: Tokenize
+    prepare: Preprocess
+    width: int
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of the vision transformer."""
+        patch = next(value.shape[0] for name, value in self.params.items()
+                     if name.endswith(("patch_embedding.kernel", "visual.conv1.kernel")))
+        return self.prepare.size // patch
+
+    def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
+        """(params, prompts) -> normalized text features in float32, compiled once."""
+        @jax.jit
+        def encode(params: Params, input_ids: jax.Array) -> jax.Array:
+            return normalize(self.network.apply(params, "text_features", input_ids))
+
+        def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+            ids, rows = self.tokenize(prompts).ids, []
+            for start in range(0, len(ids), _TEXT_BATCH):
+                chunk = ids[start:start + _TEXT_BATCH]
+                padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
+                rows.append(np.asarray(encode(params, padded))[:len(chunk)])
+            return np.concatenate(rows)
+
+        return text_features
+
+
+def load(folder: str | Path, dtype: str = "float32") -> Tower:
+    """A transformers folder of a CLIPModel or ChineseCLIPModel, or one in open_clip's format.
+
+    Raises InputError for what is missing, half downloaded, or of another kind.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
+        return _load_open_clip(folder, dtype)
+    fields = read_json(folder / "config.json")
+    # Old folders do not say of what type they are.
+    kind = fields.get("model_type", "clip")
+    if kind not in _TRANSFORMERS:
+        raise InputError(f"{folder / 'config.json'}: model_type = {kind!r} is no CLIP "
+                         f"(known: {', '.join(_TRANSFORMERS)})")
+    return _TRANSFORMERS[kind](folder, fields, dtype)
+
+
+def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Unit length, in float32."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def _load_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+    config = CLIPConfig.from_json(fields)
+    text = config.text_config
+    tokenize = prompt_text.clip(folder, text.max_position_embeddings, text.vocab_size)
+    return _from_transformers(folder, lambda rngs: CLIPModel(config, rngs=rngs), tokenize, dtype)
+
+
+def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+    config = ChineseCLIPConfig.from_json(fields)
+    tokenize = _chinese(folder, config.text_config)
+    return _from_transformers(folder, lambda rngs: ChineseCLIPModel(config, rngs=rngs), tokenize,
+                              dtype)
+
+
+def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+    config = CNCLIPConfig.from_json(fields)
+    network = Network.abstract(lambda rngs: CNCLIP(config, rngs=rngs))
+    return Tower(network, convert.load(convert.find_files(folder, "model"), network, dtype),
+                 _chinese(folder, config.text), Preprocess(config.vision.image_size, "squash"),
+                 config.embed_dim)
+
+
+def _chinese(folder: Path, text: BertConfig) -> Tokenize:
+    length = min(_CHINESE_LENGTH, text.max_position_embeddings)
+    return prompt_text.wordpiece(folder, length, text.vocab_size)
+
+
+# `model_type` of a config.json; cn_clip's own files have none, so the converter gives them one.
+_TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_clip": _load_cn_clip}
+
+
+def _from_transformers(folder: Path, constructor: Callable[[nnx.Rngs], nnx.Module],
+                       tokenize: Tokenize, dtype: str) -> Tower:
+    network = Network.abstract(constructor)
+    params = convert.load(convert.find_files(folder, "model"), network, dtype)
+    prepare = preprocess.from_json(read_json(folder / "preprocessor_config.json"),
+                                   network.config.vision_config.image_size)
+    return Tower(network, params, tokenize, prepare, network.config.projection_dim)
+
+
+def _load_open_clip(folder: Path, dtype: str) -> Tower:
+    fields = read_json(folder / OPEN_CLIP_CONFIG)
+    if not isinstance(fields.get("model_cfg"), dict):
+        raise InputError(f"{folder / OPEN_CLIP_CONFIG} has no model_cfg")
+    config = OpenCLIPConfig.from_json(fields["model_cfg"])
+    text = config.text_cfg
+    network = Network.abstract(lambda rngs: OpenCLIP(config, rngs=rngs))
+    stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
+    return Tower(network, convert.load(convert.find_files(folder, stem), network, dtype),
+                 prompt_text.open_clip(folder, text.context_length, text.vocab_size),
+                 preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
+                                           config.vision_cfg.image_size), config.embed_dim)

@@ -1,0 +1,211 @@
+"""Scores a folder of images under their prompts, or checks a reward of your own.
+
+    python -m r0_jax.score --images=DIR --prompts=FILE \\
+        --rewards=hps_v2_1=/path,pickscore=/path --out=scores.jsonl
+    python -m r0_jax.score --check=module:function
+
+Images named by numbers (00000.png, ... as `r0_jax.sample` writes them) belong to the prompt of
+that number, from 0; others to the prompts in the order of their names.
+"""
+
+import collections
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+
+from r0_jax import cli, data, images, rewards, statistics
+from r0_jax.errors import InputError
+from r0_jax.rewards import plugin
+from r0_jax.rewards.reward import Reward
+from r0_jax.run import check_writable
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_CHECKED_SIZE = 64  # pixels of the images that a user's reward is tried on
+console = Console(stderr=True)
+
+
+class Item(NamedTuple):
+    """An image to be scored."""
+
+    path: Path
+    prompt: str
+
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_string("images", None, "folder of images: " + ", ".join(_SUFFIXES))
+    flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
+    flags.DEFINE_list("rewards", None, "type=folder, ..., or name:type=folder; types: "
+                      + ", ".join(rewards.TYPES))
+    flags.DEFINE_string("out", None, "file to write: one JSON object an image")
+    flags.DEFINE_string("check", None, "module:function of your own reward, to be tried")
+    flags.DEFINE_integer("batch_size", 16, "images scored at once", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
+
+
+def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
+    """The rewards of a --rewards flag."""
+    loaded = {}
+    for item in given:
+        label, _, where = item.partition("=")
+        name, _, kind = label.rpartition(":")
+        name = name or kind
+        if not where:
+            raise InputError(f"--rewards: {item!r} should read type=folder")
+        if kind not in rewards.TYPES:
+            raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
+        if name in loaded:
+            raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
+        reward = rewards.load(kind, where, dtype)
+        loaded[name] = reward.renamed(name)
+    return list(loaded.values())
+
+
+def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
+    """Images with their prompts, and what is missing, in words.
+
+    Raises InputError where names do not say which prompt an image belongs to.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--images={folder} is not a folder")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    found = [path for path in found if path.stem != "contact_sheet"]
+    if not found:
+        raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
+    if all(re.fullmatch(r"\d+", path.stem) for path in found):
+        by_number: dict[int, Path] = {}
+        for path in found:
+            if (other := by_number.setdefault(int(path.stem), path)) != path:
+                raise InputError(f"{other.name} and {path.name} have the same number")
+        extra = [path.name for number, path in by_number.items() if number >= len(prompts)]
+        if extra:
+            raise InputError(f"{folder / extra[0]} has no prompt: there are {len(prompts)}, "
+                             "counted from 0")
+        missing = [f"{i:05d}" for i in range(len(prompts)) if i not in by_number]
+        return ([Item(by_number[i], prompts[i]) for i in sorted(by_number)],
+                [f"image {name} is missing" for name in missing])
+    if len(found) != len(prompts):
+        raise InputError(f"{folder} holds {len(found)} images, but there are {len(prompts)} "
+                         "prompts: name images by the number of their prompt, from 0")
+    return [Item(*both) for both in zip(found, prompts, strict=True)], []
+
+
+def batches(items: Sequence[Item], size: int, bad: Callable[[str], None]
+            ) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(indices of items, images [b, h, w, 3]), b <= size and all of one shape.
+
+    Only as many images are held as wait for others of their shape; `bad` is told of each that
+    cannot be read.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = collections.defaultdict(list)
+
+    def take(shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
+        group = waiting.pop(shape)
+        return [i for i, _ in group], np.stack([image for _, image in group])
+
+    for i, item in enumerate(items):
+        try:
+            image = images.load_png(item.path)
+        except InputError as error:
+            bad(str(error).rstrip("."))
+            continue
+        waiting[image.shape].append((i, image))
+        if len(waiting[image.shape]) == size:
+            yield take(image.shape)
+    for shape in list(waiting):
+        yield take(shape)
+
+
+def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
+          bad: Callable[[str], None]) -> dict[int, dict[str, float]]:
+    """{index of item: {reward: score}} of every image that could be read.
+
+    Prompts are encoded once; one program a reward and image shape.
+    """
+    prompts = [item.prompt for item in items]
+    features = {r.name: r.text_features and r.text_features(r.params, prompts) for r in found}
+    scorers = {r.name: jax.jit(r.score) for r in found}
+    params = {r.name: jax.device_put(r.params) for r in found}
+    rows: dict[int, dict[str, float]] = {}
+    bar = progress.Progress(console=console, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task("scoring", total=len(items))
+
+        def skip(message: str) -> None:
+            bar.advance(task)
+            bad(message)
+
+        for indices, drawn in batches(items, batch_size, skip):
+            # The last batch is filled up, so that one program does.
+            rows_in = np.minimum(np.arange(batch_size), len(indices) - 1)
+            for reward in found:
+                texts = features[reward.name]
+                texts = None if texts is None else texts[np.asarray(indices)[rows_in]]
+                values = scorers[reward.name](params[reward.name], drawn[rows_in], texts)
+                for i, value in zip(indices, np.asarray(values), strict=False):
+                    rows.setdefault(i, {})[reward.name] = float(value)
+            bar.advance(task, len(indices))
+    return rows
+
+
+def summary(found: Sequence[Reward], rows: Sequence[dict[str, float]], prompts: Sequence[str]
+            ) -> Table:
+    """Mean and 95 % interval of each reward, and the share of prompts that it cut off."""
+    table = Table("reward", "mean", "95 % interval", "prompts cut off")
+    for reward in found:
+        entry = statistics.mean_ci(np.asarray([row[reward.name] for row in rows]))
+        low, high = entry["ci95"]
+        cut = reward.truncated_share(prompts)
+        table.add_row(reward.name, f"{entry['value']:.4f}", f"{low:.4f} to {high:.4f}",
+                      "" if cut is None else f"{cut:.0%}")
+    return table
+
+
+def check(function: str) -> None:
+    """Tries a user's reward as a training run does: shape, dtype, finite and nonzero gradient,
+    under jit, one image's score independent of another's. InputError says what fails."""
+    plugin.check(rewards.load("function", function), (_CHECKED_SIZE, _CHECKED_SIZE, 3))
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    if given.check is not None:
+        check(given.check)
+        print(f"{given.check} can be trained on")
+        return
+    missing = [f"--{name}=..." for name in ("images", "prompts", "rewards", "out")
+               if not given[name].value]
+    if missing:
+        raise InputError(f"missing {' and '.join(missing)} (see --help), or --check=...")
+    out = Path(given.out)
+    check_writable(out.parent)
+    prompts = data.read_prompts(given.prompts)
+    items, problems = pair(Path(given.images), prompts)
+    found = load_rewards(given.rewards, given.dtype)
+    rows = score(found, items, given.batch_size, problems.append)
+    for problem in problems:
+        print(f"warning: {problem}, so it is not scored", file=console.file)
+    if not rows:
+        raise InputError(f"none of the images in {given.images} can be read")
+    lines = [json.dumps({"file": items[i].path.name, "prompt": items[i].prompt,
+                         **{k: v if np.isfinite(v) else None for k, v in rows[i].items()}},
+                        ensure_ascii=False) for i in sorted(rows)]
+    images.write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
+    Console().print(summary(found, list(rows.values()), [items[i].prompt for i in sorted(rows)]))
+    left_out = f", {len(problems)} left out" if problems else ""
+    print(f"{len(rows)} images scored{left_out}; {out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

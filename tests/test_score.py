@@ -1,0 +1,123 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from test_preprocess import noise
+
+from r0_jax import images, rewards, score, statistics
+from r0_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULE = '''
+def redness(images, features):
+    return images[..., 0].mean(axis=(1, 2))
+
+def batch_mean(images, features):
+    return images.mean(axis=(1, 2, 3)) - images.mean()
+'''
+PROMPTS = ["a red square", "a blue circle", "a star", "red " * 40, "a green star"]
+
+
+def run(folder, *arguments):
+    return subprocess.run([sys.executable, "-m", "r0_jax.score", *arguments], cwd=folder,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A CLIP, a user's module, prompts, and images of which number 1 is missing and 2 broken."""
+    root = tmp_path_factory.mktemp("world")
+    tiny.clip(root / "clip", seed=1)
+    (root / "mine.py").write_text(MODULE, "utf-8")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
+    drawn = noise(24, 24)
+    for number, image in [(0, drawn[0]), (3, drawn[1]), (4, noise(24, 30)[0])]:
+        images.save_png(root / "drawn" / f"{number:05d}.png", image)
+    (root / "drawn" / "00002.png").write_bytes(b"\x89PNG broken")
+    (root / "drawn" / "contact_sheet.png").write_bytes(b"")
+    (root / "drawn" / "notes.txt").write_text("not an image", "utf-8")
+    return root
+
+
+def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
+    done = run(world, "--images=drawn", "--prompts=prompts.txt", "--out=scores.jsonl",
+               "--batch_size=2", "--rewards=clip_score=clip,again:clip_score=clip,"
+               "red:function=mine:redness")
+    assert done.returncode == 0, done.stderr
+    assert "image 00001 is missing" in done.stderr and "00002.png is not an image" in done.stderr
+    assert "3 images scored, 2 left out" in done.stdout
+
+    lines = (world / "scores.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["file"] for row in rows] == ["00000.png", "00003.png", "00004.png"]
+    reward = rewards.load("clip_score", world / "clip")
+    for row, number in zip(rows, (0, 3, 4), strict=True):
+        image = images.load_png(world / "drawn" / row["file"])
+        assert row["prompt"] == PROMPTS[number].strip()
+        np.testing.assert_allclose(row["clip_score"], reward(image[None], [row["prompt"]])[0],
+                                   atol=1e-5)
+        assert row["again"] == row["clip_score"]
+        np.testing.assert_allclose(row["red"], image[..., 0].mean(), atol=1e-6)
+
+    table = next(line for line in done.stdout.splitlines() if " clip_score " in line)
+    entry = statistics.mean_ci(np.asarray([row["clip_score"] for row in rows]))
+    assert f"{entry['value']:.4f}" in table and f"{entry['ci95'][0]:.4f}" in table
+    assert "33%" in table  # one prompt of three is too long
+
+
+def test_check_of_a_users_reward(world):
+    done = run(world, "--check=mine:redness")
+    assert done.returncode == 0 and "mine:redness can be trained on" in done.stdout, done.stderr
+    done = run(world, "--check=mine:batch_mean")
+    assert done.returncode == 2 and "score depends on another image" in done.stderr
+
+
+@pytest.mark.parametrize(("names", "count", "said"), [
+    ([], 1, "holds no images"),
+    (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
+    (["5.png"], 5, "5.png has no prompt: there are 5, counted from 0"),
+    (["1.png", "01.jpg"], 5, "01.jpg and 1.png have the same number"),
+])
+def test_images_that_do_not_say_what_they_show(tmp_path, names, count, said):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=said):
+        score.pair(tmp_path, ["x"] * count)
+
+
+def test_other_names_are_paired_in_order(tmp_path):
+    for name in ("b.png", "a.JPG"):
+        (tmp_path / name).write_bytes(b"")
+    items, missing = score.pair(tmp_path, ["first", "second"])
+    assert [(item.path.name, item.prompt) for item in items] == [
+        ("a.JPG", "first"), ("b.png", "second")]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("clip_score", "should read type=folder"),
+    ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
+    ("pickscore=/nowhere", "/nowhere/config.json is missing"),
+])
+def test_rewards_that_cannot_be_loaded(given, said):
+    with pytest.raises(InputError, match=said):
+        score.load_rewards([given], "float32")
+
+
+def test_a_reward_named_twice(world):
+    given = [f"clip_score={world / 'clip'}"] * 2
+    with pytest.raises(InputError, match="names clip_score twice"):
+        score.load_rewards(given, "float32")
+
+
+def test_neither_torch_nor_tensorflow_is_imported():
+    code = ("import sys; import r0_jax.score, r0_jax.convert_reward; "
+            "print([m for m in ('torch', 'tensorflow') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
