@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import math
 import os
 import re
 import sys
@@ -90,6 +91,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if arguments[1:]:
         # `--flag false` lands here too: absl would take it for --flag=true.
         raise InputError(f"unexpected argument {arguments[1]!r}; flags are --name=value")
+    for name in FLAGS:
+        flag = FLAGS[name]
+        if flag.present and flag.default is None and flag.value == "":
+            raise InputError(f"--{name} is empty")  # a variable of the shell that is not set
+        if isinstance(flag.value, float) and math.isnan(flag.value):
+            raise InputError(f"--{name}=nan is not a number")
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = logging.WARNING  # orbax says dozens of INFO lines a checkpoint
     return arguments

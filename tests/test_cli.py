@@ -17,6 +17,7 @@ from r0_jax.errors import InputError
 CONFIG = cli.define_config()
 OUT = flags.DEFINE_string("out", None, "where to write")
 COUNT = flags.DEFINE_integer("count", 1, "how many")
+SCALE = flags.DEFINE_float("scale", 1.0, "how much")
 EMA = flags.DEFINE_bool("ema", True, "whether")
 FAIL = flags.DEFINE_string("fail", "", "how main ends")
 flags.mark_flag_as_required("out")
@@ -117,6 +118,8 @@ def test_help_prints_usage_and_succeeds(folder):
         (["--outt=o"], "unknown flag --outt; did you mean --out?"),
         (["--count=x"], "--count=x: expected an integer"),
         (["--ema=maybe"], "--ema=maybe: expected true or false"),
+        (["--config=base.py", "--out="], "--out is empty"),
+        (["--config=base.py", "--out=o", "--scale=nan"], "--scale=nan is not a number"),
         (["--config.steps=3"], "--config.steps overrides a config file: give --config=FILE.py too"),
     ],
 )
