@@ -197,7 +197,8 @@ def test_unknown_type():
 
 @pytest.mark.parametrize(("fields", "missing"), [
     ({"type": "clip_score"}, "path"),
-    ({"type": "aesthetic", "path": "clip"}, "head"),
+    ({"type": "aesthetic", "head": "head.safetensors"}, "path"),
+    ({"type": "hps_v2_1"}, "path"),
 ])
 def test_an_entry_without_its_files(fields, missing):
     with pytest.raises(InputError, match=rf"rewards.x.{missing} is not set: a reward of type"):

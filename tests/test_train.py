@@ -8,11 +8,12 @@ import pytest
 from configs import common
 from r0_jax import train
 from r0_jax.errors import InputError
+from r0_jax.shapes import CHECKPOINTS
 
 
 def config(**rewards):
     found = common.get_config()
-    found.pretrained, found.data.prompts = "folder", "prompts.txt"
+    found.pretrained, found.data.prompts = str(CHECKPOINTS / "pipeline"), "prompts.txt"
     found.regularizers.weight.weight = 1e-4
     with found.unlocked():
         found.rewards.clip = common.reward_entry("clip_score", path="clip")
@@ -51,7 +52,7 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
 
 
 @pytest.mark.parametrize(("entry", "said"), [
-    (3, "rewards.own should not have, or lacks, function"),
+    (3, "rewards.own should not have, or lacks, cap"),
     (common.reward_entry("clip_score", path=Path("clip")), "rewards.own.path=.* of type str"),
     (common.reward_entry("clip_score", weight="1"), "rewards.own.weight='1' must be of type float"),
     (common.reward_entry("clip_score", weight=math.nan), "rewards.own.weight=nan must be finite"),

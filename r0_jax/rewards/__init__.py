@@ -21,7 +21,7 @@ TYPES: dict[str, Callable[[str, ConfigDict, str], Reward]] = {
     "function": plugin.load,
 }
 # `type` -> fields without which it is nothing.
-_NEEDED = {**dict.fromkeys(TYPES, ("path",)), "aesthetic": ("path", "head"), "function": ()}
+_NEEDED = {**dict.fromkeys(TYPES, ("path",)), "function": ("function",)}
 
 
 def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32") -> Reward:
