@@ -58,8 +58,8 @@ def reward_gradient(
 
         entry = config.rewards[reward.name]
         scores[reward.name], gradient = value_and_gradient(score, clipped)
-        gradient = _smoothed(score, clipped, gradient, keys, config.regularizers.gradient)
-        gradient = _sharpened(score, clipped, gradient, options.sharpness)
+        place, gradient = _descended(score, clipped, gradient, options.sharpness)
+        gradient = _smoothed(score, place, gradient, keys, config.regularizers.gradient)
         capped = scores[reward.name] >= entry.cap
         gradient = jnp.where(capped[:, None, None, None], 0.0, gradient)
         norms[reward.name] = norm = _norm(gradient)[:, 0, 0, 0]
@@ -92,13 +92,13 @@ def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
     return (1 - options.weight) * gradient + options.weight * smooth
 
 
-def _sharpened(score, images, gradient, rho: float) -> jax.Array:
-    """The gradient `rho` down the slope, where the reward is lower: a peak too narrow to last
-    pulls less. Sharpness-aware reward, grad r(I - rho grad / ||grad||)."""
+def _descended(score, images, gradient, rho: float) -> tuple[jax.Array, jax.Array]:
+    """Images `rho` down the slope, where the reward is lower, and its gradient there: a peak too
+    narrow to last pulls less. Sharpness-aware reward, grad r(I - rho grad / ||grad||)."""
     if rho == 0:
-        return gradient
-    worse = images - rho * gradient / (_norm(gradient) + 1e-12)
-    return value_and_gradient(score, jnp.clip(worse, 0.0, 1.0))[1]
+        return images, gradient
+    worse = jnp.clip(images - rho * gradient / (_norm(gradient) + 1e-12), 0.0, 1.0)
+    return worse, value_and_gradient(score, worse)[1]
 
 
 def _projected(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -230,8 +230,9 @@ def check_reward(name: str, entry: Any) -> None:
         kind, value = type(default), fields[field]
         if not (isinstance(value, kind) or (kind is float and type(value) is int)):
             raise InputError(f"{name}.{field}={value!r} must be of type {kind.__name__}")
-    if not math.isfinite(fields["weight"]):
-        raise InputError(f"{name}.weight={fields['weight']} must be finite")
+    for field in ("weight", "cap"):
+        if not math.isfinite(fields[field]):
+            raise InputError(f"{name}.{field}={fields[field]} must be finite")
 
 
 def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:

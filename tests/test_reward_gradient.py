@@ -201,3 +201,20 @@ def test_sharpness_looks_from_down_the_slope():
     found = run(inside, [quadratic], objective__sharpness=0.05, **PLAIN).images
     norm = np.sqrt(np.sum(np.square(inside), axis=(1, 2, 3), keepdims=True))
     np.testing.assert_allclose(found, 0.7 * inside * (1 - 0.05 / norm), rtol=1e-5)
+
+
+def test_smoothing_is_kept_where_sharpness_looks():
+    seen = []
+
+    def score(params, images, features):  # its gradient is the image itself
+        seen.append(np.asarray(jax.lax.stop_gradient(images)))
+        return jnp.sum(images**2, axis=(1, 2, 3)) / 2
+
+    found = run(0.3 + 0.4 * IMAGES, [Reward("brightness", {}, score, None)], **{
+        **SMOOTH, "objective__sharpness": 0.05, "regularizers__gradient__samples": 2,
+        "regularizers__gradient__weight": 0.25, "regularizers__gradient__std": 0.05})
+    _, descended, *perturbed = seen
+    assert len(perturbed) == 2
+    np.testing.assert_allclose(np.mean(perturbed, axis=0), descended, atol=0.2)
+    expected = 0.7 * (0.75 * descended + 0.25 * np.mean(perturbed, axis=0))
+    np.testing.assert_allclose(found.images, expected, rtol=1e-5, atol=1e-6)

@@ -56,6 +56,7 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
     (common.reward_entry("clip_score", path=Path("clip")), "rewards.own.path=.* of type str"),
     (common.reward_entry("clip_score", weight="1"), "rewards.own.weight='1' must be of type float"),
     (common.reward_entry("clip_score", weight=math.nan), "rewards.own.weight=nan must be finite"),
+    (common.reward_entry("clip_score", cap=math.nan), "rewards.own.cap=nan must be finite"),
 ])
 def test_a_reward_that_is_none(entry, said):
     with pytest.raises(InputError, match=said):
