@@ -188,6 +188,8 @@ def main(argv: list[str]) -> None:
     if missing:
         raise InputError(f"missing {' and '.join(missing)} (see --help), or --check=...")
     out = Path(given.out)
+    if out.is_dir():
+        raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
     prompts = data.read_prompts(given.prompts)
     items, problems = pair(Path(given.images), prompts)

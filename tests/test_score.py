@@ -78,6 +78,13 @@ def test_check_of_a_users_reward(world):
     assert done.returncode == 2 and "score depends on another image" in done.stderr
 
 
+def test_an_out_that_cannot_be_written_shows_before_the_work(world):
+    done = run(world, "--images=nowhere", "--prompts=prompts.txt", "--out=drawn",
+               "--rewards=clip_score=clip")
+    assert done.returncode == 2
+    assert done.stderr == "error: --out=drawn is a folder: give a file, such as drawn/scores.jsonl\n"
+
+
 @pytest.mark.parametrize(("names", "count", "said"), [
     ([], 1, "holds no images"),
     (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
