@@ -82,7 +82,8 @@ def test_an_out_that_cannot_be_written_shows_before_the_work(world):
     done = run(world, "--images=nowhere", "--prompts=prompts.txt", "--out=drawn",
                "--rewards=clip_score=clip")
     assert done.returncode == 2
-    assert done.stderr == "error: --out=drawn is a folder: give a file, such as drawn/scores.jsonl\n"
+    assert done.stderr == ("error: --out=drawn is a folder: give a file, such as "
+                           "drawn/scores.jsonl\n")
 
 
 @pytest.mark.parametrize(("names", "count", "said"), [
