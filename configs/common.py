@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
     # Compile these calls one after the other instead of as a loop, and keep their activations: the
     # same numbers. For small networks on CPU, where the gradient of a loop is many times slower.
     config.objective.unroll = False
-    # "per_sample": each reward's image gradient is divided by its own norm; "none": plain sum.
+    # "per_sample": each reward's image gradient is divided by its own norm; "running_std": by the
+    # standard deviation of the reward's scores over the last steps; "none": plain sum.
     config.objective.normalization = "per_sample"
     # Added to the norm that is divided by.
     config.objective.delta = 1e-8

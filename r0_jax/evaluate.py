@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, report, run, schedulers
+from r0_jax import cli, report, run, schedulers, sharding
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.pipelines import families
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     else:
         pipeline = families.load(fields.pipeline)
         scheduler = schedulers.from_config(pipeline.scheduler_config, fields.num_inference_steps)
-        model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale), pipeline.params)
+        model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
+                                   mesh=sharding.local_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)

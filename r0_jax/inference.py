@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from r0_jax import sampler
+from r0_jax import sampler, sharding
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.schedulers import Scheduler
@@ -52,10 +53,14 @@ def sample_latents(
 
 
 class ImageSampler:
-    """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once."""
+    """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once.
+
+    With a `mesh`, on which the parameters live then, a batch that its devices divide is split over
+    them.
+    """
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
-                 guidance_scale: float, eta: float = 0.0):
+                 guidance_scale: float, eta: float = 0.0, mesh: Mesh | None = None):
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
@@ -63,12 +68,19 @@ class ImageSampler:
 
         @jax.jit
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
+            whole = mesh is None or len(noise) % mesh.size
+            if not whole:
+                tokens, noise, keys = lax.with_sharding_constraint(
+                    (tokens, noise, keys), sharding.batch_sharding(mesh))
             conditioning = pipeline.encode_prompt(params, tokens)
             negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
                         else None)
             latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noise,
                                      conditioning, negative, guidance_scale, keys, eta)
-            return pipeline.decode(params["vae"], latents)
+            images = pipeline.decode(params["vae"], latents)
+            # Every process of a pod sees all of them.
+            return images if whole else lax.with_sharding_constraint(
+                images, sharding.replicated(mesh))
 
         self._run = run
 

@@ -30,10 +30,11 @@ from r0_jax.rewards.reward import Reward
 _NOISE, _ROLLOUT, _REGULARIZERS = range(3)
 
 Metrics = dict[str, Float[Array, ""]]
+SQUARE = "square/"  # of a reward's scores: metrics for the train step, which takes them out
 
 
 class Objective:
-    """loss(params, frozen, batch, keys, last): what one gradient step descends.
+    """loss(params, frozen, batch, keys, last, spreads): what one gradient step descends.
 
     `frozen` holds what is never trained, as arguments and never as constants of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
@@ -57,11 +58,13 @@ class Objective:
         return self.num_steps - 1
 
     def loss(self, params: Params, frozen: dict[str, Any], batch: dict[str, jax.Array],
-             keys: sampler.Keys, last: jax.Array | int) -> tuple[Float[Array, ""], Metrics]:
+             keys: sampler.Keys, last: jax.Array | int, spreads: dict[str, jax.Array]
+             ) -> tuple[Float[Array, ""], Metrics]:
         """Mean over the batch's samples; metrics are means too.
 
         batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...), and
         "features/<reward>" [B, D] for rewards that read prompts.
+        spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
                          for tag in (_ROLLOUT, _REGULARIZERS))
@@ -70,9 +73,11 @@ class Objective:
 
         images = self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
         gradient = reward_gradient(self.rewards, frozen["rewards"], lax.stop_gradient(images),
-                                   _features(batch), drawn, self.config)
+                                   _features(batch), drawn, spreads, self.config)
         loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))
         metrics = {f"reward/{name}": jnp.mean(x) for name, x in gradient.scores.items()}
+        metrics |= {f"{SQUARE}{name}": jnp.mean(x**2) for name, x in gradient.scores.items()
+                    if name in spreads}
         metrics |= {f"norm/reward_grads/{name}": jnp.mean(x) for name, x in gradient.norms.items()}
         metrics |= {f"cosine/reward_grads/{pair}": jnp.mean(x)
                     for pair, x in gradient.cosines.items()}

@@ -22,7 +22,7 @@ from r0_jax import sampler
 from r0_jax.network import Params
 from r0_jax.rewards.reward import Reward, value_and_gradient
 
-NORMALIZATIONS = ("per_sample", "none")
+NORMALIZATIONS = ("per_sample", "running_std", "none")
 CONFLICTS = ("keep", "project")
 _SMOOTHING = 300  # tag of the random draws
 
@@ -43,12 +43,14 @@ def reward_gradient(
     images: Float[Array, "b h w 3"],
     features: dict[str, Shaped[Array, "b d"]],
     keys: sampler.Keys,
+    spreads: dict[str, Float[Array, ""]],
     config: ConfigDict,
 ) -> RewardGradient:
     """`images` may lie beyond [0, 1]; rewards see them clipped.
 
     A pixel beyond the range feels a reward only where it is pulled back: clipping alone would
-    leave it stuck, and ignoring the clip would push it on for ever.
+    leave it stuck, and ignoring the clip would push it on for ever. `spreads` are the standard
+    deviations that "running_std" divides by.
     """
     clipped = jnp.clip(images, 0.0, 1.0)
     options, scores, norms, gradients = config.objective, {}, {}, {}
@@ -65,6 +67,8 @@ def reward_gradient(
         norms[reward.name] = norm = _norm(gradient)[:, 0, 0, 0]
         if options.normalization == "per_sample":
             gradient = gradient / (norm + options.delta)[:, None, None, None]
+        elif options.normalization == "running_std":
+            gradient = gradient / (spreads[reward.name] + options.delta)
         gradients[reward.name] = entry.weight * gradient
     cosines = {f"{a}~{b}": _dot(gradients[a], gradients[b])[:, 0, 0, 0] / (
         _norm(gradients[a]) * _norm(gradients[b]) + 1e-12)[:, 0, 0, 0]

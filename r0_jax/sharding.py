@@ -46,6 +46,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def local_mesh() -> Mesh:
+    """All devices of this process, for work that each process does by itself."""
+    return make_mesh({"data": -1}, jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -21,6 +21,7 @@ from r0_jax import (
     rewards,
     run,
     schedulers,
+    sharding,
     statistics,
 )
 from r0_jax.errors import InputError
@@ -166,12 +167,14 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
-    few = ImageSampler(pipeline, grid, guidance_scale=1.0)
+    mesh = sharding.local_mesh()
+    few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
     models = {
         f"base_{config.test.base_steps}_guided": Model(
-            ImageSampler(pipeline, guided, config.test.guidance_scale), pipeline.params),
+            ImageSampler(pipeline, guided, config.test.guidance_scale, mesh=mesh),
+            pipeline.params),
         f"base_{k}": Model(few, pipeline.params),
         f"r0_{k}": Model(few, trained),
     }
@@ -185,9 +188,10 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
     table: dict[str, Any] = {"models": {}, "prompts": len(testbed.prompts),
                              "seed": testbed.config.seed, **facts}
     files: dict[str, list[str]] = {}
+    everywhere = sharding.replicated(sharding.local_mesh())
     for name, model in models.items():
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
-        params = jax.device_put(model.params)
+        params = jax.device_put(model.params, everywhere)
         table["models"][name], drawn = testbed.measure(model._replace(params=params))
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
         for i, file in enumerate(files[name]):

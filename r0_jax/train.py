@@ -101,9 +101,12 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     base_part = pipeline.generator_part
     shapes = pipeline.networks[base_part].shapes
 
+    spread_of = ([r.name for r in trained_on] if config.objective.normalization == "running_std"
+                 else [])
+
     def init(base: Params) -> TrainState:
         params = generator.init(jax.random.key(config.seed), base, shapes)
-        return train_state.init(params, optimizer)
+        return train_state.init(params, optimizer, spread_of)
 
     frozen = place_frozen(pipeline, trained_on, mesh, config)
     abstract = jax.eval_shape(init, frozen["base"])
@@ -123,7 +126,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
                           out_shardings=(state_sharding, sharding.replicated(mesh)),
                           donate_argnums=0)
         validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
-                                {r.name for r in heldout})
+                                {r.name for r in heldout}, mesh)
         with stop.deferred():
             finished = loop(config, folder, mesh, state, started, step_fn, frozen, validation,
                             checkpoints, stop)

@@ -1,10 +1,14 @@
 """What one training step reads and returns; all of it is in a checkpoint."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from r0_jax import reward_spread
+from r0_jax.reward_spread import Moments
 
 Params = dict[str, jax.Array]
 
@@ -19,6 +23,7 @@ class TrainState(NamedTuple):
       opt_state: of the optax optimizer.
       skipped: int32, steps whose gradients were not finite.
       skipped_in_a_row: int32, how many of them were the last ones.
+      moments: of the rewards whose gradients are divided by their running spread.
     """
 
     step: jax.Array
@@ -27,10 +32,13 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    moments: Moments
 
 
-def init(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init(params: Params, optimizer: optax.GradientTransformation,
+         spread_of: Sequence[str] = ()) -> TrainState:
+    """The state before the first step; `spread_of` names rewards whose spread is needed."""
     counter = jnp.zeros((), jnp.int32)
-    state = TrainState(counter, params, params, optimizer.init(params), counter, counter)
+    state = TrainState(counter, params, params, optimizer.init(params), counter, counter,
+                       reward_spread.init(spread_of))
     return jax.tree.map(jnp.copy, state)  # a donated state must not hold one buffer twice

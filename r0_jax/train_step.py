@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from r0_jax import optim
-from r0_jax.objective import Metrics, Objective
+from r0_jax import optim, reward_spread
+from r0_jax.objective import SQUARE, Metrics, Objective
 from r0_jax.train_state import TrainState
 
 TrainStep = Callable[[TrainState, dict[str, Any], dict[str, jax.Array], jax.Array],
@@ -33,12 +33,13 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         key = jax.random.fold_in(key, state.step)
         step_key, sample_key = jax.random.split(key)
         last = objective.draw_last(step_key)
+        spreads = reward_spread.std(state.moments)
         size = len(next(iter(batch.values())))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
 
         def microbatch(batch, keys):
             (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, frozen, batch, keys, last)
+                state.params, frozen, batch, keys, last, spreads)
             return loss, metrics, grads
 
         def cut(x):
@@ -66,16 +67,20 @@ def _update(state: TrainState, grads, loss, metrics: Metrics,
             optimizer: optax.GradientTransformation, config: ConfigDict
             ) -> tuple[TrainState, Metrics]:
     norm = optim.global_norm(grads)
+    squares = {name: metrics.pop(SQUARE + name) for name in state.moments}
+    means = {name: metrics[f"reward/{name}"] for name in state.moments}
+    moments = reward_spread.update(state.moments, means, squares)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optim.update_ema(state.ema_params, params, config.ema_decay)
     new = TrainState(state.step + 1, params, ema_params, opt_state, state.skipped,
-                     state.skipped_in_a_row)
+                     state.skipped_in_a_row, moments)
     new = optim.skip_if_nonfinite(state, new, norm)
     return new, {
         "train/loss": loss, **metrics, "norm/grads": norm,
         "norm/params": optim.global_norm(new.params), "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,
+        **{f"reward_std/{name}": x for name, x in reward_spread.std(new.moments).items()},
         # The optimizer does not count the steps that were skipped.
         "train/learning_rate": optim.learning_rate_schedule(config)(state.step - state.skipped),
     }

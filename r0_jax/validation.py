@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from r0_jax import data, few_step, hacking, images, prompt_dataset
@@ -22,7 +23,7 @@ class Validation:
 
     def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
                  generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
-                 heldout: set[str]):
+                 heldout: set[str], mesh: Mesh):
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout = rewards, heldout
         prompts = data.read_prompts(config.eval.prompts or config.data.prompts)
@@ -32,7 +33,7 @@ class Validation:
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
         grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
-        self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
+        self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
         self.scores = {r.name: jax.jit(r.score) for r in rewards}

@@ -217,7 +217,7 @@ class World(NamedTuple):
     def value_and_grad(self, params, batch, last, keys=None):
         """((loss, metrics), grads), compiled."""
         keys = sample_keys(len(batch["input_ids"])) if keys is None else keys
-        return self.program()(params, self.frozen, batch, keys, last)
+        return self.program()(params, self.frozen, batch, keys, last, {})
 
     def program(self):
         return _program(self.objective)
@@ -227,7 +227,9 @@ class World(NamedTuple):
         from. Without a mesh, on one device."""
         mesh = mesh or sharding.make_mesh({"data": 1}, jax.devices()[:1])
         optimizer = optim.make_optimizer(self.config, self.config.regularizers.langevin.weight)
-        state = train_state.init(self.params(), optimizer)
+        spread_of = (list(self.frozen["rewards"])
+                     if self.config.objective.normalization == "running_std" else [])
+        state = train_state.init(self.params(), optimizer, spread_of)
         specs = sharding.state_sharding(jax.eval_shape(lambda: state), mesh, self.config.sharding)
         step = jax.jit(make_train_step(self.objective, optimizer, self.config, mesh),
                        out_shardings=(specs, sharding.replicated(mesh)), compiler_options=FAST)

@@ -164,7 +164,7 @@ def regularized(name, **changes):
 
 def text(world):
     """The program as it goes to the compiler."""
-    arguments = world.params(), world.frozen, batch(B), sample_keys(B), 0
+    arguments = world.params(), world.frozen, batch(B), sample_keys(B), 0, {}
     return world.program().lower(*arguments).as_text()
 
 
@@ -217,7 +217,7 @@ def temporary_bytes(steps, method="r0"):
                              "objective.method": method}, LARGE)
     shapes = jax.eval_shape(world.params)
     last = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = world.program().lower(shapes, world.frozen, batch(8), sample_keys(8), last)
+    lowered = world.program().lower(shapes, world.frozen, batch(8), sample_keys(8), last, {})
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -251,7 +251,7 @@ def test_frozen_weights_are_arguments_not_constants():
     on = {f"regularizers.{name}.weight": 0.5 for name in ON}
     world = step_world.make(on, ToyConfig(width=32))
     assert max(x.size for x in world.frozen["base"].values()) > 5000
-    program = world.program().lower(world.params(), world.frozen, batch(B), sample_keys(B), 3)
+    program = world.program().lower(world.params(), world.frozen, batch(B), sample_keys(B), 3, {})
     # Arrays that are not one number repeated.
     shapes = re.findall(r'constant dense<["\[].*> : tensor<([^>]*)>', program.as_text())
     sizes = [np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in shapes]
@@ -273,11 +273,11 @@ def test_half_precision_networks_train_float32_parameters(rank):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
                         world.frozen)
     (loss, metrics), grads = jax.eval_shape(world.program(), world.params(), half, batch(B),
-                                            sample_keys(B), 3)
+                                            sample_keys(B), 3, {})
     assert loss.dtype == jnp.float32 and {x.dtype for x in metrics.values()} == {loss.dtype}
     assert {x.dtype for x in grads.values()} == {loss.dtype}
     assert set(dtypes) == {jnp.dtype(jnp.float32)}
     program = str(jax.make_jaxpr(world.objective.loss)(world.params(), half, batch(B),
-                                                       sample_keys(B), 3))
+                                                       sample_keys(B), 3, {}))
     convolutions = re.findall(r":(\w+)\[[^]]*\] = conv_general_dilated", program)
     assert convolutions and set(convolutions) == {"bf16"}

@@ -13,9 +13,12 @@ IMAGES = jax.random.uniform(jax.random.key(0), (3, 4, 5, 3))
 KEYS = sample_keys(3)
 
 
+SPREADS = {reward.name: jnp.asarray(x) for reward, x in zip(REWARDS, (0.2, 5.0), strict=True)}
+
+
 def run(images=IMAGES, rewards=REWARDS, **changes):
     settings = config({name.replace("__", "."): value for name, value in changes.items()})
-    return reward_gradient(rewards, PARAMS, images, FEATURES, KEYS, settings)
+    return reward_gradient(rewards, PARAMS, images, FEATURES, KEYS, SPREADS, settings)
 
 
 def one_by_one(images):
@@ -66,6 +69,13 @@ def test_without_normalization_it_is_the_weighted_sum():
     for name in parts:
         norm = np.linalg.norm(parts[name][1].reshape(3, -1), axis=-1)
         np.testing.assert_allclose(found.norms[name], norm, rtol=1e-5)
+
+
+def test_the_running_spread_divides_all_samples_alike():
+    parts = one_by_one(IMAGES)
+    expected = 0.7 * parts["brightness"][1] / 0.2 + 1.3 * parts["agreement"][1] / 5.0
+    found = run(objective__normalization="running_std", objective__delta=0.0)
+    np.testing.assert_allclose(found.images, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_of_zero_stays_zero():

@@ -166,7 +166,7 @@ def test_same_name_in_the_optimizer_but_another_shape_is_replicated():
     params = {"big.kernel": struct(2048, 2048)}
     factored = ({"big.kernel": struct(2048)},)
     counter = struct(dtype=jnp.int32)
-    shapes = train_state.TrainState(counter, params, params, factored, counter, counter)
+    shapes = train_state.TrainState(counter, params, params, factored, counter, counter, {})
     where = sharding.state_sharding(shapes, mesh, RULES)
     assert where.opt_state[0]["big.kernel"].spec == PartitionSpec()
 

@@ -95,6 +95,29 @@ def test_microbatches_are_spread_over_all_devices(world, stepped):
     assert_close(run(state, batch(8)), stepped[2])
 
 
+def test_running_spread_of_scores_is_kept_from_step_to_step(world):
+    changes = {"objective.normalization": "running_std"}
+    run, state, _ = step_world.make(changes).step()
+    whole, first = run(state, batch(8))
+    microbatched, _, _ = step_world.make(changes | {"accumulation": 2}).step()
+    assert_close(microbatched(state, batch(8)), (whole, first), 1e-4)
+
+    # The first step divides by 1, as a plain sum does; later ones by what was seen before.
+    plain, state_without, _ = step_world.make({"objective.normalization": "none"}).step()
+    assert_close(first["norm/grads"], plain(state_without, batch(8))[1]["norm/grads"])
+    name = "brightness"
+    _, mean, square = whole.moments[name] / whole.moments[name][0]
+    np.testing.assert_allclose(mean, first[f"reward/{name}"], rtol=1e-5)
+    np.testing.assert_allclose(first[f"reward_std/{name}"], np.sqrt(square - mean**2), rtol=1e-3)
+    assert first[f"reward_std/{name}"] > 0
+
+    later, second = run(whole, batch(8))
+    weight, total, _ = later.moments[name]
+    both = (0.95 * first[f"reward/{name}"] + second[f"reward/{name}"]) / 1.95
+    np.testing.assert_allclose(total / weight, both, rtol=1e-5)
+    assert not np.isclose(second["norm/grads"], first["norm/grads"], rtol=1e-2)
+
+
 # --- Steps that are skipped -----------------------------------------------------------------------
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(stepped):
