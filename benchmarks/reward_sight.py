@@ -1,0 +1,160 @@
+"""Do the rewards see what the judge sees? On the embedded world's images, drawn by a run.
+
+    python -m benchmarks.reward_sight --workdir=runs/shapes_r0
+
+The run's generator draws several images of each validation prompt. Of every pair of them that the
+judge accepted and rejected, how often does a reward prefer the accepted one? 0.5 is chance, and
+nothing that a reward cannot see will be mended by maximizing it. Pairs of one prompt, since scores
+differ more from prompt to prompt than from image to image. The last rows are the implicit reward of
+the guidance regularizer, how much better the frozen base denoises the image with its prompt than
+without, at single noise levels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Bool, Float
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from r0_jax import (
+    cli,
+    data,
+    few_step,
+    prompt_dataset,
+    rewards,
+    run,
+    schedulers,
+    sharding,
+    statistics,
+)
+from r0_jax.errors import InputError
+from r0_jax.inference import ImageSampler
+from r0_jax.pipelines.pipeline import Pipeline, take
+from r0_jax.shapes.judge import judge
+from r0_jax.validation import draw, fixed_noise, score
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of the implicit reward, as shares of time
+DRAWS = 3  # of its noise, a level
+_BATCH = 40
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "folder of a run on the embedded world", required=True)
+    flags.DEFINE_string("step", "", "checkpoint: its step, best or latest")
+    flags.DEFINE_integer("num_prompts", 100, "the last so many of eval.prompts", lower_bound=1)
+    flags.DEFINE_integer("samples_per_prompt", 8, "images of each", lower_bound=2)
+    flags.DEFINE_integer("seed", 0, "of the noise")
+
+
+def preferred(scores: Float[np.ndarray, "p s"], accepted: Bool[np.ndarray, "p s"],
+              rejected: Bool[np.ndarray, "p s"], seed: int) -> tuple[dict, int]:
+    """The share of pairs (accepted, rejected) of one prompt in which the accepted image scores
+    higher, with a 95 % interval over prompts; and how many pairs there are."""
+    higher = scores[:, :, None] > scores[:, None, :]
+    pairs = accepted[:, :, None] & rejected[:, None, :]
+    counts = np.stack([(higher & pairs).sum((1, 2)), pairs.sum((1, 2))], axis=1)
+    total = int(counts[:, 1].sum())
+    if not total:
+        return {"value": float("nan"), "ci95": [float("nan")] * 2}, 0
+    share = statistics.bootstrap_ci(lambda c: c[:, 0].sum() / max(c[:, 1].sum(), 1), counts,
+                                    seed=seed)
+    return share, total
+
+
+def implicit_reward(pipeline: Pipeline, seed: int
+                    ) -> Callable[[np.ndarray, list[str], float], Float[np.ndarray, " n"]]:
+    """(images, prompts, level) -> how much closer to the image the base's clean prediction of it,
+    noised to `level`, is with the prompt than without."""
+    table = few_step.noise_levels(pipeline.scheduler_config)
+    params, empty = jax.device_put(pipeline.params), pipeline.tokenize([""])
+    vae = pipeline.networks["vae"]
+
+    @jax.jit
+    def closer(params, images, tokens, index, noise):
+        latents = vae.apply(params["vae"], "encode", 2 * images - 1)[0] * vae.config.scaling_factor
+        alpha, sigma = jnp.asarray(table.alphas)[index], jnp.asarray(table.sigmas)[index]
+        noised = alpha * latents + sigma * noise
+        timesteps = jnp.full(len(images), jnp.asarray(table.timesteps, jnp.float32)[index])
+        told = pipeline.encode_prompt(params, tokens)
+
+        def error(conditioning):
+            output = pipeline.denoise(params[pipeline.generator_part], noised, timesteps,
+                                      conditioning)
+            x0, _ = schedulers.x0_and_epsilon(table.prediction_type, output, noised, alpha, sigma)
+            return jnp.mean((x0 - latents) ** 2, axis=(1, 2, 3))
+
+        return error(pipeline.encode_negative(params, empty, told)) - error(told)
+
+    def measure(images: np.ndarray, prompts: list[str], level: float) -> np.ndarray:
+        index = round((1 - level) * len(table.timesteps))
+        tokens, found = pipeline.tokenize(prompts), np.zeros(len(images))
+        rng = np.random.default_rng(seed)
+        for _ in range(DRAWS):
+            noise = rng.standard_normal((len(images), *pipeline.latent_shape)).astype(np.float32)
+            for start in range(0, len(images), _BATCH):
+                rows = slice(start, start + _BATCH)
+                found[rows] += np.asarray(closer(params, images[rows], take(tokens, rows), index,
+                                                 noise[rows])) / DRAWS
+        return found
+
+    return measure
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    opened = run.open_run(given.workdir)
+    config, pipeline = opened.config, opened.pipeline
+    if config.test.world != "shapes":
+        raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
+    weights = opened.weights(opened.params(run.choose_step(Path(given.workdir), given.step)))
+
+    distinct = data.read_prompts(config.eval.prompts)[-given.num_prompts:]
+    shape = (len(distinct), given.samples_per_prompt)
+    prompts = [prompt for prompt in distinct for _ in range(given.samples_per_prompt)]
+    noise, keys = fixed_noise(given.seed, len(prompts), pipeline.latent_shape)
+    mesh = sharding.local_mesh()
+    sampler = ImageSampler(pipeline, few_step.grid(pipeline.scheduler_config,
+                                                   config.sampler.num_steps), 1.0, mesh=mesh)
+    params = jax.device_put({**pipeline.params, pipeline.generator_part: weights},
+                            sharding.replicated(mesh))
+    drawn = draw(sampler, params, pipeline.tokenize(prompts), noise, keys, _BATCH)
+    verdict = judge(drawn, prompts)
+    accepted = verdict.correct.reshape(shape)
+    outline = (~verdict.shape & verdict.presence & verdict.colour & verdict.size
+               & verdict.relation).reshape(shape)
+    kinds = {"all": ~accepted, "outline only": outline, "other": ~accepted & ~outline}
+
+    pairs = [int((accepted.sum(1) * rejected.sum(1)).sum()) for rejected in kinds.values()]
+    table = Table("prefers the accepted image", box=box.MARKDOWN)
+    for kind, count in zip(kinds, pairs, strict=True):
+        table.add_column(f"{kind} ({count} pairs)", justify="right")
+
+    def add(name: str, scores: np.ndarray) -> None:
+        cells = []
+        for rejected in kinds.values():
+            share, _ = preferred(scores.reshape(shape), accepted, rejected, given.seed)
+            half = (share["ci95"][1] - share["ci95"][0]) / 2
+            cells.append(f"{share['value']:.3f} ± {half:.3f}")
+        table.add_row(name, *cells)
+
+    for name, entry in [*config.rewards.items(), *config.heldout_rewards.items()]:
+        reward = rewards.load(name, entry)
+        features = prompt_dataset.features(prompts, [reward]).get(f"features/{name}")
+        add(name, score(jax.jit(reward.score), reward.params, drawn, features, _BATCH))
+    measure = implicit_reward(pipeline, given.seed)
+    for level in LEVELS:
+        add(f"guidance, level {level}", measure(drawn, prompts, level))
+    print(f"{len(prompts)} images of {len(distinct)} prompts, {accepted.mean():.0%} accepted")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
