@@ -57,7 +57,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_sharding(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: Sequence[Sequence[str]]
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: Sequence[Any]
 ) -> dict[str, NamedSharding]:
     """Where each parameter lives, by the first rule whose regex is its whole dotted name.
 
@@ -73,7 +73,7 @@ def param_sharding(
     }
 
 
-def state_sharding(state: TrainState, mesh: Mesh, rules: Sequence[Sequence[str]]) -> TrainState:
+def state_sharding(state: TrainState, mesh: Mesh, rules: Sequence[Any]) -> TrainState:
     """The sharding of every leaf of a TrainState, given its shapes (`jax.eval_shape`).
 
     EMA and optimizer moments follow their parameter, found by the dotted name that ends their
