@@ -53,18 +53,16 @@ def define_flags() -> None:
 
 
 def preferred(scores: Float[np.ndarray, "p s"], accepted: Bool[np.ndarray, "p s"],
-              rejected: Bool[np.ndarray, "p s"], seed: int) -> tuple[dict, int]:
+              rejected: Bool[np.ndarray, "p s"], seed: int) -> dict:
     """The share of pairs (accepted, rejected) of one prompt in which the accepted image scores
-    higher, with a 95 % interval over prompts; and how many pairs there are."""
+    higher, with a 95 % interval over prompts; NaN without pairs."""
     higher = scores[:, :, None] > scores[:, None, :]
     pairs = accepted[:, :, None] & rejected[:, None, :]
     counts = np.stack([(higher & pairs).sum((1, 2)), pairs.sum((1, 2))], axis=1)
-    total = int(counts[:, 1].sum())
-    if not total:
-        return {"value": float("nan"), "ci95": [float("nan")] * 2}, 0
-    share = statistics.bootstrap_ci(lambda c: c[:, 0].sum() / max(c[:, 1].sum(), 1), counts,
-                                    seed=seed)
-    return share, total
+    if not pairs.any():
+        return {"value": float("nan"), "ci95": [float("nan")] * 2}
+    return statistics.bootstrap_ci(lambda c: c[:, 0].sum() / max(c[:, 1].sum(), 1), counts,
+                                   seed=seed)
 
 
 def implicit_reward(pipeline: Pipeline, seed: int
@@ -115,7 +113,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
     weights = opened.weights(opened.params(run.choose_step(Path(given.workdir), given.step)))
 
-    distinct = data.read_prompts(config.eval.prompts)[-given.num_prompts:]
+    distinct = data.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts:]
     shape = (len(distinct), given.samples_per_prompt)
     prompts = [prompt for prompt in distinct for _ in range(given.samples_per_prompt)]
     noise, keys = fixed_noise(given.seed, len(prompts), pipeline.latent_shape)
@@ -139,7 +137,7 @@ def main(argv: list[str]) -> None:
     def add(name: str, scores: np.ndarray) -> None:
         cells = []
         for rejected in kinds.values():
-            share, _ = preferred(scores.reshape(shape), accepted, rejected, given.seed)
+            share = preferred(scores.reshape(shape), accepted, rejected, given.seed)
             half = (share["ci95"][1] - share["ci95"][0]) / 2
             cells.append(f"{share['value']:.3f} ± {half:.3f}")
         table.add_row(name, *cells)

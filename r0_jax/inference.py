@@ -68,8 +68,8 @@ class ImageSampler:
 
         @jax.jit
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
-            whole = mesh is None or len(noise) % mesh.size
-            if not whole:
+            split = mesh is not None and len(noise) % mesh.size == 0
+            if split:
                 tokens, noise, keys = lax.with_sharding_constraint(
                     (tokens, noise, keys), sharding.batch_sharding(mesh))
             conditioning = pipeline.encode_prompt(params, tokens)
@@ -79,8 +79,8 @@ class ImageSampler:
                                      conditioning, negative, guidance_scale, keys, eta)
             images = pipeline.decode(params["vae"], latents)
             # Every process of a pod sees all of them.
-            return images if whole else lax.with_sharding_constraint(
-                images, sharding.replicated(mesh))
+            return (lax.with_sharding_constraint(images, sharding.replicated(mesh)) if split
+                    else images)
 
         self._run = run
 
