@@ -1,24 +1,26 @@
-"""Gives a trained generator to PyTorch: a diffusers folder, or a LoRA file that diffusers loads.
+"""Gives a trained generator to PyTorch: a diffusers folder, or a LoRA file, and a ComfyUI workflow.
 
     python -m r0_jax.export --workdir=W --out=DIR --format=diffusers
-    python -m r0_jax.export --workdir=W --out=DIR --format=peft
+    python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffusers
+    python -m r0_jax.export --workdir=W --out=DIR --format=kohya    LoRA for ComfyUI, A1111, Forge
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from absl import flags
 
-from r0_jax import cli, convert, lora, model_card
+from r0_jax import cli, comfyui, convert, kohya, lora, model_card
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
-from r0_jax.pipelines.folder import mend_sample_size
-from r0_jax.run import HostParams, Run, choose_step, open_run, read_config
+from r0_jax.pipelines.folder import mend_sample_size, read_index
+from r0_jax.run import HostParams, Run, choose_step, find_pretrained, open_run, read_config
 
+Format = Literal["diffusers", "peft", "kohya"]
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
 
 
@@ -26,8 +28,9 @@ def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "folder to write", required=True)
-    flags.DEFINE_enum("format", None, ["diffusers", "peft"],
-                      "a whole pipeline with adapters merged, or the adapters alone", required=True)
+    flags.DEFINE_enum("format", None, list(get_args(Format)),
+                      "a whole pipeline with adapters merged, or the adapters alone as diffusers "
+                      "(peft) or ComfyUI and A1111 (kohya) read them", required=True)
     flags.DEFINE_string("step", "", "checkpoint: its step, best (by the held-out reward) or latest;"
                         " by default the best where that was measured, else the latest")
     flags.DEFINE_bool("ema", True, "the exponential moving average; --noema for the raw parameters")
@@ -41,7 +44,7 @@ def define_flags() -> None:
 def export(
     workdir: Path,
     out: Path,
-    form: Literal["diffusers", "peft"],
+    form: Format,
     *,
     step: str = "",
     ema: bool = True,
@@ -52,13 +55,16 @@ def export(
 ) -> int:
     """Writes `out`, whole or not at all, and returns the step that was exported.
 
-    Raises InputError where the run cannot be read, adapters are asked of a full fine-tuning, or
-    `out` holds what is not to be replaced.
+    Raises InputError where the run cannot be read, adapters are asked of a full fine-tuning or in
+    a format that the family does not have, or `out` holds what is not to be replaced.
     """
     _check_out(out, overwrite)
-    if form == "peft" and not read_config(workdir).lora.rank:
+    config, name = read_config(workdir), out.resolve().name
+    if form != "diffusers" and not config.lora.rank:
         raise InputError(f"{workdir} trained all weights, so there are no adapters to write: use "
                          "--format=diffusers")
+    if form == "kohya":
+        kohya.check_family(read_index(find_pretrained(workdir, config, pretrained))["_class_name"])
     chosen = choose_step(workdir, step)
     building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
     try:
@@ -66,14 +72,21 @@ def export(
         run = open_run(workdir, pretrained)
         _check_apart(out, run)
         params = run.params(chosen, ema)
+        base_model = base_model or model_card.base_model(run)
         if form == "peft":
             write_peft(run, params, building, dtype)
+        elif form == "kohya":
+            kohya.write(run, params, building / f"{name}.safetensors", dtype, chosen, base_model)
+            _write_scheduler(run, building)
         else:
             write_diffusers(run, params, building, dtype)
+        if not comfyui.why_not(run, form):
+            _write_json(building / comfyui.FILE, comfyui.workflow(run, form, building, name,
+                                                                  base_model, model_card.PROMPT))
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
                 shutil.copyfile(path, building / path.name)
-        card = model_card.write(run, form, chosen, ema, dtype, base_model)
+        card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
     finally:
@@ -107,16 +120,20 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
 
 
 def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
-    """The adapters with what PEFT has to know of them, and the scheduler they were trained with."""
+    """The adapters with what PEFT has to know of them, and the scheduler they were trained with.
+
+    alpha / rank is multiplied into B: programs that read no metadata take alpha = rank.
+    """
     part = run.pipeline.generator_part
     adapter = {
         "r": run.generator.rank,
-        "lora_alpha": run.generator.alpha,
+        "lora_alpha": run.generator.rank,
         "target_modules": lora.targets(run.pipeline.networks[part].shapes, run.generator.targets),
     }
-    # Read by diffusers' `load_lora_weights`; without it diffusers would take alpha = rank.
+    # Read by diffusers' `load_lora_weights`.
     metadata = json.dumps({f"{part}.{name}": x for name, x in adapter.items()}, indent=2)
-    named = {f"{part}.{name}": value for name, value in params.items()}
+    folded = lora.fold(params, run.generator.scale)
+    named = {f"{part}.{name}": value for name, value in folded.items()}
     convert.save(named, folder / LORA_FILE, dtype, {"lora_adapter_metadata": metadata})
     _write_scheduler(run, folder)
 

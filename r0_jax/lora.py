@@ -6,6 +6,7 @@ Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, ran
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,12 @@ def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Pa
             kernel = base[f"{module}.kernel"]
             merged[f"{module}.kernel"] = (kernel + scale * delta).astype(kernel.dtype)
     return merged
+
+
+def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The adapters with their scale in B, so that 1 is what to scale A B by."""
+    return {name: value * scale if name.endswith(".lora_B.kernel") else value
+            for name, value in adapters.items()}
 
 
 def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:

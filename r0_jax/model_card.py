@@ -3,42 +3,41 @@
 import json
 import re
 from pathlib import Path
-from typing import Literal
 
 from ml_collections import ConfigDict
 
-from r0_jax import few_step, report
+from r0_jax import comfyui, few_step, report
 from r0_jax.checkpoint import read_metadata
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
 from r0_jax.run import Run
 
 MADE_WITH = "python -m r0_jax.export"  # in every card: how a folder of ours is known
-_PROMPT = "a large red circle"
+PROMPT = "a large red circle"
 
 
 def write(
     run: Run,
-    form: Literal["diffusers", "peft"],
+    form: str,
     step: int,
     ema: bool,
     dtype: str,
-    base_model: str | None = None,
+    base_model: str,
+    name: str,
 ) -> str:
-    """The card of what `export` writes; its Python snippet runs in the exported folder.
+    """The card of what `export` writes in the format `form`; its Python snippet runs in the
+    exported folder, which is called `name`.
 
-    `base_model` is the pretrained pipeline as a reader knows it, by default its name on the Hub
-    where it came from there, else its path if that is relative, else its folder's name.
+    `base_model` is the pretrained pipeline as a reader knows it.
     """
-    base_model = base_model or _base_model(run)
-    num_steps = run.config.sampler.num_steps
-    tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * (form == "peft")
+    num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
+    tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
     listed = "\n".join(f"- {tag}" for tag in tags)
     rows = "\n".join(f"| {name} | {_escape(value)} |"
                      for name, value in _recipe(run, step, ema, base_model).items())
     return f"""---
 base_model: {json.dumps(base_model, ensure_ascii=False)}
-base_model_relation: {"adapter" if form == "peft" else "finetune"}
+base_model_relation: {"adapter" if is_lora else "finetune"}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags:
@@ -56,9 +55,9 @@ licence applies.
 In this folder (or with its path, or its name on the Hub, in place of `"."`):
 
 ```python
-{_snippet(run, form, dtype, base_model)}
+{_snippet(run, form, dtype, base_model, name)}
 ```
-{_grid_notes(run)}{_lora_notes(run) if form == "peft" else ""}
+{_LORA_NOTES if is_lora else ""}{_grid_notes(run)}{_program_notes(run, form, name)}
 ## Recipe
 
 | | |
@@ -69,20 +68,27 @@ In this folder (or with its path, or its name on the Hub, in place of `"."`):
 """
 
 
-def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
+_LORA_NOTES = """
+The scale of the LoRA is 1. That diffusers finds nothing for the text encoder is right: it was not
+trained.
+"""
+
+
+def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
     pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
     scheduler = run.scheduler_config["_class_name"]
     options = "" if dtype == "float32" else f", dtype=torch.{dtype}"
     lines = ["import torch"] if options else []
     options += "".join(f", {name}=None" for name in run.left_out)
-    if form == "peft":
+    if form != "diffusers":
+        file = f', weight_name="{name}.safetensors"' if form == "kohya" else ""
         source = json.dumps(base_model, ensure_ascii=False)
         lines += [
             f"from diffusers import {scheduler}, {pipeline}  # needs peft too",
             "",
             f"pipeline = {pipeline}.from_pretrained({source}{options})",
             f'pipeline.scheduler = {scheduler}.from_pretrained(".")',
-            'pipeline.load_lora_weights(".")',
+            f'pipeline.load_lora_weights("."{file})',
         ]
     else:
         lines += [
@@ -90,7 +96,7 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
             "",
             f'pipeline = {pipeline}.from_pretrained("."{options})',
         ]
-    call = f'"{_PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
+    call = f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
     lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
     return "\n".join(lines)
 
@@ -98,8 +104,14 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str) -> str:
 def _grid_notes(run: Run) -> str:
     """How a program that does not read our scheduler config comes to the trained grid."""
     steps, config = run.config.sampler.num_steps, run.scheduler_config
-    if not few_step.is_flow(config) or steps == 1:
-        return ""
+    if not few_step.is_flow(config):
+        grid = few_step.grid(run.pipeline.scheduler_config, steps)
+        return f"""
+The trained grid is timesteps {", ".join(map(str, grid.timesteps))}: those of DDIM with
+`timestep_spacing="trailing"`.
+"""
+    if steps == 1:
+        return "\nThe one step is at sigma 1, where every flow-matching scheduler starts.\n"
     sigmas = ", ".join(f"{sigma:.4g}" for sigma in few_step.sigmas(steps))
     return f"""
 The scheduler's shift and shift_terminal are such that {steps} steps visit the trained grid. With
@@ -107,12 +119,21 @@ the base's own scheduler (shift {few_step.shift(config):g}) ask for it by `sigma
 """
 
 
-def _lora_notes(run: Run) -> str:
-    alpha, rank, scale = run.generator.alpha, run.generator.rank, run.generator.scale
-    notes = "\nThat diffusers finds nothing for the text encoder is right: it was not trained.\n"
-    if scale != 1:
-        notes += (f"The file tells diffusers that alpha is {alpha:g} at rank {rank}, so its scale "
-                  f"is 1; a program that\nignores this needs a LoRA strength of {scale:g}.\n")
+def _program_notes(run: Run, form: str, name: str) -> str:
+    """How other programs draw with it."""
+    steps = run.config.sampler.num_steps
+    if reason := comfyui.why_not(run, form):
+        notes = f"\nThere is no workflow for ComfyUI: {reason}.\n"
+    else:
+        notes = f"""
+In ComfyUI, which knows the published architectures, drop `{comfyui.FILE}` onto the
+canvas; its note says where files go.
+"""
+    if form == "kohya" and 1000 % steps == 0:
+        notes += f"""
+In A1111 and Forge, put `{name}.safetensors` into models/Lora and write `<lora:{name}:1>`: sampler
+Euler, schedule type Simple, {steps} sampling steps, CFG scale 1.
+"""
     return notes
 
 
@@ -164,7 +185,9 @@ The run's last evaluation{of}, of averaged weights, with 95 % intervals.
 """
 
 
-def _base_model(run: Run) -> str:
+def base_model(run: Run) -> str:
+    """The pretrained pipeline's name on the Hub where it came from there, else its path if that is
+    relative, else its folder's name."""
     path = Path(run.config.pretrained)
     for parent in path.parents:  # the Hub's cache: models--owner--name/snapshots/<commit>
         if match := re.fullmatch(r"models--(.+?)--(.+)", parent.name):
