@@ -106,7 +106,7 @@ def _unknown_flag(name: str) -> str:
     if name.startswith("config."):
         return f"--{name} overrides a config file: give --config=FILE.py too"
     fields = []
-    if "config" in FLAGS and FLAGS["config"].value is not None:
+    if "config" in FLAGS and isinstance(FLAGS["config"].value, ConfigDict):
         fields = [f"config.{field}" for field in _fields(FLAGS["config"].value)]
     return f"unknown flag --{name}" + _did_you_mean(name, [*FLAGS, *fields], prefix="--")
 

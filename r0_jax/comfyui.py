@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from transformers import BertTokenizer
 
 from r0_jax import few_step
 from r0_jax.run import Run
@@ -114,7 +115,7 @@ class _Graph:
 def why_not(run: Run, form: str) -> str:
     """Why ComfyUI cannot draw with an export in the format `form`, in words; "" where it can."""
     pipeline, config = run.pipeline, run.scheduler_config
-    if "BertTokenizer" in type(pipeline.tokenizers["tokenizer"]).__name__:
+    if isinstance(pipeline.tokenizers["tokenizer"], BertTokenizer):
         return "it has no BERT to read prompts with"
     if form == "peft" and pipeline.generator_part == "unet":
         return "it reads the LoRA of a UNet as `--format=kohya` writes it"
@@ -124,7 +125,7 @@ def why_not(run: Run, form: str) -> str:
     return f"it has one noise schedule a family, and {wrong[0]} is another here" if wrong else ""
 
 
-def sigmas(run: Run) -> Float[np.ndarray, " steps+1"]:
+def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
     """Noise levels of the trained grid in ComfyUI's terms, float32, the last one 0.
 
     Of flow matching after the shift, from 1; else the ratio of noise to signal.

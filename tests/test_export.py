@@ -24,7 +24,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from r0_jax import convert, export, lora, sample, train_state
+from r0_jax import comfyui, convert, export, lora, sample, train_state
 from r0_jax.checkpoint import Checkpoints
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
@@ -194,7 +194,7 @@ def test_lora_file_says_what_peft_needs(exported):
     with safe_open(exported / "peft" / export.LORA_FILE, "numpy") as file:
         adapter = json.loads(file.metadata()["lora_adapter_metadata"])
         assert all(re.fullmatch(r"unet\..*\.lora_[AB]\.weight", key) for key in file.keys())
-    assert adapter["unet.r"] == RANK and adapter["unet.lora_alpha"] == ALPHA
+    assert adapter["unet.r"] == adapter["unet.lora_alpha"] == RANK  # the scale is in B
     assert "time_embedding.linear_1" in adapter["unet.target_modules"]
 
 
@@ -217,7 +217,7 @@ def test_other_parts_are_the_same_bytes(exported, pretrained):
         assert not (compared := filecmp.dircmp(pretrained / part, copied / part)).diff_files
         assert not compared.left_only + compared.right_only and compared.same_files
     assert filecmp.cmp(pretrained / "unet" / "config.json", copied / "unet" / "config.json")
-    assert set(os.listdir(copied)) == {*os.listdir(pretrained), "README.md"}
+    assert set(os.listdir(copied)) == {*os.listdir(pretrained), "README.md", comfyui.FILE}
 
 
 def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, tmp_path):
@@ -343,7 +343,8 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
         "The run's last evaluation (300 prompts, step 20)", "| judge accuracy ↑ | 0.900 ± 0.020 |",
     ]:  # fmt: skip
         assert line in text
-    assert ("LoRA strength of 2" in text) == (name == "peft")
+    assert ("The scale of the LoRA is 1" in text) == (name == "peft")
+    assert "timesteps 999, 749, 499, 249" in text and 'timestep_spacing="trailing"' in text
 
     monkeypatch.chdir(tmp_path / "out")
     exec(compile(snippet, "README.md", "exec"), {})

@@ -1,0 +1,237 @@
+"""A single-file checkpoint -> a diffusers folder, by diffusers' own single-file loader.
+
+    python -m r0_jax.convert_single_file --checkpoint=sd_xl_base_1.0.safetensors \\
+        --config=stable-diffusion-xl-base-1.0 --out=pipelines/sdxl
+
+Needs torch and diffusers (`make install-dev`); what it writes is read without them. A checkpoint
+holds neither configs nor tokenizers: they come from a diffusers folder of the family, whose weights
+are not needed nor read. Nothing is downloaded.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from absl import flags
+from safetensors import SafetensorError
+
+from r0_jax import cli, convert
+from r0_jax.errors import InputError
+from r0_jax.pipelines.folder import describe, read_index
+from r0_jax.run import check_writable
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Family -> where its configs are published, and the first letters of the keys of its other parts.
+_FAMILIES = {
+    "StableDiffusionPipeline": ("stable-diffusion-v1-5/stable-diffusion-v1-5", {
+        "text encoder": ("cond_stage_model.transformer.",),
+        "VAE": ("first_stage_model.", "vae.")}),
+    "StableDiffusionXLPipeline": ("stabilityai/stable-diffusion-xl-base-1.0", {
+        "first text encoder": ("conditioner.embedders.0.transformer.",),
+        "second text encoder": ("conditioner.embedders.1.model.",),
+        "VAE": ("first_stage_model.", "vae.")}),
+    "StableDiffusion3Pipeline": ("stabilityai/stable-diffusion-3-medium-diffusers", {
+        "first text encoder": ("text_encoders.clip_l.",),
+        "second text encoder": ("text_encoders.clip_g.",),
+        "VAE": ("first_stage_model.", "vae.")}),
+}
+_T5 = "text_encoders.t5xxl.transformer.shared.weight"
+# What a pipeline can do without, and we do.
+_LEFT_OUT = {
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None,
+                                "image_encoder": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"feature_extractor": None, "image_encoder": None},
+    "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
+}
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def define_flags() -> None:
+    """The command's flags; not on import, since flags are global and programs share names."""
+    flags.DEFINE_string("checkpoint", None, "the .safetensors file", required=True)
+    flags.DEFINE_string("out", None, "the diffusers folder to make", required=True)
+    flags.DEFINE_string("config", None, "a diffusers folder of the family, for its configs and "
+                        "tokenizers; by default the published one, where the cache of the Hugging "
+                        "Face Hub has it")
+
+
+def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None) -> str:
+    """Makes the folder `out`, in the checkpoint's dtype, and returns the class of its pipeline.
+
+    A checkpoint of several dtypes becomes the narrowest one that holds all of them; a T5 that is
+    not in it is left out. Raises InputError where the checkpoint is no whole one of a supported
+    family or `config` belongs to another one; nothing is written then.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; choose another --out")
+    check_writable(out)
+    shapes, dtypes = _read_header(checkpoint)
+    family = find_family(shapes, checkpoint)
+    config = config or _cached_config(family)
+    if (found := read_index(config)["_class_name"]) != family:
+        raise InputError(f"{checkpoint} is {describe(family)}, --config={config} is "
+                         f"{describe(found)}: give the configs of the same family")
+    left_out = dict(_LEFT_OUT[family])
+    if family == "StableDiffusion3Pipeline" and _T5 not in shapes:
+        left_out |= {"text_encoder_3": None, "tokenizer_3": None}
+
+    diffusers, torch = _import()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as building:
+        building = Path(building)
+        _copy_configs(config, building / "config")
+        with _told(checkpoint, config):
+            pipeline = getattr(diffusers, family).from_single_file(
+                str(checkpoint), config=str(building / "config"), local_files_only=True,
+                torch_dtype=getattr(torch, _common(dtypes)), **left_out)
+        _check_whole(pipeline, checkpoint, config)
+        try:
+            pipeline.save_pretrained(building / "pipeline")
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise InputError(f"{out} cannot be written ({error}): is the disk full?") from None
+        os.replace(building / "pipeline", out)
+    return family
+
+
+def find_family(shapes: Shapes, path: Path) -> str:
+    """The class of diffusers for a checkpoint's keys and shapes.
+
+    Raises InputError, which calls it `path`, for another kind of checkpoint and where a part is
+    missing.
+    """
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in shapes)
+
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
+    supported = "Stable Diffusion 1.x, SDXL and Stable Diffusion 3 are supported"
+    if has("model.diffusion_model.joint_blocks.", "joint_blocks."):
+        family = "StableDiffusion3Pipeline"
+    elif first is None:
+        example = min(shapes, default="nothing")
+        raise InputError(f"{path} is not a single-file checkpoint of a pipeline (it holds "
+                         f"{example}): {supported}")
+    elif first[1:2] != (4,):
+        raise InputError(f"{path} is a checkpoint for inpainting or editing: its UNet reads "
+                         f"{first[1]} channels, not 4")
+    elif has("conditioner.embedders.1.model."):
+        family = "StableDiffusionXLPipeline"
+    elif has("conditioner.embedders.0.model."):
+        raise InputError(f"{path} is SDXL's refiner: {supported}")
+    elif has("cond_stage_model.model."):
+        raise InputError(f"{path} is Stable Diffusion 2.x: {supported}")
+    else:
+        family = "StableDiffusionPipeline"
+    for part, prefixes in _FAMILIES[family][1].items():
+        if not has(*prefixes):
+            advice = (": take the file that is called incl_clips"
+                      if family == "StableDiffusion3Pipeline" else ": take the whole checkpoint")
+            raise InputError(f"{path}, which is {describe(family)}, has no {part}{advice}")
+    return family
+
+
+def _read_header(path: Path) -> tuple[Shapes, set[str]]:
+    """Shapes by key, and the dtypes of the floating-point tensors as safetensors calls them."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip or path.suffix in _PICKLES:
+        raise InputError(f"{path} is a pickle, which may run any program when it is read, so it is "
+                         "not: get the checkpoint as .safetensors, which most are published as")
+    with convert.opened([path]) as where:
+        slices = {key: handle.get_slice(key) for key, handle in where.items()}
+        shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
+        dtypes = {x.get_dtype() for x in slices.values()}
+    return shapes, {dtype for dtype in dtypes if "F" in dtype}
+
+
+def _common(dtypes: set[str]) -> str:
+    """The narrowest dtype of PyTorch, of those that we read, that holds all of `dtypes`."""
+    if "F64" in dtypes or "F32" in dtypes or {"F16", "BF16"} <= dtypes:
+        return "float32"
+    return "bfloat16" if "BF16" in dtypes else "float16"
+
+
+def _cached_config(family: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    published = _FAMILIES[family][0]
+    try:
+        return Path(snapshot_download(published, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"a checkpoint holds no configs and no tokenizers: give --config=DIR, a diffusers "
+            f"folder of {describe(family)} such as {published} on the Hugging Face Hub, of which "
+            "the JSON and TXT files are enough (model_index.json and a folder a part)") from None
+
+
+def _copy_configs(source: Path, target: Path) -> None:
+    """All of a diffusers folder but its weights, which diffusers would take for a missing part."""
+    def unwanted(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if not (Path(folder, name).is_dir() or (
+            name.endswith((".json", ".txt", ".model")) and ".index." not in name))]
+
+    shutil.copytree(source, target, ignore=unwanted)
+
+
+def _import():
+    try:
+        import diffusers
+        import torch
+        import transformers
+    except ImportError as error:
+        raise InputError(f"single files are read by diffusers and torch, and {error.name} is not "
+                         "installed: make install-dev") from None
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_warning()  # says which weights have no place, see `_told`
+    return diffusers, torch
+
+
+@contextlib.contextmanager
+def _told(checkpoint: Path, config: Path) -> Iterator[None]:
+    """What diffusers has against a checkpoint, as an InputError; its other news is kept quiet."""
+    logger, unused = logging.getLogger("diffusers"), []
+    handlers, collector = logger.handlers[:], logging.Handler()
+    collector.emit = lambda record: unused.append(record.getMessage())
+    logger.handlers[:] = [collector]
+    try:
+        yield
+    except Exception as error:  # which one depends on what does not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"diffusers cannot read {checkpoint} with the configs of {config}: "
+                         f"{reason}") from None
+    finally:
+        logger.handlers[:] = handlers
+    for message in unused:
+        if "were not used" in message:
+            raise InputError(f"{checkpoint} does not fit the configs of {config}: "
+                             f"{' '.join(message.split())[:200]}")
+
+
+def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
+    for part, module in pipeline.components.items():
+        for name, value in getattr(module, "state_dict", dict)().items():
+            if value.is_meta:
+                raise InputError(f"{checkpoint} has no {name} for the {part} of {config}: they "
+                                 "belong to different models, or the checkpoint is not whole")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    family = convert_single_file(Path(given.checkpoint), Path(given.out),
+                                 Path(given.config) if given.config else None)
+    print(f"{given.out} is {describe(family)}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
