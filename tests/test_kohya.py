@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_export import ALPHA, CLOSE, RANK, card, check_refusals, difference, silent, write_run
 
-from r0_jax import export, kohya, miniature
+from r0_jax import convert, export, kohya, miniature
 from r0_jax.errors import InputError
 from r0_jax.run import open_run
 
 KEYS = Path(__file__).parent / "data" / "keys"
-STOCK = {kind.__name__: kind for kind in (
+STOCK = {kind.__parameter_: kind for kind in (
     diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)}
 EVERY = r".*"  # linears and convolutions, within blocks and outside
 
@@ -82,8 +82,11 @@ def test_stock_diffusers_loads_it_as_it_loads_peft(world, name):
     ours.fuse_lora(lora_scale=1.0)
     for pipeline in (ours, theirs):
         pipeline.unload_lora_weights()
-        conv_in = pipeline.unet.conv_in.weight.permute(2, 3, 1, 0)
-        np.testing.assert_allclose(conv_in, weights["conv_in.kernel"], atol=2e-6)
+        state = pipeline.unet.state_dict()
+        for parameter, value in weights.items():
+            np.testing.assert_allclose(
+                state[convert.to_key(parameter)], convert.to_checkpoint(parameter, np.asarray(value)),
+                atol=1e-5, err_msg=parameter)
 
 
 @pytest.mark.parametrize("name, xl, layers", [("sd15_unet", False, (2, 2, 2, 2)),
