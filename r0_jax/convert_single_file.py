@@ -206,6 +206,8 @@ def _told(checkpoint: Path, config: Path) -> Iterator[None]:
         yield
     except Exception as error:  # which one depends on what does not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if "meta tensor" in reason:  # what torch says of parameters that were never filled
+            reason = "weights that the configs ask for are missing"
         raise InputError(f"diffusers cannot read {checkpoint} with the configs of {config}: "
                          f"{reason}") from None
     finally:
@@ -218,6 +220,8 @@ def _told(checkpoint: Path, config: Path) -> Iterator[None]:
 
 def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
     for part, module in pipeline.components.items():
+        if hasattr(module, "tie_weights"):  # T5's two names of its token table
+            module.tie_weights()
         for name, value in getattr(module, "state_dict", dict)().items():
             if value.is_meta:
                 raise InputError(f"{checkpoint} has no {name} for the {part} of {config}: they "

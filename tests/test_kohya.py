@@ -20,7 +20,7 @@ from r0_jax.errors import InputError
 from r0_jax.run import open_run
 
 KEYS = Path(__file__).parent / "data" / "keys"
-STOCK = {kind.__parameter_: kind for kind in (
+STOCK = {kind.__name__: kind for kind in (
     diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)}
 EVERY = r".*"  # linears and convolutions, within blocks and outside
 
@@ -84,9 +84,9 @@ def test_stock_diffusers_loads_it_as_it_loads_peft(world, name):
         pipeline.unload_lora_weights()
         state = pipeline.unet.state_dict()
         for parameter, value in weights.items():
-            np.testing.assert_allclose(
-                state[convert.to_key(parameter)], convert.to_checkpoint(parameter, np.asarray(value)),
-                atol=1e-5, err_msg=parameter)
+            expected = convert.to_checkpoint(parameter, np.asarray(value))
+            np.testing.assert_allclose(state[convert.to_key(parameter)], expected, atol=1e-5,
+                                       err_msg=parameter)
 
 
 @pytest.mark.parametrize("name, xl, layers", [("sd15_unet", False, (2, 2, 2, 2)),
