@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from r0_jax import cli, convert
 from r0_jax.errors import InputError
+from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.run import check_writable
 
@@ -73,12 +74,16 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
     shapes, dtypes = _read_header(checkpoint)
     family = find_family(shapes, checkpoint)
     config = config or _cached_config(family)
-    if (found := read_index(config)["_class_name"]) != family:
+    index = read_index(config)
+    if (found := index["_class_name"]) != family:
         raise InputError(f"{checkpoint} is {describe(family)}, --config={config} is "
                          f"{describe(found)}: give the configs of the same family")
     left_out = dict(_LEFT_OUT[family])
     if family == "StableDiffusion3Pipeline" and _T5 not in shapes:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
+    for name, entry in index.items():  # transformers makes an empty one of no files
+        if name not in left_out and isinstance(entry, list) and entry[-1] in tokenizers.KINDS:
+            tokenizers.load_tokenizer(config / name, entry[-1])
 
     diffusers, torch = _import()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -123,9 +123,8 @@ def _program_notes(run: Run, form: str, name: str) -> str:
     """How other programs draw with it."""
     steps = run.config.sampler.num_steps
     if reason := comfyui.why_not(run, form):
-        notes = f"\nThere is no workflow for ComfyUI: {reason}.\n"
-    else:
-        notes = f"""
+        return f"\nThere is no workflow for ComfyUI: {reason}.\n"
+    notes = f"""
 In ComfyUI, which knows the published architectures, drop `{comfyui.FILE}` onto the
 canvas; its note says where files go.
 """

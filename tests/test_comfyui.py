@@ -10,6 +10,9 @@ from test_export import RANK, card, silent, write_run
 from r0_jax import comfyui, export, miniature, sample
 from r0_jax.run import open_run
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
+)
 # Run -> (miniature, parts left out or other fields).
 RUNS = {
     "sd15": ("StableDiffusionPipeline", {}),
