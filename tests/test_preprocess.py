@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from benchmarks.preprocess import difference
 from r0_jax.errors import InputError
 from r0_jax.rewards import preprocess
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
@@ -76,6 +77,47 @@ def test_equals_the_processor_of_transformers_on_uint8(shape):
     assert difference((noise(*shape) > 0.5).astype(np.uint8) * 255) > 4 / 255
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)],
+                         ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("policy", "corner"), [
+    ("crop", "round"), ("crop", "floor"), ("pad", "floor"), ("squash", "floor")])
+def test_equals_the_published_path_through_pil_but_for_rounding_and_clipping(shape, policy, corner):
+    prepare = Preprocess(SIZE, policy, corner=corner)
+    grey = (64 + 128 * noise(*shape)[0]).astype(np.uint8)
+    assert difference(grey, prepare).max() < 2
+    black_and_white = (noise(*shape)[0] > 0.5).astype(np.uint8) * 255
+    assert difference(black_and_white, prepare).max() < 70
+
+
+def test_the_corner_of_a_crop_with_an_odd_margin():
+    # 16 x 19: floor(1.5) = 1, and half to even is 2, as torchvision has it.
+    image = jnp.broadcast_to(jnp.arange(19.0)[None, None, :, None], (1, 16, 19, 3))
+    for corner, first in (("floor", 1), ("round", 2)):
+        prepare = Preprocess(16, mean=(0.0,) * 3, std=(1.0,) * 3, corner=corner)
+        assert prepare(image)[0, 0, 0, 0] == first
+
+
+def test_reducing_is_pils_reduce_then_bicubic():
+    images = noise(96, 72)
+    prepare = Preprocess(SIZE, "squash", resize="reduce")
+    # 2 x 2: blocks of 3 would leave 24 px, less than twice the size.
+    blocks = images.reshape(2, 48, 2, 36, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(prepare(images), Preprocess(SIZE, "squash")(blocks), atol=1e-5)
+    # What no whole block divides, or is less than four times as large, is not reduced.
+    for shape in ((67, 71), (60, 60)):
+        np.testing.assert_array_equal(prepare(noise(*shape)),
+                                      Preprocess(SIZE, "squash")(noise(*shape)))
+
+
+def test_reducing_keeps_a_gradient_at_every_pixel():
+    _, pullback = jax.vjp(Preprocess(SIZE, resize="reduce"), jnp.asarray(noise(64, 64)))
+    assert jnp.all(pullback(jnp.asarray(noise(SIZE, SIZE, 1)))[0] != 0)
+
+
+def test_a_line_of_pixels_is_still_an_image():
+    assert Preprocess(SIZE, "pad")(noise(2, 90)).shape == (2, SIZE, SIZE, 3)
+
+
 def test_overshoot_keeps_its_gradient():
     stripes = jnp.broadcast_to(jnp.arange(9)[None, :, None, None] % 3 == 0, (1, 9, 9, 3))
     prepare = Preprocess(SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -114,10 +156,11 @@ def test_files_that_do_not_fit(fields, said):
 
 
 def test_preprocessing_of_open_clip():
-    assert preprocess.from_open_clip({}, 16) == Preprocess(16, "crop")
+    assert preprocess.from_open_clip({}, 16) == Preprocess(16, corner="round")
     fields = {"resize_mode": "longest", "interpolation": "bicubic", "mean": [0.5] * 3,
               "std": [0.25] * 3, "size": [16, 16], "fill_color": 0}
-    assert preprocess.from_open_clip(fields, 16) == Preprocess(16, "pad", (0.5,) * 3, (0.25,) * 3)
+    assert preprocess.from_open_clip(fields, 16) == Preprocess(
+        16, "pad", (0.5,) * 3, (0.25,) * 3, "round")
     for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random")]:
         with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
             preprocess.from_open_clip({name: value}, 16)

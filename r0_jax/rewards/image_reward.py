@@ -30,7 +30,7 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
               for k, v in params.items()}
     tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size)
-    prepare = Preprocess(config.vision_config.image_size)
+    prepare = Preprocess(config.vision_config.image_size, corner="round", resize=entry.resize)
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: Int[Array, "b t"]) -> Float[Array, " b"]:
