@@ -10,6 +10,7 @@ from benchmarks.preprocess import difference
 from r0_jax.errors import InputError
 from r0_jax.rewards import preprocess
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from r0_jax.rewards.reward import value_and_gradient
 
 SIZE = 16
 # Square, wide and tall; larger and smaller than the tower; the same; and 40 * 16 / 23 = 27.8,
@@ -102,11 +103,12 @@ def test_reducing_is_pils_reduce_then_bicubic():
     prepare = Preprocess(SIZE, "squash", resize="reduce")
     # 2 x 2: blocks of 3 would leave 24 px, less than twice the size.
     blocks = images.reshape(2, 48, 2, 36, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(prepare(images), Preprocess(SIZE, "squash")(blocks), atol=1e-5)
+    plain = Preprocess(SIZE, "squash")
+    np.testing.assert_allclose(prepare(jnp.asarray(images)), plain(jnp.asarray(blocks)), atol=1e-5)
     # What no whole block divides, or is less than four times as large, is not reduced.
     for shape in ((67, 71), (60, 60)):
-        np.testing.assert_array_equal(prepare(noise(*shape)),
-                                      Preprocess(SIZE, "squash")(noise(*shape)))
+        images = jnp.asarray(noise(*shape))
+        np.testing.assert_array_equal(prepare(images), plain(images))
 
 
 def test_reducing_keeps_a_gradient_at_every_pixel():
@@ -115,7 +117,23 @@ def test_reducing_keeps_a_gradient_at_every_pixel():
 
 
 def test_a_line_of_pixels_is_still_an_image():
-    assert Preprocess(SIZE, "pad")(noise(2, 90)).shape == (2, SIZE, SIZE, 3)
+    assert Preprocess(SIZE, "pad")(jnp.asarray(noise(2, 90))).shape == (2, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("policies", [("crop",) * 3, ("crop", "pad", "squash")])
+def test_rewards_in_one_program_share_the_resize_of_a_square_image(policies):
+    """XLA merges them; the gradients stay apart, as their normalization needs."""
+    def flops(policies):
+        def gradients(images):
+            return [value_and_gradient(
+                lambda x, i=i, prepare=Preprocess(SIZE, policy): jnp.sin(i + prepare(x)).sum(
+                    (1, 2, 3)), images) for i, policy in enumerate(policies)]
+
+        images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
+        return jax.jit(gradients).lower(images).compile().cost_analysis()["flops"]
+
+    one, three = flops(policies[:1]), flops(policies)
+    np.testing.assert_allclose(three, (1 + 3) / (1 + 1) * one, rtol=0.05)
 
 
 def test_overshoot_keeps_its_gradient():
