@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,10 +126,12 @@ def test_a_line_of_pixels_is_still_an_image():
 def test_rewards_in_one_program_share_the_resize_of_a_square_image(policies):
     """XLA merges them; the gradients stay apart, as their normalization needs."""
     def flops(policies):
+        def score(number, policy, images):
+            return jnp.sin(number + Preprocess(SIZE, policy)(images)).sum((1, 2, 3))
+
         def gradients(images):
-            return [value_and_gradient(
-                lambda x, i=i, prepare=Preprocess(SIZE, policy): jnp.sin(i + prepare(x)).sum(
-                    (1, 2, 3)), images) for i, policy in enumerate(policies)]
+            return [value_and_gradient(functools.partial(score, *chosen), images)
+                    for chosen in enumerate(policies)]
 
         images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
         return jax.jit(gradients).lower(images).compile().cost_analysis()["flops"]
