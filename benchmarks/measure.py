@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ def machine(*packages: str) -> str:
     name = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores"
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return f"{name}; Python {platform.python_version()}, {', '.join(versions)}."
+
+
+def given_flags() -> str:
+    """The command's flags as they were given, without --out."""
+    return " ".join(flag for flag in sys.argv[1:] if not flag.startswith("--out"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

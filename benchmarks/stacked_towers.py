@@ -106,11 +106,9 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     network = build(given.tower, given.layers)
     found = [row for size in given.batch_sizes for row in rows(network, int(size))]
-    flag = f" --layers={given.layers}" if given.layers else ""
     header = ["images, towers", "ms", "times as fast", "s to compile", "temporary MiB",
               "gradients apart"]
-    text = f"""    python -m benchmarks.stacked_towers --dtype={given.dtype} \\
-      --batch_sizes={','.join(given.batch_sizes)}{flag} --out=docs/rewards.md
+    text = f"""    python -m benchmarks.stacked_towers {measure.given_flags()}
 
 {given.towers} towers {given.tower}, {given.layers or 'all'} layers, {given.dtype}: features and
 image gradients of all.
