@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,11 @@ def noise(h, w, seed=0):
     return np.random.default_rng(seed).random((2, h, w, 3)).astype(np.float32)
 
 
-def in_torch(images, policy):
+def in_torch(images, policy, corner="floor"):
     """What the published code does, on floats and with antialiasing."""
     x = torch.as_tensor(images).permute(0, 3, 1, 2)
     h, w = x.shape[-2:]
-    if policy == "crop":  # torchvision's Resize, then the processor's centre crop
+    if policy == "crop":  # torchvision's Resize, then its centre crop or that of transformers
         new = (SIZE, int(SIZE * w / h)) if h <= w else (int(SIZE * h / w), SIZE)
     elif policy == "pad":  # hpsv2's ResizeMaxSize
         new = tuple(round(n * (SIZE / max(h, w))) for n in (h, w))
@@ -37,7 +38,8 @@ def in_torch(images, policy):
     if new != (h, w):
         x = torch.nn.functional.interpolate(x, new, mode="bicubic", antialias=True)
     if policy == "crop":
-        top, left = (new[0] - SIZE) // 2, (new[1] - SIZE) // 2
+        halve = {"floor": math.floor, "round": round}[corner]
+        top, left = halve((new[0] - SIZE) / 2), halve((new[1] - SIZE) / 2)
         x = x[..., top:top + SIZE, left:left + SIZE]
     if policy == "pad":
         tall, wide = SIZE - new[0], SIZE - new[1]
@@ -47,14 +49,15 @@ def in_torch(images, policy):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("policy", ["crop", "pad", "squash"])
-def test_equals_torch_forward_and_gradient(shape, policy):
+@pytest.mark.parametrize(("policy", "corner"), [
+    ("crop", "floor"), ("crop", "round"), ("pad", "floor"), ("squash", "floor")])
+def test_equals_torch_forward_and_gradient(shape, policy, corner):
     images, weights = noise(*shape), noise(SIZE, SIZE, 1)
     there = torch.tensor(images, requires_grad=True)
-    expected = in_torch(there, policy)
+    expected = in_torch(there, policy, corner)
     (expected * torch.as_tensor(weights)).sum().backward()
 
-    prepare = Preprocess(SIZE, policy)
+    prepare = Preprocess(SIZE, policy, corner=corner)
     found, pullback = jax.vjp(prepare, jnp.asarray(images))
     assert found.shape == (2, SIZE, SIZE, 3)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
