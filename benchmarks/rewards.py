@@ -1,30 +1,34 @@
 """The reward towers here and in PyTorch, side by side in one run: forward, and image gradient.
 
-    python -m benchmarks.rewards --tower=ViT-H-14 --batch_size=8
-    python -m benchmarks.rewards --tower=image_reward --layers=2
+    python -m benchmarks.rewards --dtype=bfloat16 --batch_size=32            # an accelerator
+    python -m benchmarks.rewards --layers=2 --batch_size=2                   # two CPU cores
 
-The second cuts the tower short, for small machines. Both sides compute the same random weights on
-the same images, on the same device where torch has it; the table also says how far their numbers
-are apart. Needs the packages of requirements-dev.txt.
+Both sides compute the same random weights on the same images, on the same device where torch has
+it, without lower precision than the dtype says; the table also says how far their numbers are
+apart. Needs JAX, PyTorch, transformers and rich, and none of the packages of training.
 """
 
-import statistics
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from absl import flags
-from rich.console import Console
-from rich.table import Table
+from absl import app, flags  # not r0_jax.cli, whose config files need more than these
 
-from r0_jax import cli, convert
-from r0_jax.convert_reward import REWARDS
+from benchmarks import measure, stacked_towers
+from r0_jax import convert
 from r0_jax.models import open_clip
+from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.open_clip import VisionCfg
+from r0_jax.network import Network
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torch_twins
@@ -34,110 +38,180 @@ TOWERS = [*open_clip.ARCHITECTURES, "image_reward"]
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("tower", "ViT-H-14", TOWERS, "HPS and PickScore are ViT-H-14")
+    flags.DEFINE_multi_enum("tower", ["ViT-L-14", "ViT-H-14", "image_reward"], TOWERS,
+                            "HPS, PickScore are ViT-H-14; repeat the flag for several")
     flags.DEFINE_integer("layers", 0, "keep so many layers; 0: all", lower_bound=0)
     flags.DEFINE_integer("batch_size", 8, "images at once", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "timed calls, after one that warms up", lower_bound=1)
+    flags.DEFINE_integer("repeats", 9, "timed calls, after one that warms up", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
+    flags.DEFINE_bool("torch_compile", False, "PyTorch through torch.compile, else eager")
+    flags.DEFINE_string("out", None, "document whose section is written; else printed")
 
 
-def build(tower: str, layers: int, dtype: str):
-    """(our function of params and images, params, torch module's function of images)."""
+class Pair(NamedTuple):
+    """One tower on both sides, with the same weights.
+
+    Attributes:
+      network: ours.
+      module: PyTorch's, its weights frozen.
+      inputs: what the tower reads besides images (token ids), NumPy.
+    """
+
+    network: Network
+    module: torch.nn.Module
+    inputs: tuple[np.ndarray, ...]
+
+
+def build(tower: str, layers: int, batch_size: int) -> Pair:
+    """The networks, PyTorch's with random weights of the scale of trained ones."""
     if tower == "image_reward":
-        depth = layers or 24
-        vision = {"image_size": SIZE, "patch_size": 16, "width": 1024, "layers": depth,
+        vision = {"image_size": SIZE, "patch_size": 16, "width": 1024, "layers": layers or 24,
                   "heads": 16}
-        text = {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": min(depth, 12),
-                "num_attention_heads": 12, "intermediate_size": 3072,
+        text = {"vocab_size": 30524, "hidden_size": 768, "num_attention_heads": 12,
+                "num_hidden_layers": min(layers or 12, 12), "intermediate_size": 3072,
                 "max_position_embeddings": 512}
         module = torch_twins.ImageReward(vision, text)
-        network = REWARDS["image_reward"][0].network({"vision_config": vision,
-                                                      "text_config": text})
-        ids = np.ones((flags.FLAGS.batch_size, 35), np.int32)
-
-        def ours(params, images):
-            return network(params, ids, images)
-
-        def theirs(images):
-            return module(torch.tensor(ids, device=images.device), images)
+        config = ImageRewardConfig.from_json({"vision_config": vision, "text_config": text})
+        network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
+        inputs = (np.ones((batch_size, 35), np.int32),)
     else:
-        fields = open_clip.ARCHITECTURES[tower]
-        if layers:
-            fields = fields | {part: fields[part] | {"layers": layers}
-                               for part in ("vision_cfg", "text_cfg")}
-        module = torch_twins.OpenCLIP(fields)
-        network = REWARDS["clip_score"][0].network(fields)
-
-        def ours(params, images):
-            return network.apply(params, "image_features", images).mean(axis=-1)
-
-        def theirs(images):
-            return module.image_features(images).mean(dim=-1)
-
+        network, inputs = stacked_towers.build(tower, layers), ()
+        config = network.config
+        cfg: VisionCfg = config.vision_cfg
+        module = torch_twins.Vision(cfg.width, cfg.layers, cfg.heads, cfg.patch_size,
+                                    cfg.image_size, config.embed_dim, config.activation,
+                                    cfg.mlp_ratio)
     generator = torch.Generator().manual_seed(0)
     for name, value in module.named_parameters():
         value.requires_grad_(False)  # only the image's gradient is asked for
-        if value.ndim > 1:
-            value.copy_(torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
-        elif name.endswith("embedding"):
-            value.copy_(torch.randn(value.shape, generator=generator))
-    state = {key: value.numpy() for key, value in module.state_dict().items()}
-    params = {name: jnp.asarray(convert.from_checkpoint(name, state[convert.to_key(name)]), dtype)
-              for name in network.shapes}
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    module.eval().to(device=device, dtype=getattr(torch, dtype))
-    return ours, params, theirs, device
+        value.copy_(torch.randn(value.shape, generator=generator).mul_(0.02))
+        if "norm" in name.lower() or ".ln_" in f".{name}":
+            value.add_(name.endswith("weight"))
+    return Pair(network, module.eval(), inputs)
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls after one that is not counted."""
-    call()
-    found = []
-    for _ in range(repeats):
+class Timing(NamedTuple):
+    """Milliseconds a call, seconds to compile, MiB beyond weights and images (None: unknown), and
+    what was computed."""
+
+    milliseconds: float
+    compile_time: float
+    memory: float | None
+    value: np.ndarray
+
+
+def ours(pair: Pair, images: np.ndarray) -> list[Timing]:
+    """Of the forward pass and of the image gradient."""
+    given = flags.FLAGS
+    state = pair.module.state_dict()
+    params = {name: jnp.asarray(convert.from_checkpoint(
+        name, state[convert.to_key(name)].numpy()), given.dtype) for name in pair.network.shapes}
+
+    def forward(params, images):
+        return pair.network(params, *pair.inputs, images).astype(jnp.float32).reshape(
+            len(images), -1).mean(axis=-1)
+
+    def gradient(params, images):
+        return jax.grad(lambda x: forward(params, x).sum())(images)
+
+    found, there = [], jnp.asarray(images, given.dtype)
+    for function in (forward, gradient):
         begin = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        compiled = jax.jit(function).lower(params, there).compile()
+        compile_time = time.perf_counter() - begin
+        call = functools.partial(compiled, params, there)
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        found.append(Timing(measure.milliseconds(call, given.repeats), compile_time, memory,
+                            np.asarray(call(), np.float32)))
+    return found
+
+
+def theirs(pair: Pair, images: np.ndarray) -> list[Timing]:
+    """The same in PyTorch, on the GPU if JAX is on one."""
+    given = flags.FLAGS
+    cuda = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    dtype, device = getattr(torch, given.dtype), "cuda" if cuda else "cpu"
+    module = pair.module.to(device=device, dtype=dtype)
+    inputs = [torch.tensor(x, device=device) for x in pair.inputs]
+    there = torch.tensor(images).permute(0, 3, 1, 2).contiguous().to(device=device, dtype=dtype)
+    run = torch.compile(module) if given.torch_compile else module
+
+    def mean(images):
+        return run(*inputs, images).float().reshape(len(images), -1).mean(dim=-1)
+
+    def forward():
+        with torch.no_grad():
+            return mean(there)
+
+    def gradient():
+        leaf = there.clone().requires_grad_()
+        mean(leaf).sum().backward()
+        return leaf.grad.permute(0, 2, 3, 1)
+
+    def waited(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        value = call()
+        if cuda:
+            torch.cuda.synchronize()
+        return value
+
+    found = []
+    for function in (forward, gradient):
+        call, memory = functools.partial(waited, function), None
+        begin = time.perf_counter()
+        value = call().float().cpu().numpy()
+        first = time.perf_counter() - begin
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        took = measure.milliseconds(call, given.repeats)
+        if cuda:
+            memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        found.append(Timing(took, max(0.0, first - took / 1e3), memory, value))
+    return found
+
+
+def rows(tower: str) -> list[list[str]]:
+    """One row for the forward pass, one for the image gradient."""
+    given = flags.FLAGS
+    images = np.random.default_rng(0).standard_normal(
+        (given.batch_size, SIZE, SIZE, 3)).astype(np.float32)
+    pair, found = build(tower, given.layers, given.batch_size), []
+    both = zip(("forward", "image gradient"), ours(pair, images), theirs(pair, images), strict=True)
+    for name, here, there in both:
+        apart = np.abs(here.value - there.value).max() / np.abs(there.value).max()
+        memory = ["" if x.memory is None else f"{x.memory:.0f}" for x in (here, there)]
+        found.append([f"{tower}, {name}", f"{here.milliseconds:.1f}", f"{there.milliseconds:.1f}",
+                      f"{there.milliseconds / here.milliseconds:.2f}", f"{apart:.0e}",
+                      f"{here.compile_time:.1f}", f"{there.compile_time:.1f}", *memory])
+    return found
 
 
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    ours, params, theirs, device = build(given.tower, given.layers, given.dtype)
-    images = np.random.default_rng(0).standard_normal(
-        (given.batch_size, SIZE, SIZE, 3)).astype(np.float32)
-    here = jnp.asarray(images, given.dtype)
-    there = torch.tensor(images).permute(0, 3, 1, 2).contiguous().to(
-        device=device, dtype=getattr(torch, given.dtype))
+    jax.config.update("jax_default_matmul_precision",
+                      "highest" if given.dtype == "float32" else "default")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found = [row for tower in given.tower for row in rows(tower)]
+    header = ["tower", "r0_jax ms", "PyTorch ms", "PyTorch / r0_jax", "apart", "r0_jax compile s",
+              "PyTorch compile s", "r0_jax MiB", "PyTorch MiB"]
+    text = f"""    python -m benchmarks.rewards {measure.given_flags()}
 
-    forward = jax.jit(ours)
-    gradient = jax.jit(jax.grad(lambda x, params: ours(params, x).astype(jnp.float32).sum()))
+{given.batch_size} images of {SIZE} px, {given.layers or 'all'} layers, {given.dtype}, PyTorch
+{'compiled' if given.torch_compile else 'eager'}. "apart" is the largest difference as a share of
+the largest element; memory is beyond weights and images{
+    '' if any(row[-1] for row in found) else ' (PyTorch does not tell on a CPU)'}.
 
-    def torch_forward() -> torch.Tensor:
-        with torch.no_grad():
-            return theirs(there).cpu()  # waits for the device
+{measure.table(header, found)}
 
-    def torch_gradient() -> torch.Tensor:
-        leaf = there.clone().requires_grad_()
-        theirs(leaf).sum().backward()
-        return leaf.grad.cpu()
-
-    table = Table("", "r0_jax", "PyTorch", "difference", title=(
-        f"{given.tower}, {given.layers or 'all'} layers, batch {given.batch_size}, "
-        f"{given.dtype}, {jax.devices()[0].device_kind}: milliseconds"))
-    for name, our_call, torch_call, layout in (
-            ("forward", lambda: forward(params, here).block_until_ready(), torch_forward, None),
-            ("image gradient", lambda: gradient(here, params).block_until_ready(), torch_gradient,
-             (0, 2, 3, 1))):
-        found = np.asarray(our_call(), np.float32)
-        expected = torch_call().float()
-        expected = (expected.permute(layout) if layout else expected).numpy()
-        apart = np.abs(found - expected).max() / np.abs(expected).max()
-        table.add_row(name, f"{1e3 * seconds(our_call, given.repeats):.0f}",
-                      f"{1e3 * seconds(torch_call, given.repeats):.0f}", f"{apart:.1e}")
-    Console().print(table)
+{measure.machine("jax", "torch")} Seed 0, median of {given.repeats} calls."""
+    if given.out is None:
+        print(text)
+    else:
+        heading = f"# Towers here and in PyTorch: {jax.devices()[0].device_kind}, {given.dtype}"
+        measure.write_section(given.out, heading, text)
 
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    app.run(main)

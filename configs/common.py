@@ -218,7 +218,8 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
 
 
 def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
-                 logit_scale: bool = False, function: str = "", cap: float = 1e9) -> ConfigDict:
+                 logit_scale: bool = False, function: str = "", cap: float = 1e9,
+                 resize: str = "bicubic") -> ConfigDict:
     """One reward.
 
     Args:
@@ -230,6 +231,9 @@ def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
       logit_scale: a clip_score is exp(logit_scale) times the cosine.
       function: "module:function" of the user's own reward.
       cap: an image that scores so much is not pushed further by this reward: relu(cap - score).
+      resize: how images come down to the size of the reward's tower: "bicubic", with antialiasing,
+        as published; "reduce": means of whole blocks of pixels first (docs/rewards.md compares).
     """
     return ConfigDict({"type": type, "weight": weight, "path": path, "head": head,
-                       "logit_scale": logit_scale, "function": function, "cap": cap})
+                       "logit_scale": logit_scale, "function": function, "cap": cap,
+                       "resize": resize})

@@ -58,8 +58,8 @@ def unit(features):
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def pixels(images, policy):
-    return in_torch(images, policy).permute(0, 3, 1, 2)
+def pixels(images, policy, corner="floor"):
+    return in_torch(images, policy, corner).permute(0, 3, 1, 2)
 
 
 def expect(reward: Reward, images: np.ndarray, in_torch_) -> None:
@@ -101,7 +101,7 @@ def test_open_clip_as_a_clip_score_crops(tmp_path, bpe):
     reward = rewards.load("clip_score", tmp_path / "out")
     ids = prompt_text.open_clip(tmp_path / "out", 16, 521)(PROMPTS[:2]).ids
     expect(reward, noise(23, 40), lambda x: (
-        unit(module.image_features(pixels(x, "crop")))
+        unit(module.image_features(pixels(x, "crop", "round")))
         * unit(module.text_features(torch.tensor(ids)))).sum(-1))
 
 
@@ -164,7 +164,7 @@ def test_image_reward(tmp_path, vocab):
         PROMPTS, padding="max_length", max_length=35, truncation=True,
         return_tensors="pt").input_ids
     np.testing.assert_array_equal(features, ids)
-    expect(reward, noise(40, 23), lambda x: module(ids[:2], pixels(x, "crop")))
+    expect(reward, noise(40, 23), lambda x: module(ids[:2], pixels(x, "crop", "round")))
     assert reward.truncated(["red " * 33, "red " * 34]).tolist() == [False, True]
     half = rewards.load("image_reward", tmp_path / "out", "bfloat16")
     assert {str(v.dtype) for k, v in half.params.items() if k.startswith("mlp")} == {"float32"}

@@ -1,3 +1,6 @@
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +9,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from benchmarks.preprocess import difference
 from r0_jax.errors import InputError
 from r0_jax.rewards import preprocess
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from r0_jax.rewards.reward import value_and_gradient
 
 SIZE = 16
 # Square, wide and tall; larger and smaller than the tower; the same; and 40 * 16 / 23 = 27.8,
@@ -20,11 +25,11 @@ def noise(h, w, seed=0):
     return np.random.default_rng(seed).random((2, h, w, 3)).astype(np.float32)
 
 
-def in_torch(images, policy):
+def in_torch(images, policy, corner="floor"):
     """What the published code does, on floats and with antialiasing."""
     x = torch.as_tensor(images).permute(0, 3, 1, 2)
     h, w = x.shape[-2:]
-    if policy == "crop":  # torchvision's Resize, then the processor's centre crop
+    if policy == "crop":  # torchvision's Resize, then its centre crop or that of transformers
         new = (SIZE, int(SIZE * w / h)) if h <= w else (int(SIZE * h / w), SIZE)
     elif policy == "pad":  # hpsv2's ResizeMaxSize
         new = tuple(round(n * (SIZE / max(h, w))) for n in (h, w))
@@ -33,7 +38,8 @@ def in_torch(images, policy):
     if new != (h, w):
         x = torch.nn.functional.interpolate(x, new, mode="bicubic", antialias=True)
     if policy == "crop":
-        top, left = (new[0] - SIZE) // 2, (new[1] - SIZE) // 2
+        halve = {"floor": math.floor, "round": round}[corner]
+        top, left = halve((new[0] - SIZE) / 2), halve((new[1] - SIZE) / 2)
         x = x[..., top:top + SIZE, left:left + SIZE]
     if policy == "pad":
         tall, wide = SIZE - new[0], SIZE - new[1]
@@ -43,14 +49,15 @@ def in_torch(images, policy):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("policy", ["crop", "pad", "squash"])
-def test_equals_torch_forward_and_gradient(shape, policy):
+@pytest.mark.parametrize(("policy", "corner"), [
+    ("crop", "floor"), ("crop", "round"), ("pad", "floor"), ("squash", "floor")])
+def test_equals_torch_forward_and_gradient(shape, policy, corner):
     images, weights = noise(*shape), noise(SIZE, SIZE, 1)
     there = torch.tensor(images, requires_grad=True)
-    expected = in_torch(there, policy)
+    expected = in_torch(there, policy, corner)
     (expected * torch.as_tensor(weights)).sum().backward()
 
-    prepare = Preprocess(SIZE, policy)
+    prepare = Preprocess(SIZE, policy, corner=corner)
     found, pullback = jax.vjp(prepare, jnp.asarray(images))
     assert found.shape == (2, SIZE, SIZE, 3)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
@@ -74,6 +81,66 @@ def test_equals_the_processor_of_transformers_on_uint8(shape):
     assert difference(grey) < 2 / 255
     # Bicubic overshoots, which uint8 clips and a differentiable path must not.
     assert difference((noise(*shape) > 0.5).astype(np.uint8) * 255) > 4 / 255
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)],
+                         ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("policy", "corner"), [
+    ("crop", "round"), ("crop", "floor"), ("pad", "floor"), ("squash", "floor")])
+def test_equals_the_published_path_through_pil_but_for_rounding_and_clipping(shape, policy, corner):
+    prepare = Preprocess(SIZE, policy, corner=corner)
+    grey = (64 + 128 * noise(*shape)[0]).astype(np.uint8)
+    assert difference(grey, prepare).max() < 2
+    black_and_white = (noise(*shape)[0] > 0.5).astype(np.uint8) * 255
+    assert difference(black_and_white, prepare).max() < 70
+
+
+def test_the_corner_of_a_crop_with_an_odd_margin():
+    # 16 x 19: floor(1.5) = 1, and half to even is 2, as torchvision has it.
+    image = jnp.broadcast_to(jnp.arange(19.0)[None, None, :, None], (1, 16, 19, 3))
+    for corner, first in (("floor", 1), ("round", 2)):
+        prepare = Preprocess(16, mean=(0.0,) * 3, std=(1.0,) * 3, corner=corner)
+        assert prepare(image)[0, 0, 0, 0] == first
+
+
+def test_reducing_is_pils_reduce_then_bicubic():
+    images = noise(96, 72)
+    prepare = Preprocess(SIZE, "squash", resize="reduce")
+    # 2 x 2: blocks of 3 would leave 24 px, less than twice the size.
+    blocks = images.reshape(2, 48, 2, 36, 2, 3).mean((2, 4))
+    plain = Preprocess(SIZE, "squash")
+    np.testing.assert_allclose(prepare(jnp.asarray(images)), plain(jnp.asarray(blocks)), atol=1e-5)
+    # What no whole block divides, or is less than four times as large, is not reduced.
+    for shape in ((67, 71), (60, 60)):
+        images = jnp.asarray(noise(*shape))
+        np.testing.assert_array_equal(prepare(images), plain(images))
+
+
+def test_reducing_keeps_a_gradient_at_every_pixel():
+    _, pullback = jax.vjp(Preprocess(SIZE, resize="reduce"), jnp.asarray(noise(64, 64)))
+    assert jnp.all(pullback(jnp.asarray(noise(SIZE, SIZE, 1)))[0] != 0)
+
+
+def test_a_line_of_pixels_is_still_an_image():
+    assert Preprocess(SIZE, "pad")(jnp.asarray(noise(2, 90))).shape == (2, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("policies", [("crop",) * 3, ("crop", "pad", "squash")])
+def test_rewards_in_one_program_share_the_resize_of_a_square_image(policies):
+    """XLA merges them; the gradients stay apart, as their normalization needs."""
+    def flops(policies):
+        def score(number, policy, images):
+            return jnp.sin(number + Preprocess(SIZE, policy)(images)).sum((1, 2, 3))
+
+        def gradients(images):
+            return [value_and_gradient(functools.partial(score, *chosen), images)
+                    for chosen in enumerate(policies)]
+
+        images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
+        return jax.jit(gradients).lower(images).compile().cost_analysis()["flops"]
+
+    one, three = flops(policies[:1]), flops(policies)
+    np.testing.assert_allclose(three, (1 + 3) / (1 + 1) * one, rtol=0.05)
 
 
 def test_overshoot_keeps_its_gradient():
@@ -114,10 +181,11 @@ def test_files_that_do_not_fit(fields, said):
 
 
 def test_preprocessing_of_open_clip():
-    assert preprocess.from_open_clip({}, 16) == Preprocess(16, "crop")
+    assert preprocess.from_open_clip({}, 16) == Preprocess(16, corner="round")
     fields = {"resize_mode": "longest", "interpolation": "bicubic", "mean": [0.5] * 3,
               "std": [0.25] * 3, "size": [16, 16], "fill_color": 0}
-    assert preprocess.from_open_clip(fields, 16) == Preprocess(16, "pad", (0.5,) * 3, (0.25,) * 3)
+    assert preprocess.from_open_clip(fields, 16) == Preprocess(
+        16, "pad", (0.5,) * 3, (0.25,) * 3, "round")
     for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random")]:
         with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
             preprocess.from_open_clip({name: value}, 16)

@@ -195,6 +195,16 @@ def test_unknown_type():
         rewards.load("x", reward_entry("clip"))
 
 
+def test_a_resize_of_the_entry(folder, reward):
+    reduced = rewards.load("clip", reward_entry("clip_score", path=str(folder), resize="reduce"))
+    features, images = reward.text_features(reward.params, PROMPTS), noise(64, 64)
+    blocks = images.reshape(2, 32, 2, 32, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(score(reduced, images, features), score(reward, blocks, features),
+                               atol=1e-6)
+    with pytest.raises(InputError, match=r"rewards.x.resize = 'area' is unknown; known: bicubic"):
+        rewards.load("x", reward_entry("clip_score", path=str(folder), resize="area"))
+
+
 @pytest.mark.parametrize(("fields", "missing"), [
     ({"type": "clip_score"}, "path"),
     ({"type": "aesthetic", "head": "head.safetensors"}, "path"),

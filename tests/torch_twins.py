@@ -158,7 +158,7 @@ class Bert(nn.Module):
             [BertLayer(width, heads, inner, context) for _ in range(layers)])})
 
     def forward(self, ids, context=None):
-        parts, positions = self.embeddings, torch.arange(ids.shape[1])
+        parts, positions = self.embeddings, torch.arange(ids.shape[1], device=ids.device)
         x = parts["word_embeddings"](ids) + parts["position_embeddings"](positions)
         if "token_type_embeddings" in parts:
             x = x + parts["token_type_embeddings"].weight[0]

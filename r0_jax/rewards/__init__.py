@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
+from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
 
 # `type` of a config entry -> how to load it.
@@ -33,10 +34,13 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32") -> R
     """
     if not isinstance(entry, ConfigDict):
         entry = ConfigDict({"type": name, "path": str(entry), "head": "", "logit_scale": False,
-                            "function": str(entry)})
+                            "function": str(entry), "resize": "bicubic"})
     if entry.type not in TYPES:
         raise InputError(f"rewards.{name}.type = {entry.type!r} is unknown; "
                          f"known: {', '.join(TYPES)}")
+    if entry.resize not in RESIZES:
+        raise InputError(f"rewards.{name}.resize = {entry.resize!r} is unknown; "
+                         f"known: {', '.join(RESIZES)}")
     for field in _NEEDED[entry.type]:
         if not entry[field]:
             raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "

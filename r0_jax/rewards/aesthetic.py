@@ -1,5 +1,6 @@
 """The LAION aesthetic predictor: an MLP on normalized CLIP image features."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     aesthetic_head.safetensors in the folder. Scores are about 1 to 10."""
     found = tower.load(entry.path, dtype)
     clip, clip_params, _, prepare, inputs = found
+    # Published with OpenAI's own preprocessing, whichever library the folder is of.
+    prepare = dataclasses.replace(prepare, corner="round", resize=entry.resize)
     head = Network.abstract(lambda rngs: ScoreMLP(inputs, rngs=rngs))
     path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
     head_params = convert.load([path], head, "float32")

@@ -18,20 +18,25 @@ from r0_jax.rewards.tower import Tower, normalize
 
 def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     """Any CLIP or Chinese-CLIP folder (`tower.load`), with the folder's own preprocessing."""
-    return from_tower(name, tower.load(entry.path, dtype), entry.logit_scale)
+    return from_tower(name, _tower(entry, dtype), entry.logit_scale)
 
 
 def load_hps(name: str, entry: ConfigDict, dtype: str) -> Reward:
     """HPS v2 and v2.1, which differ in weights only: the cosine of an image padded to a square
     (hpsv2 `img_score.py`). Not times 100, as its tables have it."""
-    found = tower.load(entry.path, dtype)
-    padded = dataclasses.replace(found.prepare, policy="pad")
-    return from_tower(name, found._replace(prepare=padded), logit_scale=False)
+    return from_tower(name, _tower(entry, dtype, policy="pad"), logit_scale=False)
 
 
 def load_pickscore(name: str, entry: ConfigDict, dtype: str) -> Reward:
     """PickScore v1: exp(logit_scale) times the cosine, 20 to 23 for today's models."""
-    return from_tower(name, tower.load(entry.path, dtype), logit_scale=True)
+    return from_tower(name, _tower(entry, dtype), logit_scale=True)
+
+
+def _tower(entry: ConfigDict, dtype: str, **preprocess: str) -> Tower:
+    """The entry's tower, with the entry's `resize` and other changes of its preprocessing."""
+    found = tower.load(entry.path, dtype)
+    return found._replace(prepare=dataclasses.replace(found.prepare, resize=entry.resize,
+                                                      **preprocess))
 
 
 def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:

@@ -15,6 +15,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+# Of a resize that begins with means of blocks, the part left to bicubic: PIL's `thumbnail` too
+# leaves a factor of 2, and its `Image.resize` calls it `reducing_gap`.
+_GAP = 2
+RESIZES = ("bicubic", "reduce")
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """Bicubic resize with antialiasing (PIL's), then the policy for what is not square.
@@ -23,12 +29,18 @@ class Preprocess:
       size: of the square that comes out, in pixels.
       policy: "crop" (shortest side to `size`, centre crop: CLIP, PickScore), "pad" (longest side,
         black borders: HPS) or "squash" (both sides: Chinese-CLIP).
+      corner: of a crop, where the middle lies between two pixels: "floor" as the processors of
+        transformers have it, or "round" (half to even) as torchvision's CenterCrop.
+      resize: "bicubic", all at once, as published; "reduce": means of whole blocks of pixels
+        first, as far as blocks divide the image and leave bicubic a factor of 2.
     """
 
     size: int
     policy: str = "crop"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    corner: str = "floor"
+    resize: str = "bicubic"
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
         """Normalized images. Bicubic overshoot is kept: clipping it would kill gradients."""
@@ -37,14 +49,16 @@ class Preprocess:
             case "crop":  # transformers and torchvision cut the fraction of a pixel off
                 height, width = (int(self.size * n / min(h, w)) for n in (h, w))
             case "pad":  # HPS rounds it
-                height, width = (round(self.size * n / max(h, w)) for n in (h, w))
+                height, width = (max(1, round(n * (self.size / max(h, w)))) for n in (h, w))
             case _:
                 height, width = self.size, self.size
-        if (height, width) != (h, w):
+        if self.resize == "reduce":
+            images = _block_means(images, min(h // (_GAP * height), w // (_GAP * width)))
+        if (height, width) != images.shape[1:3]:
             images = jax.image.resize(images, (b, height, width, c), "cubic", antialias=True)
         if self.policy == "crop":
-            # The processor of transformers rounds the crop's corner down.
-            top, left = (height - self.size) // 2, (width - self.size) // 2
+            halve = {"floor": lambda n: n // 2, "round": lambda n: round(n / 2)}[self.corner]
+            top, left = halve(height - self.size), halve(width - self.size)
             images = images[:, top:top + self.size, left:left + self.size]
         elif self.policy == "pad":
             top, left = (self.size - height) // 2, (self.size - width) // 2
@@ -52,6 +66,13 @@ class Preprocess:
                                       (left, self.size - width - left), (0, 0)))
         mean, std = (np.asarray(x, np.float32).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
         return (images - mean) / std
+
+
+def _block_means(images: Float[Array, "b h w c"], most: int) -> Float[Array, "b h2 w2 c"]:
+    """Means of the largest square blocks, at most `most` pixels a side, that divide the image."""
+    b, h, w, c = images.shape
+    side = max((n for n in range(1, most + 1) if h % n == w % n == 0), default=1)
+    return images.reshape(b, h // side, side, w // side, side, c).mean(axis=(2, 4))
 
 
 def from_json(fields: Mapping[str, Any], image_size: int) -> Preprocess:
@@ -92,4 +113,5 @@ def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
             raise InputError(f"preprocess_cfg: {name} = {value!r} is not supported (supported: "
                              f"{', '.join(map(str, only[name]))})")
     return Preprocess(image_size, _RESIZE_MODES[fields.get("resize_mode", "shortest")],
-                      tuple(fields.get("mean", CLIP_MEAN)), tuple(fields.get("std", CLIP_STD)))
+                      tuple(fields.get("mean", CLIP_MEAN)), tuple(fields.get("std", CLIP_STD)),
+                      corner="round")

@@ -53,19 +53,35 @@ def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
     return tokenize
 
 
-def wordpiece(folder: Path, length: int, vocab_size: int) -> Tokenize:
-    """BERT's tokenizer, lower-casing, of a folder with vocab.txt or tokenizer.json; pads are 0."""
+def wordpiece(folder: Path, length: int, vocab_size: int, added: Sequence[str] = ()) -> Tokenize:
+    """BERT's tokenizer, lower-casing, of a folder with vocab.txt or tokenizer.json; pads are 0.
+
+    `added` are special tokens whose ids follow those of the vocabulary, if it has them not.
+    """
+    return functools.partial(_tokenize, _bert(folder, vocab_size, added), length=length)
+
+
+def cn_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
+    """cn_clip's `FullTokenizer` on the same vocabulary: what looks like a special token is only
+    text, and words of up to 200 letters are taken apart (elsewhere 100, then they are unknown)."""
+    tokenizer = _bert(folder, vocab_size, ())
+    tokenizer.backend_tokenizer.model.max_input_chars_per_word = 200
+    return functools.partial(_tokenize, tokenizer, length=length, split_special_tokens=True)
+
+
+def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise InputError(f"{folder / 'vocab.txt'} is missing: put BERT's vocabulary there")
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(list(added), special_tokens=True)
         tokenizer(["a"])
     except Exception as e:  # tokenizers raises bare Exception on malformed files
         raise InputError(f"{folder} does not hold a readable BERT tokenizer ({e})") from None
     if tokenizer.pad_token_id != 0:  # by which the networks know the pads
         raise InputError(f"{folder} holds no vocabulary of BERT: [PAD] is not its first token")
     _check_size(tokenizer, folder, vocab_size)
-    return functools.partial(_tokenize, tokenizer, length=length)
+    return tokenizer
 
 
 def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_size: int) -> None:
@@ -76,11 +92,16 @@ def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_si
 
 def _tokenize(tokenizer: CLIPTokenizer | BertTokenizer, prompts: Sequence[str], *, length: int,
               **options: bool) -> Tokens:
-    prompts = list(prompts)
+    prompts = [_whole(prompt) for prompt in prompts]
     whole = tokenizer(prompts, truncation=False, verbose=False, **options).input_ids
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                     verbose=False, **options).input_ids
     return Tokens(np.asarray(ids, np.int32), np.asarray([len(row) > length for row in whole]))
+
+
+def _whole(prompt: str) -> str:
+    """Halves of a character, as some JSON has them, are joined; one alone is none."""
+    return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # --- open_clip's cleaning -----------------------------------------------------------------------
@@ -116,8 +137,6 @@ def clean(prompt: str) -> str:
             prompt = html.unescape(prompt)
         prompt = _TERMINAL_ESCAPE.sub("", prompt.translate(_C1))
         prompt = prompt.translate(_LIGATURES).translate(_WIDTHS).translate(_QUOTES)
-        # Halves of a character, as some JSON has them, are joined; one alone is none.
-        prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        prompt = unicodedata.normalize("NFC", prompt.translate(_INVISIBLE))
+        prompt = unicodedata.normalize("NFC", _whole(prompt).translate(_INVISIBLE))
     prompt = html.unescape(html.unescape(prompt))
     return " ".join(prompt.split()).lower()

@@ -101,7 +101,7 @@ def _load_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
 
 def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
     config = ChineseCLIPConfig.from_json(fields)
-    tokenize = _chinese(folder, config.text_config)
+    tokenize = _chinese(prompt_text.wordpiece, folder, config.text_config)
     return _from_transformers(folder, lambda rngs: ChineseCLIPModel(config, rngs=rngs), tokenize,
                               dtype)
 
@@ -110,13 +110,14 @@ def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
     config = CNCLIPConfig.from_json(fields)
     network = Network.abstract(lambda rngs: CNCLIP(config, rngs=rngs))
     return Tower(network, convert.load(convert.find_files(folder, "model"), network, dtype),
-                 _chinese(folder, config.text), Preprocess(config.vision.image_size, "squash"),
+                 _chinese(prompt_text.cn_clip, folder, config.text),
+                 Preprocess(config.vision.image_size, "squash"),
                  config.embed_dim)
 
 
-def _chinese(folder: Path, text: BertConfig) -> Tokenize:
-    length = min(_CHINESE_LENGTH, text.max_position_embeddings)
-    return prompt_text.wordpiece(folder, length, text.vocab_size)
+def _chinese(tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text: BertConfig
+             ) -> Tokenize:
+    return tokenizer(folder, min(_CHINESE_LENGTH, text.max_position_embeddings), text.vocab_size)
 
 
 # `model_type` of a config.json; cn_clip's own files have none, so the converter gives them one.

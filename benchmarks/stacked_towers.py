@@ -1,0 +1,128 @@
+"""Three vision towers of one architecture (HPS v2.1, PickScore, CLIP-H): one after another, or as
+one tower with stacked weights?
+
+    python -m benchmarks.stacked_towers --dtype=bfloat16 --batch_sizes=1,8,32    # an accelerator
+    python -m benchmarks.stacked_towers --layers=2 --batch_sizes=1,4             # two CPU cores
+
+Each way gives every tower's features and its own gradient with respect to the same images, as the
+rewards of a training step need them. "vmap" runs all towers at once; "map" loops over the stacked
+weights, which compiles one tower instead of three. Random weights.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags  # not r0_jax.cli, whose config files need more than JAX and absl
+
+from benchmarks import measure
+from r0_jax.models import open_clip
+from r0_jax.models.open_clip import OpenCLIPConfig, VisionTransformer
+from r0_jax.network import Network, Params
+
+
+def define_flags() -> None:
+    flags.DEFINE_enum("tower", "ViT-H-14", list(open_clip.ARCHITECTURES), "architecture")
+    flags.DEFINE_integer("towers", 3, "so many of it", lower_bound=2)
+    flags.DEFINE_integer("layers", 0, "keep so many layers; 0: all", lower_bound=0)
+    flags.DEFINE_list("batch_sizes", ["8"], "images at once, one row each")
+    flags.DEFINE_integer("repeats", 9, "timed calls, after one that warms up", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
+    flags.DEFINE_string("out", None, "document whose section is written; else printed")
+
+
+def build(tower: str, layers: int) -> Network:
+    """The vision tower, cut to `layers` layers if that is not 0."""
+    fields = open_clip.ARCHITECTURES[tower]
+    config = OpenCLIPConfig.from_json(fields | {"vision_cfg": fields["vision_cfg"] | (
+        {"layers": layers} if layers else {})})
+
+    def construct(rngs):
+        module = VisionTransformer(config.vision_cfg, config.embed_dim, config.activation,
+                                   rngs=rngs)
+        module.config = config
+        return module
+
+    return Network.abstract(construct)
+
+
+def random_params(network: Network, seed: int, dtype: str) -> Params:
+    """Weights of the scale of trained ones: scores and gradients stay finite at any depth."""
+    keys = jax.random.split(jax.random.key(seed), len(network.shapes))
+
+    def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        noise = 0.02 * jax.random.normal(key, shape, jnp.float32)
+        return (noise + name.endswith("scale")).astype(dtype)
+
+    return {name: draw(name, struct.shape, key)
+            for (name, struct), key in zip(network.shapes.items(), keys, strict=True)}
+
+
+def ways(network: Network) -> dict:
+    """name -> function of (list of params or stacked params, images): (features, gradients)."""
+    def one(params, images):
+        def feature(x):
+            return network(params, x).astype(jnp.float32).mean(axis=-1)
+
+        values, pullback = jax.vjp(feature, images)
+        return values, pullback(jnp.ones_like(values))[0]
+
+    return {
+        "one after another": lambda params, images: jax.tree.map(
+            lambda *x: jnp.stack(x), *[one(p, images) for p in params]),
+        "vmap": lambda params, images: jax.vmap(one, (0, None))(params, images),
+        "map": lambda params, images: jax.lax.map(functools.partial(one, images=images), params),
+    }
+
+
+def rows(network: Network, batch_size: int) -> list[list[str]]:
+    """One row a way: milliseconds, seconds to compile, memory, distance from the first way."""
+    given = flags.FLAGS
+    towers = [random_params(network, seed, given.dtype) for seed in range(given.towers)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *towers)
+    size = network.config.vision_cfg.image_size
+    images = jax.random.normal(jax.random.key(99), (batch_size, size, size, 3)).astype(given.dtype)
+    found, first, plain = [], None, None
+    for name, function in ways(network).items():
+        params = towers if name == "one after another" else stacked
+        begin = time.perf_counter()
+        compiled = jax.jit(function).lower(params, images).compile()
+        compile_time = time.perf_counter() - begin
+        gradients = np.asarray(compiled(params, images)[1], np.float32)
+        first = gradients if first is None else first
+        took = measure.milliseconds(lambda c=compiled, p=params: c(p, images), given.repeats)
+        plain = plain or took
+        found.append([
+            f"{batch_size}, {name}", f"{took:.1f}", f"{plain / took:.2f}", f"{compile_time:.1f}",
+            f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+            f"{np.abs(gradients - first).max() / np.abs(first).max():.0e}"])
+    return found
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    network = build(given.tower, given.layers)
+    found = [row for size in given.batch_sizes for row in rows(network, int(size))]
+    header = ["images, towers", "ms", "times as fast", "s to compile", "temporary MiB",
+              "gradients apart"]
+    text = f"""    python -m benchmarks.stacked_towers {measure.given_flags()}
+
+{given.towers} towers {given.tower}, {given.layers or 'all'} layers, {given.dtype}: features and
+image gradients of all.
+
+{measure.table(header, found)}
+
+{measure.machine("jax")} Seed 0, median of {given.repeats} calls."""
+    if given.out is None:
+        print(text)
+    else:
+        heading = f"# Several towers at once: {jax.devices()[0].device_kind}"
+        measure.write_section(given.out, heading, text)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
