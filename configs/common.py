@@ -22,6 +22,10 @@ def get_config() -> ConfigDict:
     # What frozen weights are kept in and networks compute in: "float32", or "bfloat16" on
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
     config.dtype = "float32"
+    # What computes attention: "xla", anywhere; "cudnn", on NVIDIA GPUs in bfloat16; "splash", on
+    # TPUs. The last two never hold the weights of all pairs of pixels. A layer that one of them
+    # cannot do, such as the VAE's under cudnn, goes by xla; so do the reward models.
+    config.attention = "xla"
     # Seed of everything random: adapters, the order of prompts, noise, eta.
     config.seed = 0
 

@@ -39,6 +39,7 @@ from r0_jax import (
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
 from r0_jax.metrics import MetricWriter, Throughput
+from r0_jax.models import attention_backend
 from r0_jax.network import Params
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families
@@ -71,7 +72,8 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
     # Pretrained models, on the host.
-    pipeline = families.load(config.pretrained, config.dtype, config.family)
+    pipeline = families.load(config.pretrained, config.dtype, config.family).attending(
+        attention_backend.Backend(config.attention, mesh))
     if config.test.prompts:  # too many steps for the base would show when the training is over
         schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
@@ -186,6 +188,7 @@ def check_config(config: ConfigDict) -> None:
                          f"and sampler.num_steps={config.sampler.num_steps}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
+    attention_backend.check(config.attention, config.dtype)
     families.check_there(config.pretrained, config.family)
     if not config.data.prompts:
         raise InputError("data.prompts is not set: give --config.data.prompts=PATH")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Shaped
 from transformers import PreTrainedTokenizerBase
 
 from r0_jax.errors import InputError
+from r0_jax.models.attention_backend import Backend
 from r0_jax.network import Network, Params
 
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch.
@@ -65,6 +66,12 @@ class Pipeline(abc.ABC):
         of the empty prompt, [1, T]."""
         return jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape),
                             self.encode_prompt(params, empty), conditioning)
+
+    def attending(self, backend: Backend) -> "Pipeline":
+        """The same pipeline, its networks' attention computed by `backend`."""
+        return dataclasses.replace(self, networks={
+            part: dataclasses.replace(network, attention=backend)
+            for part, network in self.networks.items()})
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
