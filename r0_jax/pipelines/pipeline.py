@@ -119,8 +119,8 @@ class Pipeline(abc.ABC):
                          ) -> Float[Array, "b h2 w2 3"]:
         """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
         latents = latents / self.networks["vae"].config.scaling_factor + self.shift
-        images = self.networks["vae"].apply(vae, "decode",
-                                            latents.astype(vae["decoder.conv_in.kernel"].dtype))
+        dtype = next(iter(vae.values())).dtype
+        images = self.networks["vae"].apply(vae, "decode", latents.astype(dtype))
         return images.astype(jnp.float32) / 2 + 0.5
 
     @property
