@@ -77,7 +77,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
                if config.objective.decoder else None)
     if config.test.prompts:  # too many steps for the base would show when the training is over
-        schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
+        schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
     for reward, other in itertools.product(trained_on, heldout):
