@@ -26,10 +26,10 @@ from r0_jax import (
     cli,
     data,
     few_step,
+    noise_schedule,
     prompt_dataset,
     rewards,
     run,
-    schedulers,
     sharding,
     statistics,
 )
@@ -84,7 +84,8 @@ def implicit_reward(pipeline: Pipeline, seed: int
         def error(conditioning):
             output = pipeline.denoise(params[pipeline.generator_part], noised, timesteps,
                                       conditioning)
-            x0, _ = schedulers.x0_and_epsilon(table.prediction_type, output, noised, alpha, sigma)
+            x0, _ = noise_schedule.x0_and_epsilon(table.prediction_type, output, noised, alpha,
+                                                  sigma)
             return jnp.mean((x0 - latents) ** 2, axis=(1, 2, 3))
 
         return error(pipeline.encode_negative(params, empty, told)) - error(told)

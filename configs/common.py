@@ -22,6 +22,10 @@ def get_config() -> ConfigDict:
     # What frozen weights are kept in and networks compute in: "float32", or "bfloat16" on
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
     config.dtype = "float32"
+    # What computes attention: "xla", anywhere; "cudnn", on NVIDIA GPUs in bfloat16; "splash", on
+    # TPUs. The last two never hold the weights of all pairs of pixels. A layer that one of them
+    # cannot do, such as the VAE's under cudnn, goes by xla; so do the reward models.
+    config.attention = "xla"
     # Seed of everything random: adapters, the order of prompts, noise, eta.
     config.seed = 0
 
@@ -56,6 +60,10 @@ def get_config() -> ConfigDict:
     config.objective.method = "r0"
     # Of "r0": how many of the last calls carry gradient (num_steps: all, as in the paper).
     config.objective.grad_steps = 4
+    # Folder of a tiny autoencoder that decodes what rewards look at in training: TAESD for Stable
+    # Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3, in diffusers' format. "" is the pipeline's
+    # own VAE, which draws all samples and evaluations in any case.
+    config.objective.decoder = ""
     # Compile these calls one after the other instead of as a loop, and keep their activations: the
     # same numbers. For small networks on CPU, where the gradient of a loop is many times slower.
     config.objective.unroll = False

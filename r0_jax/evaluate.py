@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         table = evaluate_run(folder, config, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
-        scheduler = schedulers.from_config(pipeline.scheduler_config, fields.num_inference_steps)
+        scheduler = schedulers.from_folder(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
                                    mesh=sharding.local_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"

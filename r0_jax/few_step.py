@@ -12,17 +12,13 @@ from typing import Any
 
 from r0_jax import schedulers
 from r0_jax.errors import InputError
-from r0_jax.schedulers import Scheduler
-
-_FLOW = "FlowMatchEulerDiscreteScheduler"
-_VARIANCE_PRESERVING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                        "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+from r0_jax.schedulers import FLOW_MATCHING, Scheduler, is_flow
 
 
 def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     """The deterministic sampler of `num_steps` network calls, from a pretrained folder's
     scheduler_config.json."""
-    if config.get("_class_name") == _FLOW:
+    if is_flow(config):
         return _flow(config, num_steps)
     return schedulers.from_config(scheduler_config(config, num_steps), num_steps)
 
@@ -30,7 +26,7 @@ def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
 def noise_levels(config: Mapping[str, Any]) -> Scheduler:
     """Every noise level that the folder's network was trained on, noisiest first, as a sampler."""
     count = config.get("num_train_timesteps", 1000)
-    if config.get("_class_name") == _FLOW:
+    if is_flow(config):
         return _flow(config, count)
     return schedulers.from_config(scheduler_config(config, count), count)
 
@@ -38,23 +34,14 @@ def noise_levels(config: Mapping[str, Any]) -> Scheduler:
 def scheduler_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     """The scheduler_config.json to export: `num_inference_steps=num_steps` of a stock pipeline
     visits `grid`. InputError names what of the folder's own is not supported."""
-    if config.get("_class_name") == _FLOW:
+    if is_flow(config):
         return _flow_config(config, num_steps)
-    schedulers.alphas_cumprod(config)  # names what is not supported
-    return {"_class_name": "DDIMScheduler",
-            **{k: config[k] for k in _VARIANCE_PRESERVING if k in config},
-            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
-            "thresholding": False, "timestep_spacing": "trailing"}
+    return schedulers.ddim_config(config)
 
 
 def sigmas(num_steps: int) -> list[float]:
     """1, ..., 1 / num_steps: the grid of flow matching before the shift."""
     return [1 - i / num_steps for i in range(num_steps)]
-
-
-def is_flow(config: Mapping[str, Any]) -> bool:
-    """True where the network was trained by flow matching."""
-    return config.get("_class_name") == _FLOW
 
 
 def shift(config: Mapping[str, Any]) -> float:
@@ -75,8 +62,8 @@ def shift(config: Mapping[str, Any]) -> float:
 def _flow(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     plain = {**config, "shift": shift(config), "shift_terminal": None}
     if plain.get("stochastic_sampling"):
-        raise InputError(f"{_FLOW} with stochastic_sampling=true is not supported in training: "
-                         "set it to false")
+        raise InputError(f"{FLOW_MATCHING} with stochastic_sampling=true is not supported in "
+                         "training: set it to false")
     return schedulers.from_config(plain, num_steps, sigmas(num_steps))
 
 
@@ -92,7 +79,8 @@ def _flow_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     """
     _flow(config, num_steps)  # names what is not supported
     true = shift(config)
-    kept = {"_class_name": _FLOW, "num_train_timesteps": config.get("num_train_timesteps", 1000)}
+    kept = {"_class_name": FLOW_MATCHING,
+            "num_train_timesteps": config.get("num_train_timesteps", 1000)}
     if num_steps == 1:
         return kept | {"shift": true}
     rest = kept["num_train_timesteps"] - 1

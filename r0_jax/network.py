@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from r0_jax.models import attention_backend
+
 Params = dict[str, jax.Array | np.ndarray]  # NumPy while they are on the host
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -26,11 +28,13 @@ class Network:
       graphdef: the module's structure; static, may be closed over by jitted functions.
       shapes: shape and dtype of every parameter, keyed by dotted name in JAX layout.
       config: the parsed config that the module was built from.
+      attention: what computes its attention.
     """
 
     graphdef: nnx.GraphDef
     shapes: Shapes
     config: Any
+    attention: attention_backend.Backend = attention_backend.XLA
 
     @classmethod
     def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
@@ -50,7 +54,8 @@ class Network:
             wrong = sorted(params.keys() ^ self.shapes.keys())
             raise ValueError(f"missing or left over parameters: {', '.join(wrong[:4])}")
         state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
-        return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
+        with attention_backend.use(self.attention):
+            return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
 
 
 def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:

@@ -21,6 +21,7 @@ from r0_jax import few_step, sampler
 from r0_jax.generator import Generator
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.tiny_decoder import TinyDecoder
 from r0_jax.regularizers import PENALTIES
 from r0_jax.regularizers.context import Context
 from r0_jax.reward_gradient import reward_gradient
@@ -38,13 +39,14 @@ class Objective:
 
     `frozen` holds what is never trained, as arguments and never as constants of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
-    "rewards" ({name: params}) and "empty" (the tokens of the empty prompt).
+    "rewards" ({name: params}), "empty" (the tokens of the empty prompt) and, where a tiny
+    `decoder` stands in for the VAE, "decoder".
     """
 
-    def __init__(self, pipeline: Pipeline, generator: Generator,
-                 rewards: Sequence[Reward], config: ConfigDict):
+    def __init__(self, pipeline: Pipeline, generator: Generator, rewards: Sequence[Reward],
+                 config: ConfigDict, decoder: TinyDecoder | None = None):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
-        self.config = config
+        self.config, self.decoder = config, decoder
         self.num_steps = config.sampler.num_steps
         self.grid = few_step.grid(pipeline.scheduler_config, self.num_steps)
         self.table = few_step.noise_levels(pipeline.scheduler_config)
@@ -71,7 +73,8 @@ class Objective:
         conditioning = self.pipeline.encode_prompt(frozen, batch)
         trajectory = self._rollout(params, frozen, conditioning, keys, rolled, last)
 
-        images = self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
+        images = (self.decoder.decode_unclipped(frozen["decoder"], trajectory.x0) if self.decoder
+                  else self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0))
         gradient = reward_gradient(self.rewards, frozen["rewards"], lax.stop_gradient(images),
                                    _features(batch), drawn, spreads, self.config)
         loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))

@@ -75,7 +75,7 @@ def from_pipeline(folder: str | Path, num_inference_steps: int,
                   sigmas: Sequence[float | int] | None = None) -> Source:
     """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines."""
     pipeline = families.load(folder)
-    scheduler = schedulers.from_config(pipeline.scheduler_config, num_inference_steps, sigmas)
+    scheduler = schedulers.from_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
 

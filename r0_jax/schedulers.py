@@ -12,66 +12,58 @@ are those of diffusers 0.42.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, Float, Int
 
+from r0_jax import noise_schedule
 from r0_jax.errors import InputError
+from r0_jax.noise_schedule import NUMBER, Fields, Latents, x0_and_epsilon
 
-Latents = Float[Array, "b *dims"]  # float32, whatever the network computes in
 Index = int | Int[Array, ""]  # counts network calls; may be traced
 State = tuple[Array, ...]
 
-# Field of scheduler_config.json -> (default of the diffusers class, what we support): the values
-# themselves, or a type where any value will do. Files carry fields of other classes too (SD 1.5's
-# PNDM file has `clip_sample`); diffusers does not read those and neither do we.
-_NUMBER = int | float
-_DIFFUSION = {
-    "num_train_timesteps": (1000, int),
-    "beta_start": (0.0001, _NUMBER),
-    "beta_end": (0.02, _NUMBER),
-    "beta_schedule": ("linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
-    "trained_betas": (None, list | tuple | None),
-    "prediction_type": ("epsilon", ("epsilon", "v_prediction", "sample")),
+FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
+_SPACED: Fields = {
     "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
     "steps_offset": (0, int),
 }
-_FIELDS = {
-    "DDIMScheduler": _DIFFUSION
+# Class -> the fields by which it samples, as in noise_schedule.py.
+_FIELDS: dict[str, Fields] = {
+    "DDIMScheduler": _SPACED
     | {
-        "rescale_betas_zero_snr": (False, (False, True)),
         "set_alpha_to_one": (True, (False, True)),
         "clip_sample": (True, (False, True)),
-        "clip_sample_range": (1.0, _NUMBER),
+        "clip_sample_range": (1.0, NUMBER),
         "thresholding": (False, (False,)),
     },
-    "EulerDiscreteScheduler": _DIFFUSION
+    "EulerDiscreteScheduler": _SPACED
     | {
         "timestep_spacing": ("linspace", ("leading", "trailing", "linspace")),
         "timestep_type": ("discrete", ("discrete", "continuous")),
-        "rescale_betas_zero_snr": (False, (False, True)),
         "interpolation_type": ("linear", ("linear",)),
         "use_karras_sigmas": (False, (False, True, None)),
         "use_exponential_sigmas": (False, (False, None)),
         "use_beta_sigmas": (False, (False, None)),
-        "sigma_min": (None, _NUMBER | None),
-        "sigma_max": (None, _NUMBER | None),
+        "sigma_min": (None, NUMBER | None),
+        "sigma_max": (None, NUMBER | None),
         "final_sigmas_type": ("zero", ("zero", "sigma_min")),
     },
-    "PNDMScheduler": _DIFFUSION
+    "PNDMScheduler": _SPACED
     | {
         "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
         "set_alpha_to_one": (False, (False, True)),
         "skip_prk_steps": (False, (True,)),
     },
-    "FlowMatchEulerDiscreteScheduler": {
+    FLOW_MATCHING: {
         "num_train_timesteps": (1000, int),
-        "shift": (1.0, _NUMBER),
+        "shift": (1.0, NUMBER),
         "stochastic_sampling": (False, (False, True)),
-        "shift_terminal": (None, _NUMBER | None),
+        "shift_terminal": (None, NUMBER | None),
         "use_dynamic_shifting": (False, (False,)),
         "invert_sigmas": (False, (False,)),
         "use_karras_sigmas": (False, (False,)),
@@ -170,29 +162,6 @@ class Scheduler:
         return combined, latents, (start, history)
 
 
-def x0_and_epsilon(
-    prediction_type: str,
-    model_output: Latents,
-    latents: Latents,
-    alpha: Float[ArrayLike, "..."],
-    sigma: Float[ArrayLike, "..."],
-) -> tuple[Latents, Latents]:
-    """The clean latents and the noise that an output at latents = alpha x0 + sigma eps stands for.
-
-    `alpha` and `sigma` may be anything that broadcasts over the latents.
-    """
-    match prediction_type:
-        case "epsilon":
-            return (latents - sigma * model_output) / alpha, model_output
-        case "sample":
-            return model_output, (latents - alpha * model_output) / sigma
-        case "v_prediction":
-            return alpha * latents - sigma * model_output, alpha * model_output + sigma * latents
-        case "flow_prediction":
-            return latents - sigma * model_output, latents + alpha * model_output
-    raise ValueError(prediction_type)
-
-
 def from_config(
     config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
 ) -> Scheduler:
@@ -204,35 +173,46 @@ def from_config(
     name, fields = _read(config)
     if num_inference_steps < 1:
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if is_flow(config):
         return _flow_match(fields, num_inference_steps, sigmas)
     if sigmas is not None:
-        raise InputError(f"sigmas are for FlowMatchEulerDiscreteScheduler, the folder has {name}")
+        raise InputError(f"sigmas are for {FLOW_MATCHING}, the folder has {name}")
     if num_inference_steps > fields["num_train_timesteps"]:
         raise InputError(
             f"num_inference_steps={num_inference_steps} is more than the"
             f" {fields['num_train_timesteps']} timesteps the network was trained on"
         )
     build = {"DDIMScheduler": _ddim, "EulerDiscreteScheduler": _euler, "PNDMScheduler": _pndm}[name]
-    return build(fields, alphas_cumprod(config), num_inference_steps)
+    return build(fields, noise_schedule.alphas_cumprod(config), num_inference_steps)
 
 
-def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
-    """[num_train_timesteps] float64: alpha_t^2 of training, the float32 values of diffusers.
+def from_folder(
+    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
+) -> Scheduler:
+    """`from_config`; or, where its sampler is not implemented here, DDIM on the same noise, which a
+    warning says."""
+    try:
+        _read(config)
+    except InputError as problem:
+        if is_flow(config):
+            raise
+        config = ddim_config(config)  # unless the noise itself is the problem
+        warnings.warn(f"images are drawn with DDIM, not with the folder's sampler: {problem}",
+                      stacklevel=2)
+    return from_config(config, num_inference_steps, sigmas)
 
-    With `rescale_betas_zero_snr` the last is 0 (Euler: 2^-24, so that its sigma is finite).
-    """
-    name, fields = _read(config)
-    if "beta_schedule" not in fields:
-        raise InputError(f"{name} has no alphas_cumprod: flow matching has sigmas")
-    alphas = np.float32(1) - _betas(fields)
-    # Like torch, accumulate in float64 and round each product once.
-    products = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
-    if fields.get("rescale_betas_zero_snr"):
-        products = _rescale_zero_terminal_snr(products)
-        if name == "EulerDiscreteScheduler":
-            products[-1] = 2**-24
-    return products.astype(np.float64)
+
+def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of DDIM for the network that `config` samples: trailing timesteps,
+    and at the end the clean image. InputError names what of its noise is not supported."""
+    return {"_class_name": "DDIMScheduler", **noise_schedule.read(config),
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
+            "thresholding": False, "timestep_spacing": "trailing"}
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """True where the network was trained by flow matching."""
+    return config.get("_class_name") == FLOW_MATCHING
 
 
 def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -240,60 +220,8 @@ def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _FIELDS:
         raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_FIELDS)}")
-    fields = {field: config.get(field, default) for field, (default, _) in _FIELDS[name].items()}
-    for field, value in fields.items():
-        values = _FIELDS[name][field][1]
-        listed = isinstance(values, tuple)
-        if not (value in values if listed else isinstance(value, values)):
-            raise InputError(
-                f"{name} with {field}={value!r} is not supported; supported:"
-                f" {', '.join(map(repr, values)) if listed else values}"
-            )
-    if fields["num_train_timesteps"] < 1:
-        raise InputError(
-            f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at least 1 is"
-            " expected"
-        )
-    return name, fields
-
-
-def _betas(fields: dict[str, Any]) -> np.ndarray:
-    """[num_train_timesteps] float32: the variances of the training noise, before any rescaling."""
-    n, betas = fields["num_train_timesteps"], fields["trained_betas"]
-    if betas is not None:
-        if len(betas) != n:
-            raise InputError(f"trained_betas has {len(betas)} values, num_train_timesteps is {n}")
-        _check_betas(betas, "trained_betas")
-        return np.asarray(betas, np.float32)
-    if fields["beta_schedule"] == "squaredcos_cap_v2":
-        times = np.arange(n + 1) / n
-        alpha_bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999).astype(np.float32)
-    power = {"linear": 1, "scaled_linear": 2}[fields["beta_schedule"]]
-    ends = [fields["beta_start"], fields["beta_end"]]
-    _check_betas(ends, "beta_start and beta_end")
-    ends = np.asarray(ends) ** (1 / power)
-    # Like torch.linspace, round the ends to float32 first.
-    start, end = ends.astype(np.float32).astype(np.float64)
-    return np.linspace(start, end, n).astype(np.float32) ** power
-
-
-def _check_betas(betas: Sequence[Any], name: str) -> None:
-    wrong = [b for b in betas if not (isinstance(b, int | float) and 0 <= b <= 1)]  # NaN is wrong
-    if wrong:
-        raise InputError(f"{name}: variances are numbers from 0 to 1, found {wrong[0]!r}")
-
-
-def _rescale_zero_terminal_snr(products: np.ndarray) -> np.ndarray:
-    """alphas_cumprod shifted and scaled so that the last is 0 (Lin et al. 2305.08891, algorithm 1).
-
-    All in float32 and by way of betas: diffusers rounds at each step and later products inherit it.
-    """
-    roots = np.sqrt(products)
-    first, last = roots[0], roots[-1]
-    rescaled = ((roots - last) * (first / (first - last))) ** 2
-    betas = 1 - np.concatenate([rescaled[:1], rescaled[1:] / rescaled[:-1]])
-    return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+    noise = {} if is_flow(config) else noise_schedule.read(config)
+    return name, noise | noise_schedule.read_fields(config, _FIELDS[name])
 
 
 def _spaced_timesteps(fields: dict[str, Any], n: int) -> np.ndarray:

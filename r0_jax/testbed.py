@@ -165,7 +165,7 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     opened = run.open_run(folder, config.pretrained)
     pipeline, chosen = opened.pipeline, run.choose_step(folder, step)
     weights = opened.weights(opened.params(chosen))
-    guided = schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
+    guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.local_mesh()
     few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)

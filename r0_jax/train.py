@@ -39,9 +39,10 @@ from r0_jax import (
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
 from r0_jax.metrics import MetricWriter, Throughput
+from r0_jax.models import attention_backend
 from r0_jax.network import Params
 from r0_jax.objective import Objective
-from r0_jax.pipelines import families
+from r0_jax.pipelines import families, tiny_decoder
 from r0_jax.progress import TrainingProgress
 from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.rewards import plugin
@@ -71,9 +72,12 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
     # Pretrained models, on the host.
-    pipeline = families.load(config.pretrained, config.dtype, config.family)
+    pipeline = families.load(config.pretrained, config.dtype, config.family).attending(
+        attention_backend.Backend(config.attention, mesh))
+    decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
+               if config.objective.decoder else None)
     if config.test.prompts:  # too many steps for the base would show when the training is over
-        schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
+        schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
     for reward, other in itertools.product(trained_on, heldout):
@@ -82,7 +86,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
                           "which is trained on: it will not show reward hacking", stacklevel=2)
     generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
                           pipeline.fixed)
-    objective = Objective(pipeline, generator, trained_on, config)
+    objective = Objective(pipeline, generator, trained_on, config, decoder)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
     if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
@@ -108,7 +112,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
         params = generator.init(jax.random.key(config.seed), base, shapes)
         return train_state.init(params, optimizer, spread_of)
 
-    frozen = place_frozen(pipeline, trained_on, mesh, config)
+    frozen = place_frozen(pipeline, trained_on, decoder, mesh, config)
     abstract = jax.eval_shape(init, frozen["base"])
     state_sharding = sharding.state_sharding(abstract, mesh, config.sharding)
 
@@ -186,6 +190,7 @@ def check_config(config: ConfigDict) -> None:
                          f"and sampler.num_steps={config.sampler.num_steps}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
+    attention_backend.check(config.attention, config.dtype)
     families.check_there(config.pretrained, config.family)
     if not config.data.prompts:
         raise InputError("data.prompts is not set: give --config.data.prompts=PATH")
@@ -257,8 +262,8 @@ def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict, trained: boo
     return loaded
 
 
-def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigDict
-                 ) -> dict[str, Any]:
+def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyDecoder | None,
+                 mesh: Mesh, config: ConfigDict) -> dict[str, Any]:
     """What is never trained, on the devices: the objective's `frozen`."""
     def place(params: Params) -> Params:
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
@@ -266,6 +271,8 @@ def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigD
 
     parts = {part: place(params) for part, params in pipeline.params.items()}
     parts["base"] = parts.pop(pipeline.generator_part)
+    if decoder:
+        parts["decoder"] = place(decoder.params)
     empty = jax.device_put(pipeline.tokenize([""]), sharding.replicated(mesh))
     return {**parts, "rewards": {r.name: place(r.params) for r in trained_on}, "empty": empty}
 

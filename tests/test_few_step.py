@@ -50,7 +50,7 @@ def test_noise_levels_are_those_of_training():
 @pytest.mark.parametrize("fields, said", [
     (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
     (FLOW | {"stochastic_sampling": True}, "stochastic_sampling"),
-    ({"_class_name": "LMSDiscreteScheduler"}, "LMSDiscreteScheduler")])
+    ({"_class_name": "CogVideoXDDIMScheduler"}, "CogVideoXDDIMScheduler")])
 def test_what_is_not_supported_is_named(fields, said):
     for function in (few_step.grid, few_step.scheduler_config):
         with pytest.raises(InputError, match=said):

@@ -15,6 +15,7 @@ import torch
 from r0_jax import few_step, miniature, sample, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
+from r0_jax.models.attention_backend import Backend
 from r0_jax.pipelines import families, stable_diffusion_xl
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
@@ -169,6 +170,31 @@ def test_bfloat16_keeps_the_sizes_whole(loaded):
     told = jax.eval_shape(pipeline.encode_prompt, params, pipeline.tokenize(PROMPTS))
     assert told["add_time_ids"].dtype == jnp.int32
     assert told["prompt_embeds"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_attention_of_every_part_is_computed_by_the_chosen_backend(loaded, name):
+    pipeline = loaded(name)
+    splash = pipeline.attending(Backend("splash", interpret=True))
+    tokens = {k: jnp.asarray(v) for k, v in pipeline.tokenize(PROMPTS[:2]).items()}
+    noise = jnp.asarray(noise_of(pipeline)[:2])
+
+    def predict(pipeline):
+        def run(params):
+            told = pipeline.encode_prompt(params, tokens)
+            return pipeline.denoise(params[pipeline.generator_part], noise,
+                                    jnp.asarray([999.0, 10.0]), told)
+        return run
+
+    def by_splash(function, params):
+        return "pallas_call" in str(jax.make_jaxpr(function)(params))
+
+    assert by_splash(lambda p: splash.encode_prompt(p, tokens), pipeline.params)
+    assert by_splash(lambda p: splash.decode(p, noise), pipeline.params["vae"])
+    assert not by_splash(predict(pipeline), pipeline.params)
+    found, expected = (jax.jit(predict(p), compiler_options=parity.COMPILE_QUICKLY)(p.params)
+                       for p in (splash, pipeline))
+    parity.assert_close(found, expected, 1e-5)
 
 
 # --- folders that are not it ------------------------------------------------------------------

@@ -26,13 +26,14 @@ LATENTS = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4), np.f
 EULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
          "beta_schedule": "scaled_linear", "steps_offset": 1}  # fmt: skip
 DDIM = EULER | {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
+DPM = EULER | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     tiny.stable_diffusion(folder / "pndm")
-    for name, scheduler in [("euler", EULER), ("ddim", DDIM)]:
+    for name, scheduler in [("euler", EULER), ("ddim", DDIM), ("dpm", DPM)]:
         shutil.copytree(folder / "pndm", folder / name)
         path = folder / name / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(scheduler), encoding="utf-8")
@@ -46,9 +47,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def stock(folder, steps, prompts=PROMPTS, noise=LATENTS, guidance_scale=1.0):
+def stock(folder, steps, prompts=PROMPTS, noise=LATENTS, guidance_scale=1.0, **parts):
     """What diffusers draws from the same noise."""
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy())
     return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance_scale,
@@ -181,6 +182,20 @@ def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
             "prompt": PROMPTS[2], "index": "2", "seed": "0", "num_inference_steps": "3",
             "guidance_scale": "1.0", "eta": "0.0", "latents": "latents.npy",
         }  # fmt: skip
+
+
+def test_a_sampler_that_is_not_here_is_replaced_and_told(folder, tmp_path):
+    [(status, out, err)] = commands("r0_jax.sample", [
+        ["--pipeline", folder / "dpm", "--prompts", folder / "prompts.txt", "--out", tmp_path,
+         "--num_inference_steps=3", "--latents", folder / "latents.npy"]])
+    assert status == 0 and out.startswith("3 images are in")
+    assert err.startswith("warning: images are drawn with DDIM, not with the folder's sampler: "
+                          "scheduler 'DPMSolverMultistepScheduler'") and err.count("\n") == 1
+    ddim = diffusers.DDIMScheduler.from_pretrained(
+        folder / "dpm" / "scheduler", timestep_spacing="trailing", clip_sample=False)
+    theirs = stock(folder / "dpm", 3, scheduler=ddim)
+    drawn = np.stack([images.load_png(tmp_path / f"{i:05d}.png") for i in range(3)])
+    assert difference(drawn, theirs) < 2 / 255
 
 
 def test_bad_input_is_one_line(folder, tmp_path):

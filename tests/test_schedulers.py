@@ -228,32 +228,6 @@ def test_compiled(config, eta):
     assert_same_trajectory(config, 50, eta, jit=True)
 
 
-@pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"beta_schedule": "linear"},
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        {"beta_schedule": "squaredcos_cap_v2"},
-        {"trained_betas": np.linspace(0.001, 0.5, 20).tolist(), "num_train_timesteps": 20},
-    ],
-)
-@pytest.mark.parametrize("base", [DDIM, EULER, PNDM], ids=lambda base: base["_class_name"])
-def test_alphas_cumprod(base, schedule, rescale_betas_zero_snr):
-    config = {"_class_name": base["_class_name"], "skip_prk_steps": True} | schedule
-    config |= {"rescale_betas_zero_snr": rescale_betas_zero_snr}
-    theirs = getattr(diffusers, config["_class_name"]).from_config(config).alphas_cumprod
-    ours = schedulers.alphas_cumprod(config)
-    assert ours.dtype == np.float64
-    # Rescaling subtracts nearly equal numbers at the end of the schedule.
-    atol = 1e-9 if rescale_betas_zero_snr else 0
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-6, atol=atol)
-    if rescale_betas_zero_snr and base is not PNDM:
-        assert (
-            ours[-1] == {"DDIMScheduler": 0, "EulerDiscreteScheduler": 2**-24}[base["_class_name"]]
-        )
-
-
 @pytest.mark.parametrize("base", [DDIM, EULER, PNDM], ids=lambda base: base["_class_name"])
 def test_trajectory_with_other_betas(base):
     schedule = {"trained_betas": np.linspace(0.001, 0.5, 20).tolist(), "num_train_timesteps": 20}
@@ -373,6 +347,43 @@ def test_refused_arguments(arguments, match):
         schedulers.from_config(*arguments)
 
 
-def test_flow_matching_has_no_alphas_cumprod():
-    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler"):
-        schedulers.alphas_cumprod(FLOW)
+@pytest.mark.parametrize("config, said", [
+    (SD | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+     "'DPMSolverMultistepScheduler' is not supported; supported: DDIMScheduler"),
+    (SD | {"_class_name": "LCMScheduler", "prediction_type": "v_prediction"}, "'LCMScheduler'"),
+    (EULER | {"use_beta_sigmas": True}, "EulerDiscreteScheduler with use_beta_sigmas=True"),
+    (PNDM | {"skip_prk_steps": False}, "PNDMScheduler with skip_prk_steps=False"),
+], ids=lambda x: x["_class_name"] if isinstance(x, dict) else "")
+def test_a_folder_whose_sampler_is_not_here_is_sampled_by_ddim_and_told_so(config, said):
+    with pytest.warns(UserWarning, match=f"^images are drawn with DDIM, not .*{said}") as told:
+        found = schedulers.from_folder(config, 4)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert found.timesteps.tolist() == [999, 749, 499, 249] and found.next_sigmas[-1] == 0
+    assert found.prediction_type == config.get("prediction_type", "epsilon")
+    assert found.needs_noise(0.5)
+    # What a user would make of such a folder in diffusers.
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    ddim = diffusers.DDIMScheduler.from_config(
+        theirs.config, timestep_spacing="trailing", clip_sample=False)
+    assert_same_trajectory(dict(ddim.config) | {"_class_name": "DDIMScheduler"}, 4)
+    np.testing.assert_allclose(found.alphas**2, ddim.alphas_cumprod[found.timesteps], rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [DDIM, EULER, PNDM, FLOW], ids=lambda c: c["_class_name"])
+def test_a_folder_is_else_sampled_by_its_own_sampler(config):
+    own, found = schedulers.from_config(config, 3), schedulers.from_folder(config, 3)
+    np.testing.assert_array_equal(found.timesteps, own.timesteps)
+    np.testing.assert_array_equal(found.next_sigmas, own.next_sigmas)
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+     "prediction_type='flow_prediction'"),
+    ({"_class_name": "CogVideoXDDIMScheduler"}, "'CogVideoXDDIMScheduler' has no betas"),
+    (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+    ({}, "None has no betas")])
+def test_a_folder_whose_noise_is_unknown_is_refused(config, said):
+    with pytest.raises(InputError, match=said):
+        schedulers.from_folder(config, 4)
+    with pytest.raises(InputError, match="num_inference_steps=0"):
+        schedulers.from_folder(DDIM, 0)

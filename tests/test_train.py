@@ -39,6 +39,13 @@ def test_numbers_that_no_step_survives(override):
         train.check_config(found)
 
 
+def test_attention_that_this_machine_has_not():
+    found = config()
+    found.attention = "cudnn"
+    with pytest.raises(InputError, match="attention='cudnn' needs an NVIDIA GPU"):
+        train.check_config(found)
+
+
 @pytest.mark.parametrize(("section", "name", "said"), [
     ("regularizers", "wieght", "regularizers.wieght; did you mean regularizers.weight"),
     ("objective", "qqqqqq", "objective.qqqqqq"),

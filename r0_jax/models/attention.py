@@ -1,9 +1,13 @@
 """The one attention function, and diffusers' Attention and FeedForward modules."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
+
+from r0_jax.models import attention_backend
 
 
 def dot_product_attention(
@@ -20,13 +24,14 @@ def dot_product_attention(
     """softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; the softmax is float32.
 
     `mask` is False at the keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
+    It is computed by what the network chose (attention_backend.py).
     """
     query, key, value = (
         x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
     )  # [B, T, heads, head_dim]
-    mask = None if mask is None else mask[:, None, None, :]  # [B, heads, T, S]
-    out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale,
-                                       is_causal=is_causal)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    out = attention_backend.attend(query, key, value, bias=bias, mask=mask, scale=scale,
+                                   is_causal=is_causal)
     return out.reshape(*out.shape[:2], -1)
 
 

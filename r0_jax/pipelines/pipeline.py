@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Shaped
 from transformers import PreTrainedTokenizerBase
 
 from r0_jax.errors import InputError
+from r0_jax.models.attention_backend import Backend
 from r0_jax.network import Network, Params
 
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch.
@@ -66,6 +67,12 @@ class Pipeline(abc.ABC):
         return jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape),
                             self.encode_prompt(params, empty), conditioning)
 
+    def attending(self, backend: Backend) -> "Pipeline":
+        """The same pipeline, its networks' attention computed by `backend`."""
+        return dataclasses.replace(self, networks={
+            part: dataclasses.replace(network, attention=backend)
+            for part, network in self.networks.items()})
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """[h, w, c] of one sample's latents at the resolution that the folder was trained for."""
@@ -112,8 +119,8 @@ class Pipeline(abc.ABC):
                          ) -> Float[Array, "b h2 w2 3"]:
         """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
         latents = latents / self.networks["vae"].config.scaling_factor + self.shift
-        images = self.networks["vae"].apply(vae, "decode",
-                                            latents.astype(vae["decoder.conv_in.kernel"].dtype))
+        dtype = next(iter(vae.values())).dtype
+        images = self.networks["vae"].apply(vae, "decode", latents.astype(dtype))
         return images.astype(jnp.float32) / 2 + 0.5
 
     @property

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import convert, schedulers
+from r0_jax import convert, noise_schedule, schedulers
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params, init
@@ -47,7 +47,7 @@ def train(config: ConfigDict, out: Path) -> None:
 
     pipeline = StableDiffusionPipeline(folder, networks, frozen, {"tokenizer": tokenizer},
                                        scheduler_config)
-    products = schedulers.alphas_cumprod(scheduler_config)
+    products = noise_schedule.alphas_cumprod(scheduler_config)
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
     empty = jnp.asarray(pipeline.tokenize([""])["input_ids"])
 

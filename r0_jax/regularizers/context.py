@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from r0_jax import sampler, schedulers
+from r0_jax import noise_schedule, sampler
 from r0_jax.schedulers import Scheduler
 
 
@@ -39,7 +39,7 @@ class Context:
         """The base's one-shot clean prediction at the generator's own noisy input."""
         at = self.trajectory
         model_output = self.base(at.latents, at.timesteps, True)
-        return jax.lax.stop_gradient(schedulers.x0_and_epsilon(
+        return jax.lax.stop_gradient(noise_schedule.x0_and_epsilon(
             self.table.prediction_type, model_output, at.latents, at.alpha, at.sigma)[0])
 
     def renoise(self, x0: Float[Array, "b h w c"], level: tuple[float, float], tag: int

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax import schedulers
+from r0_jax import noise_schedule
 from r0_jax.regularizers.context import Context
 
 # Of the random draws, so that no two penalties share their noise.
@@ -52,7 +52,7 @@ def guidance(context: Context, options: ConfigDict) -> Float[Array, ""]:
 
     def clean(prompted: bool) -> jax.Array:
         model_output = context.base(noised.latents, noised.timesteps, prompted)
-        return schedulers.x0_and_epsilon(
+        return noise_schedule.x0_and_epsilon(
             context.table.prediction_type, model_output, noised.latents, noised.alpha,
             noised.sigma)[0]
 

@@ -1,0 +1,153 @@
+"""What computes attention: XLA, cuDNN's flash attention (GPU) or splash attention (TPU).
+
+`xla` writes all [T, S] weights to memory; the other two never do, and only they make large images
+fit. The choice belongs to a `Network`, whose layers come to know it while they are traced (`use`)
+and all call `attend`. Where a backend cannot do what a layer asks (a VAE's single head of 512
+channels under cuDNN, T5's bias under splash), that layer is computed by XLA.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from r0_jax.errors import InputError
+
+NAMES = ("xla", "cudnn", "splash")
+
+_LANES = 128  # of a TPU's vector registers: splash's tiles are multiples of it
+_MOST_BLOCK = 512  # tokens that splash holds at once; more do not fit beside 512 channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """The choice.
+
+    Attributes:
+      name: one of `NAMES`.
+      mesh: of splash, a kernel for one device: each batch is split over all axes of this mesh.
+      interpret: run splash's kernel on any platform, slowly; for tests.
+    """
+
+    name: str = "xla"
+    mesh: Mesh | None = None
+    interpret: bool = False
+
+
+XLA = Backend()
+_chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("attention backend", default=XLA)
+
+
+@contextlib.contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Makes it the backend of every `attend` that is traced meanwhile."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def check(name: str, dtype: str) -> None:
+    """InputError unless the backend is one that this machine has, for networks in `dtype`."""
+    if name not in NAMES:
+        raise InputError(f"attention={name!r} is unknown; use {', '.join(map(repr, NAMES))}")
+    device = jax.devices()[0]
+    if name == "cudnn":
+        if "cuda" not in device.client.platform_version:
+            raise InputError("attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
+                             f"{device.platform} here: use 'xla'")
+        if float(device.compute_capability) < 8:
+            raise InputError("attention='cudnn' needs a GPU of compute capability 8.0 or newer, "
+                             f"but {device.device_kind} has {device.compute_capability}: use 'xla'")
+        if dtype != "bfloat16":
+            raise InputError(f"attention='cudnn' needs dtype='bfloat16', but dtype={dtype!r}: set "
+                             "one or the other")
+    if name == "splash" and device.platform != "tpu":
+        raise InputError("attention='splash' needs a TPU, but JAX computes on "
+                         f"{device.platform} here: use 'xla'")
+
+
+def attend(
+    query: Float[Array, "b t n c"],
+    key: Float[Array, "b s n c"],
+    value: Float[Array, "b s n c"],
+    *,
+    bias: Float[Array, "#b n t s"] | None = None,
+    mask: Bool[Array, "b s"] | None = None,
+    scale: float,
+    is_causal: bool = False,
+) -> Float[Array, "b t n c"]:
+    """softmax(scale q k^T + bias) v of n heads, by the backend in `use`; the softmax is float32.
+
+    `mask` is False at the keys that nothing attends to.
+    """
+    backend = _chosen.get()
+    if backend.name == "splash" and bias is None:
+        return _splash(query, key, value, mask, scale, is_causal, backend)
+    cudnn = backend.name == "cudnn" and _cudnn_can(query, key, bias is not None or mask is not None)
+    return jax.nn.dot_product_attention(
+        query, key, value, bias, None if mask is None else mask[:, None, None, :], scale=scale,
+        is_causal=is_causal, implementation="cudnn" if cudnn else "xla")
+
+
+def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
+    """What `jax.nn.dot_product_attention` would refuse; a mask is a bias there."""
+    most = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return (query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
+            and query.shape[-1] <= most and (even or not biased))
+
+
+def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
+    mesh, masks = backend.mesh, () if mask is None else (mask,)
+
+    def of_one_device(query, key, value, *masks):
+        return _splash_blocks(query, key, value, *masks, scale=scale, is_causal=is_causal,
+                              interpret=backend.interpret)
+
+    if mesh is None or mesh.size == 1:
+        return of_one_device(query, key, value, *masks)
+    # A batch that does not divide, such as the one empty prompt, is computed by every device.
+    spec = PartitionSpec(mesh.axis_names if len(query) % mesh.size == 0 else None)
+    return jax.shard_map(of_one_device, mesh=mesh, in_specs=spec, out_specs=spec,
+                         check_vma=False)(query, key, value, *masks)
+
+
+def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret):
+    """Splash on tokens and channels filled up to whole tiles."""
+    (b, t, heads, channels), s = query.shape, key.shape[1]
+    block_q, block_kv = _block(t), _block(s)
+
+    def filled(x, block):  # [B, T, n, C] -> [B, n, T', C']
+        rest = ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, -channels % _LANES))
+        return jnp.pad(x, rest).swapaxes(1, 2)
+
+    query = (scale * query.astype(jnp.float32)).astype(query.dtype)
+    query, key, value = filled(query, block_q), filled(key, block_kv), filled(value, block_kv)
+    # Tokens attend within their segment: 0 all queries and the keys to be seen, 1 the others.
+    unseen = jnp.zeros((b, s), bool) if mask is None else ~mask
+    unseen = jnp.pad(unseen, ((0, 0), (0, -s % block_kv)), constant_values=True)
+    segments = splash.SegmentIds(q=jnp.zeros((b, query.shape[2]), jnp.int32),
+                                 kv=unseen.astype(jnp.int32))
+    kind = splash_mask.CausalMask if is_causal else splash_mask.FullMask
+    shape = (query.shape[2], key.shape[2])
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([kind(shape) for _ in range(heads)]),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+            block_q_dq=block_q, block_kv_dq=block_kv),
+        head_shards=1, q_seq_shards=1, interpret=interpret)
+    out = jax.vmap(kernel)(query, key, value, segments)
+    return out.swapaxes(1, 2)[:, :t, :, :channels]
+
+
+def _block(tokens: int) -> int:
+    return min(tokens + -tokens % _LANES, _MOST_BLOCK)

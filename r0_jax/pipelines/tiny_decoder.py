@@ -1,0 +1,68 @@
+"""A tiny autoencoder (TAESD) that decodes in training what rewards look at, 18 times cheaper than
+the pipeline's own VAE; images that people see are always the VAE's."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from r0_jax import convert
+from r0_jax.errors import InputError
+from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
+from r0_jax.models.config import read_json
+from r0_jax.network import Network, Params
+from r0_jax.pipelines.pipeline import Pipeline
+
+_WHICH = "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TinyDecoder:
+    """Latents as the denoising network has them -> images around [0, 1].
+
+    Attributes:
+      params: on the host; of both halves, as the file holds them.
+      shift: added to the latents after they are divided by the config's scaling_factor. Published
+        ones have 0 and 1: a tiny autoencoder is trained on scaled latents.
+    """
+
+    network: Network
+    params: Params
+    shift: float
+
+    def decode_unclipped(self, params: Params, latents: Float[Array, "b h w c"]
+                         ) -> Float[Array, "b h2 w2 3"]:
+        """Images in float32, computed in the dtype of `params`; `Pipeline.decode_unclipped`."""
+        latents = latents / self.network.config.scaling_factor + self.shift
+        dtype = next(iter(params.values())).dtype
+        images = self.network.apply(params, "decode", latents.astype(dtype))
+        return images.astype(jnp.float32) / 2 + 0.5
+
+
+def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> TinyDecoder:
+    """Reads a diffusers folder of an AutoencoderTiny: config.json and its safetensors.
+
+    Raises InputError for a folder of anything else, or made for other latents than the pipeline's.
+    """
+    folder = Path(folder)
+    fields = read_json(folder / "config.json")
+    if fields.get("_class_name") != "AutoencoderTiny":
+        raise InputError(f"objective.decoder={folder} is of class {fields.get('_class_name')}, not "
+                         f"AutoencoderTiny: {_WHICH}")
+    config = AutoencoderTinyConfig.from_json(fields)
+    height, _, channels = pipeline.latent_shape
+    theirs = (channels, pipeline.image_shape[0] // height, 3)
+    levels = len(config.decoder_block_out_channels) - 1
+    ours = (config.latent_channels, config.upsampling_scaling_factor**levels, config.out_channels)
+    for what, here, there in zip(("latents of {} channels", "a pixel of latents to {0} x {0}",
+                                  "images of {} channels"), ours, theirs, strict=True):
+        if here != there:
+            raise InputError(
+                f"objective.decoder={folder} decodes {what.format(here)}, but the vae of "
+                f"{pipeline.folder} {what.format(there)}: {_WHICH}")
+    network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
+    params = convert.load(convert.find_files(folder, "diffusion_pytorch_model"), network, dtype)
+    # Whether a shift is added is the family's, not the autoencoder's.
+    replaced = dataclasses.replace(pipeline, networks=pipeline.networks | {"vae": network})
+    return TinyDecoder(network, params, replaced.shift)
