@@ -60,11 +60,7 @@ def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
     that has moved is still the same.
     """
     path = folder / _METADATA
-    if path.is_file():
-        try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError):
-            raise InputError(f"{path} is broken: delete {folder}, or give another folder") from None
+    if there := _read_metadata(path):
         for name, value in json.loads(json.dumps(metadata)).items():
             if name != "sources" and there.get(name) != value:
                 raise InputError(f"{folder} was begun with other {name}: "
@@ -77,6 +73,15 @@ def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
                          "another folder")
     write_bytes(path, json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8"))
     return False
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Of a dataset that `begin` has begun; {} for anything else."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return there if isinstance(there, dict) and "columns" in there else {}
 
 
 def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) -> None:
