@@ -90,7 +90,7 @@ class EncodedPrompts:
             return
         name = f"features/{reward.name}"
         if name not in self.schema:
-            has = ", ".join(column.removeprefix("features/") for column in self.schema
+            has = ", ".join(column.removeprefix("features/") for column in sorted(self.schema)
                             if column.startswith("features/"))
             raise InputError(f"{self.folder} has no features of the reward {reward.name}, which "
                              f"reads prompts (it has those of: {has or 'none'}): encode the "

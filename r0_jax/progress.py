@@ -82,3 +82,5 @@ class EncodingProgress:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+        if (rate := self.rate) is not None and exc[0] is None:
+            self._console.print(f"{self._done} prompts, {rate:.1f} prompts/s", highlight=False)

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from r0_jax.errors import InputError
@@ -87,13 +88,17 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) -> None:
     """Writes one shard from parts of its rows, in order."""
     features = _features(schema)
+    serializer = ExampleSerializer(features.get_serialized_info())
     handle, building = tempfile.mkstemp(dir=folder, prefix=f".{shard.file}.", suffix=".tmp")
     os.close(handle)
     try:
         with _closing(ArrayRecordWriter(building, "group_size:1")) as writer:
             for part in parts:
                 for row in zip(*(part[name] for name in schema), strict=True):
-                    writer.write(features.serialize_example(dict(zip(schema, row, strict=True))))
+                    encoded = features.encode_example(dict(zip(schema, row, strict=True)))
+                    # A record's columns otherwise come in an order that differs between runs.
+                    writer.write(serializer.get_tf_example(encoded).SerializeToString(
+                        deterministic=True))
         os.chmod(building, 0o644)
         os.replace(building, folder / shard.file)
     finally:

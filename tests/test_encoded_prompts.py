@@ -127,11 +127,13 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
                                    prompt_dataset.batches(tmp_path / "prompts", *where))
     assert metrics["penalty/guidance"] > 0  # which asks for the empty prompt
 
-    for dtype in ("float32", "bfloat16"):
+    # Of the others bfloat16 is a program more to compile.
+    tolerances = {"float32": 1e-4} | ({"bfloat16": 0.05} if name == "sd15" else {})
+    for dtype in tolerances:
         assert encode_prompts.encode(config, tmp_path / dtype, dtype=dtype, shard_prompts=3,
                                      batch_size=2)
     take_text_away(tmp_path / "pipeline")
-    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.05)):
+    for dtype, tolerance in tolerances.items():
         config.data.encoded = str(tmp_path / dtype)
         encoded = encoded_prompts.open_of(config)
         train.check_encoded(encoded, config)
@@ -158,13 +160,13 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     assert "is complete" in said
     again = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
     assert "is complete" in again
-    assert "--dtype" not in one_line_error(run(
+    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(run(
         "encode_prompts", *flags, f"--out={tmp_path / 'encoded'}", "--dtype=float32"))
 
     take_text_away(tmp_path / "pipeline")
     for name in ("clip", "heldout_clip"):
         take_text_tower_away(tmp_path / name, ("text_model", "text_projection"))
-    assert "text_encoder" in one_line_error(run("main", *flags, f"--workdir={tmp_path / 'text'}"))
+    assert "is missing" in one_line_error(run("main", *flags, f"--workdir={tmp_path / 'text'}"))
     flags += [f"--config.data.encoded={tmp_path / 'encoded'}", f"--workdir={tmp_path / 'run'}"]
     ended_well(run("main", *flags, "--config.steps=2", "--config.test.prompts="))
     ended_well(run("main", *flags))
@@ -208,7 +210,7 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
                                cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while len(list((tmp_path / "killed").glob("*train*"))) < 3:
+    while len(list((tmp_path / "killed").glob("encoded_prompts-train*"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -266,16 +268,17 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
 
     evaluation = tmp_path / "evaluation.txt"
     flags = ["--config=configs/sdxl_r0.py:dryrun", "--config.data.prompts=",
-             f"--config.eval.prompts={evaluation}", f"--config.test.prompts={evaluation}",
+             f"--config.eval.prompts={evaluation}", "--config.test.prompts=",
              "--config.sampler.num_steps=1", "--config.objective.grad_steps=1",
-             "--config.steps=2"]
+             "--config.steps=1"]
     mine, ready = tmp_path / "my_embeddings", tmp_path / "ready"
     assert "no features of the reward clip_score" in one_line_error(
         run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}"))
     ended_well(run("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"))
     ended_well(run("main", *flags, f"--config.data.encoded={ready}",
                    f"--workdir={tmp_path / 'run'}"))
-    assert len(json.loads((tmp_path / "run" / "eval.json").read_text())["models"]) == 3
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite([json.loads(line)["heldout/heldout_clip"] for line in lines]).all()
 
     found = encoded_prompts.open_folder(ready).read("evaluation", range(4))
     np.testing.assert_array_equal(found["prompt_embeds"],
@@ -470,9 +473,10 @@ def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
                 "features__heldout_clip": tensor(shape=(8,), dtype=np.float32)}))
 
         def _split_generators(self, dl_manager):
-            return {"train": self._rows(5, 0), "negative": self._rows(1, 1)}
+            return {"train": self._generate_examples(5, 0),
+                    "negative": self._generate_examples(1, 1)}
 
-        def _rows(self, count, seed):
+        def _generate_examples(self, count, seed):
             made = columns(count, seed)
             made["prompt_embeds"] = made["prompt_embeds"].astype(np.float16)
             for i in range(count):

@@ -49,7 +49,7 @@ class Pipeline(abc.ABC):
     params: dict[str, Params]
     tokenizers: dict[str, PreTrainedTokenizerBase]
     scheduler_config: dict[str, Any]
-    negative: Conditioning | None = None
+    negative: Tokens | None = None
 
     generator_part: ClassVar[str] = "unet"  # the part that R0 trains
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters in its file that are never trained
