@@ -43,6 +43,11 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # Training prompts: a .txt (one a line), .jsonl, .json or .parquet file or a tfds folder.
     config.data.prompts = ""
+    # A folder that `r0_jax.encode_prompts` made of these prompts, those of eval and test, and the
+    # rewards, or that holds embeddings of your own (docs/encoded_prompts.md): training, evaluation
+    # and the table then need no text encoder, neither of the pipeline nor of a reward. data.prompts
+    # may be "" then; if it is set, the prompts must be the same. "" encodes prompts while training.
+    config.data.encoded = ""
 
     config.sampler = ConfigDict()
     # Network calls of the generator, at most 4: it is trained on the grid that a stock sampler

@@ -15,6 +15,7 @@ Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB
            CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.9 GB: 11 or 20 GB. Adapters of
            rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
            Activations of 2 images: about 9 GB an image, most of it the VAE's decoder at 1024 px.
+           Prompts encoded before (r0_jax.encode_prompts) spare all three text encoders.
            :full adds 2.03 G parameters x 20 bytes (the gradient too) = 41 GB: shard it with
            --config.mesh.data=1 --config.mesh.fsdp=-1.
 Hours:     not measured. Per image and step, forward passes: transformer 4 x 8.9, decoder 10.5

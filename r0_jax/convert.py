@@ -119,8 +119,11 @@ def opened(files: list[Path]) -> Iterator[dict]:
         yield where
 
 
-def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
+def load(files: list[Path], network: Network, dtype: str = "float32",
+         left_out: tuple[str, ...] = ()) -> Params:
     """Parameters of `network` from safetensors files, as host arrays of `dtype`.
+
+    `left_out` are parts of the model ("text_model") that the network does without.
 
     Raises:
       InputError: a key is missing, unexpected or mis-shaped; the message names it and both shapes.
@@ -128,7 +131,8 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> Params:
     source = files[0].parent if len(files) > 1 else files[0]
     params = {}
     with opened(files) as where:
-        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key, handle in where.items()}
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key, handle in where.items()
+                  if key.split(".")[0] not in left_out}
         for name, key in match(network, shapes, source).items():
             value = _tensor(where[key], key, source)
             value = value.reshape(file_shape(name, network.shapes[name].shape))

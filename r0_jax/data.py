@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -245,6 +246,28 @@ def describe(folder: str | Path) -> Summary:
     """Counts of a prepared dataset."""
     info = _open(folder).info
     return Summary(info.splits[_SPLIT].num_examples, info.metadata["distinct_prompts"])
+
+
+def open_info(folder: str | Path) -> tfds.core.DatasetInfo:
+    """Features and splits of any finished tfds folder; InputError if it cannot be read."""
+    return _open(folder).info
+
+
+def check_shards(folder: str | Path) -> None:
+    """InputError if a file of any split is missing or cut short: the last record of each is read,
+    and a cut file has lost its index."""
+    builder = _open(folder)
+    for name, split in builder.info.splits.items():
+        with _reading(folder):
+            source = builder.as_data_source(split=name)
+            for end in itertools.accumulate(split.shard_lengths):
+                source[end - 1]
+
+
+def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """Some rows of a split, by column; text as arrays of str."""
+    with _reading(folder):
+        return _read(_open(folder).as_data_source(split=split), np.asarray(rows))
 
 
 def load(

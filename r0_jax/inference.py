@@ -64,7 +64,7 @@ class ImageSampler:
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
-        empty = jax.tree.map(jnp.asarray, pipeline.tokenize([""])) if self.guided else {}
+        empty = jax.tree.map(jnp.asarray, pipeline.empty) if self.guided else {}
 
         @jax.jit
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:

@@ -182,12 +182,13 @@ def random_params(network: Network, seed: int) -> Params:
     params = {}
     for name, shape in network.shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        value = rng.standard_normal(shape.shape).astype(np.float32)
+        value = np.asarray(rng.standard_normal(shape.shape), np.float32)
         if name.endswith(("kernel", "embedding")):
             fan_in = np.prod(shape.shape[:-1]) if name.endswith("kernel") else 1
             params[name] = value / np.float32(np.sqrt(fan_in))
         else:
-            params[name] = np.float32(0.1) * value + np.float32(name.endswith("scale"))
+            value = np.float32(0.1) * value + np.float32(name.endswith("scale"))
+            params[name] = np.asarray(value)  # of no axes it became a scalar
     return params
 
 

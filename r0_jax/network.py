@@ -7,10 +7,12 @@ and export all speak that one language.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -79,6 +81,17 @@ class _Rngs(nnx.Rngs):
     def params(self) -> jax.Array:
         self.drawn += 1
         return jax.random.fold_in(self.key, self.drawn - 1)
+
+
+def fingerprint(params: Params) -> str:
+    """Of weights, 16 hexadecimal digits: the same in float32, float16 and bfloat16."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        values = np.asarray(params[name])
+        some = values.reshape(-1)[:: max(1, values.size // 256)]  # of gigabytes, some will do
+        digest.update(f"{name} {values.shape}".encode())
+        digest.update(some.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _name(path: tuple) -> str:

@@ -41,3 +41,46 @@ class TrainingProgress:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+
+
+class EncodingProgress:
+    """Prompts done, prompts per second and the time left; a context manager."""
+
+    def __init__(self, prompts: int, console: Console):
+        self._console, self._prompts, self._done = console, prompts, 0
+        self._since: tuple[float, int] | None = None  # time and prompts done, after compilation
+        self._next_line = time.monotonic() + _SECONDS
+        self._bar = Progress(TextColumn("prompts"), MofNCompleteColumn(), BarColumn(24),
+                             TextColumn("{task.description}"), console=console,
+                             disable=not console.is_terminal)
+        self._task = self._bar.add_task("compiling", total=prompts)
+
+    @property
+    def rate(self) -> float | None:
+        """Prompts per second, compilation left out; None before the second batch."""
+        if self._since is None or self._done == self._since[1]:
+            return None
+        return (self._done - self._since[1]) / (time.monotonic() - self._since[0])
+
+    def advance(self, count: int) -> None:
+        """So many more are encoded."""
+        self._done += count
+        self._since = self._since or (time.monotonic(), self._done)
+        if (rate := self.rate) is None:
+            return
+        left = int((self._prompts - self._done) / rate)
+        text = (f"{rate:.1f} prompts/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        self._bar.update(self._task, completed=self._done, description=text)
+        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _SECONDS
+            self._console.print(f"{self._done}/{self._prompts} prompts  {text}", highlight=False,
+                                soft_wrap=True)
+
+    def __enter__(self) -> "EncodingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+        if (rate := self.rate) is not None and exc[0] is None:
+            self._console.print(f"{self._done} prompts, {rate:.1f} prompts/s", highlight=False)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from r0_jax import data
+from r0_jax import data, encoded_prompts
 from r0_jax.errors import InputError
-from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.rewards.reward import Reward
 
 
@@ -40,6 +41,21 @@ def prepare(path: str, folder: Path, pipeline: Pipeline,
         named = {name.replace("/", "__", 1): value for name, value in columns.items()}
         data.prepare({"prompt": prompts, **named}, folder)
     return data.describe(folder)
+
+
+def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Sequence[Reward]
+               ) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
+    """The first num_prompts of the config's "eval" or "test" prompts, what `encode_prompt` takes
+    of them, and the rewards' features."""
+    asked = config[section]
+    encoded = encoded_prompts.open_of(config)
+    if encoded is None:
+        prompts = data.read_prompts(asked.prompts or config.data.prompts)[:asked.num_prompts]
+        return prompts, pipeline.tokenize(prompts), features(prompts, rewards)
+    columns = encoded.evaluation(asked.prompts, asked.num_prompts)
+    names = [f"features/{reward.name}" for reward in rewards if reward.text_features is not None]
+    return (columns["prompt"].tolist(), {name: columns[name] for name in pipeline.embeds},
+            {name: columns[name] for name in names})
 
 
 def remove(folder: Path) -> None:

@@ -54,6 +54,8 @@ class Run:
         """Text encoders and tokenizers that the folder's index may name and the run did without:
         a stock pipeline has to be told that they are None."""
         there = self.pipeline.networks.keys() | self.pipeline.tokenizers.keys()
+        if not self.pipeline.tokenizers:  # they were not asked for
+            there |= {path.name for path in self.pretrained.iterdir() if path.is_dir()}
         return [name for name in read_json(self.pretrained / "model_index.json")
                 if name.startswith(("text_encoder", "tokenizer")) and name not in there]
 
@@ -87,17 +89,19 @@ class Run:
             return generator.weights(jax.tree.map(jnp.asarray, params), base)
 
 
-def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None) -> Run:
+def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None,
+             text: bool = True) -> Run:
     """The run of a workdir.
 
-    `pretrained` takes the place of the config's folder, where that one has moved. Raises
+    `pretrained` takes the place of the config's folder, where that one has moved; without `text`
+    its text encoders need not be there. Raises
     InputError for a folder that is no workdir and for a pretrained pipeline that is not there or
     broken; `choose_step`, which is quick, says whether there is a checkpoint.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     folder = find_pretrained(workdir, config, pretrained)
-    pipeline = families.load(folder)
+    pipeline = families.load(folder, text=text)
     scheduler_config = few_step.scheduler_config(pipeline.scheduler_config,
                                                  config.sampler.num_steps)
     adapter = config.lora

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from r0_jax import (
     data,
+    encoded_prompts,
     few_step,
     images,
     prompt_dataset,
@@ -83,13 +84,15 @@ class Testbed:
     def build(cls, config: ConfigDict, pipeline: Pipeline) -> "Testbed":
         """Reads the test prompts and loads all rewards of the config."""
         check(config.test, config.heldout_rewards)
-        prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
-        trained_on = [rewards.load(name, entry, config.dtype)
+        text = encoded_prompts.open_of(config) is None
+        trained_on = [rewards.load(name, entry, config.dtype, text)
                       for name, entry in config.rewards.items()]
-        heldout = [rewards.load(name, entry, config.dtype)
+        heldout = [rewards.load(name, entry, config.dtype, text)
                    for name, entry in config.heldout_rewards.items()]
-        return cls(config, pipeline, prompts, trained_on, heldout, pipeline.tokenize(prompts),
-                   prompt_dataset.features(prompts, trained_on + heldout), _image_features(config))
+        prompts, tokens, features = prompt_dataset.evaluation(config, "test", pipeline,
+                                                              trained_on + heldout)
+        return cls(config, pipeline, prompts, trained_on, heldout, tokens, features,
+                   _image_features(config))
 
     def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
         """{metric: {"value", "ci95"}} and the images of the prompts."""
@@ -154,7 +157,7 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     if not config.test.features:
         return None
     entry = config.heldout_rewards[config.test.features]
-    network, params, _, prepare, _ = tower.load(entry.path, config.dtype)
+    network, params, _, prepare, *_ = tower.load(entry.path, config.dtype, text=False)
     encode = jax.jit(lambda params, x, _: normalize(
         network.apply(params, "image_features", prepare(x).astype(config.dtype))))
     return lambda x: score(encode, params, x, None, config.test.batch_size)
@@ -162,8 +165,11 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
 
 def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, Any]:
     """Measures the three models of a finished run; writes eval.json and samples/eval/."""
-    opened = run.open_run(folder, config.pretrained)
+    encoded = encoded_prompts.open_of(config)
+    opened = run.open_run(folder, config.pretrained, text=encoded is None)
     pipeline, chosen = opened.pipeline, run.choose_step(folder, step)
+    if encoded is not None:
+        pipeline = encoded.attach(pipeline)
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from rich.console import Console
 from configs import common
 from r0_jax import (
     checkpoint,
+    data,
+    encoded_prompts,
     optim,
     prompt_dataset,
     report,
@@ -36,6 +38,7 @@ from r0_jax import (
     train_state,
     workdir,
 )
+from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
 from r0_jax.metrics import MetricWriter, Throughput
@@ -72,14 +75,18 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
     # Pretrained models, on the host.
-    pipeline = families.load(config.pretrained, config.dtype, config.family).attending(
-        attention_backend.Backend(config.attention, mesh))
+    encoded = encoded_prompts.open_of(config)  # then no text encoder is needed
+    pipeline = families.load(config.pretrained, config.dtype, config.family, text=encoded is None)
+    if encoded is not None:
+        pipeline = encoded.attach(pipeline)
+        check_encoded(encoded, config)
+    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
     decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
                if config.objective.decoder else None)
     if config.test.prompts:  # too many steps for the base would show when the training is over
         schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
-    trained_on = load_rewards(config.rewards, pipeline, config, trained=True)
-    heldout = load_rewards(config.heldout_rewards, pipeline, config, trained=False)
+    trained_on = load_rewards(config.rewards, pipeline, config, encoded, trained=True)
+    heldout = load_rewards(config.heldout_rewards, pipeline, config, encoded, trained=False)
     for reward, other in itertools.product(trained_on, heldout):
         if reward.same_weights(other):
             warnings.warn(f"the held-out reward {other.name} has the weights of {reward.name}, "
@@ -96,9 +103,16 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     started = bool(checkpoint.steps(folder))
     if not started:
         prompt_dataset.remove(folder / "prompts")  # of another config
-    summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline, trained_on)
-    console.print(f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct; "
-                  f"{config.steps} steps of {config.batch_size}", highlight=False)
+    if encoded is None:
+        summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
+                                         trained_on)
+        counted = f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct"
+        read = functools.partial(prompt_dataset.batches, folder / "prompts")
+    else:
+        counted = f"{encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
+        read = functools.partial(encoded_prompts.batches, encoded.folder,
+                                 encoded_prompts.columns_of(pipeline, trained_on))
+    console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
     # Shapes, then shardings: optimizer state and EMA follow their parameter.
     optimizer = optim.make_optimizer(config, config.regularizers.langevin.weight)
@@ -132,7 +146,8 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
         validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
                                 {r.name for r in heldout}, mesh)
         with stop.deferred():
-            finished = loop(config, folder, mesh, state, started, step_fn, frozen, validation,
+            finished = loop(config, folder, state, started, step_fn, frozen,
+                            functools.partial(device_batches, read, config, mesh), validation,
                             checkpoints, stop)
 
     if finished and config.test.prompts and jax.process_index() == 0:
@@ -192,7 +207,7 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
     attention_backend.check(config.attention, config.dtype)
     families.check_there(config.pretrained, config.family)
-    if not config.data.prompts:
+    if not (config.data.prompts or config.data.encoded):
         raise InputError("data.prompts is not set: give --config.data.prompts=PATH")
     if not config.rewards:
         raise InputError("rewards is empty: there is nothing to maximize")
@@ -251,13 +266,31 @@ def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from field_names(value, f"{prefix}{name}.")
 
 
-def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict, trained: bool
-                 ) -> list[Reward]:
+def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:
+    """InputError for prompts that were encoded before, where they are not all that the config
+    needs; rewards' features are looked at by `load_rewards`."""
+    data.check_shards(encoded.folder)
+    encoded.check_prompts(config.data.prompts)
+    for section in (config.eval, config.test):
+        if section.prompts:
+            encoded.find(section.prompts, section.num_prompts)
+    if config.regularizers.guidance.weight:
+        encoded.check_guidance("regularizers.guidance")
+    if config.test.prompts and config.test.guidance_scale > 1:
+        encoded.check_guidance("the base's guidance in test")
+
+
+def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
+                 encoded: EncodedPrompts | None, trained: bool) -> list[Reward]:
     """The rewards of one section of the config, each tried on random images first."""
     loaded = []
     for name, entry in entries.items():
-        reward = rewards.load(name, entry, config.dtype)
-        plugin.check(reward, pipeline.image_shape, trained)
+        reward, features = rewards.load(name, entry, config.dtype, text=encoded is None), None
+        if encoded is not None and reward.text_features is not None:
+            encoded.check_reward(reward, entry)
+            two = encoded.read(encoded_prompts.TRAIN, [0, encoded.rows[encoded_prompts.TRAIN] - 1])
+            features = two[f"features/{name}"]
+        plugin.check(reward, pipeline.image_shape, trained, features)
         loaded.append(reward)
     return loaded
 
@@ -273,16 +306,16 @@ def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyD
     parts["base"] = parts.pop(pipeline.generator_part)
     if decoder:
         parts["decoder"] = place(decoder.params)
-    empty = jax.device_put(pipeline.tokenize([""]), sharding.replicated(mesh))
+    empty = jax.device_put(pipeline.empty, sharding.replicated(mesh))
     return {**parts, "rewards": {r.name: place(r.params) for r in trained_on}, "empty": empty}
 
 
-def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resumed: bool, step_fn,
-         frozen, validation: Validation, checkpoints: checkpoint.Checkpoints,
-         stop: "StopSignal") -> bool:
+def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, step_fn, frozen,
+         batches_from: Callable[[int], Iterator[dict[str, jax.Array]]], validation: Validation,
+         checkpoints: checkpoint.Checkpoints, stop: "StopSignal") -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
-    batches = device_batches(config, folder, mesh, first)
+    batches = batches_from(first)
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
     writer = MetricWriter(folder, config.tensorboard, config.wandb,
@@ -340,12 +373,12 @@ def loop(config: ConfigDict, folder: Path, mesh: Mesh, state: TrainState, resume
     return not stopped
 
 
-def device_batches(config: ConfigDict, folder: Path, mesh: Mesh, step: int
-                   ) -> Iterator[dict[str, jax.Array]]:
+def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config: ConfigDict,
+                   mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    for batch in prompt_dataset.batches(folder / "prompts", config.batch_size, config.seed, step,
-                                        jax.process_index(), jax.process_count()):
+    for batch in read(config.batch_size, config.seed, step, jax.process_index(),
+                      jax.process_count()):
         yield sharding.put_batch(batch, split)
 
 

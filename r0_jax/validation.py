@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from r0_jax import data, few_step, hacking, images, prompt_dataset
+from r0_jax import few_step, hacking, images, prompt_dataset
 from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
@@ -26,10 +26,8 @@ class Validation:
                  heldout: set[str], mesh: Mesh):
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout = rewards, heldout
-        prompts = data.read_prompts(config.eval.prompts or config.data.prompts)
-        self.prompts = prompts[:config.eval.num_prompts]
-        self.tokens = pipeline.tokenize(self.prompts)
-        self.features = prompt_dataset.features(self.prompts, rewards)
+        self.prompts, self.tokens, self.features = prompt_dataset.evaluation(
+            config, "eval", pipeline, rewards)
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
         grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)

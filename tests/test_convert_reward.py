@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch_twins
 from safetensors.numpy import load_file
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from test_models_rewards import CN_CLIP, IMAGE_REWARD, OPEN_CLIP
 from test_preprocess import in_torch, noise
@@ -76,6 +77,24 @@ def expect(reward: Reward, images: np.ndarray, in_torch_) -> None:
     np.testing.assert_allclose(reward(images, PROMPTS[:len(images)]), scores, rtol=1e-5, atol=1e-6)
 
 
+def expect_without_text(kind: str, folder: pathlib.Path, reward: Reward) -> None:
+    """The same scores from features alone, where text tower and tokenizer are gone."""
+    features = reward.text_features(reward.params, PROMPTS[:2])
+    expected = reward.score(reward.params, noise(23, 40), features)
+    for path in [*folder.glob("vocab.*"), *folder.glob("merges.txt"), *folder.glob("tokenizer*")]:
+        path.unlink()
+    [weights] = folder.glob("*.safetensors")
+    save_arrays({key: value for key, value in load_file(weights).items()
+                 if key.split(".")[0] not in reward.text_parts}, weights)
+    alone = rewards.load(kind, folder, text=False)
+    assert (alone.fingerprint(), alone.width) == (reward.fingerprint(), features.shape[1])
+    assert alone.params.keys() == {k for k in reward.params
+                                   if k.split(".")[0] not in reward.text_parts}
+    np.testing.assert_array_equal(alone.score(alone.params, noise(23, 40), features), expected)
+    with pytest.raises(InputError, match="was loaded without its text tower"):
+        alone(noise(23, 40), PROMPTS[:2])
+
+
 def test_hps_is_the_cosine_of_the_padded_image(tmp_path, bpe):
     module = tiny.randomize(torch_twins.OpenCLIP(CLIP_FIELDS), seed=0)
     torch.save({"epoch": 3, "state_dict": module.state_dict()}, tmp_path / "HPS.pt")
@@ -90,6 +109,7 @@ def test_hps_is_the_cosine_of_the_padded_image(tmp_path, bpe):
     clip = rewards.load("clip_score", tmp_path / "out")
     np.testing.assert_array_equal(clip(noise(23, 40), PROMPTS[:2]),
                                   reward(noise(23, 40), PROMPTS[:2]))
+    expect_without_text("hps_v2_1", tmp_path / "out", reward)
 
 
 def test_open_clip_as_a_clip_score_crops(tmp_path, bpe):
@@ -125,6 +145,7 @@ def test_pickscore_is_scaled_and_crops(tmp_path):
         return module.logit_scale.exp() * (unit(image) * unit(text)).sum(-1)
 
     expect(reward, noise(23, 40), in_torch_)
+    expect_without_text("pickscore", tmp_path / "out", reward)
 
 
 def _as_bin(folder, tmp_path):
@@ -148,6 +169,7 @@ def test_chinese_clip_of_its_authors_squashes(tmp_path, vocab):
     expect(reward, noise(23, 40), lambda x: (
         unit(module.image_features(pixels(x, "squash")))
         * unit(module.text_features(ids))).sum(-1))
+    expect_without_text("chinese_clip", tmp_path / "out", reward)
 
 
 def test_image_reward(tmp_path, vocab):
@@ -171,6 +193,7 @@ def test_image_reward(tmp_path, vocab):
     assert {str(v.dtype) for k, v in half.params.items() if k.startswith("blip")} == {"bfloat16"}
     np.testing.assert_allclose(half(noise(40, 23), PROMPTS[:2]),
                                reward(noise(40, 23), PROMPTS[:2]), atol=1e-2)  # fmt: skip
+    expect_without_text("image_reward", tmp_path / "out", reward)
 
 
 def test_aesthetic_head_in_the_folder_of_its_clip(tmp_path):

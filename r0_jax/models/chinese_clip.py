@@ -50,6 +50,8 @@ class ChineseCLIPConfig:
 class ChineseCLIPModel(nnx.Module):
     """Under transformers' names."""
 
+    text_parts = ("text_model", "text_projection")  # what only `text_features` needs
+
     def __init__(self, config: ChineseCLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
         text, vision, width = config.text_config, config.vision_config, config.projection_dim
@@ -112,6 +114,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 class CNCLIP(nnx.Module):
     """Under cn_clip's names."""
+
+    text_parts = ("bert", "text_projection")  # what only `text_features` needs
 
     def __init__(self, config: CNCLIPConfig, *, rngs: nnx.Rngs):
         self.config = config

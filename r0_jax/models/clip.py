@@ -246,6 +246,8 @@ class CLIPTextModelWithProjection(nnx.Module):
 class CLIPModel(nnx.Module):
     """Both towers and the temperature."""
 
+    text_parts = ("text_model", "text_projection")  # what only `text_features` needs
+
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
         text, vision, width = config.text_config, config.vision_config, config.projection_dim

@@ -188,6 +188,10 @@ class VisionTransformer(nnx.Module):
 class OpenCLIP(nnx.Module):
     """Both towers and the temperature."""
 
+    # What only `text_features` needs.
+    text_parts = ("positional_embedding", "text_projection", "transformer", "token_embedding",
+                  "ln_final")
+
     def __init__(self, config: OpenCLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
         text, width = config.text_cfg, config.text_cfg.width

@@ -24,18 +24,24 @@ _SOURCES = {
 }
 
 
-def load(folder: str | Path, dtype: str = "float32", family: str = "") -> Pipeline:
+def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: bool = True,
+         images: bool = True) -> Pipeline:
     """Reads a diffusers folder of a supported family; parameters arrive on the host as `dtype`.
 
-    `family` is the class of diffusers that it must be, "" any. Raises InputError where it is
-    another, or a part is missing or broken.
+    Args:
+      family: the class of diffusers that it must be, "" any.
+      text: with text encoders and tokenizers; without, they need not be there, and prompts are
+        told as embeddings.
+      images: with the weights of all other parts; without, only their configs are read.
+    Raises:
+      InputError: it is of another family, or a part is missing or broken.
     """
     folder = Path(folder)
     found = read_index(folder)["_class_name"]
     if family and found != family:
         raise InputError(f"this folder is {describe(found)}, the config is for {describe(family)}: "
                          f"give another recipe, or another folder than {folder}")
-    return _LOAD[found](folder, dtype)
+    return _LOAD[found](folder, dtype, text, images)
 
 
 def check_there(folder: str, family: str) -> None:

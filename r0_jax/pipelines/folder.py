@@ -50,6 +50,7 @@ NETWORKS: dict[str, tuple[Build, str]] = {
     "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
     "BertModel": (_network(BertConfig, BertModel), "model"),
 }
+TEXT_PARTS = ("text_encoder", "tokenizer")  # how their names begin
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
@@ -75,9 +76,10 @@ class Folder:
     scheduler_config: dict[str, Any]
 
     def load(self, dtype: str) -> dict[str, Params]:
-        """The parameters of every network, on the host; InputError names a key that is wrong."""
-        return {part: convert.load(self.files[part], network, dtype)
-                for part, network in self.networks.items()}
+        """The parameters of the networks whose files were asked for, on the host; InputError names
+        a key that is wrong."""
+        return {part: convert.load(files, self.networks[part], dtype)
+                for part, files in self.files.items()}
 
     def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:
         """InputError unless the parts are made for each other: (left, a, right, b) with a == b."""
@@ -105,7 +107,8 @@ class Folder:
 
 
 def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
-                optional: tuple[str, ...] = ()) -> Folder:
+                optional: tuple[str, ...] = (), *, text: bool = True, images: bool = True
+                ) -> Folder:
     """Reads all but the weights of a folder.
 
     Args:
@@ -113,6 +116,7 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
       parts: networks and tokenizers with the classes that each may have.
       optional: of the networks, those that may be left out, and their tokenizers with them; a
         warning says so where the index has them.
+      text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded or of another family; the message says which.
     """
@@ -121,6 +125,8 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
         raise InputError(f"{path} is {describe(index['_class_name'])}, not {describe(family)}")
     kinds = {}
     for part, allowed in parts.items():
+        if part.startswith(TEXT_PARTS) and not text:
+            continue
         entry = index.get(part)
         found = entry[-1] if isinstance(entry, list) and entry else entry
         if part in optional and (found is None or not (path / part).is_dir()):
@@ -140,7 +146,7 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
     kinds = {part: kind for part, kind in kinds.items() if kind in NETWORKS}
     fields = {part: _read_fields(path / part / "config.json") for part in kinds}
     files = {part: convert.find_files(path / part, NETWORKS[kind][1])
-             for part, kind in kinds.items()}
+             for part, kind in kinds.items() if images or part.startswith(TEXT_PARTS)}
     networks = {part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
                 for part, kind in kinds.items()}
     return Folder(path, index, fields, files, networks, tokenizers_, scheduler_config)

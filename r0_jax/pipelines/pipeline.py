@@ -1,7 +1,7 @@
 """The one protocol of all model families: tokens -> conditioning -> denoised latents -> images.
 
 `Pipeline` is all that the rest of the program knows of a family. What differs is what a network is
-told of a prompt (`tokenize`, `encode_prompt`, `encode_negative`); the rest is the same for all.
+told of a prompt (`tokenize`, `encode_text`, `encode_negative`); the rest is the same for all.
 """
 
 import abc
@@ -20,7 +20,8 @@ from r0_jax.errors import InputError
 from r0_jax.models.attention_backend import Backend
 from r0_jax.network import Network, Params
 
-# [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch.
+# [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch. Or
+# what the text encoders made of them, by the names of `Pipeline.embeds`.
 Tokens = dict[str, jax.Array | np.ndarray]
 # What the network is told of the prompts, by the names of its arguments; leading axis batch.
 Conditioning = dict[str, jax.Array]
@@ -40,6 +41,8 @@ class Pipeline(abc.ABC):
         are on the host.
       tokenizers: by their folder: "tokenizer", "tokenizer_2", "tokenizer_3".
       scheduler_config: of diffusers, as the stock pipeline reads it.
+      negative: embeddings [1, ...] that guidance leads away from, where prompts were encoded
+        before and there are no text encoders; None where the empty prompt is encoded for it.
     """
 
     folder: Path
@@ -47,9 +50,11 @@ class Pipeline(abc.ABC):
     params: dict[str, Params]
     tokenizers: dict[str, PreTrainedTokenizerBase]
     scheduler_config: dict[str, Any]
+    negative: Tokens | None = None
 
     generator_part: ClassVar[str] = "unet"  # the part that R0 trains
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters in its file that are never trained
+    embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_text` returns
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
@@ -57,13 +62,36 @@ class Pipeline(abc.ABC):
         warns with the share of prompts cut off."""
 
     @abc.abstractmethod
+    def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
+        """What the text encoders make of token ids, by the names of `embeds`."""
+
+    @property
+    @abc.abstractmethod
+    def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """One prompt's shape of each of `embeds` that the network takes; None is any length."""
+
     def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """What the prompts are to the network. `tokens` may hold other columns of a batch too."""
+        """What the prompts are to the network. `tokens` may hold other columns of a batch too;
+        prompts that were encoded before are taken as they are."""
+        encoded = {name: tokens[name] for name in self.embeds if name in tokens}
+        return self.condition(encoded or self.encode_text(params, tokens))
+
+    def condition(self, embeds: Conditioning) -> Conditioning:
+        """The embeddings of prompts, with what else the network is told."""
+        return embeds
+
+    @property
+    def empty(self) -> Tokens:
+        """What `encode_negative` takes: the tokens of the empty prompt, or what stands for it;
+        nothing where prompts were encoded before without it."""
+        if "text_encoder" in self.networks:
+            return self.tokenize([""])
+        return self.negative or {}
 
     def encode_negative(self, params: dict[str, Params], empty: Tokens,
                         conditioning: Conditioning) -> Conditioning:
-        """What guidance leads away from, in the shapes of `conditioning`; `empty` are the tokens
-        of the empty prompt, [1, T]."""
+        """What guidance leads away from, in the shapes of `conditioning`; `empty` is that of the
+        pipeline."""
         return jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape),
                             self.encode_prompt(params, empty), conditioning)
 

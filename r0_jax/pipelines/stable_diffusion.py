@@ -37,20 +37,27 @@ class StableDiffusionPipeline(Pipeline):
         return {"input_ids": tokenize(tokenizer, prompts,
                                       min(tokenizer.model_max_length, positions))}
 
-    def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
+    def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
         """"prompt_embeds": the last hidden state, of CLIP after its final LayerNorm."""
         text = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         return {"prompt_embeds": text.last_hidden_state}
 
+    @property
+    def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """[T, D] of "prompt_embeds"."""
+        return {"prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim)}
 
-def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
+
+def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+         ) -> StableDiffusionPipeline:
     """Reads a diffusers folder of Stable Diffusion 1.x; parameters arrive on the host as `dtype`.
+    `text` and `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusionPipeline", PARTS)
+    opened = open_folder(Path(folder), "StableDiffusionPipeline", PARTS, text=text, images=images)
     check_fit(opened)
     return StableDiffusionPipeline(opened.path, opened.networks, opened.load(dtype),
                                    opened.tokenizers, opened.scheduler_config | OVERRULED)
@@ -58,10 +65,8 @@ def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
 
 def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
-    unet, vae, text = (folder.networks[part].config for part in ("unet", "vae", "text_encoder"))
+    unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
     folder.check_equal([
-        ("unet's cross_attention_dim", unet.cross_attention_dim,
-         "text_encoder's hidden_size", text.hidden_size),
         ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
         ("unet's out_channels", unet.out_channels, "vae's latent_channels", vae.latent_channels),
         ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
@@ -69,6 +74,11 @@ def check_fit(folder: Folder) -> None:
         "unet", ("addition_embed_type", "class_embed_type", "num_class_embeds",
                  "time_cond_proj_dim"),
         "a Stable Diffusion 1.x network is told the prompt and nothing else")
+    if "text_encoder" not in folder.networks:
+        return
+    folder.check_equal([
+        ("unet's cross_attention_dim", unet.cross_attention_dim,
+         "text_encoder's hidden_size", folder.networks["text_encoder"].config.hidden_size)])
     folder.check_vocabulary()
     fields = folder.fields["text_encoder"]
     if fields.get("text_config", fields).get("use_attention_mask"):

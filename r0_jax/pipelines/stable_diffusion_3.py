@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from r0_jax.errors import InputError
+from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig
 from r0_jax.network import Params
 from r0_jax.pipelines.folder import CLIP_TOKENIZERS, T5_TOKENIZERS, Folder, open_folder
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
@@ -36,6 +37,7 @@ class StableDiffusion3Pipeline(Pipeline):
 
     generator_part = "transformer"
     fixed = ("pos_embed.pos_embed",)  # sines and cosines
+    embeds = ("prompt_embeds", "pooled_prompt_embeds")
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """"input_ids" and "input_ids_2", both padded to the first tokenizer's length, and
@@ -45,7 +47,7 @@ class StableDiffusion3Pipeline(Pipeline):
         return {name.replace("tokenizer", "input_ids"): tokenize(tokenizer, prompts, lengths[name])
                 for name, tokenizer in self.tokenizers.items()}
 
-    def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
+    def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
         """"prompt_embeds" [B, T + 256, D] and "pooled_prompt_embeds" [B, P1 + P2]."""
         first, second = (
             self.networks[f"text_encoder{n}"](params[f"text_encoder{n}"], tokens[f"input_ids{n}"])
@@ -61,20 +63,29 @@ class StableDiffusion3Pipeline(Pipeline):
                 "pooled_prompt_embeds": jnp.concatenate([first.pooled, second.pooled], axis=-1)}
 
     @property
+    def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """[T, D] of "prompt_embeds", [P1 + P2] of "pooled_prompt_embeds"."""
+        config = self.networks["transformer"].config
+        return {"prompt_embeds": (None, config.joint_attention_dim),
+                "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+
+    @property
     def shift(self) -> float:
         """The VAE's shift_factor, which this family does add."""
         return self.networks["vae"].config.shift_factor or 0.0
 
 
-def load(folder: str | Path, dtype: str = "float32") -> StableDiffusion3Pipeline:
+def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+         ) -> StableDiffusion3Pipeline:
     """Reads a diffusers folder of Stable Diffusion 3; parameters arrive on the host as `dtype`.
+    `text` and `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
     opened = open_folder(Path(folder), "StableDiffusion3Pipeline", PARTS,
-                         optional=("text_encoder_3",))
+                         optional=("text_encoder_3",), text=text, images=images)
     check_fit(opened)
     return StableDiffusion3Pipeline(opened.path, opened.networks, opened.load(dtype),
                                     opened.tokenizers, opened.scheduler_config)
@@ -82,16 +93,28 @@ def load(folder: str | Path, dtype: str = "float32") -> StableDiffusion3Pipeline
 
 def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
-    transformer, vae, text, text_2 = (folder.networks[part].config for part in (
-        "transformer", "vae", "text_encoder", "text_encoder_2"))
-    rows = [
-        ("transformer's pooled_projection_dim", transformer.pooled_projection_dim,
-         "sum of both CLIPs' projection_dim", text.projection_dim + text_2.projection_dim),
+    transformer, vae = (folder.networks[part].config for part in ("transformer", "vae"))
+    folder.check_equal([
         ("transformer's in_channels", transformer.in_channels,
          "vae's latent_channels", vae.latent_channels),
         ("transformer's out_channels", transformer.out_channels,
          "vae's latent_channels", vae.latent_channels),
-        ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)]
+        ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
+    size = transformer.sample_size
+    if size % transformer.patch_size or size // transformer.patch_size > (
+            transformer.pos_embed_max_size):
+        raise InputError(f"{folder.path}/transformer/config.json: sample_size = {size} is not "
+                         f"supported: a multiple of patch_size = {transformer.patch_size} up to "
+                         f"pos_embed_max_size = {transformer.pos_embed_max_size} patches is "
+                         "expected")
+    if "text_encoder" in folder.networks:
+        _check_text(folder, transformer)
+
+
+def _check_text(folder: Folder, transformer: SD3Transformer2DConfig) -> None:
+    text, text_2 = (folder.networks[part].config for part in ("text_encoder", "text_encoder_2"))
+    rows = [("transformer's pooled_projection_dim", transformer.pooled_projection_dim,
+             "sum of both CLIPs' projection_dim", text.projection_dim + text_2.projection_dim)]
     if "text_encoder_3" in folder.networks:
         rows.append(("transformer's joint_attention_dim", transformer.joint_attention_dim,
                      "text_encoder_3's d_model", folder.networks["text_encoder_3"].config.d_model))
@@ -106,11 +129,4 @@ def check_fit(folder: Folder) -> None:
         if length > config.max_position_embeddings:
             raise InputError(f"{folder.path}: the tokenizer's model_max_length is {length}, but "
                              f"the {name} has {config.max_position_embeddings} positions")
-    size = transformer.sample_size
-    if size % transformer.patch_size or size // transformer.patch_size > (
-            transformer.pos_embed_max_size):
-        raise InputError(f"{folder.path}/transformer/config.json: sample_size = {size} is not "
-                         f"supported: a multiple of patch_size = {transformer.patch_size} up to "
-                         f"pos_embed_max_size = {transformer.pos_embed_max_size} patches is "
-                         "expected")
     folder.check_vocabulary()

@@ -6,10 +6,12 @@ diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py`.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from r0_jax.errors import InputError
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
 from r0_jax.network import Params
 from r0_jax.pipelines.folder import CLIP_TOKENIZERS, Folder, open_folder
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
@@ -36,6 +38,8 @@ class StableDiffusionXLPipeline(Pipeline):
 
     force_zeros_for_empty_prompt: bool = True
 
+    embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """"input_ids" and "input_ids_2", each padded to its tokenizer's length."""
         columns = {}
@@ -45,62 +49,85 @@ class StableDiffusionXLPipeline(Pipeline):
             columns[name.replace("tokenizer", "input_ids")] = tokenize(tokenizer, prompts, length)
         return columns
 
-    def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """"prompt_embeds" [B, T, D1 + D2], "pooled_prompt_embeds" [B, P] of the second encoder and
-        "add_time_ids" [B, 6] int32: original size, crop, target size."""
+    def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
+        """"prompt_embeds" [B, T, D1 + D2], and "pooled_prompt_embeds" [B, P] of the second
+        encoder."""
         first = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         second = self.networks["text_encoder_2"](params["text_encoder_2"], tokens["input_ids_2"])
-        height, width, _ = self.image_shape
-        sizes = jnp.asarray([[height, width, 0, 0, height, width]], jnp.int32)
         return {
             "prompt_embeds": jnp.concatenate([first.penultimate, second.penultimate], axis=-1),
             "pooled_prompt_embeds": second.pooled,
-            "add_time_ids": jnp.broadcast_to(sizes, (len(second.pooled), 6)),
         }
+
+    def condition(self, embeds: Conditioning) -> Conditioning:
+        """With "add_time_ids" [B, 6] int32: original size, crop, target size."""
+        height, width, _ = self.image_shape
+        sizes = jnp.asarray([[height, width, 0, 0, height, width]], jnp.int32)
+        count = len(embeds["pooled_prompt_embeds"])
+        return embeds | {"add_time_ids": jnp.broadcast_to(sizes, (count, 6))}
+
+    @property
+    def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """[T, D] of "prompt_embeds", [P] of "pooled_prompt_embeds"."""
+        return {"prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim),
+                "pooled_prompt_embeds": (pooled_width(self.networks["unet"].config),)}
 
     def encode_negative(self, params: dict[str, Params], empty: Tokens,
                         conditioning: Conditioning) -> Conditioning:
-        """Zeros, or the empty prompt where the folder says so; the sizes stay."""
-        if not self.force_zeros_for_empty_prompt:
+        """Zeros, or the empty prompt where the folder says so, or what stands for it where prompts
+        were encoded before; the sizes stay."""
+        if not self.force_zeros_for_empty_prompt or "prompt_embeds" in empty:
             return super().encode_negative(params, empty, conditioning)
         zeros = {name: jnp.zeros_like(conditioning[name])
                  for name in ("prompt_embeds", "pooled_prompt_embeds")}
         return conditioning | zeros
 
 
-def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionXLPipeline:
-    """Reads a diffusers folder of SDXL; parameters arrive on the host as `dtype`.
+def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+         ) -> StableDiffusionXLPipeline:
+    """Reads a diffusers folder of SDXL; parameters arrive on the host as `dtype`. `text` and
+    `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusionXLPipeline", PARTS)
+    opened = open_folder(Path(folder), "StableDiffusionXLPipeline", PARTS, text=text,
+                         images=images)
     check_fit(opened)
     zeros = opened.index.get("force_zeros_for_empty_prompt", True)
     return StableDiffusionXLPipeline(opened.path, opened.networks, opened.load(dtype),
-                                     opened.tokenizers, opened.scheduler_config, bool(zeros))
+                                     opened.tokenizers, opened.scheduler_config,
+                                     force_zeros_for_empty_prompt=bool(zeros))
+
+
+def pooled_width(unet: UNet2DConditionConfig) -> int:
+    """Numbers of the pooled text that the network is told: all but those of the six sizes."""
+    return unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
 
 
 def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
-    unet, vae, text, text_2 = (folder.networks[part].config for part in (
-        "unet", "vae", "text_encoder", "text_encoder_2"))
+    unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
     if unet.addition_embed_type != "text_time":
         raise InputError(f"{folder.path}/unet/config.json: addition_embed_type = "
                          f"{unet.addition_embed_type} is not supported here: an SDXL network has "
                          "text_time")
     folder.check_equal([
-        ("unet's cross_attention_dim", unet.cross_attention_dim,
-         "sum of both text encoders' hidden_size", text.hidden_size + text_2.hidden_size),
-        ("unet's projection_class_embeddings_input_dim",
-         unet.projection_class_embeddings_input_dim,
-         "size of the pooled text and six sizes", (
-             text_2.projection_dim + 6 * unet.addition_time_embed_dim)),
         ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
         ("unet's out_channels", unet.out_channels, "vae's latent_channels", vae.latent_channels),
         ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
     folder.check_conditions(
         "unet", ("class_embed_type", "num_class_embeds", "time_cond_proj_dim"),
         "an SDXL network is told the prompt and sizes, and nothing else")
+    if "text_encoder" not in folder.networks:
+        return
+    text, text_2 = (folder.networks[part].config for part in ("text_encoder", "text_encoder_2"))
+    folder.check_equal([
+        ("unet's cross_attention_dim", unet.cross_attention_dim,
+         "sum of both text encoders' hidden_size", text.hidden_size + text_2.hidden_size),
+        ("unet's projection_class_embeddings_input_dim",
+         unet.projection_class_embeddings_input_dim,
+         "size of the pooled text and six sizes", (
+             text_2.projection_dim + 6 * unet.addition_time_embed_dim))])
     folder.check_vocabulary()

@@ -37,7 +37,7 @@ def train_preference(config: ConfigDict, out: Path) -> None:
     The better image is a clean scene of the prompt. The worse one is the same scene degraded or
     bent, a near miss of it, or what the base draws of the prompt in few steps.
     """
-    network, params, _, prepare, _ = tower.load(out / "clip")
+    network, params, _, prepare, *_ = tower.load(out / "clip")
     tokenizer = load_tokenizer(out / "clip")
 
     def loss(params, batch, key):
@@ -97,7 +97,7 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
     """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
     features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
-    network, tower_params, _, prepare, inputs = tower.load(out / "preference")
+    network, tower_params, _, prepare, inputs, _ = tower.load(out / "preference")
 
     def constructor(rngs):
         return ScoreMLP(inputs, rngs=rngs)

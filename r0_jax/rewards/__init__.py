@@ -11,7 +11,7 @@ from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
 
 # `type` of a config entry -> how to load it.
-TYPES: dict[str, Callable[[str, ConfigDict, str], Reward]] = {
+TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
     "clip_score": clip_score.load,
     "hps_v2": clip_score.load_hps,
     "hps_v2_1": clip_score.load_hps,
@@ -25,11 +25,13 @@ TYPES: dict[str, Callable[[str, ConfigDict, str], Reward]] = {
 _NEEDED = {**dict.fromkeys(TYPES, ("path",)), "function": ("function",)}
 
 
-def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32") -> Reward:
+def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
+         text: bool = True) -> Reward:
     """The reward that one entry of `config.rewards` describes; towers compute in `dtype`.
 
     In place of an entry a folder will do; then `name` is one of `TYPES` too, as in
-    `load("hps_v2_1", "/path")`, or `load("function", "module:function")`.
+    `load("hps_v2_1", "/path")`, or `load("function", "module:function")`. Without `text` no text
+    tower is read or needs to be there: features of prompts were computed before.
     Raises InputError for an unknown type and for files that are missing or do not fit.
     """
     if not isinstance(entry, ConfigDict):
@@ -45,4 +47,4 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32") -> R
         if not entry[field]:
             raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "
                              "needs it")
-    return TYPES[entry.type](name, entry, dtype)
+    return TYPES[entry.type](name, entry, dtype, text)

@@ -17,14 +17,15 @@ from r0_jax.rewards.tower import normalize
 HEAD = "aesthetic_head.safetensors"
 
 
-def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """A reward from a CLIP folder (`path`) and the head's safetensors file: `head`, or else
     aesthetic_head.safetensors in the folder. Scores are about 1 to 10."""
-    found = tower.load(entry.path, dtype)
-    clip, clip_params, _, prepare, inputs = found
+    del text  # it reads none
+    found = tower.load(entry.path, dtype, text=False)
     # Published with OpenAI's own preprocessing, whichever library the folder is of.
-    prepare = dataclasses.replace(prepare, corner="round", resize=entry.resize)
-    head = Network.abstract(lambda rngs: ScoreMLP(inputs, rngs=rngs))
+    prepare = dataclasses.replace(found.prepare, corner="round", resize=entry.resize)
+    clip = found.network
+    head = Network.abstract(lambda rngs: ScoreMLP(found.width, rngs=rngs))
     path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
     head_params = convert.load([path], head, "float32")
 
@@ -34,7 +35,7 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
         image = clip.apply(split(params, "clip/"), "image_features", prepare(images).astype(dtype))
         return head(split(params, "head/"), normalize(image))
 
-    vision = {f"clip/{k}": v for k, v in clip_params.items()}
+    vision = {f"clip/{k}": v for k, v in found.params.items()}
     return Reward(name, vision | {f"head/{k}": v for k, v in head_params.items()}, score, None,
                   grid=found.grid)
 

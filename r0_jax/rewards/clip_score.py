@@ -12,29 +12,29 @@ from ml_collections import ConfigDict
 
 from r0_jax.network import Params
 from r0_jax.rewards import tower
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards.reward import Reward, not_loaded
 from r0_jax.rewards.tower import Tower, normalize
 
 
-def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """Any CLIP or Chinese-CLIP folder (`tower.load`), with the folder's own preprocessing."""
-    return from_tower(name, _tower(entry, dtype), entry.logit_scale)
+    return from_tower(name, _tower(entry, dtype, text), entry.logit_scale)
 
 
-def load_hps(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load_hps(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """HPS v2 and v2.1, which differ in weights only: the cosine of an image padded to a square
     (hpsv2 `img_score.py`). Not times 100, as its tables have it."""
-    return from_tower(name, _tower(entry, dtype, policy="pad"), logit_scale=False)
+    return from_tower(name, _tower(entry, dtype, text, policy="pad"), logit_scale=False)
 
 
-def load_pickscore(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load_pickscore(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """PickScore v1: exp(logit_scale) times the cosine, 20 to 23 for today's models."""
-    return from_tower(name, _tower(entry, dtype), logit_scale=True)
+    return from_tower(name, _tower(entry, dtype, text), logit_scale=True)
 
 
-def _tower(entry: ConfigDict, dtype: str, **preprocess: str) -> Tower:
+def _tower(entry: ConfigDict, dtype: str, text: bool, **preprocess: str) -> Tower:
     """The entry's tower, with the entry's `resize` and other changes of its preprocessing."""
-    found = tower.load(entry.path, dtype)
+    found = tower.load(entry.path, dtype, text)
     return found._replace(prepare=dataclasses.replace(found.prepare, resize=entry.resize,
                                                       **preprocess))
 
@@ -52,5 +52,9 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
             cosine = cosine * jnp.exp(params["logit_scale"].astype(jnp.float32))
         return cosine
 
-    return Reward(name, found.params, score, found.text_encoder(),
-                  lambda prompts: found.tokenize(prompts).truncated, found.grid)
+    reward = Reward(name, found.params, score, not_loaded(name), grid=found.grid,
+                    width=found.width, text_parts=found.text_parts)
+    if found.tokenize is None:
+        return reward
+    return dataclasses.replace(reward, text_features=found.text_encoder(),
+                               truncated=lambda prompts: found.tokenize(prompts).truncated)

@@ -13,13 +13,13 @@ from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.preprocess import Preprocess
-from r0_jax.rewards.reward import Reward
+from r0_jax.rewards.reward import Reward, not_loaded
 
 LENGTH = 35  # tokens, both ends included, that it was trained on
 SPECIAL = ("[DEC]", "[ENC]")  # what BLIP adds to BERT's vocabulary (`init_tokenizer`)
 
 
-def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """A reward from a converted folder: about N(0, 1) on its training set.
 
     Its features of a prompt are the token ids. Without the image only the embeddings and the
@@ -32,20 +32,23 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     params = convert.load(convert.find_files(folder, "model"), network, "float32")
     params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
               for k, v in params.items()}
-    tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size, SPECIAL)
     prepare = Preprocess(config.vision_config.image_size, corner="round", resize=entry.resize)
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: Int[Array, "b t"]) -> Float[Array, " b"]:
         return network(params, features, prepare(images).astype(dtype))
 
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    if not text:
+        return Reward(name, params, score, not_loaded(name), grid=grid, width=LENGTH)
+    tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size, SPECIAL)
+
     def text_features(params: Params, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
         del params
         return tokenize(prompts).ids
 
     return Reward(name, params, score, text_features,
-                  lambda prompts: tokenize(prompts).truncated,
-                  config.vision_config.image_size // config.vision_config.patch_size)
+                  lambda prompts: tokenize(prompts).truncated, grid, LENGTH)
 
 
 def _config(folder: Path) -> dict:

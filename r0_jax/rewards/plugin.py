@@ -14,14 +14,14 @@ from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
 
 
-def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
+def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """A reward from `entry.function`, "module:function".
 
     The function takes (images in [0, 1] [B, h, w, 3] float32, features) and returns float32 [B];
     it must be differentiable and traceable by jax. If the module also has `function_text_features`
     ((list of prompts) -> float32 [N, D]), features holds its rows for the batch, else it is None.
     """
-    del dtype  # the function decides
+    del dtype, text  # the function decides
     module_name, _, function_name = entry.function.partition(":")
     if not (module_name and function_name):
         raise InputError(f"rewards.{name}.function = {entry.function!r} should read "
@@ -44,15 +44,16 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
         lambda params, prompts: np.asarray(encode(list(prompts)), np.float32))
 
 
-def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = True) -> None:
+def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = True,
+          features: np.ndarray | None = None) -> None:
     """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on two random
     images, which also hold exact zeros and ones, as clipped images do.
 
+    `features` are those of two prompts, where they were computed before.
     Raises:
       InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
     """
-    features = None
-    if reward.text_features is not None:
+    if reward.text_features is not None and features is None:
         with _blaming(reward, "2 prompts"):
             features = reward.text_features(reward.params, ["a first prompt", "第二个提示"])
         if features.ndim != 2 or len(features) != 2:

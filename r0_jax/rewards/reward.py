@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from r0_jax.network import Params
+from r0_jax.errors import InputError
+from r0_jax.network import Params, fingerprint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +29,9 @@ class Reward:
       text_features: (params, prompts) -> [N, D], computed once per prompt: float32 features, or
         int32 token ids where the network reads image and prompt together; None where the reward
         does not read the prompt (features is then None too).
+      width: D of the features; None where it is known only once they are computed, and where the
+        reward does not read the prompt.
+      text_parts: first names of the params that `text_features` alone reads.
       truncated: prompts -> bool [N], which of them are too long and lose their end; None where
         none can.
       grid: patches a side of its vision transformer, 0 where it has none: a generator that hacks
@@ -40,6 +44,8 @@ class Reward:
     text_features: Callable[[Params, Sequence[str]], Shaped[np.ndarray, "n d"]] | None
     truncated: Callable[[Sequence[str]], Bool[np.ndarray, " n"]] | None = None
     grid: int = 0
+    width: int | None = None
+    text_parts: tuple[str, ...] = ()
 
     def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                  prompts: Sequence[str]) -> Float[Array, " b"]:
@@ -55,6 +61,13 @@ class Reward:
     def truncated_share(self, prompts: Sequence[str]) -> float | None:
         """The share of prompts that lose their end, 0 to 1; None where none can."""
         return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
+
+    def fingerprint(self) -> str:
+        """By which the weights that score are known again, whatever dtype they are kept in and
+        with or without the text tower; "" where there are none."""
+        kept = {name: value for name, value in self.params.items()
+                if name.split(".")[0] not in self.text_parts}
+        return fingerprint(kept) if kept else ""
 
     def renamed(self, name: str) -> "Reward":
         """The same reward under another name."""
@@ -78,6 +91,15 @@ class Reward:
     def _value_and_grad(self):
         return jax.jit(lambda params, images, features: value_and_gradient(
             lambda x: self.score(params, x, features), images))
+
+
+def not_loaded(name: str) -> Callable[[Params, Sequence[str]], np.ndarray]:
+    """The `text_features` of a reward that was loaded without its text tower."""
+    def text_features(params: Params, prompts: Sequence[str]) -> np.ndarray:
+        raise InputError(f"reward {name} was loaded without its text tower: it knows prompts by "
+                         "features that were computed before")
+
+    return text_features
 
 
 def value_and_gradient(

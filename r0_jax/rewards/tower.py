@@ -34,16 +34,18 @@ class Tower(NamedTuple):
     Attributes:
       network: has the methods `image_features` and `text_features`.
       params: on the host.
-      tokenize: prompts -> token ids.
+      tokenize: prompts -> token ids; None where the text tower was left out.
       prepare: images in [0, 1] -> what `image_features` takes.
       width: of the space that both share.
+      text_parts: of the network, what only `text_features` needs.
     """
 
     network: Network
     params: Params
-    tokenize: Tokenize
+    tokenize: Tokenize | None
     prepare: Preprocess
     width: int
+    text_parts: tuple[str, ...]
 
     @property
     def grid(self) -> int:
@@ -69,21 +71,22 @@ class Tower(NamedTuple):
         return text_features
 
 
-def load(folder: str | Path, dtype: str = "float32") -> Tower:
+def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower:
     """A transformers folder of a CLIPModel or ChineseCLIPModel, or one in open_clip's format.
 
+    Without `text` neither the text tower nor its tokenizer is read or needs to be there.
     Raises InputError for what is missing, half downloaded, or of another kind.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
-        return _load_open_clip(folder, dtype)
+        return _load_open_clip(folder, dtype, text)
     fields = read_json(folder / "config.json")
     # Old folders do not say of what type they are.
     kind = fields.get("model_type", "clip")
     if kind not in _TRANSFORMERS:
         raise InputError(f"{folder / 'config.json'}: model_type = {kind!r} is no CLIP "
                          f"(known: {', '.join(_TRANSFORMERS)})")
-    return _TRANSFORMERS[kind](folder, fields, dtype)
+    return _TRANSFORMERS[kind](folder, fields, dtype, text)
 
 
 def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -92,27 +95,24 @@ def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def _load_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+def _load_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
     config = CLIPConfig.from_json(fields)
-    text = config.text_config
-    tokenize = prompt_text.clip(folder, text.max_position_embeddings, text.vocab_size)
-    return _from_transformers(folder, lambda rngs: CLIPModel(config, rngs=rngs), tokenize, dtype)
+    tokenize = prompt_text.clip(folder, config.text_config.max_position_embeddings,
+                                config.text_config.vocab_size) if text else None
+    return _from_transformers(folder, CLIPModel, config, tokenize, dtype)
 
 
-def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
     config = ChineseCLIPConfig.from_json(fields)
-    tokenize = _chinese(prompt_text.wordpiece, folder, config.text_config)
-    return _from_transformers(folder, lambda rngs: ChineseCLIPModel(config, rngs=rngs), tokenize,
-                              dtype)
+    tokenize = _chinese(prompt_text.wordpiece, folder, config.text_config) if text else None
+    return _from_transformers(folder, ChineseCLIPModel, config, tokenize, dtype)
 
 
-def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
+def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
     config = CNCLIPConfig.from_json(fields)
-    network = Network.abstract(lambda rngs: CNCLIP(config, rngs=rngs))
-    return Tower(network, convert.load(convert.find_files(folder, "model"), network, dtype),
-                 _chinese(prompt_text.cn_clip, folder, config.text),
-                 Preprocess(config.vision.image_size, "squash"),
-                 config.embed_dim)
+    return _build(CNCLIP, config, convert.find_files(folder, "model"), dtype,
+                  _chinese(prompt_text.cn_clip, folder, config.text) if text else None,
+                  Preprocess(config.vision.image_size, "squash"), config.embed_dim)
 
 
 def _chinese(tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text: BertConfig
@@ -124,24 +124,39 @@ def _chinese(tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text
 _TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_clip": _load_cn_clip}
 
 
-def _from_transformers(folder: Path, constructor: Callable[[nnx.Rngs], nnx.Module],
-                       tokenize: Tokenize, dtype: str) -> Tower:
-    network = Network.abstract(constructor)
-    params = convert.load(convert.find_files(folder, "model"), network, dtype)
+def _from_transformers(folder: Path, module: type[nnx.Module],
+                       config: CLIPConfig | ChineseCLIPConfig, tokenize: Tokenize | None,
+                       dtype: str) -> Tower:
     prepare = preprocess.from_json(read_json(folder / "preprocessor_config.json"),
-                                   network.config.vision_config.image_size)
-    return Tower(network, params, tokenize, prepare, network.config.projection_dim)
+                                   config.vision_config.image_size)
+    return _build(module, config, convert.find_files(folder, "model"), dtype, tokenize, prepare,
+                  config.projection_dim)
 
 
-def _load_open_clip(folder: Path, dtype: str) -> Tower:
+def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
+           tokenize: Tokenize | None, prepare: Preprocess, width: int) -> Tower:
+    left_out = () if tokenize else module.text_parts
+
+    def construct(rngs: nnx.Rngs) -> nnx.Module:
+        built = module(config, rngs=rngs)
+        for part in left_out:
+            delattr(built, part)
+        return built
+
+    network = Network.abstract(construct)
+    return Tower(network, convert.load(files, network, dtype, left_out), tokenize, prepare, width,
+                 module.text_parts)
+
+
+def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
     fields = read_json(folder / OPEN_CLIP_CONFIG)
     if not isinstance(fields.get("model_cfg"), dict):
         raise InputError(f"{folder / OPEN_CLIP_CONFIG} has no model_cfg")
     config = OpenCLIPConfig.from_json(fields["model_cfg"])
-    text = config.text_cfg
-    network = Network.abstract(lambda rngs: OpenCLIP(config, rngs=rngs))
+    tokenize = prompt_text.open_clip(folder, config.text_cfg.context_length,
+                                     config.text_cfg.vocab_size) if text else None
     stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
-    return Tower(network, convert.load(convert.find_files(folder, stem), network, dtype),
-                 prompt_text.open_clip(folder, text.context_length, text.vocab_size),
-                 preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
-                                           config.vision_cfg.image_size), config.embed_dim)
+    prepare = preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
+                                        config.vision_cfg.image_size)
+    return _build(OpenCLIP, config, convert.find_files(folder, stem), dtype, tokenize, prepare,
+                  config.embed_dim)
