@@ -14,7 +14,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-Params = dict[str, jax.Array | np.ndarray]  # NumPy while they are on the host
+from r0_jax.lazy import Lazy
+
+# NumPy or Lazy while they are not on devices; only Lazy may be larger than the host's memory.
+Params = dict[str, jax.Array | np.ndarray | Lazy]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from configs import common
 from r0_jax import (
     checkpoint,
+    lazy,
     optim,
     prompt_dataset,
     report,
@@ -70,7 +71,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
-    # Pretrained models, on the host.
+    # Pretrained models; their weights stay in the files.
     pipeline = families.load(config.pretrained, config.dtype, config.family)
     if config.test.prompts:  # too many steps for the base would show when the training is over
         schedulers.from_config(pipeline.scheduler_config, config.test.base_steps)
@@ -262,7 +263,7 @@ def place_frozen(pipeline, trained_on: list[Reward], mesh: Mesh, config: ConfigD
     """What is never trained, on the devices: the objective's `frozen`."""
     def place(params: Params) -> Params:
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-        return jax.device_put(params, sharding.param_sharding(shapes, mesh, config.sharding))
+        return lazy.place(params, sharding.param_sharding(shapes, mesh, config.sharding))
 
     parts = {part: place(params) for part, params in pipeline.params.items()}
     parts["base"] = parts.pop(pipeline.generator_part)

@@ -25,7 +25,8 @@ _SOURCES = {
 
 
 def load(folder: str | Path, dtype: str = "float32", family: str = "") -> Pipeline:
-    """Reads a diffusers folder of a supported family; parameters arrive on the host as `dtype`.
+    """Reads a diffusers folder of a supported family; parameters stay in their files until
+    `lazy.place` reads them as `dtype`.
 
     `family` is the class of diffusers that it must be, "" any. Raises InputError where it is
     another, or a part is missing or broken.

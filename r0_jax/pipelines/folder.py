@@ -75,8 +75,8 @@ class Folder:
     scheduler_config: dict[str, Any]
 
     def load(self, dtype: str) -> dict[str, Params]:
-        """The parameters of every network, on the host; InputError names a key that is wrong."""
-        return {part: convert.load(self.files[part], network, dtype)
+        """The parameters of every network, `lazy` ones; InputError names a key that is wrong."""
+        return {part: convert.open_params(self.files[part], network, dtype)
                 for part, network in self.networks.items()}
 
     def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:

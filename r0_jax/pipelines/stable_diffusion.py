@@ -44,7 +44,8 @@ class StableDiffusionPipeline(Pipeline):
 
 
 def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionPipeline:
-    """Reads a diffusers folder of Stable Diffusion 1.x; parameters arrive on the host as `dtype`.
+    """Reads a diffusers folder of Stable Diffusion 1.x; parameters stay in their files, to
+    be read as `dtype`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

@@ -67,7 +67,8 @@ class StableDiffusion3Pipeline(Pipeline):
 
 
 def load(folder: str | Path, dtype: str = "float32") -> StableDiffusion3Pipeline:
-    """Reads a diffusers folder of Stable Diffusion 3; parameters arrive on the host as `dtype`.
+    """Reads a diffusers folder of Stable Diffusion 3; parameters stay in their files, to
+    be read as `dtype`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

@@ -69,7 +69,8 @@ class StableDiffusionXLPipeline(Pipeline):
 
 
 def load(folder: str | Path, dtype: str = "float32") -> StableDiffusionXLPipeline:
-    """Reads a diffusers folder of SDXL; parameters arrive on the host as `dtype`.
+    """Reads a diffusers folder of SDXL; parameters stay in their files, to
+    be read as `dtype`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

@@ -23,7 +23,7 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     clip, clip_params, _, prepare, inputs = found
     head = Network.abstract(lambda rngs: ScoreMLP(inputs, rngs=rngs))
     path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
-    head_params = convert.load([path], head, "float32")
+    head_params = convert.open_params([path], head, "float32")
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: jax.Array | None) -> Float[Array, " b"]:

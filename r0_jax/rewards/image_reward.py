@@ -26,7 +26,7 @@ def load(name: str, entry: ConfigDict, dtype: str) -> Reward:
     folder = Path(entry.path)
     config = ImageRewardConfig.from_json(_config(folder))
     network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
-    params = convert.load(convert.find_files(folder, "model"), network, "float32")
+    params = convert.open_params(convert.find_files(folder, "model"), network, "float32")
     params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
               for k, v in params.items()}
     tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from r0_jax import convert
+from r0_jax import convert, lazy
 from r0_jax.errors import InputError
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
@@ -33,7 +33,7 @@ class Tower(NamedTuple):
 
     Attributes:
       network: has the methods `image_features` and `text_features`.
-      params: on the host.
+      params: `Lazy`, to be placed before they are computed with.
       tokenize: prompts -> token ids.
       prepare: images in [0, 1] -> what `image_features` takes.
       width: of the space that both share.
@@ -53,13 +53,14 @@ class Tower(NamedTuple):
         return self.prepare.size // patch
 
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
-        """(params, prompts) -> normalized text features in float32, compiled once."""
+        """(params, prompts) -> normalized text features in float32, compiled once; params that are
+        not on a device are placed for that long."""
         @jax.jit
         def encode(params: Params, input_ids: jax.Array) -> jax.Array:
             return normalize(self.network.apply(params, "text_features", input_ids))
 
         def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-            ids, rows = self.tokenize(prompts).ids, []
+            params, ids, rows = lazy.place(params), self.tokenize(prompts).ids, []
             for start in range(0, len(ids), _TEXT_BATCH):
                 chunk = ids[start:start + _TEXT_BATCH]
                 padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
@@ -109,7 +110,7 @@ def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Towe
 def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str) -> Tower:
     config = CNCLIPConfig.from_json(fields)
     network = Network.abstract(lambda rngs: CNCLIP(config, rngs=rngs))
-    return Tower(network, convert.load(convert.find_files(folder, "model"), network, dtype),
+    return Tower(network, convert.open_params(convert.find_files(folder, "model"), network, dtype),
                  _chinese(folder, config.text), Preprocess(config.vision.image_size, "squash"),
                  config.embed_dim)
 
@@ -126,7 +127,7 @@ _TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_cli
 def _from_transformers(folder: Path, constructor: Callable[[nnx.Rngs], nnx.Module],
                        tokenize: Tokenize, dtype: str) -> Tower:
     network = Network.abstract(constructor)
-    params = convert.load(convert.find_files(folder, "model"), network, dtype)
+    params = convert.open_params(convert.find_files(folder, "model"), network, dtype)
     prepare = preprocess.from_json(read_json(folder / "preprocessor_config.json"),
                                    network.config.vision_config.image_size)
     return Tower(network, params, tokenize, prepare, network.config.projection_dim)
@@ -140,7 +141,7 @@ def _load_open_clip(folder: Path, dtype: str) -> Tower:
     text = config.text_cfg
     network = Network.abstract(lambda rngs: OpenCLIP(config, rngs=rngs))
     stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
-    return Tower(network, convert.load(convert.find_files(folder, stem), network, dtype),
+    return Tower(network, convert.open_params(convert.find_files(folder, stem), network, dtype),
                  prompt_text.open_clip(folder, text.context_length, text.vocab_size),
                  preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
                                            config.vision_cfg.image_size), config.embed_dim)
