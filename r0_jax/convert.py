@@ -9,10 +9,13 @@ export is the same walk. Both read and write one tensor at a time.
 
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
@@ -27,7 +30,9 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
-_PIECE = 2**19  # numbers read at once
+_PIECE = 2**18  # numbers read at once by each thread
+_THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
+_OWN_PAGES = 2**17  # bytes
 
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
@@ -132,7 +137,7 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[st
 
 def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Lazy:
     def read(index: Index, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-        result = np.empty([part.stop - part.start for part in index], dtype)
+        result = _empty([part.stop - part.start for part in index], dtype)
         _fill(to_checkpoint(name, result), file, key, file_shape(name, shape),
               file_shape(name, index))
         return result
@@ -140,33 +145,63 @@ def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: 
     return Lazy(shape, dtype, read)
 
 
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` whose memory goes back to the system when it is freed; malloc would keep some of
+    it, between shards that were allocated in the meantime."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < _OWN_PAGES:
+        return np.empty(shape, dtype)
+    # Aligned as malloc does it: what is aligned better, a CPU device keeps as one of its shards
+    # instead of a copy, and with it, where there are several, the memory of all.
+    pages = mmap.mmap(-1, count * dtype.itemsize + 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, count, offset=16).reshape(shape)
+
+
 def _fill(target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...], index: Index
           ) -> None:
     """target[...] = tensor[index], by pieces that the processor's cache holds; `shape` is the
     tensor's, but for axes of length 1."""
+    if not target.size:
+        return
     while shape and shape[0] == 1:  # or one row could be all of it
-        target, shape, index = target.reshape(target.shape[1:]), shape[1:], index[1:]
+        target, shape, index = target[0, ...], shape[1:], index[1:]
     if not shape:
         target, shape, index = target.reshape(1), (1,), (slice(0, 1),)
-    rows, row = index[0], math.prod(shape[1:])
-    count = max(1, _PIECE // max(1, row))
-    for first in range(rows.start, rows.stop, count):
-        last = min(first + count, rows.stop)
-        piece = file.piece(key, first * row, last * row).reshape(last - first, *shape[1:])
-        with np.errstate(all="ignore"):  # what it would warn of is told below
-            # Rounded first: rounding while axes move is slower.
-            piece = piece[(slice(None), *index[1:])].astype(target.dtype, order="C")
-        if not _finite(piece):
-            raise InputError(f"{file.path}: {key} holds NaN or infinities: give weights that are "
-                             "whole")
-        target[first - rows.start:last - rows.start] = piece
+    (rows, *columns), row = index, math.prod(shape[1:])
+    count = min(max(1, _PIECE // max(1, row)), rows.stop - rows.start)
+    starts = range(rows.start, rows.stop, count)
+    threads = min(_THREADS, len(starts))  # NumPy lets go of the interpreter while it copies
+
+    def work(thread: int) -> None:
+        # Made once: arrays that a thread makes and frees, malloc keeps.
+        stored = _empty([count, *shape[1:]], file.dtype(key))
+        bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
+        rounded, spare = (_empty([count, *target.shape[1:]], dtype)
+                          for dtype in (target.dtype, bits))
+        for first in starts[thread::threads]:
+            last = min(first + count, rows.stop)
+            piece, result, tested = (x[:last - first] for x in (stored, rounded, spare))
+            file.read_into(piece, key, first * row)
+            with np.errstate(all="ignore"):  # what it would warn of is told below
+                # Rounded first: rounding while axes move is slower.
+                np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
+            if not _finite(result, tested):
+                raise InputError(f"{file.path}: {key} holds NaN or infinities: give weights that "
+                                 "are whole")
+            target[first - rows.start:last - rows.start] = result
+
+    if threads == 1:
+        return work(0)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
 
 
-def _finite(x: np.ndarray) -> bool:
+def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
+    """Whether all of `x` is; `spare`, bool or of two bytes as `x` is, is overwritten."""
     if x.dtype.itemsize != 2:
-        return bool(np.isfinite(x).all())
+        return bool(np.isfinite(x, out=spare).all())
     exponent = np.uint16(0x7C00 if x.dtype == np.float16 else 0x7F80)  # NumPy is slow at this
-    return not bool((x.view(np.uint16) & exponent == exponent).any())
+    return bool(np.bitwise_and(x.view(np.uint16), exponent, out=spare).max(initial=0) != exponent)
 
 
 def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, str]:
@@ -234,7 +269,7 @@ def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32")
 
 
 def _tensors(params: Params, dtype: str) -> list[Tensor]:
-    def tensor(name: str, value: jax.Array | np.ndarray | Lazy) -> Tensor:
+    def tensor(name: str, value: Any) -> Tensor:
         def read() -> np.ndarray:
             return np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
 

@@ -78,8 +78,9 @@ def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
 
     def shard(index: Index) -> np.ndarray:
         bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-        return read[tuple(slice(a - start, b - start)
-                          for (a, b, _), start in zip(bounds, first, strict=True))]
+        part = tuple(slice(a - start, b - start)
+                     for (a, b, _), start in zip(bounds, first, strict=True))
+        return np.asarray(read[part])  # of a scalar NumPy makes something else
 
     # Waits: transfers that lag behind would keep what they copy from.
     return jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()

@@ -57,8 +57,8 @@ class TensorFile:
         except (SafetensorError, OSError) as e:
             raise self._incomplete(str(e)) from None
         weakref.finalize(self, os.close, self._file)
-        size = int.from_bytes(self._bytes(0, 8), "little")
-        header = json.loads(self._bytes(8, size))
+        size = int.from_bytes(self._read_bytes(np.empty(8, np.uint8), 0), "little")
+        header = json.loads(self._read_bytes(np.empty(size, np.uint8), 8).tobytes())
         self.tensors = {
             key: Stored(_name(entry["dtype"]), tuple(entry["shape"]),
                         8 + size + entry["data_offsets"][0])
@@ -66,32 +66,35 @@ class TensorFile:
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
         """A tensor as it is stored; InputError where NumPy lacks its dtype."""
-        shape = self.tensors[key].shape
-        return self.piece(key, 0, math.prod(shape)).reshape(shape)
+        result = np.empty(self.tensors[key].shape, self.dtype(key))
+        self.read_into(result, key)
+        return result
 
-    def piece(self, key: str, first: int, last: int) -> Shaped[np.ndarray, " n"]:
-        """Elements `first` to `last`, counted in row-major order; InputError as `read`."""
-        stored = self.tensors[key]
+    def dtype(self, key: str) -> np.dtype:
+        """InputError where NumPy lacks it."""
+        name = self.tensors[key].dtype
         try:
-            dtype = np.dtype(getattr(ml_dtypes, stored.dtype, stored.dtype))
+            return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
         except TypeError:
-            raise InputError(f"{self.path}: {key} holds {stored.dtype}, which is not "
-                             "supported") from None
-        data = self._bytes(stored.start + first * dtype.itemsize, (last - first) * dtype.itemsize)
-        return np.frombuffer(data, dtype)
+            raise InputError(f"{self.path}: {key} holds {name}, which is not supported") from None
 
-    def _bytes(self, start: int, count: int) -> bytes:
-        pieces = []
-        while count:  # Linux reads at most 2 GB at once
+    def read_into(self, out: Shaped[np.ndarray, "..."], key: str, first: int = 0) -> None:
+        """Fills `out`, contiguous and of the tensor's dtype, with its elements from `first` on, as
+        they are counted in row-major order."""
+        self._read_bytes(out.reshape(-1).view(np.uint8),
+                         self.tensors[key].start + first * out.dtype.itemsize)
+
+    def _read_bytes(self, out: np.ndarray, start: int) -> np.ndarray:
+        done = 0
+        while done < len(out):  # Linux reads at most 2 GB at once
             try:
-                piece = os.pread(self._file, count, start)
+                count = os.preadv(self._file, [out[done:].data], start + done)
             except OSError as e:
                 raise self._incomplete(e.strerror) from None
-            if not piece:
+            if not count:
                 raise self._incomplete("it ends too early")
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            done += count
+        return out
 
     def _incomplete(self, reason: str) -> InputError:
         return InputError(f"{self.path} is not a complete safetensors file ({reason}): download it "
@@ -153,5 +156,6 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
     except BaseException as e:
         os.unlink(file.name)
         if isinstance(e, OSError):
-            raise InputError(f"{path} cannot be written: {e.strerror}") from None
+            raise InputError(f"{path} cannot be written ({e.strerror}): is the disk "
+                             "full?") from None
         raise
