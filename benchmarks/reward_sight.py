@@ -26,6 +26,7 @@ from r0_jax import (
     cli,
     data,
     few_step,
+    lazy,
     noise_schedule,
     prompt_dataset,
     rewards,
@@ -70,7 +71,7 @@ def implicit_reward(pipeline: Pipeline, seed: int
     """(images, prompts, level) -> how much closer to the image the base's clean prediction of it,
     noised to `level`, is with the prompt than without."""
     table = few_step.noise_levels(pipeline.scheduler_config)
-    params, empty = jax.device_put(pipeline.params), pipeline.tokenize([""])
+    params, empty = lazy.place(pipeline.params), pipeline.tokenize([""])
     vae = pipeline.networks["vae"]
 
     @jax.jit
@@ -121,8 +122,8 @@ def main(argv: list[str]) -> None:
     mesh = sharding.local_mesh()
     sampler = ImageSampler(pipeline, few_step.grid(pipeline.scheduler_config,
                                                    config.sampler.num_steps), 1.0, mesh=mesh)
-    params = jax.device_put({**pipeline.params, pipeline.generator_part: weights},
-                            sharding.replicated(mesh))
+    params = lazy.place({**pipeline.params, pipeline.generator_part: weights},
+                        sharding.replicated(mesh))
     drawn = draw(sampler, params, pipeline.tokenize(prompts), noise, keys, _BATCH)
     verdict = judge(drawn, prompts)
     accepted = verdict.correct.reshape(shape)
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> None:
     for name, entry in [*config.rewards.items(), *config.heldout_rewards.items()]:
         reward = rewards.load(name, entry)
         features = prompt_dataset.features(prompts, [reward]).get(f"features/{name}")
-        add(name, score(jax.jit(reward.score), reward.params, drawn, features, _BATCH))
+        add(name, score(jax.jit(reward.score), lazy.place(reward.params), drawn, features, _BATCH))
     measure = implicit_reward(pipeline, given.seed)
     for level in LEVELS:
         add(f"guidance, level {level}", measure(drawn, prompts, level))

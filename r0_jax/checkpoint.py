@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
@@ -24,9 +24,12 @@ from absl import logging
 from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import orbax_errors
+from r0_jax import lazy, orbax_errors
 from r0_jax.errors import InputError
+from r0_jax.lazy import Lazy
 from r0_jax.train_state import TrainState
+
+_GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
 
 
 class DamagedError(Exception):
@@ -194,21 +197,73 @@ def load_params(
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
-    """One field of a checkpoint on the host, in its own dtypes by dotted name, and the metadata.
+    """All that `open_params` opens, on the host."""
+    params, metadata = open_params(workdir, field, step)
+    return {name: np.asarray(x) for name, x in params.items()}, metadata
 
-    Reads nothing else and writes nothing: any machine will do, also while the run goes on.
+
+def open_params(
+    workdir: str | os.PathLike,
+    field: Literal["ema_params", "params"] = "ema_params",
+    step: int | Literal["best"] | None = None,
+) -> tuple[dict[str, Lazy], dict[str, Any]]:
+    """One field of a checkpoint, in its own dtypes by dotted name, and the metadata.
+
+    All of it is read once here, to be checked, and a second time where a leaf is read, which is
+    fastest in the order of the names; a few tensors are held at a time. Reads nothing else and
+    writes nothing: any machine will do, also while the run goes on.
     Raises InputError where the checkpoint is missing or damaged.
     """
     step = find_step(workdir, step)
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
     try:
         metadata = read_metadata(workdir, step)
-        stored = _stored_shapes(folder)
-        arrays = _read(folder, {n: x for n, x in stored.items() if n.startswith(field + ".")})
-        _verify(arrays, metadata)
+        stored = {name: x for name, x in _stored_shapes(folder).items()
+                  if name.startswith(field + ".")}
+        reader = _Reader(folder, stored)
+        _verify(reader, metadata)
     except DamagedError as error:
         raise InputError(_damaged(folder, error) + "; name another step") from None
-    return {name.removeprefix(field + "."): x for name, x in arrays.items()}, metadata
+
+    def leaf(name: str) -> Lazy:
+        def value() -> np.ndarray:
+            try:
+                return reader[name]
+            except DamagedError as error:  # since it was checked
+                raise InputError(_damaged(folder, error) + "; name another step") from None
+
+        return lazy.computed(stored[name].shape, stored[name].dtype, value)
+
+    return {name.removeprefix(field + "."): leaf(name) for name in reader}, metadata
+
+
+class _Reader(Mapping[str, np.ndarray]):
+    """Some arrays of a checkpoint, in the order of their names and read by groups when they are
+    looked up: a call of orbax opens all of its indices. Looking up raises DamagedError."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+        self._folder = folder
+        self._group_of: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+        self._held: dict[str, np.ndarray] = {}
+        group, size = {}, 0
+        for name in sorted(shapes):
+            size += shapes[name].size * shapes[name].dtype.itemsize
+            if size > _GROUP_BYTES:
+                group, size = {}, shapes[name].size * shapes[name].dtype.itemsize
+            group[name] = shapes[name]
+            self._group_of[name] = group
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._held:
+            self._held = {}
+            self._held = _read(self._folder, self._group_of[name])
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group_of)
+
+    def __len__(self) -> int:
+        return len(self._group_of)
 
 
 def _flatten(state: TrainState) -> dict[str, Any]:

@@ -4,26 +4,35 @@ A module's attributes carry exactly the names of the checkpoint file, so that
   key   = dotted path with the last name `kernel | scale | embedding` -> `weight`
   value = `kernel` with its (in, out) axes moved from the last two places to (1, 0)
 and everything else unchanged. Import walks the network's parameters and asks the file for each key;
-export is the same walk.
+export is the same walk. Both read and write one tensor at a time.
 """
 
-import contextlib
 import json
+import math
+import mmap
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jaxtyping import Shaped
 
+from r0_jax import tensor_file
 from r0_jax.errors import InputError
+from r0_jax.lazy import Index, Lazy
 from r0_jax.network import Network, Params
+from r0_jax.tensor_file import Tensor, TensorFile
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
+_PIECE = 2**18  # numbers read at once by each thread
+_THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
+_OWN_PAGES = 2**17  # bytes
 
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
@@ -51,8 +60,8 @@ def from_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, (1, 0), (-2, -1)) if name.endswith("kernel") else value
 
 
-def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that the file has where the parameter has `shape`."""
+def file_shape(name: str, shape: tuple) -> tuple:
+    """The shape that the file has where the parameter has `shape`; or, of an index, the index."""
     return (shape[-1], shape[-2], *shape[:-2]) if name.endswith("kernel") else tuple(shape)
 
 
@@ -102,48 +111,107 @@ def _read_index(path: Path) -> dict[str, str]:
     raise InputError(f"{path} is not a safetensors index: download it again")
 
 
-@contextlib.contextmanager
-def opened(files: list[Path]) -> Iterator[dict]:
-    """Key -> open file, over all files of one network; tensors are read one by one on demand."""
-    with contextlib.ExitStack() as stack:
-        where = {}
-        for path in files:
-            try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except FileNotFoundError:
-                raise InputError(f"{path} is missing") from None
-            except (SafetensorError, OSError) as e:
-                raise InputError(f"{path} is not a complete safetensors file ({e}): "
-                                 "download it again") from None
-            where.update(dict.fromkeys(handle.keys(), handle))
-        yield where
-
-
-def load(files: list[Path], network: Network, dtype: str = "float32",
-         left_out: tuple[str, ...] = ()) -> Params:
-    """Parameters of `network` from safetensors files, as host arrays of `dtype`.
+def open_params(files: list[Path], network: Network, dtype: str = "float32",
+                left_out: tuple[str, ...] = ()) -> dict[str, Lazy]:
+    """Parameters of `network` that stay in their safetensors files until they are read, as `dtype`.
 
     `left_out` are parts of the model ("text_model") that the network does without.
 
     Raises:
       InputError: a key is missing, unexpected or mis-shaped; the message names it and both shapes.
+        Reading raises it for a tensor that holds NaN or infinities, too.
     """
     source = files[0].parent if len(files) > 1 else files[0]
-    params = {}
-    with opened(files) as where:
-        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key, handle in where.items()
-                  if key.split(".")[0] not in left_out}
-        for name, key in match(network, shapes, source).items():
-            value = _tensor(where[key], key, source)
-            value = value.reshape(file_shape(name, network.shapes[name].shape))
-            params[name] = np.asarray(from_checkpoint(name, value), DTYPES[dtype], order="C")
-    return params
+    where = {key: file for file in map(TensorFile, files) for key in file.tensors
+             if key.split(".")[0] not in left_out}
+    shapes = {key: file.tensors[key].shape for key, file in where.items()}
+    keys = match(network, shapes, source)
+    for key in keys.values():
+        if (found := where[key].tensors[key].dtype) not in (*DTYPES, "float64"):
+            raise InputError(f"{source}: {key} holds {found}, not floating-point numbers that are "
+                             "read: quantized weights are not supported")
+    return {name: _leaf(where[key], key, name, network.shapes[name].shape, DTYPES[dtype])
+            for name, key in keys.items()}
+
+
+def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """All that `open_params` opens, on the host; for networks that are small."""
+    return {name: np.asarray(leaf) for name, leaf in open_params(files, network, dtype).items()}
+
+
+def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Lazy:
+    def read(index: Index, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+        result = _empty([part.stop - part.start for part in index], dtype)
+        _fill(to_checkpoint(name, result), file, key, file_shape(name, shape),
+              file_shape(name, index))
+        return result
+
+    return Lazy(shape, dtype, read)
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` whose memory goes back to the system when it is freed; malloc would keep some of
+    it, between shards that were allocated in the meantime."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < _OWN_PAGES:
+        return np.empty(shape, dtype)
+    # Aligned as malloc does it: what is aligned better, a CPU device keeps as one of its shards
+    # instead of a copy, and with it, where there are several, the memory of all.
+    pages = mmap.mmap(-1, count * dtype.itemsize + 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, count, offset=16).reshape(shape)
+
+
+def _fill(target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...], index: Index
+          ) -> None:
+    """target[...] = tensor[index], by pieces that the processor's cache holds; `shape` is the
+    tensor's, but for axes of length 1."""
+    if not target.size:
+        return
+    while shape and shape[0] == 1:  # or one row could be all of it
+        target, shape, index = target[0, ...], shape[1:], index[1:]
+    if not shape:
+        target, shape, index = target.reshape(1), (1,), (slice(0, 1),)
+    (rows, *columns), row = index, math.prod(shape[1:])
+    count = min(max(1, _PIECE // max(1, row)), rows.stop - rows.start)
+    starts = range(rows.start, rows.stop, count)
+    threads = min(_THREADS, len(starts))  # NumPy lets go of the interpreter while it copies
+
+    def work(thread: int) -> None:
+        # Made once: arrays that a thread makes and frees, malloc keeps.
+        stored = _empty([count, *shape[1:]], file.dtype(key))
+        bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
+        rounded, spare = (_empty([count, *target.shape[1:]], dtype)
+                          for dtype in (target.dtype, bits))
+        for first in starts[thread::threads]:
+            last = min(first + count, rows.stop)
+            piece, result, tested = (x[:last - first] for x in (stored, rounded, spare))
+            file.read_into(piece, key, first * row)
+            with np.errstate(all="ignore"):  # what it would warn of is told below
+                # Rounded first: rounding while axes move is slower.
+                np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
+            if not _finite(result, tested):
+                raise InputError(f"{file.path}: {key} holds NaN or infinities: give weights that "
+                                 "are whole")
+            target[first - rows.start:last - rows.start] = result
+
+    if threads == 1:
+        return work(0)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+
+
+def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
+    """Whether all of `x` is; `spare`, bool or of two bytes as `x` is, is overwritten."""
+    if x.dtype.itemsize != 2:
+        return bool(np.isfinite(x, out=spare).all())
+    exponent = np.uint16(0x7C00 if x.dtype == np.float16 else 0x7F80)  # NumPy is slow at this
+    return bool(np.bitwise_and(x.view(np.uint16), exponent, out=spare).max(initial=0) != exponent)
 
 
 def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, str]:
     """{parameter: key} of a file's keys and shapes, for every parameter of `network`.
 
-    Raises InputError as `load` does; `source` is what the message calls the file.
+    Raises InputError as `open_params` does; `source` is what the message calls the file.
     """
     keys = {}
     for name, struct in network.shapes.items():
@@ -178,39 +246,44 @@ def _possible_keys(name: str) -> Iterator[str]:
         yield key.removeprefix("text_model.")
 
 
-def _tensor(handle, key: str, source: Path) -> np.ndarray:
-    try:
-        value = handle.get_tensor(key)
-    except (SafetensorError, TypeError, ValueError, AttributeError) as e:  # NumPy has no float8
-        raise InputError(f"{source}: {key} cannot be read ({e})") from None
-    if value.dtype not in (*DTYPES.values(), np.dtype(np.float64)):
-        raise InputError(f"{source}: {key} holds {value.dtype}, not floating-point numbers: "
-                         "quantized weights are not supported")
-    return value
-
-
 def save(params: Params, path: Path, dtype: str = "float32",
          metadata: Mapping[str, str] | None = None) -> None:
-    """Writes parameters as one safetensors file, atomically."""
-    tensors = {
-        to_key(name): np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
-        for name, value in params.items()
-    }
-    save_tensors(tensors, path, metadata)
+    """Writes parameters as one safetensors file, atomically and one at a time."""
+    tensor_file.write(path, _tensors(params, dtype), metadata)
+
+
+def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32") -> None:
+    """Writes parameters as diffusers does: one file, or, over 10 GB, shards with an index."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in _tensors(params, dtype):
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > MAX_SHARD_SIZE:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        return tensor_file.write(folder / f"{stem}.safetensors", shards[0])
+    files = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensor_file.write(folder / name, shard)
+        files |= dict.fromkeys((tensor.key for tensor in shard), name)
+    total = sum(tensor.size for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n",
+                                                          encoding="utf-8")
+
+
+def _tensors(params: Params, dtype: str) -> list[Tensor]:
+    def tensor(name: str, value: Any) -> Tensor:
+        def read() -> np.ndarray:
+            return np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
+
+        return Tensor(to_key(name), file_shape(name, value.shape), DTYPES[dtype], read)
+
+    return [tensor(name, value) for name, value in params.items()]
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path,
                  metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors that already carry the file's names and layout, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
-    temporary.close()
-    try:
-        save_file(dict(tensors), temporary.name, metadata={"format": "pt", **(metadata or {})})
-        os.chmod(temporary.name, 0o644)
-        os.replace(temporary.name, path)
-    except BaseException as e:
-        os.unlink(temporary.name)
-        if isinstance(e, SafetensorError):  # what safetensors makes of a full disk
-            raise InputError(f"{path} cannot be written ({e}): is the disk full?") from None
-        raise
+    tensor_file.write(path, [Tensor(key, value.shape, value.dtype, lambda value=value: value)
+                             for key, value in tensors.items()], metadata)

@@ -37,6 +37,7 @@ from r0_jax.rewards import prompt_text
 from r0_jax.rewards.aesthetic import HEAD
 from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
 from r0_jax.run import check_writable
+from r0_jax.tensor_file import TensorFile
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 Fields = dict[str, Any]
@@ -181,8 +182,8 @@ def read_checkpoint(path: Path) -> Tensors:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        with convert.opened([path]) as where:
-            state = {key: handle.get_tensor(key) for key, handle in where.items()}
+        file = TensorFile(path)
+        state = {key: file.read(key) for key in file.tensors}
     else:
         state = _read_pickle(path)
     if all(key.startswith("module.") for key in state):

@@ -19,11 +19,12 @@ from pathlib import Path
 from absl import flags
 from safetensors import SafetensorError
 
-from r0_jax import cli, convert
+from r0_jax import cli
 from r0_jax.errors import InputError
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.run import check_writable
+from r0_jax.tensor_file import TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -140,7 +141,7 @@ def find_family(shapes: Shapes, path: Path) -> str:
 
 
 def _read_header(path: Path) -> tuple[Shapes, set[str]]:
-    """Shapes by key, and the dtypes of the floating-point tensors as safetensors calls them."""
+    """Shapes by key, and the dtypes of the floating-point tensors."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
@@ -148,18 +149,16 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
     if is_zip or path.suffix in _PICKLES:
         raise InputError(f"{path} is a pickle, which may run any program when it is read, so it is "
                          "not: get the checkpoint as .safetensors, which most are published as")
-    with convert.opened([path]) as where:
-        slices = {key: handle.get_slice(key) for key, handle in where.items()}
-        shapes = {key: tuple(x.get_shape()) for key, x in slices.items()}
-        dtypes = {x.get_dtype() for x in slices.values()}
-    return shapes, {dtype for dtype in dtypes if "F" in dtype}
+    tensors = TensorFile(path).tensors
+    return ({key: tensor.shape for key, tensor in tensors.items()},
+            {tensor.dtype for tensor in tensors.values() if "float" in tensor.dtype})
 
 
 def _common(dtypes: set[str]) -> str:
     """The narrowest dtype of PyTorch, of those that we read, that holds all of `dtypes`."""
-    if "F64" in dtypes or "F32" in dtypes or {"F16", "BF16"} <= dtypes:
+    if dtypes & {"float64", "float32"} or {"float16", "bfloat16"} <= dtypes:
         return "float32"
-    return "bfloat16" if "BF16" in dtypes else "float16"
+    return "bfloat16" if "bfloat16" in dtypes else "float16"
 
 
 def _cached_config(family: str) -> Path:

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import cli, data, encoded_prompts, record_shards, rewards, sharding, train
+from r0_jax import cli, data, encoded_prompts, lazy, record_shards, rewards, sharding, train
 from r0_jax.encoded_prompts import EVALUATION, NEGATIVE, TRAIN
 from r0_jax.errors import InputError
 from r0_jax.network import fingerprint
@@ -75,7 +75,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
         prompts[EVALUATION] = list(dict.fromkeys(itertools.chain(*asked)))
     tokens = {split: pipeline.tokenize(texts) for split, texts in prompts.items()}
     mesh = sharding.local_mesh()
-    params = jax.device_put(pipeline.params, sharding.replicated(mesh))
+    params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices, as far as they divide a batch.
     where = (sharding.batch_sharding(mesh) if batch_size % mesh.size == 0
              else sharding.replicated(mesh))
@@ -150,7 +150,7 @@ def encode(config: ConfigDict, out: Path, *, dtype: str = "bfloat16", batch_size
 
     @functools.cache
     def device_params(name: str):
-        return jax.device_put(found[name].params)
+        return lazy.place(found[name].params)
 
     def features(texts: Sequence[str]) -> dict[str, np.ndarray]:
         return {f"features/{name}": np.asarray(reward.text_features(device_params(name), texts))

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
 from absl import flags
 
 from r0_jax import cli, comfyui, convert, kohya, lora, model_card
@@ -117,8 +116,8 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     fields = read_json(source / part / "config.json")
     if (mended := mend_sample_size(fields)) != fields:
         _write_json(folder / part / "config.json", mended)
-    weights = jax.device_get(run.weights(params, "float32"))  # rounded once, to `dtype`
-    convert.save(weights, folder / part / "diffusion_pytorch_model.safetensors", dtype)
+    weights = run.weights(params, "float32")  # rounded once, to `dtype`
+    convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
 
 
 def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:

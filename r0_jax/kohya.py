@@ -72,7 +72,7 @@ def tensors(run: Run, params: HostParams, dtype: str) -> Tensors:
         found[f"{key}.{side}.weight"] = np.asarray(convert.to_checkpoint(name, np.asarray(value)),
                                                    convert.DTYPES[dtype], order="C")
         found[f"{key}.alpha"] = np.asarray(run.generator.alpha, np.float32)
-    return found
+    return dict(sorted(found.items()))
 
 
 def module_key(module: str, layers: Sequence[int], xl: bool) -> str:

@@ -16,9 +16,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from r0_jax.lazy import Lazy
 from r0_jax.models import attention_backend
 
-Params = dict[str, jax.Array | np.ndarray]  # NumPy while they are on the host
+# NumPy or Lazy while they are not on devices; only Lazy may be larger than the host's memory.
+Params = dict[str, jax.Array | np.ndarray | Lazy]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 

@@ -1,6 +1,7 @@
 """A workdir read back: its config, its pipeline, and the generator that it trained."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint, few_step
+from r0_jax import checkpoint, few_step, lazy
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
+from r0_jax.lazy import Lazy
 from r0_jax.models.config import read_json
-from r0_jax.network import Params
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline
 
-HostParams = dict[str, Shaped[np.ndarray, "..."]]  # flat, by dotted name, in numpy
+# Flat, by dotted name: adapters in NumPy, whole weights in the files of their checkpoint.
+HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
 
 # What readers of a run ask of its config.
 _NEEDED = (
@@ -65,11 +67,11 @@ class Run:
         Raises InputError where they are damaged or do not fit the pretrained pipeline.
         """
         field = "ema_params" if ema else "params"
-        params, _ = checkpoint.load_params(self.workdir, field, step)
-        part = self.pipeline.generator_part
-        base, shapes = self.pipeline.params[part], self.pipeline.networks[part].shapes
+        read = checkpoint.load_params if self.generator.rank else checkpoint.open_params
+        params, _ = read(self.workdir, field, step)
+        shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
         expected = jax.eval_shape(
-            lambda base: self.generator.init(jax.random.key(0), base, shapes), base
+            lambda base: self.generator.init(jax.random.key(0), base, shapes), shapes
         )
         for name in sorted(expected.keys() | params.keys()):
             here, there = (x[name].shape if name in x else "absent" for x in (expected, params))
@@ -81,12 +83,24 @@ class Run:
                 )
         return params
 
-    def weights(self, params: HostParams, dtype: str | None = None) -> Params:
-        """The network's weights in `dtype`, by default the config's; adapters merged in float32."""
-        generator = dataclasses.replace(self.generator, dtype=dtype or self.generator.dtype)
+    def weights(self, params: HostParams, dtype: str | None = None) -> dict[str, Lazy]:
+        """The network's weights in `dtype`, by default the config's; adapters are merged in
+        float32, each when it is read."""
+        generator = dataclasses.replace(self.generator, dtype="float32")
         base = self.pipeline.params[self.pipeline.generator_part]
-        with jax.default_matmul_precision("highest"):  # accelerators would round factors to bf16
-            return generator.weights(jax.tree.map(jnp.asarray, params), base)
+
+        def value(name: str) -> np.ndarray:
+            module = name.removesuffix(".kernel")
+            own = (name, f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
+            trained = {n: jnp.asarray(params[n]) for n in own if n in params}
+            start = {} if name in trained else {name: jnp.asarray(base[name])}
+            # Accelerators would round factors to bf16.
+            with jax.default_matmul_precision("highest"):
+                return np.asarray(generator.weights(trained, start)[name])
+
+        # In the order in which checkpoints are read.
+        return {name: lazy.computed(base[name].shape, dtype or self.generator.dtype,
+                                    functools.partial(value, name)) for name in sorted(base)}
 
 
 def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None,

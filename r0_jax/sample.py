@@ -21,7 +21,7 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import cli, data, few_step, images, sampler, schedulers, sharding
+from r0_jax import cli, data, few_step, images, lazy, sampler, schedulers, sharding
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
@@ -114,8 +114,7 @@ def draw(
     pipeline, params, scheduler = source
     mesh = sharding.local_mesh()
     draw_images = ImageSampler(pipeline, scheduler, guidance_scale, eta, mesh)
-    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params),
-                            sharding.replicated(mesh))
+    params = lazy.place(params, sharding.replicated(mesh), dtype)
     tokens = pipeline.tokenize(prompts)
     batch_size = min(batch_size, len(prompts))
     for start in range(0, len(prompts), batch_size):

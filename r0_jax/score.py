@@ -22,7 +22,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from r0_jax import cli, data, images, rewards, statistics
+from r0_jax import cli, data, images, lazy, rewards, statistics
 from r0_jax.errors import InputError
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
@@ -132,9 +132,10 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
     Prompts are encoded once; one program a reward and image shape.
     """
     prompts = [item.prompt for item in items]
-    features = {r.name: r.text_features and r.text_features(r.params, prompts) for r in found}
+    params = {r.name: lazy.place(r.params) for r in found}
+    features = {r.name: r.text_features and r.text_features(params[r.name], prompts)
+                for r in found}
     scorers = {r.name: jax.jit(r.score) for r in found}
-    params = {r.name: jax.device_put(r.params) for r in found}
     rows: dict[int, dict[str, float]] = {}
     bar = progress.Progress(console=console, disable=not console.is_terminal)
     with bar:

@@ -18,6 +18,7 @@ from r0_jax import (
     encoded_prompts,
     few_step,
     images,
+    lazy,
     prompt_dataset,
     rewards,
     run,
@@ -105,7 +106,8 @@ class Testbed:
             found |= world.judge_metrics(drawn, self.prompts)
         for reward in self.rewards + self.heldout:
             features = self.features.get(f"features/{reward.name}")
-            scores = score(jax.jit(reward.score), reward.params, drawn, features, test.batch_size)
+            scores = score(jax.jit(reward.score), lazy.place(reward.params), drawn, features,
+                           test.batch_size)
             name = f"reward/{reward.name}"
             if reward.name == test.features:
                 name = "heldout_clip_score"
@@ -158,6 +160,7 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
         return None
     entry = config.heldout_rewards[config.test.features]
     network, params, _, prepare, *_ = tower.load(entry.path, config.dtype, text=False)
+    params = lazy.place(params)
     encode = jax.jit(lambda params, x, _: normalize(
         network.apply(params, "image_features", prepare(x).astype(config.dtype))))
     return lambda x: score(encode, params, x, None, config.test.batch_size)
@@ -197,8 +200,9 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
     everywhere = sharding.replicated(sharding.local_mesh())
     for name, model in models.items():
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
-        params = jax.device_put(model.params, everywhere)
-        table["models"][name], drawn = testbed.measure(model._replace(params=params))
+        placed = model._replace(params=lazy.place(model.params, everywhere))
+        table["models"][name], drawn = testbed.measure(placed)
+        del placed  # before the next one is on the devices
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
         for i, file in enumerate(files[name]):
             images.save_png(folder / "samples" / "eval" / file, drawn[i],

@@ -28,6 +28,7 @@ from r0_jax import (
     checkpoint,
     data,
     encoded_prompts,
+    lazy,
     optim,
     prompt_dataset,
     report,
@@ -74,7 +75,7 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
 
-    # Pretrained models, on the host.
+    # Pretrained models; their weights stay in the files.
     encoded = encoded_prompts.open_of(config)  # then no text encoder is needed
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=encoded is None)
     if encoded is not None:
@@ -300,7 +301,7 @@ def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyD
     """What is never trained, on the devices: the objective's `frozen`."""
     def place(params: Params) -> Params:
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-        return jax.device_put(params, sharding.param_sharding(shapes, mesh, config.sharding))
+        return lazy.place(params, sharding.param_sharding(shapes, mesh, config.sharding))
 
     parts = {part: place(params) for part, params in pipeline.params.items()}
     parts["base"] = parts.pop(pipeline.generator_part)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from r0_jax import few_step, hacking, images, prompt_dataset
+from r0_jax import few_step, hacking, images, lazy, prompt_dataset
 from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
@@ -47,7 +47,11 @@ class Validation:
         values = {f"hacking/{name}": value for name, value in found.items()}
         for reward in self.rewards:
             features = self.features.get(f"features/{reward.name}")
-            scores = score(self.scores[reward.name], reward.params, drawn, features, _BATCH)
+            params = self.frozen["rewards"].get(reward.name)
+            if params is None:  # held out: on a device for only this long
+                params = lazy.place(reward.params)
+            scores = score(self.scores[reward.name], params, drawn, features, _BATCH)
+            del params
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
         if jax.process_index() == 0:

@@ -230,9 +230,10 @@ def test_sd3_without_t5_and_in_the_dtype_of_the_file(world, tmp_path):
 
 
 def test_the_narrowest_dtype_that_holds_all():
-    assert single._common({"F16"}) == single._common({"F16", "F8_E4M3"}) == "float16"
-    assert single._common({"BF16"}) == "bfloat16"
-    assert single._common({"BF16", "F16"}) == single._common({"F16", "F32"}) == "float32"
+    assert single._common({"float16"}) == "float16"
+    assert single._common({"float16", "float8_e4m3fn"}) == "float16"
+    assert single._common({"bfloat16"}) == "bfloat16"
+    assert single._common({"bfloat16", "float16"}) == single._common({"float16", "float32"}) == "float32"
 
 
 def test_configs_of_another_size_are_told(world, tmp_path):

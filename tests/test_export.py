@@ -24,7 +24,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from r0_jax import comfyui, convert, export, lora, sample, train_state
+from r0_jax import comfyui, convert, export, lazy, lora, sample, train_state
 from r0_jax.checkpoint import Checkpoints
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
@@ -291,7 +291,7 @@ def test_an_old_sample_size_is_written_as_it_was_trained(runs, pretrained, tmp_p
 
 def test_which_parameters_and_dtype(runs, tmp_path):
     opened = open_run(runs / "lora")
-    base = opened.pipeline.params["unet"]
+    base = lazy.place(opened.pipeline.params["unet"])
     seen = []
     for step, ema, dtype in [
         ("", True, "float32"), ("latest", True, "float32"), ("10", False, "float16"),
@@ -394,7 +394,7 @@ def test_nothing_is_left_of_an_export_that_failed(runs, exported, tmp_path, monk
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.convert, "save", fail)
+    monkeypatch.setattr(export.convert, "save_shards", fail)
     with pytest.raises(OSError, match="No space left"):
         export.export(runs / "lora", tmp_path / "out", "diffusers", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]

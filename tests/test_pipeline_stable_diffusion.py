@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from r0_jax import few_step, noise_schedule, schedulers
+from r0_jax import few_step, lazy, noise_schedule, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
@@ -115,7 +115,8 @@ def test_tokens_are_padded_to_the_length_of_the_tokenizer(pipeline, copy, length
 
 def test_encode_prompt(pipeline, stock, compile_quickly):
     expected = stock.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-    conditioning = jax.jit(pipeline.encode_prompt)(pipeline.params, pipeline.tokenize(PROMPTS))
+    params = lazy.place(pipeline.params)
+    conditioning = jax.jit(pipeline.encode_prompt)(params, pipeline.tokenize(PROMPTS))
     assert list(conditioning) == ["prompt_embeds"]
     parity.assert_close(conditioning["prompt_embeds"], parity.to_jax(expected), parity.OUTPUT)
 
@@ -134,7 +135,7 @@ def test_denoise_and_features(pipeline, stock, compile_quickly):
 
     run = jax.jit(run)
     for dtype, tolerance in ((jnp.float32, parity.OUTPUT), (jnp.bfloat16, 1e-1)):
-        unet = {name: value.astype(dtype) for name, value in pipeline.params["unet"].items()}
+        unet = lazy.place(pipeline.params["unet"], dtype=dtype)
         output, mid = run(unet, LATENTS)
         assert output.dtype == mid.dtype == jnp.float32
         parity.assert_close(output, parity.to_jax(expected), tolerance)
@@ -146,7 +147,7 @@ def test_decode(pipeline, stock, compile_quickly, dtype, tolerance):
     latents = stock.vae.config.scaling_factor * parity.to_torch(LATENTS)
     decoded = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
     expected = stock.image_processor.postprocess(decoded.detach(), output_type="np")
-    vae = {name: value.astype(dtype) for name, value in pipeline.params["vae"].items()}
+    vae = lazy.place(pipeline.params["vae"], dtype=dtype)
     decode = jax.jit(lambda vae, latents: (pipeline.decode(vae, latents),
                                            pipeline.decode_unclipped(vae, latents)))
     images, unclipped = decode(vae, parity.to_jax(latents))
@@ -179,7 +180,8 @@ def test_decode_scales_and_does_not_shift(pipeline, stock, compile_quickly):
 
     expected = pipe(PROMPTS, num_inference_steps=1, guidance_scale=1, output_type="np",
                     latents=parity.to_torch(LATENTS), callback_on_step_end=keep).images
-    images = jax.jit(other.decode)(pipeline.params["vae"], parity.to_jax(final["latents"]))
+    vae = lazy.place(pipeline.params["vae"])
+    images = jax.jit(other.decode)(vae, parity.to_jax(final["latents"]))
     assert images.std() > 0.05
     parity.assert_close(images, expected, parity.OUTPUT)
 
@@ -229,7 +231,7 @@ def test_images_are_those_of_the_stock_pipeline(
 
     config = config | stable_diffusion.OVERRULED
     sampler = ImageSampler(pipeline, schedulers.from_config(config, steps), guidance_scale)
-    images = sampler(pipeline.params, pipeline.tokenize(PROMPTS),
+    images = sampler(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
                      jnp.asarray(LATENTS), jax.random.split(jax.random.key(0), len(PROMPTS)))
     assert np.mean((expected > 0.01) & (expected < 0.99)) > 0.2, "saturated: tests little"
     difference = np.abs(np.asarray(images) - expected)

@@ -12,7 +12,7 @@ import parity
 import pytest
 import torch
 
-from r0_jax import few_step, miniature, sample, schedulers
+from r0_jax import few_step, lazy, miniature, sample, schedulers
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.models.attention_backend import Backend
@@ -83,8 +83,8 @@ def theirs(pipe, latents, steps, guidance_scale, **kwargs):
 def ours(pipeline, scheduler, guidance_scale):
     sampler = ImageSampler(pipeline, scheduler, guidance_scale)
     noise = noise_of(pipeline)
-    return np.asarray(sampler(pipeline.params, pipeline.tokenize(PROMPTS), jnp.asarray(noise),
-                              jax.random.split(jax.random.key(0), len(noise))))
+    return np.asarray(sampler(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
+                              jnp.asarray(noise), jax.random.split(jax.random.key(0), len(noise))))
 
 
 def assert_same_images(found, expected):
@@ -103,7 +103,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, compile_q
         positive = pipeline.encode_prompt(params, tokens)
         return positive, pipeline.encode_negative(params, empty, positive)
 
-    positive, negative = encode(pipeline.params, pipeline.tokenize(PROMPTS),
+    positive, negative = encode(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
                                 pipeline.tokenize([""]))
     with torch.no_grad():
         if name in ("sd", "taiyi"):
@@ -165,8 +165,7 @@ def test_an_empty_prompt_may_be_encoded_instead_of_zeros(folders, tmp_path, comp
 def test_bfloat16_keeps_the_sizes_whole(loaded):
     """1336 is no bfloat16: told as one, it would be 1336 no more."""
     pipeline = loaded("sdxl")
-    params = {part: {name: jnp.asarray(x, jnp.bfloat16) for name, x in values.items()}
-              for part, values in pipeline.params.items()}
+    params = lazy.place(pipeline.params, dtype=jnp.bfloat16)
     told = jax.eval_shape(pipeline.encode_prompt, params, pipeline.tokenize(PROMPTS))
     assert told["add_time_ids"].dtype == jnp.int32
     assert told["prompt_embeds"].dtype == jnp.bfloat16

@@ -15,7 +15,7 @@ from test_preprocess import in_torch, noise
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from configs.common import reward_entry
-from r0_jax import rewards
+from r0_jax import lazy, rewards
 from r0_jax.errors import InputError
 from r0_jax.rewards import plugin, tower
 from r0_jax.rewards.reward import Reward, value_and_gradient
@@ -52,15 +52,15 @@ def reward(folder):
 
 
 def score(reward, images, features):
-    return jax.jit(reward.score, compiler_options=FAST)(reward.params, jnp.asarray(images),
-                                                        features)
+    params = lazy.place(reward.params)
+    return jax.jit(reward.score, compiler_options=FAST)(params, jnp.asarray(images), features)
 
 
 def scores_and_gradient(reward, images, features):
     features = features if features is None else jnp.asarray(features)
     compiled = jax.jit(lambda params, images: value_and_gradient(
         lambda x: reward.score(params, x, features), images), compiler_options=FAST)
-    return compiled(reward.params, jnp.asarray(images))
+    return compiled(lazy.place(reward.params), jnp.asarray(images))
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (23, 40), (11, 9)], ids="{0[0]}x{0[1]}".format)
@@ -132,8 +132,9 @@ def test_towers_compute_in_their_dtype_and_score_in_float32(folder):
     assert {str(x.dtype) for x in reward.params.values()} == {"bfloat16"}
     features = jax.ShapeDtypeStruct((2, 12), jnp.float32)
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-    assert jax.eval_shape(reward.score, reward.params, images, features).dtype == jnp.float32
-    program = str(jax.make_jaxpr(reward.score)(reward.params, images, features))
+    params = lazy.place(reward.params)
+    assert jax.eval_shape(reward.score, params, images, features).dtype == jnp.float32
+    program = str(jax.make_jaxpr(reward.score)(params, images, features))
     products = [line for line in program.splitlines() if "dot_general" in line and ":f32" in line]
     assert not [line for line in products if "16]" in line.split("=")[0]], products
 

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from configs import shapes_r0
-from r0_jax import rewards, schedulers
+from r0_jax import lazy, rewards, schedulers
 from r0_jax.inference import ImageSampler
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD
@@ -44,7 +44,7 @@ def test_prompts_are_of_their_split_in_both_languages(split):
 def test_stock_diffusers_draws_the_same_images(pipeline):
     noise, keys = fixed_noise(3, len(FOUR), pipeline.latent_shape)
     sampler = ImageSampler(pipeline, schedulers.from_config(pipeline.scheduler_config, 4), 2.0)
-    ours = np.asarray(sampler(pipeline.params, pipeline.tokenize(FOUR), noise, keys))
+    ours = np.asarray(sampler(lazy.place(pipeline.params), pipeline.tokenize(FOUR), noise, keys))
     stock = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINTS / "pipeline",
                                                               dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
@@ -69,7 +69,7 @@ def test_transformers_gives_the_same_scores(name):
         theirs = model(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), **ids)
     cosine = (theirs.image_embeds * theirs.text_embeds).sum(-1).numpy()
     features = jnp.asarray(reward.text_features(reward.params, FOUR))
-    ours = reward.score(reward.params, jnp.asarray(images), features)
+    ours = reward.score(lazy.place(reward.params), jnp.asarray(images), features)
     np.testing.assert_allclose(ours, cosine, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_rewards_tell_scenes_from_other_scenes_and_from_noise():
         score = jax.jit(reward.score)
 
         def mean(images, score=score, reward=reward, features=features):
-            return score(reward.params, images.astype(np.float32), features)
+            return score(lazy.place(reward.params), images.astype(np.float32), features)
 
         if name == "aesthetic":
             assert np.mean(mean(clean) > mean(noisy)) > 0.95
@@ -97,5 +97,5 @@ def test_the_base_draws_what_it_is_asked_for(pipeline):
     noise, keys = fixed_noise(4, len(captions), pipeline.latent_shape)
     scheduler = schedulers.from_config(pipeline.scheduler_config, 25)
     sampler = ImageSampler(pipeline, scheduler, shapes_r0.get_config().test.guidance_scale)
-    drawn = sampler(pipeline.params, pipeline.tokenize(captions), noise, keys)
+    drawn = sampler(lazy.place(pipeline.params), pipeline.tokenize(captions), noise, keys)
     assert judge(np.asarray(drawn), captions).correct.mean() > 0.6

@@ -26,7 +26,8 @@ _SOURCES = {
 
 def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: bool = True,
          images: bool = True) -> Pipeline:
-    """Reads a diffusers folder of a supported family; parameters arrive on the host as `dtype`.
+    """Reads a diffusers folder of a supported family; parameters stay in their files until
+    `lazy.place` reads them as `dtype`.
 
     Args:
       family: the class of diffusers that it must be, "" any.

@@ -76,9 +76,9 @@ class Folder:
     scheduler_config: dict[str, Any]
 
     def load(self, dtype: str) -> dict[str, Params]:
-        """The parameters of the networks whose files were asked for, on the host; InputError names
+        """The parameters of the networks whose files were asked for, `lazy` ones; InputError names
         a key that is wrong."""
-        return {part: convert.load(files, self.networks[part], dtype)
+        return {part: convert.open_params(files, self.networks[part], dtype)
                 for part, files in self.files.items()}
 
     def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:

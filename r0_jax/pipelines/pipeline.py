@@ -38,7 +38,7 @@ class Pipeline(abc.ABC):
 
     Attributes:
       networks, params: of each part ("unet" or "transformer", "vae", "text_encoder", ...); params
-        are on the host.
+        are `Lazy`: what computes with them calls `lazy.place` first.
       tokenizers: by their folder: "tokenizer", "tokenizer_2", "tokenizer_3".
       scheduler_config: of diffusers, as the stock pipeline reads it.
       negative: embeddings [1, ...] that guidance leads away from, where prompts were encoded

@@ -50,8 +50,8 @@ class StableDiffusionPipeline(Pipeline):
 
 def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
          ) -> StableDiffusionPipeline:
-    """Reads a diffusers folder of Stable Diffusion 1.x; parameters arrive on the host as `dtype`.
-    `text` and `images` as for `families.load`.
+    """Reads a diffusers folder of Stable Diffusion 1.x; parameters stay in their files, to be
+    read as `dtype`. `text` and `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

@@ -77,8 +77,8 @@ class StableDiffusion3Pipeline(Pipeline):
 
 def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
          ) -> StableDiffusion3Pipeline:
-    """Reads a diffusers folder of Stable Diffusion 3; parameters arrive on the host as `dtype`.
-    `text` and `images` as for `families.load`.
+    """Reads a diffusers folder of Stable Diffusion 3; parameters stay in their files, to be
+    read as `dtype`. `text` and `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

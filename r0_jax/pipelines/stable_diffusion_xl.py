@@ -85,8 +85,8 @@ class StableDiffusionXLPipeline(Pipeline):
 
 def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
          ) -> StableDiffusionXLPipeline:
-    """Reads a diffusers folder of SDXL; parameters arrive on the host as `dtype`. `text` and
-    `images` as for `families.load`.
+    """Reads a diffusers folder of SDXL; parameters stay in their files, to be
+    read as `dtype`. `text` and `images` as for `families.load`.
 
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its

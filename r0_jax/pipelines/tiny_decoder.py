@@ -62,7 +62,8 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
                 f"objective.decoder={folder} decodes {what.format(here)}, but the vae of "
                 f"{pipeline.folder} {what.format(there)}: {_WHICH}")
     network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
-    params = convert.load(convert.find_files(folder, "diffusion_pytorch_model"), network, dtype)
+    files = convert.find_files(folder, "diffusion_pytorch_model")
+    params = convert.open_params(files, network, dtype)
     # Whether a shift is added is the family's, not the autoencoder's.
     replaced = dataclasses.replace(pipeline, networks=pipeline.networks | {"vae": network})
     return TinyDecoder(network, params, replaced.shift)

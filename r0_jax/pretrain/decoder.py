@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import convert, noise_schedule
+from r0_jax import convert, lazy, noise_schedule
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.vae import STEM, difference, scene_batches
@@ -22,7 +22,7 @@ from r0_jax.shapes.scene import render
 def train(config: ConfigDict, out: Path) -> None:
     """Rewrites `out/pipeline/vae`, of which the encoder stays the same."""
     pipeline = stable_diffusion.load(out / "pipeline")
-    vae, frozen = pipeline.networks["vae"], jax.device_put(pipeline.params)
+    vae, frozen = pipeline.networks["vae"], lazy.place(pipeline.params)
     scale = vae.config.scaling_factor
     products = noise_schedule.alphas_cumprod(pipeline.scheduler_config)[:config.latest_timestep]
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
@@ -53,7 +53,7 @@ def train(config: ConfigDict, out: Path) -> None:
             yield {"scenes": scenes, "layouts": layouts,
                    **pipeline.tokenize(captions_for(scenes, rng))}
 
-    start = {name: value for name, value in pipeline.params["vae"].items()
+    start = {name: np.asarray(value) for name, value in pipeline.params["vae"].items()
              if name.startswith(("decoder.", "post_quant_conv."))}
     params = {**pipeline.params["vae"], **fit(loss, start, batches(), config)}
     path = out / "pipeline" / "vae" / f"{STEM}.safetensors"

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax import convert, few_step
+from r0_jax import convert, few_step, lazy
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
 from r0_jax.models.score_mlp import ScoreMLP
@@ -38,6 +38,7 @@ def train_preference(config: ConfigDict, out: Path) -> None:
     bent, a near miss of it, or what the base draws of the prompt in few steps.
     """
     network, params, _, prepare, *_ = tower.load(out / "clip")
+    params = lazy.place(params)
     tokenizer = load_tokenizer(out / "clip")
 
     def loss(params, batch, key):
@@ -69,7 +70,7 @@ def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
     tokens = pipeline.tokenize(captions_for(scenes, rng))
     count = config.few_step_images
     noise, keys = fixed_noise(config.seed, count, pipeline.latent_shape)
-    params = jax.device_put(pipeline.params)
+    params = lazy.place(pipeline.params)
     drawn = []
     for steps, rows in zip(config.few_steps, np.array_split(np.arange(count),
                                                             len(config.few_steps)), strict=True):
@@ -103,7 +104,7 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         return ScoreMLP(inputs, rngs=rngs)
 
     head = Network.abstract(constructor)
-    tower_params = jax.device_put(tower_params)
+    tower_params = lazy.place(tower_params)
 
     def loss(params, batch, key):
         level_key, degrade_key, warp_key, which_key = jax.random.split(key, 4)

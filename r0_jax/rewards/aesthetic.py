@@ -27,7 +27,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     clip = found.network
     head = Network.abstract(lambda rngs: ScoreMLP(found.width, rngs=rngs))
     path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
-    head_params = convert.load([path], head, "float32")
+    head_params = convert.open_params([path], head, "float32")
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: jax.Array | None) -> Float[Array, " b"]:

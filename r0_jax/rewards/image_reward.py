@@ -29,7 +29,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     folder = Path(entry.path)
     config = ImageRewardConfig.from_json(_config(folder))
     network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
-    params = convert.load(convert.find_files(folder, "model"), network, "float32")
+    params = convert.open_params(convert.find_files(folder, "model"), network, "float32")
     params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
               for k, v in params.items()}
     prepare = Preprocess(config.vision_config.image_size, corner="round", resize=entry.resize)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from r0_jax import lazy
 from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
 
@@ -53,16 +54,17 @@ def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = Tru
     Raises:
       InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
     """
+    params = lazy.place(reward.params)
     if reward.text_features is not None and features is None:
         with _blaming(reward, "2 prompts"):
-            features = reward.text_features(reward.params, ["a first prompt", "第二个提示"])
+            features = reward.text_features(params, ["a first prompt", "第二个提示"])
         if features.ndim != 2 or len(features) != 2:
             raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
                              f"{features.shape}; expected (2, D)")
     images = jax.random.normal(jax.random.key(0), (2, *image_shape))
     images = jnp.clip(0.5 + 0.5 * images, 0.0, 1.0)
     with _blaming(reward, f"images of shape {images.shape}"):
-        found = jax.eval_shape(reward.score, reward.params, images, features)
+        found = jax.eval_shape(reward.score, params, images, features)
     if getattr(found, "shape", None) != (2,) or found.dtype != jnp.float32:
         raise InputError(f"reward {reward.name} returns {found} for 2 images; "
                          "expected float32 of shape (2,)")
@@ -72,7 +74,7 @@ def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = Tru
         return value[0], value
 
     with _blaming(reward, f"the gradient at images of shape {images.shape}"):
-        grads, value = jax.jit(jax.grad(first, has_aux=True))(images, reward.params)
+        grads, value = jax.jit(jax.grad(first, has_aux=True))(images, params)
     if not bool(jnp.all(jnp.isfinite(value))):
         raise InputError(f"reward {reward.name} is not finite on random images: {value}")
     if not trained:

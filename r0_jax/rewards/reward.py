@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
+from r0_jax import lazy
 from r0_jax.errors import InputError
 from r0_jax.network import Params, fingerprint
 
@@ -23,7 +24,8 @@ class Reward:
 
     Attributes:
       name: its name in the config and in every metric.
-      params: frozen weights, passed back to `score` and `text_features` as an argument.
+      params: frozen weights, passed back as an argument: `Lazy` ones, which `text_features` takes
+        as they are and `score` when they are placed (`lazy.place`).
       score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]. One image's score
         must not depend on another's: gradients are normalized sample by sample.
       text_features: (params, prompts) -> [N, D], computed once per prompt: float32 features, or
@@ -50,13 +52,13 @@ class Reward:
     def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                  prompts: Sequence[str]) -> Float[Array, " b"]:
         """One float32 score an image in [0, 1]; jitted, compiled once a shape."""
-        return self._score(self.params, jnp.asarray(images), self._features(prompts))
+        return self._score(self._placed, jnp.asarray(images), self._features(prompts))
 
     def value_and_grad(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                        prompts: Sequence[str]
                        ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
         """Scores, and each image's gradient of its own score; jitted, compiled once a shape."""
-        return self._value_and_grad(self.params, jnp.asarray(images), self._features(prompts))
+        return self._value_and_grad(self._placed, jnp.asarray(images), self._features(prompts))
 
     def truncated_share(self, prompts: Sequence[str]) -> float | None:
         """The share of prompts that lose their end, 0 to 1; None where none can."""
@@ -76,12 +78,17 @@ class Reward:
     def same_weights(self, other: "Reward") -> bool:
         """Whether both judge by the same numbers, whatever they are called."""
         return bool(self.params) and self.params.keys() == other.params.keys() and all(
-            np.array_equal(value, other.params[name]) for name, value in self.params.items())
+            np.array_equal(np.asarray(value), np.asarray(other.params[name]))
+            for name, value in self.params.items())
 
     def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
         if self.text_features is None:
             return None
-        return self.text_features(self.params, list(prompts))
+        return self.text_features(self._placed, list(prompts))
+
+    @functools.cached_property
+    def _placed(self) -> Params:
+        return lazy.place(self.params)
 
     @functools.cached_property
     def _score(self):

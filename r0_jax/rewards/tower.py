@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from r0_jax import convert
+from r0_jax import convert, lazy
 from r0_jax.errors import InputError
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
@@ -33,7 +33,7 @@ class Tower(NamedTuple):
 
     Attributes:
       network: has the methods `image_features` and `text_features`.
-      params: on the host.
+      params: `Lazy`, to be placed before they are computed with.
       tokenize: prompts -> token ids; None where the text tower was left out.
       prepare: images in [0, 1] -> what `image_features` takes.
       width: of the space that both share.
@@ -55,13 +55,14 @@ class Tower(NamedTuple):
         return self.prepare.size // patch
 
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
-        """(params, prompts) -> normalized text features in float32, compiled once."""
+        """(params, prompts) -> normalized text features in float32, compiled once; params that are
+        not on a device are placed for that long."""
         @jax.jit
         def encode(params: Params, input_ids: jax.Array) -> jax.Array:
             return normalize(self.network.apply(params, "text_features", input_ids))
 
         def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-            ids, rows = self.tokenize(prompts).ids, []
+            params, ids, rows = lazy.place(params), self.tokenize(prompts).ids, []
             for start in range(0, len(ids), _TEXT_BATCH):
                 chunk = ids[start:start + _TEXT_BATCH]
                 padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
@@ -144,8 +145,8 @@ def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
         return built
 
     network = Network.abstract(construct)
-    return Tower(network, convert.load(files, network, dtype, left_out), tokenize, prepare, width,
-                 module.text_parts)
+    params = convert.open_params(files, network, dtype, left_out)
+    return Tower(network, params, tokenize, prepare, width, module.text_parts)
 
 
 def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
