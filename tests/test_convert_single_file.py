@@ -233,7 +233,8 @@ def test_the_narrowest_dtype_that_holds_all():
     assert single._common({"float16"}) == "float16"
     assert single._common({"float16", "float8_e4m3fn"}) == "float16"
     assert single._common({"bfloat16"}) == "bfloat16"
-    assert single._common({"bfloat16", "float16"}) == single._common({"float16", "float32"}) == "float32"
+    assert single._common({"bfloat16", "float16"}) == "float32"
+    assert single._common({"float16", "float32"}) == "float32"
 
 
 def test_configs_of_another_size_are_told(world, tmp_path):
