@@ -23,6 +23,7 @@ from r0_jax import (
     data,
     encode_prompts,
     encoded_prompts,
+    lazy,
     miniature,
     prompt_dataset,
     record_shards,
@@ -105,9 +106,10 @@ def first_loss(config, pipeline, batches):
                           pipeline.fixed)
     objective = Objective(pipeline, generator, trained_on, config)
     part = pipeline.generator_part
-    frozen = {**pipeline.params, "base": pipeline.params[part], "empty": pipeline.empty,
-              "rewards": {reward.name: reward.params for reward in trained_on}}
-    params = generator.init(jax.random.key(0), pipeline.params[part],
+    placed = lazy.place(pipeline.params)
+    frozen = {**placed, "base": placed[part], "empty": pipeline.empty,
+              "rewards": {reward.name: lazy.place(reward.params) for reward in trained_on}}
+    params = generator.init(jax.random.key(0), placed[part],
                             pipeline.networks[part].shapes)
     params = {name: value + 0.1 for name, value in params.items()}
     keys = step_world.sample_keys(config.batch_size)
@@ -285,7 +287,7 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
                                   np.load("evaluation.npy").astype("bfloat16"))
     reward = rewards.load("clip_score", miniature.kept("StableDiffusionXLPipeline") / "clip")
     np.testing.assert_allclose(found["features/clip_score"], reward.text_features(
-        reward.params, found["prompt"].tolist()), atol=4e-3)
+        lazy.place(reward.params), found["prompt"].tolist()), atol=4e-3)
 
 
 def test_what_is_written_is_what_is_read(tmp_path):

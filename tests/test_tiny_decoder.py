@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny as TorchTiny
 from step_world import FAST, assert_close, batch
 
-from r0_jax import miniature
+from r0_jax import lazy, miniature
 from r0_jax.errors import InputError
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families, tiny_decoder
@@ -65,7 +65,7 @@ def test_images_are_those_of_a_stock_pipeline_with_this_vae(
                                 latents=parity.to_torch(noise), output_type=kind).images
                            for kind in ("latent", "np"))
     decoder = tiny_decoder.load(tmp_path, pipeline)
-    decoded = jax.jit(decoder.decode_unclipped)(decoder.params, jnp.asarray(parity.to_jax(latents)))
+    decoded = jax.jit(decoder.decode_unclipped)(lazy.place(decoder.params), jnp.asarray(parity.to_jax(latents)))
     assert decoded.shape == (1, *pipeline.image_shape)
     assert np.mean((images > 0) & (images < 1)) > 0.3, "saturated: tests little"
     np.testing.assert_allclose(np.clip(decoded, 0, 1), images, atol=2e-5)
@@ -110,7 +110,7 @@ def worlds(tmp_path_factory):
     write(folder, seed=3)
     world = step_world.make()
     decoder = tiny_decoder.load(folder, world.pipeline)
-    params = jax.tree.map(jnp.asarray, decoder.params)
+    params = lazy.place(decoder.params)
     beside = world._replace(
         objective=Objective(world.pipeline, world.generator, step_world.REWARDS, world.config,
                             decoder),
