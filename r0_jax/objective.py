@@ -38,7 +38,7 @@ class Objective:
 
     `frozen` holds what is never trained, as arguments and never as constants of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
-    "rewards" ({name: params}) and "empty" (the tokens of the empty prompt).
+    "rewards" ({name: params}) and "empty" (`Pipeline.empty`).
     """
 
     def __init__(self, pipeline: Pipeline, generator: Generator,
@@ -62,8 +62,8 @@ class Objective:
              ) -> tuple[Float[Array, ""], Metrics]:
         """Mean over the batch's samples; metrics are means too.
 
-        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...), and
-        "features/<reward>" [B, D] for rewards that read prompts.
+        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
+        and "features/<reward>" [B, D] for rewards that read prompts.
         spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
