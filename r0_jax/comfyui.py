@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from transformers import BertTokenizer
 
 from r0_jax import few_step
+from r0_jax.pipelines.folder import read_index
 from r0_jax.run import Run
 
 FILE = "comfyui_workflow.json"
@@ -115,7 +115,7 @@ class _Graph:
 def why_not(run: Run, form: str) -> str:
     """Why ComfyUI cannot draw with an export in the format `form`, in words; "" where it can."""
     pipeline, config = run.pipeline, run.scheduler_config
-    if isinstance(pipeline.tokenizers["tokenizer"], BertTokenizer):
+    if "BertModel" in _parts(run).values():
         return "it has no BERT to read prompts with"
     if form == "peft" and pipeline.generator_part == "unet":
         return "it reads the LoRA of a UNet as `--format=kohya` writes it"
@@ -123,6 +123,12 @@ def why_not(run: Run, form: str) -> str:
     wrong = [name for name, value in noise.items() if config.get(
         name, 1000 if name == "num_train_timesteps" else None) != value]
     return f"it has one noise schedule a family, and {wrong[0]} is another here" if wrong else ""
+
+
+def _parts(run: Run) -> dict[str, str]:
+    """{part: class} of the pretrained pipeline, whether or not its text encoders were loaded."""
+    return {name: entry[-1] for name, entry in read_index(run.pretrained).items()
+            if isinstance(entry, list) and entry and entry[-1] is not None}
 
 
 def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
@@ -198,7 +204,7 @@ def _load(graph: _Graph, run: Run, form: str, folder: Path, name: str, base_mode
 def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Output:
     """Text encoders that the run has: of `folder` where they are one file there, as ComfyUI wants
     them, else under the names that ComfyUI's users know them by."""
-    parts = [part for part in _ENCODERS if part in run.pipeline.networks]
+    parts = [part for part in _ENCODERS if part in _parts(run)]
     files = [f"{name}/{part}/model.safetensors"
              if folder and (folder / part / "model.safetensors").is_file() else _ENCODERS[part]
              for part in parts]

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from r0_jax import data, record_shards
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
+from r0_jax.network import fingerprint
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.record_shards import Columns, Schema, Shard
 from r0_jax.rewards.reward import Reward
@@ -204,7 +205,7 @@ def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: i
 def write(folder: str | Path, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None,
           negative: Mapping[str, Any] | None = None, dtype: str = "bfloat16",
           shard_prompts: int = SHARD_PROMPTS) -> None:
-    """Writes embeddings of your own as a dataset; resumes if it was killed.
+    """Writes embeddings of your own as a dataset; called again after a kill, it goes on.
 
     Args:
       train: columns of the training prompts: "prompt" (texts), "prompt_embeds" [N, T, D],
@@ -235,7 +236,12 @@ def write(folder: str | Path, train: Mapping[str, Any], evaluation: Mapping[str,
 
     prompts = {name: [str(text).strip() for text in columns["prompt"]]
                for name, columns in splits.items()}
-    metadata = describe(schema, prompts, {"dtype": dtype, "shard_prompts": shard_prompts})
+    # What was written of other embeddings is not gone on with.
+    known_by = fingerprint({f"{split}/{name}": np.asarray(values)
+                            for split, columns in splits.items()
+                            for name, values in columns.items() if name != "prompt"})
+    metadata = describe(schema, prompts, {"dtype": dtype, "shard_prompts": shard_prompts,
+                                          "embeddings": known_by})
     write_shards(Path(folder), {name: len(texts) for name, texts in prompts.items()}, schema,
                  metadata, source, shard_prompts)
 

@@ -39,8 +39,8 @@ class Objective:
 
     `frozen` holds what is never trained, as arguments and never as constants of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
-    "rewards" ({name: params}), "empty" (the tokens of the empty prompt) and, where a tiny
-    `decoder` stands in for the VAE, "decoder".
+    "rewards" ({name: params}), "empty" (`Pipeline.empty`) and, where a tiny `decoder` stands in for
+    the VAE, "decoder".
     """
 
     def __init__(self, pipeline: Pipeline, generator: Generator, rewards: Sequence[Reward],
@@ -64,8 +64,8 @@ class Objective:
              ) -> tuple[Float[Array, ""], Metrics]:
         """Mean over the batch's samples; metrics are means too.
 
-        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...), and
-        "features/<reward>" [B, D] for rewards that read prompts.
+        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
+        and "features/<reward>" [B, D] for rewards that read prompts.
         spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)

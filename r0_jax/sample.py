@@ -21,12 +21,13 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import cli, data, few_step, images, lazy, sampler, schedulers, sharding
+from r0_jax import cli, data, encoded_prompts, few_step, images, lazy, sampler, schedulers, sharding
+from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
 from r0_jax.pipelines import families
-from r0_jax.pipelines.pipeline import Pipeline, take
+from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.run import check_writable, choose_step, open_run
 from r0_jax.schedulers import Scheduler
 
@@ -67,14 +68,20 @@ def define_flags() -> None:
     flags.DEFINE_string("step", "", "of a run: its step, best (by the held-out reward) or latest; "
                         "by default the best where that was measured, else the latest")
     flags.DEFINE_string("pretrained", None, "of a run: its pretrained pipeline, where it has moved")
+    flags.DEFINE_string("encoded", None, "take the prompts' embeddings from among the evaluation "
+                        "prompts of this folder (docs/encoded_prompts.md): no text encoder is read")
     flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
 
 
 def from_pipeline(folder: str | Path, num_inference_steps: int,
-                  sigmas: Sequence[float | int] | None = None) -> Source:
-    """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines."""
-    pipeline = families.load(folder)
+                  sigmas: Sequence[float | int] | None = None,
+                  encoded: EncodedPrompts | None = None) -> Source:
+    """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines. With
+    `encoded` it needs no text encoders."""
+    pipeline = families.load(folder, text=encoded is None)
+    if encoded is not None:
+        pipeline = encoded.attach(pipeline)
     scheduler = schedulers.from_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
@@ -84,15 +91,18 @@ def from_run(
     num_inference_steps: int | None = None,
     step: str = "",
     pretrained: str | Path | None = None,
+    encoded: EncodedPrompts | None = None,
 ) -> Source:
-    """The EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`."""
+    """The EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`. With
+    `encoded` its pipeline needs no text encoders."""
     chosen = choose_step(workdir, step)
-    run = open_run(workdir, pretrained)
+    run = open_run(workdir, pretrained, text=encoded is None)
     weights = run.weights(run.params(chosen), "float32")
     scheduler = few_step.grid(run.pipeline.scheduler_config,
                               num_inference_steps or run.config.sampler.num_steps)
     params = run.pipeline.params | {run.pipeline.generator_part: weights}
-    return Source(run.pipeline, params, scheduler)
+    pipeline = run.pipeline if encoded is None else encoded.attach(run.pipeline)
+    return Source(pipeline, params, scheduler)
 
 
 def draw(
@@ -105,8 +115,10 @@ def draw(
     latents: Float[np.ndarray, "n h w c"] | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
+    tokens: Tokens | None = None,
 ) -> Iterator[Float[np.ndarray, "b h w 3"]]:
-    """Batches of images in [0, 1], in the order of the prompts; compiled once.
+    """Batches of images in [0, 1], in the order of the prompts; compiled once. `tokens` stand for
+    prompts that were encoded before.
 
     Image i belongs to prompt i and depends on (seed, i), or on latents[i], which is standard
     normal noise, and on (seed, i) only where steps draw noise.
@@ -115,7 +127,7 @@ def draw(
     mesh = sharding.local_mesh()
     draw_images = ImageSampler(pipeline, scheduler, guidance_scale, eta, mesh)
     params = lazy.place(params, sharding.replicated(mesh), dtype)
-    tokens = pipeline.tokenize(prompts)
+    tokens = pipeline.tokenize(prompts) if tokens is None else tokens
     batch_size = min(batch_size, len(prompts))
     for start in range(0, len(prompts), batch_size):
         # The last batch is filled up with its last prompt.
@@ -175,13 +187,19 @@ def main(argv: list[str]) -> None:
                          "replace them with --overwrite")
     check_writable(out)
     prompts = data.read_prompts(fields.prompts)
+    encoded = tokens = None
+    if fields.encoded is not None:
+        encoded = encoded_prompts.open_folder(fields.encoded)
+        if fields.guidance_scale > 1:
+            encoded.check_guidance("--guidance_scale")
+        tokens = encoded.evaluation(fields.prompts, len(prompts))
     if fields.workdir is None:
         sigmas = _read_sigmas(fields.sigmas)
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
-        source = from_pipeline(fields.pipeline, steps, sigmas)
+        source = from_pipeline(fields.pipeline, steps, sigmas, encoded)
     else:
         source = from_run(
-            fields.workdir, fields.num_inference_steps, fields.step, fields.pretrained)
+            fields.workdir, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
     text = {"seed": fields.seed, "num_inference_steps": len(source.scheduler.timesteps),
             "guidance_scale": fields.guidance_scale, "eta": fields.eta}
@@ -192,6 +210,7 @@ def main(argv: list[str]) -> None:
     batches = draw(
         source, prompts, guidance_scale=fields.guidance_scale, eta=fields.eta, seed=fields.seed,
         latents=latents, dtype=fields.dtype, batch_size=fields.batch_size,
+        tokens=tokens and {name: tokens[name] for name in source.pipeline.embeds},
     )
     _write(out, prompts, batches, text, math.ceil(len(prompts) / fields.batch_size))
 

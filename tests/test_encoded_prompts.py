@@ -152,6 +152,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
 def test_the_whole_job_runs_without_text_encoders(tmp_path):
     """Training, sample grid, the table with its guided base, resume, export."""
     config = own_copy("sdxl", tmp_path)
+    (tmp_path / "two.txt").write_text("\n".join(miniature.PROMPTS[:2]), "utf-8")
     for name in ("clip", "heldout_clip"):
         shutil.copytree(Path(config.data.prompts).parent / name, tmp_path / name)
     flags = ["--config=configs/sdxl_r0.py:dryrun", f"--config.pretrained={config.pretrained}",
@@ -179,6 +180,10 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
     assert table["base_3_guided"]["network_calls"]["value"] == 6
+    ended_well(run("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
+                   f"--encoded={tmp_path / 'encoded'}", f"--prompts={tmp_path / 'two.txt'}",
+                   "--guidance_scale=2"))
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 2
     ended_well(run("export", f"--workdir={tmp_path / 'run'}", "--format=peft",
                    f"--out={tmp_path / 'lora'}"))
     card = (tmp_path / "lora" / "README.md").read_text()
@@ -319,6 +324,15 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, train_, negative, message
     with pytest.raises(InputError, match=re.escape(message)):
         encoded_prompts.write(tmp_path / "e", train_, negative=negative)
     assert not (tmp_path / "e" / "dataset_info.json").exists()
+
+
+def test_other_embeddings_do_not_go_on_with_what_is_there(tmp_path):
+    for _ in range(2):
+        encoded_prompts.write(tmp_path / "e", columns(3))
+    other = columns(3)
+    other["prompt_embeds"] = other["prompt_embeds"] + 1
+    with pytest.raises(InputError, match="was begun with other embeddings"):
+        encoded_prompts.write(tmp_path / "e", other)
 
 
 # --- datasets that do not fit --------------------------------------------------------------------

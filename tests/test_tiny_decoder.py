@@ -65,7 +65,8 @@ def test_images_are_those_of_a_stock_pipeline_with_this_vae(
                                 latents=parity.to_torch(noise), output_type=kind).images
                            for kind in ("latent", "np"))
     decoder = tiny_decoder.load(tmp_path, pipeline)
-    decoded = jax.jit(decoder.decode_unclipped)(lazy.place(decoder.params), jnp.asarray(parity.to_jax(latents)))
+    decoded = jax.jit(decoder.decode_unclipped)(lazy.place(decoder.params),
+                                                jnp.asarray(parity.to_jax(latents)))
     assert decoded.shape == (1, *pipeline.image_shape)
     assert np.mean((images > 0) & (images < 1)) > 0.3, "saturated: tests little"
     np.testing.assert_allclose(np.clip(decoded, 0, 1), images, atol=2e-5)
