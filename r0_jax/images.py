@@ -57,13 +57,20 @@ def save_png(
 
 
 def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
-    """The image as RGB in [0, 1]; what save_png wrote comes back equal to 1 / 255."""
+    """The image as RGB in [0, 1]; what save_png wrote comes back equal to 1 / 255.
+
+    As in the rewards' own code, what is transparent shows its colour.
+    """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+                grey = np.asarray(image, np.float32) / np.float32(65535)
+                return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image, or cut short; make it again.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is PIL's for a broken chunk
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError is PIL's for a broken chunk.
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read the image {path}: {reason}.") from error
 

@@ -29,7 +29,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.run import check_writable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_CHECKED_SIZE = 64  # pixels of the images that a user's reward is tried on
+_CHECKED_SHAPE = (64, 64, 3)  # of the images that a user's reward is tried on
 console = Console(stderr=True)
 
 
@@ -65,8 +65,10 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
             raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
         if name in loaded:
             raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
-        reward = rewards.load(kind, where, dtype)
-        loaded[name] = reward.renamed(name)
+        reward = rewards.load(kind, where, dtype).renamed(name)
+        if kind == "function":
+            plugin.check(reward, _CHECKED_SHAPE, trained=False)
+        loaded[name] = reward
     return list(loaded.values())
 
 
@@ -77,8 +79,8 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    found = [path for path in found if path.stem != "contact_sheet"]
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
+                   and path.stem != "contact_sheet" and not path.name.startswith("."))
     if not found:
         raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
     if all(re.fullmatch(r"\d+", path.stem) for path in found):
@@ -129,9 +131,10 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
           bad: Callable[[str], None]) -> dict[int, dict[str, float]]:
     """{index of item: {reward: score}} of every image that could be read.
 
-    Prompts are encoded once; one program a reward and image shape.
+    Each prompt is encoded once; one program a reward and image shape.
     """
-    prompts = [item.prompt for item in items]
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
     params = {r.name: lazy.place(r.params) for r in found}
     features = {r.name: r.text_features and r.text_features(params[r.name], prompts)
                 for r in found}
@@ -148,9 +151,10 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
         for indices, drawn in batches(items, batch_size, skip):
             # The last batch is filled up, so that one program does.
             rows_in = np.minimum(np.arange(batch_size), len(indices) - 1)
+            texts_in = np.asarray([row_of[items[i].prompt] for i in indices])[rows_in]
             for reward in found:
                 texts = features[reward.name]
-                texts = None if texts is None else texts[np.asarray(indices)[rows_in]]
+                texts = None if texts is None else texts[texts_in]
                 values = scorers[reward.name](params[reward.name], drawn[rows_in], texts)
                 for i, value in zip(indices, np.asarray(values), strict=False):
                     rows.setdefault(i, {})[reward.name] = float(value)
@@ -174,7 +178,7 @@ def summary(found: Sequence[Reward], rows: Sequence[dict[str, float]], prompts: 
 def check(function: str) -> None:
     """Tries a user's reward as a training run does: shape, dtype, finite and nonzero gradient,
     under jit, one image's score independent of another's. InputError says what fails."""
-    plugin.check(rewards.load("function", function), (_CHECKED_SIZE, _CHECKED_SIZE, 3))
+    plugin.check(rewards.load("function", function), _CHECKED_SHAPE)
 
 
 def main(argv: list[str]) -> None:

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from test_preprocess import noise
 
 from r0_jax import images, rewards, score, statistics
 from r0_jax.errors import InputError
+from r0_jax.rewards.reward import Reward
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULE = '''
@@ -19,6 +21,12 @@ def redness(images, features):
 
 def batch_mean(images, features):
     return images.mean(axis=(1, 2, 3)) - images.mean()
+
+def scalar(images, features):
+    return images.mean()
+
+def failing(images, features):
+    raise RuntimeError("boom")
 '''
 PROMPTS = ["a red square", "a blue circle", "a star", "red " * 40, "a green star"]
 
@@ -71,6 +79,45 @@ def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
     assert "33%" in table  # one prompt of three is too long
 
 
+def test_files_as_users_have_them(tmp_path):
+    drawn = (255 * noise(24, 30)).astype(np.uint8)
+    grey = np.linspace(0, 65535, 24 * 30).reshape(24, 30).astype(np.uint16)
+    rgba = np.concatenate([drawn[0], drawn[1][..., :1]], axis=-1)
+    for name, image in [
+            ("0.jpg", Image.fromarray(drawn[0]).convert("CMYK")), ("1.png", Image.fromarray(grey)),
+            ("2.webp", Image.fromarray(drawn[1])), ("3.png", Image.fromarray(rgba)),
+            ("4.bmp", Image.fromarray(drawn[0]).convert("P")),
+            ("5.PNG", Image.fromarray(drawn[0]).convert("L")),
+            ("6.png", Image.fromarray(drawn[0]))]:
+        image.save(tmp_path / name)
+    (tmp_path / "._0.png").write_bytes(b"of the Finder")
+    (tmp_path / "7.png").write_bytes(b"")
+    (tmp_path / "8.png").write_bytes((tmp_path / "6.png").read_bytes()[:200])
+    (tmp_path / "9.png").mkdir()
+    prompts = ["a red square", "a star"] * 5
+    items, missing = score.pair(tmp_path, prompts)
+    assert len(items) == 10 and not missing
+
+    asked = []
+
+    def text_features(params, prompts):
+        asked.append(list(prompts))
+        return np.asarray([[len(prompt)] for prompt in prompts], np.float32)
+
+    brightness = Reward("brightness", {}, lambda params, images, features: features[:, 0]
+                        + images.mean((1, 2, 3)), text_features)
+    problems = []
+    rows = score.score([brightness], items, 4, problems.append)
+    assert asked == [["a red square", "a star"]]  # each once
+    assert sorted(rows) == [0, 1, 2, 3, 4, 5, 6]
+    assert [name in problem for name, problem in zip(("7.png", "8.png", "9.png"), problems,
+                                                      strict=True)] == [True] * 3
+    found = [rows[i]["brightness"] - len(prompts[i]) for i in range(7)]
+    np.testing.assert_allclose(found[1], 0.5, atol=1e-3)  # 16 bits
+    np.testing.assert_allclose(found[3], drawn[0].mean() / 255, atol=1e-3)  # under transparency
+    np.testing.assert_allclose(found[6], drawn[0].mean() / 255, atol=1e-3)
+
+
 def test_check_of_a_users_reward(world):
     done = run(world, "--check=mine:redness")
     assert done.returncode == 0 and "mine:redness can be trained on" in done.stdout, done.stderr
@@ -112,10 +159,16 @@ def test_other_names_are_paired_in_order(tmp_path):
     ("clip_score", "should read type=folder"),
     ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
     ("pickscore=/nowhere", "/nowhere/config.json is missing"),
+    ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),
+    ("x:function=mine:scalar", "reward x returns .* for 2 images"),
+    ("x:function=mine:failing", "reward x fails on images .*: RuntimeError: boom$"),
 ])
-def test_rewards_that_cannot_be_loaded(given, said):
+def test_rewards_that_cannot_be_loaded(given, said, world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.syspath_prepend(world)
     with pytest.raises(InputError, match=said):
         score.load_rewards([given], "float32")
+    sys.modules.pop("mine", None)
 
 
 def test_a_reward_named_twice(world):
@@ -129,3 +182,17 @@ def test_neither_torch_nor_tensorflow_is_imported():
             "print([m for m in ('torch', 'tensorflow') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_is_killed_leaves_the_old_scores_alone(world, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, jax, signal\n\ndef reward(images, features):\n"
+        "    if images.shape[0] != 2:  # not while it is tried\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n    return images.mean(axis=(1, 2, 3))\n")
+    (tmp_path / "scores.jsonl").write_text("old\n")
+    done = run(tmp_path, f"--images={world / 'drawn'}", f"--prompts={world / 'prompts.txt'}",
+               "--out=scores.jsonl", "--rewards=function=slow:reward")
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "scores.jsonl").read_text() == "old\n"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "scores.jsonl", "slow.py"]

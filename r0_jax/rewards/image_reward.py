@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from r0_jax import convert
+from r0_jax.errors import InputError
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.config import read_json
 from r0_jax.network import Network, Params
@@ -53,4 +54,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
 
 def _config(folder: Path) -> dict:
     fields = read_json(folder / "config.json")
+    if (kind := fields.get("model_type", "image_reward")) != "image_reward":
+        raise InputError(f"{folder / 'config.json'}: model_type = {kind!r} is no image_reward: "
+                         "make the folder with r0_jax.convert_reward")
     return {k: v for k, v in fields.items() if k != "model_type"}
