@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_export import CLOSE, RANK, card, difference, images_of, ours, silent, write_run
 
-from r0_jax import export, miniature, sample
+from r0_jax import checkpoint, convert, export, miniature, sample
 from r0_jax.run import open_run
 
 # Importing them says that torchvision is not there.
@@ -74,6 +74,43 @@ def test_a_whole_folder_draws_what_the_run_draws(world, name):
         key = "pos_embed.pos_embed"
         np.testing.assert_array_equal(weights[key], before[key])
         assert key not in open_run(folder / "full").params(10)
+
+
+@pytest.mark.parametrize("name, kind", [("sdxl", diffusers.UNet2DConditionModel),
+                                        ("sd3", diffusers.SD3Transformer2DModel)])
+def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path, monkeypatch):
+    """Shards with an index, as diffusers writes them; each group of a checkpoint is read twice,
+    once to be checked, so their order is that of the file that is written."""
+    calls = []
+
+    def read(folder, targets):
+        calls.append(sorted(targets))
+        return read_group(folder, targets)
+
+    read_group = checkpoint._read
+    monkeypatch.setattr(checkpoint, "_read", read)
+    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(convert, "MAX_SHARD_SIZE", 30_000)
+    export.export(world / name / "full", tmp_path / "out", "diffusers")
+    groups = calls[:len(calls) // 2]
+    assert calls == 2 * groups and len(groups) > 3
+    part = "transformer" if name == "sd3" else "unet"
+    files = sorted(path.name for path in (tmp_path / "out" / part).glob("*.safetensors"))
+    stem = "diffusion_pytorch_model"
+    assert files == [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors"
+                     for i in range(1, len(files) + 1)] and len(files) > 3
+    with silent():
+        ours = kind.from_pretrained(tmp_path / "out" / part).state_dict()
+    expected = load_file(world / name / "diffusers" / part / f"{stem}.safetensors")
+    assert ours.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    kind.from_pretrained(tmp_path / "out" / part).save_pretrained(tmp_path / "theirs",
+                                                                  max_shard_size=30_000)
+    index, theirs = (json.loads((folder / f"{stem}.safetensors.index.json").read_text("utf-8"))
+                     for folder in (tmp_path / "out" / part, tmp_path / "theirs"))
+    assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    assert index.keys() == theirs.keys() and len(index["weight_map"]) == len(theirs["weight_map"])
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])

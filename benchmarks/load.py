@@ -1,0 +1,320 @@
+"""Loading and exporting at full size: time, and memory above what has to be held.
+
+    python -m benchmarks.load --folder=/a/disk/with/room --out=docs/performance.md
+
+Makes a UNet file of SDXL's size (5.1 GB, float16, random), loads it in bfloat16 on 1 and on 8 fake
+CPU devices and reads the same file plainly in between; then exports, from checkpoints written by 8
+devices, a LoRA of that UNet and a full fine-tuning of a shallower one. Every measurement is a
+process of its own. What it made is deleted. Linux only: memory is read from /proc.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+
+from configs import sdxl_r0
+from r0_jax import cli, convert, export, lazy, miniature, sharding, train_state
+from r0_jax.checkpoint import Checkpoints
+from r0_jax.errors import InputError
+from r0_jax.generator import Generator
+from r0_jax.images import write_bytes
+from r0_jax.lazy import Lazy
+from r0_jax.models.config import read_json
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from r0_jax.network import Network, Shapes
+from r0_jax.tensor_file import Tensor, write
+
+ROOT = Path(__file__).parent.parent
+FAMILY = "StableDiffusionXLPipeline"
+UNET = Path("pipeline", "unet")  # in the temporary folder
+WEIGHTS = UNET / "diffusion_pytorch_model.safetensors"
+TITLE = "## Loading and exporting"
+SEED = 0
+GB = 1e9
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("folder", tempfile.gettempdir(), "where files are made, and deleted")
+    flags.DEFINE_string("out", None, "Markdown file whose section is written")
+    flags.DEFINE_string("config", str(ROOT / "tests/data/configs/sdxl-base-1.0-unet.json"),
+                        "of the UNet")
+    flags.DEFINE_integer("repeats", 5, "loads, and plain reads between them", lower_bound=1)
+    flags.DEFINE_string("task", "", "of the processes that this one starts")
+
+
+def shallower(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a UNet of about half the size: a third of its transformer layers."""
+    depth = [max(1, layers // 3) for layers in fields["transformer_layers_per_block"]]
+    return fields | {"transformer_layers_per_block": depth}
+
+
+def network(fields: dict[str, Any]) -> Network:
+    config = UNet2DConditionConfig.from_json(fields)
+    return Network.abstract(lambda rngs: UNet2DConditionModel(config, rngs=rngs))
+
+
+def size(shapes: Shapes, itemsize: int) -> int:
+    return itemsize * sum(x.size for x in shapes.values())
+
+
+# --- what is loaded and exported -------------------------------------------------------------
+
+
+def random_leaves(shapes: Shapes, dtype: str) -> dict[str, Lazy]:
+    """Small normal numbers, drawn when they are read."""
+    rng = np.random.default_rng(SEED)
+    return {name: lazy.computed(x.shape, dtype, lambda x=x: rng.standard_normal(
+        x.shape, np.float32) * np.float32(0.02)) for name, x in shapes.items()}
+
+
+def write_pipeline(folder: Path, fields: dict[str, Any]) -> None:
+    """An SDXL folder whose UNet has full size, in float16; the rest is a miniature that fits."""
+    width = fields["cross_attention_dim"] // 2
+    pooled = (fields["projection_class_embeddings_input_dim"]
+              - 6 * fields["addition_time_embed_dim"])
+    miniature.write(folder / "pipeline", FAMILY, text_encoder={"hidden_size": width},
+                    text_encoder_2={"hidden_size": width, "projection_dim": pooled})
+    (folder / UNET / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    rng = np.random.default_rng(SEED)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        shape = convert.file_shape(name, shape)
+        return Tensor(convert.to_key(name), shape, np.dtype(np.float16), lambda: (
+            np.float32(0.02) * rng.standard_normal(shape, np.float32)).astype(np.float16))
+
+    write(folder / WEIGHTS, [tensor(name, x.shape) for name, x in network(fields).shapes.items()])
+
+
+def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
+    """A workdir with one checkpoint, written by all devices; of all weights where rank is 0, of
+    which only the average is stored then, as the rest would fill the disk."""
+    config = sdxl_r0.get_config()
+    with config.unlocked():
+        config.pretrained, config.lora.rank = str(folder / "pipeline"), rank
+    workdir = folder / "run"
+    write_bytes(workdir / "config.json", config.to_json().encode())
+    shapes = network(fields).shapes
+    generator = Generator(rank, config.lora.alpha, config.lora.targets)
+    trained = jax.eval_shape(lambda: generator.init(jax.random.key(0), shapes, shapes)) if rank \
+        else {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in shapes.items()}
+    mesh = sharding.make_mesh({"fsdp": -1})
+    placed = lazy.place(random_leaves(trained, "float32"),
+                        sharding.param_sharding(trained, mesh, [(".*", "fsdp")]))
+    state = train_state.init({}, optax.sgd(0.0))._replace(ema_params=placed)
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the peak since `watched` began."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1])
+
+
+def watched(function: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Seconds, peak of resident memory in bytes, and what the function returned."""
+    Path("/proc/self/clear_refs").write_text("5")
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, resident("VmHWM"), result
+
+
+def read_plainly(path: Path) -> float:
+    """Seconds of reading a file through one buffer."""
+    buffer = memoryview(bytearray(2**22))
+    begin = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - begin
+
+
+def load(folder: Path, repeats: int) -> dict[str, float]:
+    path, unet = folder / WEIGHTS, network(read_json(folder / UNET / "config.json"))
+    mesh = sharding.make_mesh({"fsdp": -1})
+    leaves = convert.open_params([path], unet, "bfloat16")
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()}
+    where = sharding.param_sharding(shapes, mesh, [(".*", "fsdp")])
+    largest = max(x.size * x.dtype.itemsize for x in shapes.values())
+    lazy.place({"warm": np.ones(8)}, sharding.replicated(mesh))
+    read_plainly(path)
+    before, plain, loaded, memory = resident("VmRSS"), [], [], []
+    for _ in range(repeats):
+        plain.append(read_plainly(path))
+        seconds, peak, placed = watched(lambda: lazy.place(leaves, where))
+        shards = sum(shard.data.nbytes for x in placed.values() for shard in x.addressable_shards)
+        loaded.append(seconds)
+        memory.append(peak - before - shards)
+        del placed
+    return {"devices": jax.device_count(), "bytes": path.stat().st_size, "shards": shards,
+            "seconds": statistics.median(loaded), "plain": statistics.median(plain),
+            "memory": max(memory), "largest": largest}
+
+
+def export_run(folder: Path, form: str) -> dict[str, float]:
+    before = resident("VmRSS")
+    seconds, peak, _ = watched(lambda: export.export(
+        folder / "run", folder / "exported", form, dtype="float16"))
+    unet = network(read_json(folder / UNET / "config.json"))
+    largest = 4 * max(x.size for x in unet.shapes.values())  # merged in float32
+    written = sum(path.stat().st_size for path in (folder / "exported").rglob("*.safetensors"))
+    return {"seconds": seconds, "memory": peak - before, "largest": largest, "bytes": written}
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+def run_task(task: str, folder: Path, fields: Path, repeats: int) -> Any:
+    """One step, in a process of its own; prints what it found."""
+    name, _, argument = task.partition(":")
+    match name:
+        case "pipeline":
+            return write_pipeline(folder, read_json(fields))
+        case "run":
+            return write_run(folder, read_json(fields), int(argument))
+        case "load":
+            return load(folder, repeats)
+        case "export":
+            return export_run(folder, argument)
+    raise InputError(f"--task={task} is unknown")
+
+
+def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
+    """Runs a task on fake CPU devices and returns what it found."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "benchmarks.load", f"--task={task}", f"--folder={folder}",
+               f"--config={fields}", f"--repeats={flags.FLAGS.repeats}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise InputError(f"{shlex.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_room(folder: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(f"{folder} has {free / GB:.0f} GB free, of {needed / GB:.0f} GB that this "
+                         "takes: give another --folder")
+
+
+def measure(folder: Path, fields: Path) -> dict[str, Any]:
+    """Everything, in the order of the report; never more than three UNets on disk."""
+    whole, half = read_json(fields), shallower(read_json(fields))
+    check_room(folder, int(1.1 * max(size(network(whole).shapes, 4),
+                                     size(network(half).shapes, 8))))
+    start("pipeline", folder, fields)
+    found: dict[str, Any] = {"load": [start("load", folder, fields, n) for n in (1, 8)]}
+    rank = sdxl_r0.get_config().lora.rank
+    start(f"run:{rank}", folder, fields)
+    found["exports"] = {}
+    for form in ("diffusers", "peft"):
+        found["exports"][f"LoRA of rank {rank}, `--format={form}`"] = start(
+            f"export:{form}", folder, fields)
+        shutil.rmtree(folder / "exported")
+    for name in ("pipeline", "run"):
+        shutil.rmtree(folder / name)
+    smaller = folder / "half.json"
+    smaller.write_text(json.dumps(half), encoding="utf-8")
+    start("pipeline", folder, smaller)
+    start("run:0", folder, smaller)
+    count = sum(x.size for x in network(half).shapes.values())
+    found["exports"][f"all {count / 1e9:.2f} G weights, `--format=diffusers`"] = start(
+        "export:diffusers", folder, smaller)
+    return found
+
+
+def text(found: dict[str, Any], command: str) -> str:
+    """The section of the report."""
+    loads = "".join(
+        f"| {x['devices']} | {x['seconds']:.1f} | {x['bytes'] / GB / x['seconds']:.2f} | "
+        f"{x['bytes'] / GB / x['plain']:.2f} | {x['shards'] / GB:.2f} | {x['memory'] / 1e6:.0f} | "
+        f"{x['memory'] / x['largest']:.2f} |\n" for x in found["load"])
+    exports = "".join(
+        f"| {name} | {x['seconds']:.0f} | {x['bytes'] / GB:.2f} | {x['memory'] / 1e6:.0f} | "
+        f"{x['memory'] / x['largest']:.1f} |\n" for name, x in found["exports"].items())
+    first = found["load"][0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
+        "jax", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint"))
+    return f"""{TITLE}
+
+A UNet of {first['bytes'] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by the rule
+`('.*', 'fsdp')` over fake CPU devices; "plain" reads the same file, and does nothing with it, in
+the same process between the loads. The file is in the page cache both times. Seconds are medians
+of {flags.FLAGS.repeats}; memory is the highest of them.
+
+| devices | s | GB/s | plain GB/s | shards, GB | peak above them, MB | of the largest tensor |
+|---:|---:|---:|---:|---:|---:|---:|
+{loads}
+Exports, in float16, of checkpoints written by 8 devices. Memory is the peak above that of a process
+that has imported the program; a tensor is merged in float32, and checkpoints are read by groups
+of at most 128 MB.
+
+| what | s | written, GB | peak, MB | of the largest tensor |
+|---|---:|---:|---:|---:|
+{exports}
+    {command}
+
+Python {platform.python_version()}, {packages}; {os.cpu_count()} CPU cores ({cpu()}),
+{memory:.0f} GiB; random weights of seed {SEED}.
+"""
+
+
+def cpu() -> str:
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def put_section(path: Path, section: str) -> None:
+    """Writes a section of a Markdown file in the place of the one with its title, or last."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else "# Performance\n"
+    title = section.split("\n", 1)[0]
+    head, _, rest = before.partition(title + "\n")
+    following = rest.find("\n## ")
+    tail = rest[following:] if following >= 0 else ""
+    write_bytes(path, (head.rstrip("\n") + "\n\n" + section + tail).encode())
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    given = flags.FLAGS
+    if given.task:
+        print(json.dumps(run_task(given.task, Path(given.folder), Path(given.config),
+                                  given.repeats)))
+        return
+    if not os.path.exists("/proc/self/clear_refs"):
+        raise InputError("memory is read from /proc, which only Linux has")
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        found = measure(Path(folder), Path(given.config).absolute())
+    section = text(found, shlex.join(["python", "-m", "benchmarks.load",
+                                      *(f"--{name}={given[name].value}" for name in (
+                                          "config", "repeats", "out") if given[name].present)]))
+    print(section)
+    if given.out:
+        put_section(Path(given.out), section)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
