@@ -112,7 +112,8 @@ def get_config() -> ConfigDict:
         {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98})
 
     config.lora = ConfigDict()
-    # Rank of the adapters; 0 trains all weights of the network instead.
+    # Rank of the adapters, at most the smaller side of every layer's matrix; 0 trains all weights
+    # of the network instead.
     config.lora.rank = 32
     # Adapters are scaled by alpha / rank.
     config.lora.alpha = 32.0
@@ -222,12 +223,11 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.eval.num_prompts, config.eval.grid = 4, 4
     config.test.num_prompts, config.test.batch_size, config.test.base_steps = 4, 4, 3
     config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
-    with config.unlocked():
-        config.rewards = ConfigDict(
-            {"clip_score": reward_entry("clip_score", path=str(folder / "clip"))})
-        config.heldout_rewards = ConfigDict(
-            {"heldout_clip": reward_entry("clip_score", path=str(folder / "heldout_clip"))})
-    config.best_metric, config.test.features = "heldout/heldout_clip", "heldout_clip"
+    for seed, section in enumerate((config.rewards, config.heldout_rewards)):
+        for entry in section.values():  # each of the type that the recipe trains on
+            entry.path, entry.head = str(miniatures.kept_reward(entry.type, seed)), ""
+    if config.lora.rank:  # the scale stays
+        config.lora.alpha, config.lora.rank = 4 * config.lora.alpha / config.lora.rank, 4
 
 
 def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",

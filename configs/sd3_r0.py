@@ -12,15 +12,16 @@ Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log 
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of devices x accumulation.
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
-           CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.9 GB: 11 or 20 GB. Adapters of
+           CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 5.8 GB: 12 or 21 GB. Adapters of
            rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
            Activations of 2 images: about 9 GB an image, most of it the VAE's decoder at 1024 px.
-           Prompts encoded before (r0_jax.encode_prompts) spare all three text encoders.
+           Prompts encoded before (r0_jax.encode_prompts) spare all three text encoders; with
+           --config.objective.decoder=models/taesd3 (madebyollin/taesd3) activations are far fewer.
            :full adds 2.03 G parameters x 20 bytes (the gradient too) = 41 GB: shard it with
            --config.mesh.data=1 --config.mesh.fsdp=-1.
-Hours:     not measured. Per image and step, forward passes: transformer 4 x 8.9, decoder 10.5
-           TFLOP; backward about twice that, and the transformer once more as it is
-           rematerialized.
+Hours:     not measured; 4.3 on one H100, counted as in sd15_r0.py: an image and step is 194 TFLOP,
+           of which the transformer's four calls are 142 (8.9 each), guidance 17.8, the decoder
+           31.4 and the rewards 1.9.
 Numbers:   none measured here yet. The paper (28 guided steps -> 4 plain ones): HPS v2.1
            31.37 -> 34.04, aesthetic 5.84 -> 6.27, CLIP score 34.13 -> 33.89, ImageReward
            1.07 -> 1.13. Weights of regularizers are those found on the embedded world

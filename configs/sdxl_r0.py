@@ -10,13 +10,15 @@ Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 f
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of devices x accumulation.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
-           encoders 1.6 GB, reward models 4.9 GB: 12 GB. Adapters of rank 32: 46 M parameters x
+           encoders 1.6 GB, reward models 5.8 GB: 13 GB. Adapters of rank 32: 46 M parameters x
            16 bytes (float32: parameter, EMA, two moments): 0.7 GB. Activations of 2 images: about
            9 GB an image, most of it the VAE's decoder at 1024 px, four times that at 512 px.
+           With --config.objective.decoder=models/taesdxl (madebyollin/taesdxl) that is far less.
            :full adds 2.57 G parameters x 20 bytes (the gradient too) = 51 GB: shard it with
            --config.mesh.data=1 --config.mesh.fsdp=-1.
-Hours:     not measured. Per image and step, forward passes: UNet 4 x 6.8, decoder 10.5 TFLOP;
-           backward about twice that, and the UNet once more as it is rematerialized.
+Hours:     not measured; 3.4 on one H100, counted as in sd15_r0.py: an image and step is 155 TFLOP,
+           of which the UNet's four calls are 108 (6.8 each), guidance 13.5, the decoder 31.4 and
+           the rewards 1.9.
 Numbers:   none measured here yet, and the paper has none of SDXL. Weights of regularizers are
            those found on the embedded world (shapes_r0.py) and in sibling code, not searched at
            this size.

@@ -9,14 +9,18 @@ Weights:   IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 in diffusers' format
            published as pickles, which are never read here: once, with PyTorch and diffusers,
              pipe = StableDiffusionPipeline.from_pretrained(hub_name, safety_checker=None)
              pipe.save_pretrained(folder)
-           writes the folder with safetensors. The reward is the LAION aesthetic predictor:
-           openai/clip-vit-large-patch14 and its head as safetensors, under models/.
+           writes the folder with safetensors. The rewards are Chinese-CLIP ViT-L/14 and the LAION
+           aesthetic predictor, and Chinese-CLIP ViT-H/14 is never trained on. All three are made
+           by `python -m r0_jax.convert_reward` (README, "Rewards") of clip_cn_vit-l-14.pt,
+           sac+logos+ava1-l14-linearMSE.pth into the folder of openai/clip-vit-large-patch14, and
+           clip_cn_vit-h-14.pt, under models/ or where --config.rewards.NAME.path and
+           --config.heldout_rewards.heldout_chinese_clip.path say.
 Hardware:  one accelerator of 24 GB (estimated, not measured), as sd15_r0.py.
-Memory:    estimated: as sd15_r0.py without PickScore; prompts are 512 tokens here, not 77.
-Hours:     not measured.
-Numbers:   none measured here, and the paper has none. English CLIPs cannot judge a Chinese prompt:
-           what ties the image to it is guidance, as an implicit reward, so its weight is larger
-           here. A reward that reads Chinese is better where you have one (type "function").
+Memory:    estimated from parameter counts: as sd15_r0.py, but reward models 3.6 GB (Chinese-CLIP
+           0.8 and 1.9, CLIP-L 0.9): 6 GB; prompts are 512 tokens here, not 77.
+Hours:     not measured; about half an hour on one H100, counted as in sd15_r0.py.
+Numbers:   none measured here, and the paper has none. English rewards cannot judge a Chinese
+           prompt; Chinese-CLIP can, and so can one of your own (type "function").
 """
 
 from ml_collections import ConfigDict
@@ -26,11 +30,12 @@ from configs import common, sd15_r0
 
 def get_config(variants: str = "") -> ConfigDict:
     config = sd15_r0.get_config()
-    clip, head = "models/clip-vit-large-patch14", "models/aesthetic/model.safetensors"
     with config.unlocked():
-        config.rewards = ConfigDict(
-            {"aesthetic": common.reward_entry("aesthetic", path=clip, head=head)})
-        config.heldout_rewards = ConfigDict()
-    config.best_metric = ""
-    config.regularizers.guidance.weight = 1.0
+        config.rewards = ConfigDict({
+            "chinese_clip": common.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
+            "aesthetic": common.reward_entry("aesthetic", path="models/clip-vit-large-patch14")})
+        config.heldout_rewards = ConfigDict({
+            "heldout_chinese_clip": common.reward_entry("chinese_clip",
+                                                        path="models/clip_cn_vit-h-14")})
+    config.best_metric = "heldout/heldout_chinese_clip"
     return common.apply_variants(config, variants, "Taiyi")

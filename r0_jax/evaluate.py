@@ -7,7 +7,9 @@
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from configs import common
 from r0_jax import cli, report, run, schedulers, sharding
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
@@ -55,8 +57,11 @@ def main(argv: list[str]) -> None:
         folder, config = Path(fields.out), shapes_r0.get_config()
         pretrained = config.pretrained
         _check_free(folder, fields.overwrite)
-    if "test" not in config:
+    if not isinstance(config.get("test"), ConfigDict):
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
+    if missing := sorted(set(common.get_config().test) - set(config.test)):
+        raise InputError(f"{folder}/config.json has no test.{missing[0]}: it is of an older run "
+                         "or cut short")
     run.check_writable(folder / "samples" / "eval")
     with config.unlocked():
         config.pretrained = pretrained

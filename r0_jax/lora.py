@@ -6,6 +6,7 @@ Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, ran
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -27,6 +28,18 @@ def targets(shapes: Shapes, pattern: str) -> list[str]:
         raise InputError(f"lora.targets matches no layer of the network: {pattern!r}; "
                          f"a layer is called, for example, {modules[len(modules) // 2]}")
     return found
+
+
+def check_rank(shapes: Shapes, pattern: str, rank: int) -> None:
+    """InputError where a module's matrix has no such rank: the adapter would hold more numbers than
+    the weights it stands for."""
+    kernels = {module: shapes[f"{module}.kernel"].shape for module in targets(shapes, pattern)}
+    most = {module: min(prod(shape[:-1]), shape[-1]) for module, shape in kernels.items()}
+    module = min(most, key=most.get)
+    if rank > most[module]:
+        raise InputError(f"lora.rank={rank} is above what fits {module}, a matrix of rank "
+                         f"{most[module]}: use {most[module]} at most, or leave this layer out of "
+                         "lora.targets")
 
 
 def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params:

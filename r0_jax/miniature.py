@@ -1,7 +1,7 @@
 """Pretrained folders in miniature, with random weights: what `:dryrun` recipes train.
 
     miniature.write(folder, "StableDiffusionXLPipeline")      a whole diffusers folder, 200 kB
-    miniature.write_reward(folder)                            a CLIPModel, for rewards
+    miniature.write_reward(folder, "image_reward")            a folder of that type of reward
 
 They have every part and file that the real ones have, and nothing that was learned.
 """
@@ -12,17 +12,23 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from r0_jax import convert
+from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.chinese_clip import ChineseCLIPConfig, ChineseCLIPModel
 from r0_jax.models.clip import CLIPConfig, CLIPModel
+from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.network import Network, Params
 from r0_jax.pipelines.folder import NETWORKS
+from r0_jax.rewards import aesthetic, image_reward, tower
 
 PROMPTS = ["a red circle", "a blue square above a green star", "a green star", "红色的圆在左边",
            "a star left of a red square", "a blue circle", "绿色的方", "a red star of a circle"]
@@ -112,8 +118,21 @@ MINIATURES: dict[str, dict[str, Any]] = {
 
 
 def kept(name: str) -> Path:
-    """A folder of the user's cache with all that a dry run of one of `MINIATURES` reads: pipeline/,
-    clip/, heldout_clip/ and prompts.txt. Made on the first call, the same ever after."""
+    """A folder of the user's cache with pipeline/, one of `MINIATURES`, and prompts.txt. Made on
+    the first call, the same ever after."""
+    def make(folder: Path) -> None:
+        write(folder / "pipeline", name)
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    return _kept(name, make)
+
+
+def kept_reward(kind: str, seed: int) -> Path:
+    """The same of a reward of one of `REWARDS`."""
+    return _kept(f"{kind}-{seed}", lambda folder: write_reward(folder, kind, seed))
+
+
+def _kept(name: str, make: Callable[[Path], None]) -> Path:
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # another code, another one
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "r0_jax").expanduser()
     folder = cache / "miniatures" / f"{name}-{code}"
@@ -121,10 +140,7 @@ def kept(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            write(building / "pipeline", name)
-            write_reward(building / "clip", seed=1)
-            write_reward(building / "heldout_clip", seed=2)
-            (building / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+            make(building)
             try:
                 os.rename(building, folder)
             except OSError:
@@ -161,20 +177,68 @@ def write(folder: Path, family: str, seed: int = 0, **changes: Mapping[str, Any]
     _write_json(folder / "model_index.json", index)
 
 
-def write_reward(folder: Path, seed: int = 0) -> None:
-    """Writes a CLIPModel with tokenizer and preprocessing, for rewards of type clip_score."""
+def write_reward(folder: Path, kind: str, seed: int = 0) -> None:
+    """Writes a folder as rewards of one of `REWARDS` are published, or converted to."""
+    REWARDS[kind](folder, seed)
+
+
+def _write_clip(folder: Path, seed: int) -> None:
+    """A CLIPModel of transformers."""
     write_tokenizer(folder, "CLIPTokenizer", EOS)
-    text = CLIP_TEXT | {"vocab_size": len(_clip_vocabulary()[0])}
     fields = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 8,
-              "text_config": text, "vision_config": VISION, "logit_scale_init_value": 2.6592}
+              "text_config": CLIP_TEXT | {"vocab_size": len(_clip_vocabulary()[0])},
+              "vision_config": VISION, "logit_scale_init_value": 2.6592}
     _write_json(folder / "config.json", fields)
-    config = CLIPConfig.from_json(fields)
-    network = Network.abstract(lambda rngs: CLIPModel(config, rngs=rngs))
-    convert.save(random_params(network, seed), folder / "model.safetensors")
-    size = VISION["image_size"]
-    _write_json(folder / "preprocessor_config.json", {
-        "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
-        "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3})
+    _write_preprocessor(folder, crops=True)
+    _write_weights(folder / "model.safetensors", seed,
+                   lambda rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs))
+
+
+def _write_aesthetic(folder: Path, seed: int) -> None:
+    _write_clip(folder, seed)
+    _write_weights(folder / aesthetic.HEAD, seed, lambda rngs: ScoreMLP(8, rngs=rngs))
+
+
+def _write_open_clip(folder: Path, seed: int) -> None:
+    write_tokenizer(folder, "CLIPTokenizer", EOS)
+    fields = {
+        "embed_dim": 8,
+        "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 4,
+                       "image_size": VISION["image_size"]},
+        "text_cfg": {"context_length": TOKENS, "vocab_size": len(_clip_vocabulary()[0]),
+                     "width": 16, "heads": 2, "layers": 1}}
+    _write_json(folder / tower.OPEN_CLIP_CONFIG, {"model_cfg": fields, "preprocess_cfg": {}})
+    _write_weights(folder / "open_clip_model.safetensors", seed,
+                   lambda rngs: OpenCLIP(OpenCLIPConfig.from_json(fields), rngs=rngs))
+
+
+def _write_chinese_clip(folder: Path, seed: int) -> None:
+    write_tokenizer(folder, "BertTokenizer", "[PAD]")
+    fields = {"model_type": "chinese_clip", "projection_dim": 8, "vision_config": VISION,
+              "text_config": BERT | {"vocab_size": _vocabulary_size("BertModel")}}
+    _write_json(folder / "config.json", fields)
+    _write_preprocessor(folder, crops=False)
+    _write_weights(folder / "model.safetensors", seed,
+                   lambda rngs: ChineseCLIPModel(ChineseCLIPConfig.from_json(fields), rngs=rngs))
+
+
+def _write_image_reward(folder: Path, seed: int) -> None:
+    write_tokenizer(folder, "BertTokenizer", "[PAD]")
+    fields = {
+        "vision_config": {"image_size": VISION["image_size"], "patch_size": 4, "width": 16,
+                          "layers": 1, "heads": 2},
+        "text_config": BERT | {"vocab_size": _vocabulary_size("BertModel"), "num_hidden_layers": 1,
+                               "max_position_embeddings": image_reward.LENGTH}}
+    _write_json(folder / "config.json", fields)
+    _write_weights(folder / "model.safetensors", seed,
+                   lambda rngs: ImageReward(ImageRewardConfig.from_json(fields), rngs=rngs))
+
+
+# `type` of a reward -> what writes it.
+REWARDS: dict[str, Callable[[Path, int], None]] = {
+    "clip_score": _write_clip, "pickscore": _write_clip, "aesthetic": _write_aesthetic,
+    "hps_v2": _write_open_clip, "hps_v2_1": _write_open_clip,
+    "chinese_clip": _write_chinese_clip, "image_reward": _write_image_reward}
 
 
 def random_params(network: Network, seed: int) -> Params:
@@ -187,8 +251,7 @@ def random_params(network: Network, seed: int) -> Params:
             fan_in = np.prod(shape.shape[:-1]) if name.endswith("kernel") else 1
             params[name] = value / np.float32(np.sqrt(fan_in))
         else:
-            value = np.float32(0.1) * value + np.float32(name.endswith("scale"))
-            params[name] = np.asarray(value)  # of no axes it became a scalar
+            params[name] = np.asarray(np.float32(0.1) * value + np.float32(name.endswith("scale")))
     return params
 
 
@@ -257,6 +320,18 @@ def _write_network(folder: Path, fields: dict[str, Any], seed: int) -> list[str]
     salt = zlib.crc32(folder.name.encode())  # or both CLIPs would be much alike
     convert.save(random_params(network, seed + salt), folder / f"{stem}.safetensors")
     return ["transformers" if "architectures" in fields else "diffusers", kind]
+
+
+def _write_preprocessor(folder: Path, crops: bool) -> None:
+    size = VISION["image_size"]
+    sizes = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    _write_json(folder / "preprocessor_config.json", {
+        "size": sizes, "crop_size": {"height": size, "width": size}, "do_center_crop": crops,
+        "do_normalize": True, "do_resize": True, "resample": 3})
+
+
+def _write_weights(path: Path, seed: int, constructor: Callable[[nnx.Rngs], nnx.Module]) -> None:
+    convert.save(random_params(Network.abstract(constructor), seed), path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -67,24 +67,34 @@ def measured(folder: Path, config: ConfigDict) -> bool:
     if config.steps not in checkpoint.steps(folder) or not (folder / "eval.json").exists():
         return False
     workdir.check_same_run(folder, config)
-    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    try:
+        evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        report.rows(evaluation)
+    except (ValueError, InputError):  # broken: measured anew
+        return False
     prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
-    return evaluation["prompts"] == len(prompts)
+    return (evaluation.get("prompts"), evaluation.get("seed")) == (len(prompts), config.seed)
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One eval.json of several: means over the seeds, whose intervals are joined, not narrowed,
-    since the seeds share their prompts."""
+    since the seeds share their prompts. What is null for one seed, being not finite, is so for
+    all."""
     models: dict[str, Any] = {}
     for name, metrics in evaluations[0]["models"].items():
         models[name] = {}
         for metric in metrics:
             entries = [evaluation["models"][name][metric] for evaluation in evaluations]
-            intervals = [entry["ci95"] for entry in entries]
-            joined = [min(low for low, _ in intervals), max(high for _, high in intervals)]
-            models[name][metric] = {"value": float(np.mean([entry["value"] for entry in entries])),
-                                    "ci95": joined}
+            values = [_number(entry["value"]) for entry in entries]
+            lows, highs = zip(*(map(_number, entry.get("ci95") or (None, None))
+                                for entry in entries), strict=True)
+            models[name][metric] = {"value": float(np.mean(values)),
+                                    "ci95": [float(np.min(lows)), float(np.max(highs))]}
     return {"models": models}
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
 def page(evaluations: Sequence[dict[str, Any]], picture: str, prompts: Sequence[str]) -> str:
@@ -125,7 +135,7 @@ def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     for what, metric, low, high in _TARGETS:
         if metric not in evaluations[0]["models"][names[0]]:
             continue
-        values = np.asarray([[evaluation["models"][name][metric]["value"]
+        values = np.asarray([[_number(evaluation["models"][name][metric]["value"])
                               for name in (names[-1], names[0])] for evaluation in evaluations])
         ratio = values[:, 0].mean() / values[:, 1].mean()
         each = ", ".join(f"{r0 / base:.3f}" for r0, base in values)

@@ -29,6 +29,7 @@ from r0_jax import (
     data,
     encoded_prompts,
     lazy,
+    lora,
     optim,
     prompt_dataset,
     report,
@@ -92,6 +93,10 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
         if reward.same_weights(other):
             warnings.warn(f"the held-out reward {other.name} has the weights of {reward.name}, "
                           "which is trained on: it will not show reward hacking", stacklevel=2)
+    base_part = pipeline.generator_part
+    shapes = pipeline.networks[base_part].shapes
+    if config.lora.rank:
+        lora.check_rank(shapes, config.lora.targets, config.lora.rank)
     generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
                           pipeline.fixed)
     objective = Objective(pipeline, generator, trained_on, config, decoder)
@@ -117,9 +122,6 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") ->
 
     # Shapes, then shardings: optimizer state and EMA follow their parameter.
     optimizer = optim.make_optimizer(config, config.regularizers.langevin.weight)
-    base_part = pipeline.generator_part
-    shapes = pipeline.networks[base_part].shapes
-
     spread_of = ([r.name for r in trained_on] if config.objective.normalization == "running_std"
                  else [])
 
@@ -193,6 +195,10 @@ def check_config(config: ConfigDict) -> None:
         if not (least <= value <= most and value < math.inf):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise InputError(f"{field}={value} must be {bound}")
+    for field, value in named_fields(config.to_dict()):
+        # An infinite clip_norm is none, and optim.py says so.
+        if isinstance(value, float) and not math.isfinite(value) and field != "optimizer.clip_norm":
+            raise InputError(f"{field}={value} must be a finite number")
     if config.objective.method not in ("r0", "r0plus"):
         raise InputError(f"objective.method={config.objective.method!r} is unknown; "
                          "use 'r0' or 'r0plus'")
@@ -227,8 +233,8 @@ def check_config(config: ConfigDict) -> None:
 def check_fields(config: ConfigDict) -> None:
     """InputError unless the config has every field of the base, its rewards all of theirs, and
     nothing else."""
-    there = list(field_names(config.to_dict()))
-    known = list(field_names(common.get_config().to_dict()))
+    there = [name for name, _ in named_fields(config.to_dict())]
+    known = [name for name, _ in named_fields(common.get_config().to_dict())]
     if missing := [name for name in known if name not in there]:
         raise InputError(f"the config has no {missing[0]}: begin it with "
                          "config = common.get_config(), as the recipes in configs/ do")
@@ -259,12 +265,12 @@ def check_reward(name: str, entry: Any) -> None:
             raise InputError(f"{name}.{field}={fields[field]} must be finite")
 
 
-def field_names(fields: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all that a nested dict holds."""
+def named_fields(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a nested dict holds, by dotted names."""
     for name, value in fields.items():
-        yield prefix + name
+        yield prefix + name, value
         if isinstance(value, dict):
-            yield from field_names(value, f"{prefix}{name}.")
+            yield from named_fields(value, f"{prefix}{name}.")
 
 
 def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:

@@ -33,6 +33,9 @@ def test_bad_input_is_one_line(folder, tmp_path):
         return ["--workdir", tmp_path / name, "--prompts=p.txt"]
 
     moved, foreign = changed("moved", pretrained="gone/away"), changed("foreign")
+    shorter = common.get_config().test.to_dict()
+    del shorter["features"]
+    older = changed("older", test=shorter)
     config = json.loads((tmp_path / "foreign" / "config.json").read_text("utf-8"))
     del config["test"]
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -58,6 +61,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
         ([*pipeline, "--out", tmp_path / "table" / "eval.json"], "eval.json is not a folder"),
         (blocked, "samples is not a folder"),
         (foreign, "config.json has no test, so it is not the config of an R0 run"),
+        (older, "config.json has no test.features: it is of an older run"),
         (moved, "gone/away, the pretrained .* say where it is now with --pretrained=DIR"),
         ([*moved, "--pretrained", tmp_path / "table"], "model_index.json is missing"),
         ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),

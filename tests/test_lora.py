@@ -120,3 +120,14 @@ def test_squared_norm_is_that_of_the_product(adapters):
 def test_is_adapter(adapters):
     assert lora.is_adapter(adapters)
     assert not lora.is_adapter(SHAPES)
+
+
+def test_the_largest_rank_is_that_of_the_smallest_matrix():
+    """Of a convolution the window counts among the inputs."""
+    shapes = {f"{name}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {
+        "wide": (40, 30), "narrow": (50, 8), "conv": (3, 3, 2, 20)}.items()}
+    lora.check_rank(shapes, "wide|conv", 18)
+    with pytest.raises(InputError, match=r"lora.rank=19 is above what fits conv, .*use 18 at most"):
+        lora.check_rank(shapes, "wide|conv", 19)
+    with pytest.raises(InputError, match="what fits narrow, a matrix of rank 8: use 8 at most"):
+        lora.check_rank(shapes, ".*", 31)

@@ -28,7 +28,7 @@ def get_config():
         config.heldout_rewards.heldout = common.reward_entry("clip_score", path=clip)
     config.regularizers.weight.weight = 1e-3
     config.steps, config.batch_size, config.sampler.num_steps = {steps}, 4, 2
-    config.objective.grad_steps = 2
+    config.objective.grad_steps, config.lora.rank = 2, 4
     config.objective.normalization = "running_std"  # more state to resume with
     config.eval_every, config.checkpoint_every = 2, 1
     config.eval.num_prompts = config.eval.grid = 4

@@ -369,7 +369,7 @@ def test_a_path_that_is_no_folder(tmp_path):
     ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
     ({"vae": [None, None]}, "vae"),
     ({"vae": []}, "vae"),
-    ({"vae": "AutoencoderTiny"}, "vae is a AutoencoderTiny"),
+    ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny"),
 ])
 def test_another_family_is_named(copy, changes, said):
     edit(copy / "model_index.json", **changes)
@@ -471,10 +471,27 @@ def test_the_scheduler_is_of_the_class_in_the_index(copy):
         schedulers.from_config(loaded.scheduler_config, 4)
 
 
-@pytest.mark.parametrize("entry", [None, [None, None], [], 3, ["diffusers", ["DDIMScheduler"]]])
+@pytest.mark.parametrize("entry", [None, [None, None], [], 3, ["diffusers", ["DDIMScheduler"]],
+                                   ["DDIMScheduler"], ["diffusers", "DDIMScheduler", "x"]])
 def test_an_index_without_a_scheduler(copy, entry):
     edit(copy / "model_index.json", scheduler=entry)
     with refused(copy / "model_index.json", f"scheduler is {json.dumps(entry)}"):
+        stable_diffusion.load(copy)
+
+
+@pytest.mark.parametrize("part, entry", [
+    ("safety_checker", []), ("text_encoder", ["transformers"]), ("unet", "UNet2DConditionModel"),
+    ("vae", ["diffusers", "AutoencoderKL", None]), ("tokenizer", ["transformers", 3])])
+def test_an_index_whose_parts_are_no_pairs(copy, part, entry):
+    edit(copy / "model_index.json", **{part: entry})
+    with refused(copy / "model_index.json", f"{part} is {json.dumps(entry)}: its library and"):
+        stable_diffusion.load(copy)
+
+
+def test_a_part_without_a_library_is_none(copy):
+    """As diffusers reads it."""
+    edit(copy / "model_index.json", text_encoder=[None, "CLIPTextModel"])
+    with refused("text_encoder is a None, not a CLIPTextModel"):
         stable_diffusion.load(copy)
 
 

@@ -10,14 +10,18 @@ import pytest
 from test_export import commands
 
 from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
-from r0_jax import lora
+from r0_jax import convert, lora, miniature, rewards
 from r0_jax.errors import InputError
+from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from r0_jax.models.config import read_json
 from r0_jax.network import Network
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
 
 ROOT = Path(__file__).parents[1]
+REWARDS = {  # what each recipe trains on
+    **{name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3")},
+    "taiyi": ["chinese_clip", "aesthetic"]}
 RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "taiyi": taiyi_r0}
 # Programs that run a few times are not worth optimizing.
 FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
@@ -45,6 +49,9 @@ def run_main(*arguments):
 def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, variants):
     workdir = tmp_path / "run"
     flags = [f"--config=configs/{name}_r0.py:{variants}", f"--workdir={workdir}"]
+    if name == "sdxl":
+        tiny_decoder(tmp_path / "taesdxl")
+        flags.append(f"--config.objective.decoder={tmp_path / 'taesdxl'}")
     started = run_main(*flags, "--config.steps=2", "--config.test.prompts=")
     assert started.returncode == 0, started.stderr
     ended = run_main(*flags)
@@ -52,7 +59,11 @@ def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, v
     assert "report: " in ended.stdout
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in lines if "heldout/heldout_clip" in line] == [0, 2, 4]
+    best = RECIPES[name].get_config().best_metric
+    assert [line["step"] for line in lines if best in line] == [0, 2, 4]
+    for reward in REWARDS[name]:  # of four different networks, all of which move the image
+        norms = [line[f"norm/reward_grads/{reward}"] for line in lines if "train/loss" in line]
+        assert min(norms) > 0, reward
     assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((workdir / "eval.json").read_text())["models"]
     assert len(table) == 3 and "r0_4" in table
@@ -65,6 +76,44 @@ def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, v
             for form in forms]):
         assert (status, stderr) == (0, "")
     assert families.load(tmp_path / "diffusers", family=config["family"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(cache, name):
+    plain, dry = RECIPES[name].get_config(), RECIPES[name].get_config("dryrun")
+    assert set(plain.rewards) == set(REWARDS[name])
+    folders = set()
+    for section in ("rewards", "heldout_rewards"):
+        assert list(plain[section]) == list(dry[section])
+        for reward, entry in dry[section].items():
+            assert entry.type == plain[section][reward].type and entry.weight == 1
+            assert str(plain[section][reward].path).startswith("models/")
+            assert str(cache) in entry.path
+            assert rewards.load(reward, entry).name == reward
+            folders.add(entry.path)
+    assert len(folders) == len(plain.rewards) + len(plain.heldout_rewards)
+    assert plain.best_metric.removeprefix("heldout/") in plain.heldout_rewards
+
+
+def test_a_rank_that_a_layer_has_not_is_one_line(cache, tmp_path):
+    result = run_main("--config=configs/sd15_r0.py:dryrun", f"--workdir={tmp_path / 'w'}",
+                      "--config.lora.rank=9")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "lora.rank=9 is above what fits down_blocks.0.attentions.0.transformer_blocks.0" in line
+    assert "use 8 at most" in line
+
+
+def tiny_decoder(folder):
+    fields = {"_class_name": "AutoencoderTiny"}
+    for half in ("encoder", "decoder"):
+        fields |= {f"{half}_block_out_channels": [8, 8], f"num_{half}_blocks": [1, 1]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    config = AutoencoderTinyConfig.from_json(fields)
+    network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
+    convert.save(miniature.random_params(network, 0),
+                 folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_without_weights_a_recipe_says_what_is_missing(tmp_path):
@@ -82,8 +131,10 @@ def test_variants_change_what_they_say_and_combine(name):
     assert plain.lora.rank == 32 and both.lora.rank == 0
     assert both.optimizer.learning_rate < plain.optimizer.learning_rate
     dry = recipe.get_config("dryrun")
-    for kept in ("family", "lora", "regularizers", "optimizer", "sampler", "objective"):
+    for kept in ("family", "regularizers", "optimizer", "sampler", "objective", "best_metric"):
         assert dry[kept] == plain[kept], kept
+    assert dry.lora.targets == plain.lora.targets
+    assert dry.lora.alpha / dry.lora.rank == plain.lora.alpha / plain.lora.rank
     with pytest.raises(InputError, match="variant 'r1' is unknown; known: r0plus, full, dryrun"):
         recipe.get_config("r1")
     assert set(plain) == set(common.get_config())

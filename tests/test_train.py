@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from r0_jax import train
+from r0_jax import optim, train
 from r0_jax.errors import InputError
 from r0_jax.shapes import CHECKPOINTS
 
@@ -24,6 +24,20 @@ def config(**rewards):
 def test_the_base_and_a_reward_are_enough():
     train.check_config(config())
     train.check_config(config(own=common.reward_entry("function", weight=2, function="a:b")))
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("test.guidance_scale", math.nan), ("test.guidance_scale", math.inf),
+    ("optimizer.learning_rate", math.nan), ("optimizer.clip_norm", math.nan)])
+def test_numbers_that_are_none_wherever_they_stand(field, value):
+    found = config()
+    found.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=f"^{field}={value} must be "):
+        train.check_config(found)
+        optim.make_optimizer(found)
+    found.optimizer.clip_norm, found.test.guidance_scale = math.inf, 2.0
+    found.optimizer.learning_rate = 1e-3
+    train.check_config(found)  # no clipping
 
 
 @pytest.mark.parametrize("override", [

@@ -127,8 +127,7 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
     for part, allowed in parts.items():
         if part.startswith(TEXT_PARTS) and not text:
             continue
-        entry = index.get(part)
-        found = entry[-1] if isinstance(entry, list) and entry else entry
+        found = _class(path, part, index.get(part))
         if part in optional and (found is None or not (path / part).is_dir()):
             if found is not None:
                 warnings.warn(f"{path / part} is not there: going on without it", stacklevel=3)
@@ -162,6 +161,9 @@ def read_index(path: Path) -> dict[str, Any]:
     if name not in FAMILIES:
         raise InputError(f"{path} holds a {name}, which is not supported; supported: "
                          f"{', '.join(FAMILIES)}")
+    for part, entry in index.items():
+        if isinstance(entry, list):
+            _class(path, part, entry)
     return index
 
 
@@ -170,12 +172,23 @@ def describe(family: str) -> str:
     return f"{FAMILIES[family]} ({family})"
 
 
+def _class(path: Path, part: str, entry: Any) -> str | None:
+    """The class of a part in model_index.json; None where it says that there is none."""
+    match entry:
+        case None | [None, _]:
+            return None
+        case [str(), str(name)]:
+            return name
+    raise InputError(f"{path}/model_index.json: {part} is {json.dumps(entry)}: its library and "
+                     'class are expected, as in ["diffusers", "DDIMScheduler"]')
+
+
 def _scheduler_class(path: Path, index: dict[str, Any]) -> str:
     entry = index.get("scheduler")
-    if not (isinstance(entry, list) and entry and isinstance(entry[-1], str)):
-        raise InputError(f"{path}/model_index.json: scheduler is {json.dumps(entry)}: the "
-                         'class is expected, as in ["diffusers", "DDIMScheduler"]')
-    return entry[-1]
+    if (name := _class(path, "scheduler", entry)) is None:
+        raise InputError(f"{path}/model_index.json: scheduler is {json.dumps(entry)}: a pipeline "
+                         "without one does not say what noise it was trained on")
+    return name
 
 
 def _read_fields(path: Path) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""What `make results` makes of the eval.json of several seeds, whole ones and others."""
+
+import json
+import math
+
+import pytest
+from ml_collections import ConfigDict
+
+from r0_jax import checkpoint, results, workdir
+from r0_jax.report import markdown_table
+
+
+def evaluation(accuracy, distance, seed=0, prompts=2):
+    def model(scale):
+        return {"judge_accuracy": {"value": accuracy * scale, "ci95": [0.1, 0.9]},
+                "frechet_distance": {"value": distance, "ci95": None if distance is None else
+                                     [0.5 * distance, 2 * distance]}}
+
+    return {"models": {"base_25_guided": model(1), "r0_4": model(0.5)}, "prompts": prompts,
+            "seed": seed}
+
+
+def test_seeds_are_pooled_and_their_intervals_joined():
+    pooled = results.pool([evaluation(0.8, 1.0), evaluation(0.6, 3.0)])["models"]
+    assert pooled["base_25_guided"]["judge_accuracy"]["value"] == pytest.approx(0.7)
+    assert pooled["r0_4"]["frechet_distance"] == {"value": 2.0, "ci95": [0.5, 6.0]}
+
+
+def test_a_value_that_is_null_is_not_finite_in_the_table():
+    evaluations = [evaluation(0.8, 1.0), evaluation(0.6, None)]
+    pooled = results.pool(evaluations)
+    assert math.isnan(pooled["models"]["r0_4"]["frechet_distance"]["value"])
+    table = markdown_table(pooled)
+    assert "| Frechet distance ↓ | not finite | not finite |" in table and "0.7" in table
+    lines = results.targets(evaluations, ["base_25_guided", "r0_4"]).splitlines()
+    assert any(line.startswith("| Frechet") and line.endswith("| no |") for line in lines)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A folder of a finished run, and its config."""
+    monkeypatch.setattr(checkpoint, "steps", lambda folder: [4])
+    monkeypatch.setattr(workdir, "check_same_run", lambda folder, config: "")
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {
+        "prompts": str(tmp_path / "prompts.txt"), "num_prompts": 2}})
+
+
+@pytest.mark.parametrize("text, said", [
+    (json.dumps(evaluation(0.8, 1.0)), True),
+    (json.dumps(evaluation(0.8, None)), True),  # measured, and not finite
+    (json.dumps(evaluation(0.8, 1.0, seed=1)), False),
+    (json.dumps(evaluation(0.8, 1.0, prompts=3)), False),
+    (json.dumps(evaluation(0.8, 1.0))[:-40], False),
+    ("", False), ("[]", False), ('{"prompts": 2}', False), ("null", False),
+    ('{"models": {"r0_4": null}, "prompts": 2}', False)])
+def test_what_is_broken_is_measured_anew(run, text, said):
+    folder, config = run
+    assert not results.measured(folder, config)
+    (folder / "eval.json").write_text(text, encoding="utf-8")
+    assert results.measured(folder, config) is said
