@@ -26,6 +26,7 @@ def pytest_sessionfinish(session):
     import importlib.metadata
     from pathlib import Path
 
+    import full_width
     import parity
 
     worst: dict[tuple[str, str], parity.Measurement] = {}
@@ -46,4 +47,14 @@ are with respect to the inputs. Made by `make parity` on a CPU with {versions}.
 
 | test | of | error | allowed |
 |---|---|---:|---:|
-{rows}""", encoding="utf-8")
+{rows}
+## At full width
+
+Every network at its published width and depth, in float32, PyTorch's side and this one in a process
+each: seconds and peak memory of either, weights drawn included. For rewards also the same network
+with its tower in bfloat16 and its head in float32: the score's largest difference from float32, and
+the cosine of the image gradients. Gradients are with respect to images, latents and prompt
+embeddings; text encoders are frozen and have none. `python tests/full_width.py NAME` measures one;
+{os.cpu_count()} CPU cores.
+
+{full_width.table()}""", encoding="utf-8")

@@ -44,6 +44,7 @@ class Case(NamedTuple):
       theirs, ours: (module, *inputs), (network, params, *inputs) -> outputs.
       keeps: what parameters of a reward stay float32 when its tower is bfloat16; None for what is
         no reward.
+      gradient: the error that is allowed of gradients.
     """
 
     reference: str
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     theirs: Callable
     ours: Callable
     keeps: tuple[str, ...] | None = None
+    gradient: float = GRADIENT  # allowed
 
 
 # --- what both sides share ------------------------------------------------------------------------
@@ -293,7 +295,8 @@ def _sd3_here(network, params, latents, prompt_embeds, pooled):
     return network(params, latents, jnp.asarray(TIMESTEPS), prompt_embeds, pooled)
 
 
-def _autoencoder(kind: str, fields: Callable[[], dict], channels: int) -> Case:
+def _autoencoder(kind: str, fields: Callable[[], dict], channels: int,
+                 gradient: float = GRADIENT) -> Case:
     """Decodes and encodes."""
     path = {"AutoencoderKL": "autoencoder_kl", "AutoencoderTiny": "autoencoder_tiny"}[kind]
 
@@ -310,7 +313,7 @@ def _autoencoder(kind: str, fields: Callable[[], dict], channels: int) -> Case:
     return Case("diffusers", _diffusers(kind, fields),
                 _network(f"{path}.{kind}", f"{kind}Config", fields),
                 lambda: (normal(0, 1, 16, 16, channels), 0.5 * normal(1, 1, 64, 64, 3)),
-                theirs, ours)
+                theirs, ours, gradient=gradient)
 
 
 def _text(kind: str, path: str, config: str, fields: Callable[[], dict], words: int,
@@ -357,7 +360,8 @@ GENERATORS = {
         _sd3_there, _sd3_here),
     "sd_vae": _autoencoder("AutoencoderKL", lambda: config_of("sd-v1-5-vae"), 4),
     "sd3_vae": _autoencoder("AutoencoderKL", lambda: config_of("sd-v1-5-vae") | SD3_VAE, 16),
-    "taesd": _autoencoder("AutoencoderTiny", lambda: config_of("taesd"), 4),
+    "taesd": _autoencoder("AutoencoderTiny", lambda: config_of("taesd"), 4,
+                          gradient=1e-2),  # rounding decides a few of its ReLUs
     "clip_l_text": _text("CLIPTextModel", "clip.CLIPTextModel", "CLIPTextConfig",
                          lambda: config_of("sd-v1-5-text_encoder"), 49408,
                          (LAST, ("pooled", "pooler_output"))),
@@ -392,6 +396,11 @@ def in_torch(case: Case) -> dict[str, np.ndarray]:
             drawn[id(empty)] = empty, torch.nn.Parameter(value, requires_grad=False)
         parent, _, last = name.rpartition(".")
         module.get_submodule(parent)._parameters[last] = drawn[id(empty)][1]
+    if hasattr(module, "tie_weights"):  # of transformers: T5's tokens
+        module.tie_weights()
+    for name, buffer in module.named_buffers():
+        if name in module.state_dict() and buffer.is_floating_point():  # SD3's table of places
+            buffer.copy_(torch.from_numpy(draw(name, tuple(buffer.shape))))
     inputs = [to_torch(x) for x in case.inputs()]
     floats = [x.requires_grad_() for x in inputs if x.is_floating_point()]
     with torch.set_grad_enabled(bool(floats)):
@@ -430,7 +439,9 @@ def in_jax(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | N
     inputs = case.inputs()
     places = [i for i, x in enumerate(inputs) if x.dtype == np.float32]
 
-    @jax.jit(compiler_options=COMPILE_QUICKLY)
+    # Unoptimized, the gradient of a vision tower's patches takes minutes; the denoising networks
+    # take minutes to optimize.
+    @jax.jit(compiler_options=COMPILE_QUICKLY if case.keeps is None else None)
     def run(params, floats):
         def forward(values):
             whole = list(inputs)
