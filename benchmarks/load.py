@@ -55,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Markdown file whose section is written")
     flags.DEFINE_string("config", str(ROOT / "tests/data/configs/sdxl-base-1.0-unet.json"),
                         "of the UNet")
-    flags.DEFINE_integer("repeats", 5, "loads, and plain reads between them", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
     flags.DEFINE_string("task", "", "of the processes that this one starts")
 
 
@@ -209,7 +209,9 @@ def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"{shlex.join(command)} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(task, devices, found, file=sys.stderr)
+    return found
 
 
 def check_room(folder: Path, needed: int) -> None:
