@@ -24,7 +24,17 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import cli, data, encoded_prompts, lazy, record_shards, rewards, sharding, train
+from r0_jax import (
+    cli,
+    config_check,
+    data,
+    encoded_prompts,
+    lazy,
+    record_shards,
+    rewards,
+    sharding,
+    train,
+)
 from r0_jax.encoded_prompts import EVALUATION, NEGATIVE, TRAIN
 from r0_jax.errors import InputError
 from r0_jax.network import fingerprint
@@ -203,7 +213,7 @@ def main(argv: list[str]) -> None:
     processes = jax.process_count() if fields.processes is None else fields.processes
     if process >= processes:
         raise InputError(f"--process={process} must be below --processes={processes}")
-    train.check_config(config)
+    config_check.check_config(config)
     train.enable_compilation_cache(config)
     out = Path(fields.out)
     check_writable(out)

@@ -3,29 +3,24 @@
 Sections stand in the order in which things happen.
 """
 
-import contextlib
-import difflib
 import functools
 import itertools
 import math
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from configs import common
 from r0_jax import (
     checkpoint,
+    config_check,
     data,
     encoded_prompts,
     lazy,
@@ -49,9 +44,9 @@ from r0_jax.network import Params
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families, tiny_decoder
 from r0_jax.progress import TrainingProgress
-from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
+from r0_jax.stop_signal import Stopped, StopSignal
 from r0_jax.train_state import TrainState
 from r0_jax.train_step import make_train_step
 from r0_jax.validation import Validation
@@ -70,8 +65,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
             return False
 
 
-def _train_and_evaluate(config: ConfigDict, folder: Path, stop: "StopSignal") -> bool:
-    check_config(config)
+def _train_and_evaluate(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
+    config_check.check_config(config)
     testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.check_batch(config.batch_size, mesh, config.accumulation)
@@ -168,111 +163,6 @@ def enable_compilation_cache(config: ConfigDict) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-# Field -> least and most of its numbers; what has checks of its own is not here.
-RANGES = {
-    "seed": (0, 2**32 - 1), "steps": (1, math.inf), "log_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf), "max_skipped_in_a_row": (1, math.inf),
-    "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
-    "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
-    "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
-    "objective.sharpness": (0, math.inf),
-    "regularizers.gradient.weight": (0, 1), "regularizers.gradient.samples": (1, math.inf),
-    "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
-    "regularizers.feature.least": (0, 1), "regularizers.feature.most": (0, 1),
-    "regularizers.guidance.least": (0, 1), "regularizers.guidance.most": (0, 1),
-    "regularizers.guidance.scale": (0, math.inf),
-}  # fmt: skip
-
-
-def check_config(config: ConfigDict) -> None:
-    """InputError for values that no later check would name."""
-    check_fields(config)
-    ranges = RANGES | {f"regularizers.{name}.weight": (0, math.inf) for name in config.regularizers
-                       if name != "gradient"}
-    for field, (least, most) in ranges.items():
-        value = functools.reduce(lambda part, name: part[name], field.split("."), config)
-        if not (least <= value <= most and value < math.inf):
-            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise InputError(f"{field}={value} must be {bound}")
-    for field, value in named_fields(config.to_dict()):
-        # An infinite clip_norm is none, and optim.py says so.
-        if isinstance(value, float) and not math.isfinite(value) and field != "optimizer.clip_norm":
-            raise InputError(f"{field}={value} must be a finite number")
-    if config.objective.method not in ("r0", "r0plus"):
-        raise InputError(f"objective.method={config.objective.method!r} is unknown; "
-                         "use 'r0' or 'r0plus'")
-    for field, known in (("normalization", NORMALIZATIONS), ("conflicts", CONFLICTS)):
-        if config.objective[field] not in known:
-            raise InputError(f"objective.{field}={config.objective[field]!r} is unknown; "
-                             f"use {' or '.join(map(repr, known))}")
-    r0 = config.objective.method == "r0"
-    if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
-        raise InputError(f"objective.grad_steps={config.objective.grad_steps} must be between 1 "
-                         f"and sampler.num_steps={config.sampler.num_steps}")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
-    attention_backend.check(config.attention, config.dtype)
-    families.check_there(config.pretrained, config.family)
-    if not (config.data.prompts or config.data.encoded):
-        raise InputError("data.prompts is not set: give --config.data.prompts=PATH")
-    if not config.rewards:
-        raise InputError("rewards is empty: there is nothing to maximize")
-    if both := set(config.rewards) & set(config.heldout_rewards):
-        raise InputError(f"{min(both)} is the name of a reward and of a held-out one: rename one")
-    measured = [f"eval/{name}" for name in config.rewards]
-    measured += [f"heldout/{name}" for name in config.heldout_rewards]
-    if config.best_metric and config.best_metric not in measured:
-        raise InputError(f"best_metric={config.best_metric!r} is not measured; there are "
-                         f"{', '.join(measured)}, or '' to keep none")
-    if not any(entry.weight for entry in config.regularizers.values()):
-        warnings.warn("all regularizers have weight 0: rewards alone collapse the generator; "
-                      "set regularizers.weight.weight", stacklevel=2)
-
-
-def check_fields(config: ConfigDict) -> None:
-    """InputError unless the config has every field of the base, its rewards all of theirs, and
-    nothing else."""
-    there = [name for name, _ in named_fields(config.to_dict())]
-    known = [name for name, _ in named_fields(common.get_config().to_dict())]
-    if missing := [name for name in known if name not in there]:
-        raise InputError(f"the config has no {missing[0]}: begin it with "
-                         "config = common.get_config(), as the recipes in configs/ do")
-    # A recipe unlocks its config to add rewards, and can then mistype whatever else it sets.
-    for name in there:
-        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
-            near = "".join(difflib.get_close_matches(name, known, n=1))
-            raise InputError(f"the config has a field that does not exist, {name}"
-                             + (f"; did you mean {near}?" if near else ""))
-    for section in ("rewards", "heldout_rewards"):
-        for name, entry in config[section].items():
-            check_reward(f"{section}.{name}", entry)
-
-
-def check_reward(name: str, entry: Any) -> None:
-    """InputError unless an entry has the fields of `common.reward_entry`, each of its type."""
-    expected = common.reward_entry(type="").to_dict()
-    fields = entry.to_dict() if isinstance(entry, ConfigDict) else {}
-    if different := set(fields) ^ set(expected):
-        raise InputError(f"{name} should not have, or lacks, {min(different)}: "
-                         "make it with common.reward_entry(...)")
-    for field, default in expected.items():
-        kind, value = type(default), fields[field]
-        if not (isinstance(value, kind) or (kind is float and type(value) is int)):
-            raise InputError(f"{name}.{field}={value!r} must be of type {kind.__name__}")
-    for field in ("weight", "cap"):
-        if not math.isfinite(fields[field]):
-            raise InputError(f"{name}.{field}={fields[field]} must be finite")
-
-
-def named_fields(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a nested dict holds, by dotted names."""
-    for name, value in fields.items():
-        yield prefix + name, value
-        if isinstance(value, dict):
-            yield from named_fields(value, f"{prefix}{name}.")
-
-
 def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:
     """InputError for prompts that were encoded before, where they are not all that the config
     needs; rewards' features are looked at by `load_rewards`."""
@@ -319,7 +209,7 @@ def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyD
 
 def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, step_fn, frozen,
          batches_from: Callable[[int], Iterator[dict[str, jax.Array]]], validation: Validation,
-         checkpoints: checkpoint.Checkpoints, stop: "StopSignal") -> bool:
+         checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
     batches = batches_from(first)
@@ -387,46 +277,3 @@ def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config:
     for batch in read(config.batch_size, config.seed, step, jax.process_index(),
                       jax.process_count()):
         yield sharding.put_batch(batch, split)
-
-
-class Stopped(BaseException):
-    """A SIGTERM came while nothing was to be saved.
-
-    As KeyboardInterrupt is, no Exception: it may come inside of any call, and whoever asks there
-    what is wrong with a file or a reward would take it for the answer.
-    """
-
-
-class StopSignal:
-    """What a SIGTERM does: raise Stopped at once, or, inside `deferred`, make `requested` true on
-    all processes at the same step. A context manager."""
-
-    def __init__(self):
-        self._came = self._deferred = False
-
-    def __enter__(self) -> "StopSignal":
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: object) -> None:
-        del number, frame
-        self._came = True
-        if not self._deferred:
-            raise Stopped
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def requested(self) -> bool:
-        if jax.process_count() == 1:
-            return self._came
-        # Preemption may reach one host first: stop together, or collectives wait for ever.
-        return bool(np.any(multihost_utils.process_allgather(jnp.asarray(self._came))))

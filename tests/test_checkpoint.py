@@ -14,9 +14,10 @@ import optax
 import pytest
 from absl import logging
 
-from r0_jax import checkpoint, sharding, train, train_state
+from r0_jax import checkpoint, sharding, train_state
 from r0_jax.checkpoint import Checkpoints, load_params
 from r0_jax.errors import InputError
+from r0_jax.stop_signal import Stopped, StopSignal
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -270,7 +271,7 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", come)
-    with pytest.raises(train.Stopped), train.StopSignal(), Checkpoints(copied) as checkpoints:
+    with pytest.raises(Stopped), StopSignal(), Checkpoints(copied) as checkpoints:
         checkpoints.restore(target(1))
     assert checkpoint.steps(copied) == [10, 20]
 

@@ -1,4 +1,4 @@
-"""What a config may hold; the loop itself is tested through main."""
+"""What a config may hold."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from r0_jax import optim, train
+from r0_jax import config_check, optim
 from r0_jax.errors import InputError
 from r0_jax.shapes import CHECKPOINTS
 
@@ -22,8 +22,8 @@ def config(**rewards):
 
 
 def test_the_base_and_a_reward_are_enough():
-    train.check_config(config())
-    train.check_config(config(own=common.reward_entry("function", weight=2, function="a:b")))
+    config_check.check_config(config())
+    config_check.check_config(config(own=common.reward_entry("function", weight=2, function="a:b")))
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -33,11 +33,11 @@ def test_numbers_that_are_none_wherever_they_stand(field, value):
     found = config()
     found.update_from_flattened_dict({field: value})
     with pytest.raises(InputError, match=f"^{field}={value} must be "):
-        train.check_config(found)
+        config_check.check_config(found)
         optim.make_optimizer(found)
     found.optimizer.clip_norm, found.test.guidance_scale = math.inf, 2.0
     found.optimizer.learning_rate = 1e-3
-    train.check_config(found)  # no clipping
+    config_check.check_config(found)  # no clipping
 
 
 @pytest.mark.parametrize("override", [
@@ -50,14 +50,14 @@ def test_numbers_that_no_step_survives(override):
     found.update_from_flattened_dict(override)
     [(field, value)] = override.items()
     with pytest.raises(InputError, match=f"^{field}={value} must be"):
-        train.check_config(found)
+        config_check.check_config(found)
 
 
 def test_attention_that_this_machine_has_not():
     found = config()
     found.attention = "cudnn"
     with pytest.raises(InputError, match="attention='cudnn' needs an NVIDIA GPU"):
-        train.check_config(found)
+        config_check.check_config(found)
 
 
 @pytest.mark.parametrize(("section", "name", "said"), [
@@ -69,7 +69,7 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
     with found.unlocked():
         found[section][name] = 1.0
     with pytest.raises(InputError, match=f"a field that does not exist, {said}"):
-        train.check_config(found)
+        config_check.check_config(found)
 
 
 @pytest.mark.parametrize(("entry", "said"), [
@@ -81,4 +81,4 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
 ])
 def test_a_reward_that_is_none(entry, said):
     with pytest.raises(InputError, match=said):
-        train.check_config(config(own=entry))
+        config_check.check_config(config(own=entry))

@@ -1,0 +1,53 @@
+"""SIGTERM, which is how machines are taken back: what was trained is saved first."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class Stopped(BaseException):
+    """A SIGTERM came while nothing was to be saved.
+
+    As KeyboardInterrupt is, no Exception: it may come inside of any call, and whoever asks there
+    what is wrong with a file or a reward would take it for the answer.
+    """
+
+
+class StopSignal:
+    """What a SIGTERM does: raise Stopped at once, or, inside `deferred`, make `requested` true on
+    all processes at the same step. A context manager."""
+
+    def __init__(self):
+        self._came = self._deferred = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: object) -> None:
+        del number, frame
+        self._came = True
+        if not self._deferred:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def requested(self) -> bool:
+        if jax.process_count() == 1:
+            return self._came
+        # Preemption may reach one host first: stop together, or collectives wait for ever.
+        return bool(np.any(multihost_utils.process_allgather(jnp.asarray(self._came))))
