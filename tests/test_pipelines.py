@@ -14,6 +14,7 @@ import torch
 
 from r0_jax import few_step, lazy, miniature, sample, schedulers
 from r0_jax.errors import InputError
+from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
 from r0_jax.models.attention_backend import Backend
 from r0_jax.pipelines import families, stable_diffusion_xl
@@ -169,6 +170,19 @@ def test_bfloat16_keeps_the_sizes_whole(loaded):
     told = jax.eval_shape(pipeline.encode_prompt, params, pipeline.tokenize(PROMPTS))
     assert told["add_time_ids"].dtype == jnp.int32
     assert told["prompt_embeds"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_full_fine_tuning_trains_all_but_a_table_of_sines(loaded, name):
+    pipeline = loaded(name)
+    part = pipeline.generator_part
+    base, shapes = pipeline.params[part], pipeline.networks[part].shapes
+    generator = Generator(0, 1.0, "", fixed=pipeline.fixed)
+    params = generator.init(jax.random.key(0), base, shapes)
+    assert shapes.keys() - params.keys() == ({"pos_embed.pos_embed"} if name == "sd3" else set())
+    moved = generator.weights({name: value + 1 for name, value in params.items()}, base)
+    assert moved.keys() == shapes.keys()
+    assert all(np.array_equal(moved[name], base[name]) == (name not in params) for name in moved)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
