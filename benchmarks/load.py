@@ -262,9 +262,10 @@ def text(found: dict[str, Any], command: str) -> str:
     return f"""{TITLE}
 
 A UNet of {first['bytes'] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by the rule
-`('.*', 'fsdp')` over fake CPU devices; "plain" reads the same file, and does nothing with it, in
-the same process between the loads. The file is in the page cache both times. Seconds are medians
-of {flags.FLAGS.repeats}; memory is the highest of them.
+`('.*', 'fsdp')` over fake CPU devices, each of which holds all that is under 4 MB; "plain" reads
+the same file, and does nothing with it, in the same process between the loads. The file is in the
+page cache as far as memory lets it. Seconds are medians of {flags.FLAGS.repeats}; memory is the
+highest of them. The load average was {os.getloadavg()[2]:.0f} when it ended.
 
 | devices | s | GB/s | plain GB/s | shards, GB | peak above them, MB | of the largest tensor |
 |---:|---:|---:|---:|---:|---:|---:|
