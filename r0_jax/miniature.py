@@ -224,10 +224,11 @@ def _write_chinese_clip(folder: Path, seed: int) -> None:
 
 def _write_image_reward(folder: Path, seed: int) -> None:
     write_tokenizer(folder, "BertTokenizer", "[PAD]")
+    words = _vocabulary_size("BertModel") + len(image_reward.SPECIAL)
     fields = {
         "vision_config": {"image_size": VISION["image_size"], "patch_size": 4, "width": 16,
                           "layers": 1, "heads": 2},
-        "text_config": BERT | {"vocab_size": _vocabulary_size("BertModel"), "num_hidden_layers": 1,
+        "text_config": BERT | {"vocab_size": words, "num_hidden_layers": 1,
                                "max_position_embeddings": image_reward.LENGTH}}
     _write_json(folder / "config.json", fields)
     _write_weights(folder / "model.safetensors", seed,

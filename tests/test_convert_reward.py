@@ -22,7 +22,7 @@ from test_models_rewards import CN_CLIP, IMAGE_REWARD, OPEN_CLIP
 from test_preprocess import in_torch, noise
 from transformers import BertTokenizer
 
-from r0_jax import convert_reward, rewards
+from r0_jax import convert_reward, lazy, rewards
 from r0_jax.errors import InputError
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.reward import Reward
@@ -81,19 +81,19 @@ def expect(reward: Reward, images: np.ndarray, in_torch_) -> None:
 def expect_without_text(kind: str, folder: pathlib.Path, reward: Reward) -> None:
     """The same scores from features alone, where text tower and tokenizer are gone."""
     features = jnp.asarray(reward.text_features(reward.params, PROMPTS[:2]))
-    images = jnp.asarray(noise(23, 40))
-    expected = jax.jit(reward.score)(reward.params, images, features)
+    images, fingerprint = jnp.asarray(noise(23, 40)), reward.fingerprint()
+    expected = jax.jit(reward.score)(lazy.place(reward.params), images, features)
     for path in [*folder.glob("vocab.*"), *folder.glob("merges.txt"), *folder.glob("tokenizer*")]:
         path.unlink()
     [weights] = folder.glob("*.safetensors")
     save_arrays({key: value for key, value in load_file(weights).items()
                  if key.split(".")[0] not in reward.text_parts}, weights)
     alone = rewards.load(kind, folder, text=False)
-    assert (alone.fingerprint(), alone.width) == (reward.fingerprint(), features.shape[1])
+    assert (alone.fingerprint(), alone.width) == (fingerprint, features.shape[1])
     assert alone.params.keys() == {k for k in reward.params
                                    if k.split(".")[0] not in reward.text_parts}
-    np.testing.assert_allclose(jax.jit(alone.score)(alone.params, images, features), expected,
-                               rtol=1e-6)
+    found = jax.jit(alone.score)(lazy.place(alone.params), images, features)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     with pytest.raises(InputError, match="was loaded without its text tower"):
         alone(images, PROMPTS[:2])
 
