@@ -281,7 +281,7 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
              "--config.sampler.num_steps=1", "--config.objective.grad_steps=1",
              "--config.steps=1"]
     mine, ready = tmp_path / "my_embeddings", tmp_path / "ready"
-    assert "no features of the reward hps_v2_1" in one_line_error(
+    assert "no features of the reward clip_score" in one_line_error(
         run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}"))
     ended_well(run("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"))
     ended_well(run("main", *flags, f"--config.data.encoded={ready}",

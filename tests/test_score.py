@@ -186,7 +186,10 @@ def test_neither_torch_nor_tensorflow_is_imported():
 
 def test_what_is_killed_leaves_the_old_scores_alone(world, tmp_path):
     (tmp_path / "slow.py").write_text(
-        "import os, jax, signal\n\ndef reward(images, features):\n"
+        "import os, jax, signal\n\n"
+        # In the background of a shell it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
+        "def reward(images, features):\n"
         "    if images.shape[0] != 2:  # not while it is tried\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n    return images.mean(axis=(1, 2, 3))\n")
     (tmp_path / "scores.jsonl").write_text("old\n")
