@@ -4,8 +4,8 @@
 
 Makes a UNet file of SDXL's size (5.1 GB, float16, random), loads it in bfloat16 on 1 and on 8 fake
 CPU devices and reads the same file plainly in between; then exports, from checkpoints written by 8
-devices, a LoRA of that UNet and a full fine-tuning of a shallower one. Every measurement is a
-process of its own. What it made is deleted. Linux only: memory is read from /proc.
+devices, a LoRA of that UNet and a full fine-tuning of it. Every measurement is a process of its
+own. What it made is deleted. Linux only: memory is read from /proc.
 """
 
 import importlib.metadata
@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import optax
 from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import sdxl_r0
 from r0_jax import cli, convert, export, lazy, miniature, sharding, train_state
@@ -57,12 +58,6 @@ def define_flags() -> None:
                         "of the UNet")
     flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
     flags.DEFINE_string("task", "", "of the processes that this one starts")
-
-
-def shallower(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a UNet of about half the size: a third of its transformer layers."""
-    depth = [max(1, layers // 3) for layers in fields["transformer_layers_per_block"]]
-    return fields | {"transformer_layers_per_block": depth}
 
 
 def network(fields: dict[str, Any]) -> Network:
@@ -114,12 +109,25 @@ def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
     generator = Generator(rank, config.lora.alpha, config.lora.targets)
     trained = jax.eval_shape(lambda: generator.init(jax.random.key(0), shapes, shapes)) if rank \
         else {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in shapes.items()}
-    mesh = sharding.make_mesh({"fsdp": -1})
-    placed = lazy.place(random_leaves(trained, "float32"),
-                        sharding.param_sharding(trained, mesh, [(".*", "fsdp")]))
+    placed = lazy.place(random_leaves(trained, "float32"), split(trained))
     state = train_state.init({}, optax.sgd(0.0))._replace(ema_params=placed)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(state)
+
+
+def split(shapes: Shapes) -> dict[str, NamedSharding]:
+    """Everything over all devices, small tensors too: on one machine eight copies of them would not
+    fit. Of each the largest axis that the devices divide."""
+    mesh = sharding.make_mesh({"fsdp": -1})
+
+    def spec(shape: tuple[int, ...]) -> PartitionSpec:
+        axes = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
+        if not axes:
+            return PartitionSpec()
+        axis = max(axes, key=lambda axis: shape[axis])
+        return PartitionSpec(*[None] * axis, "fsdp")
+
+    return {name: NamedSharding(mesh, spec(x.shape)) for name, x in shapes.items()}
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -221,10 +229,9 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def measure(folder: Path, fields: Path) -> dict[str, Any]:
-    """Everything, in the order of the report; never more than three UNets on disk."""
-    whole, half = read_json(fields), shallower(read_json(fields))
-    check_room(folder, int(1.1 * max(size(network(whole).shapes, 4),
-                                     size(network(half).shapes, 8))))
+    """Everything, in the order of the report; at most two UNets and a checkpoint on disk."""
+    shapes = network(read_json(fields)).shapes
+    check_room(folder, int(1.1 * size(shapes, 2 + 4 + 2)))
     start("pipeline", folder, fields)
     found: dict[str, Any] = {"load": [start("load", folder, fields, n) for n in (1, 8)]}
     rank = sdxl_r0.get_config().lora.rank
@@ -234,15 +241,11 @@ def measure(folder: Path, fields: Path) -> dict[str, Any]:
         found["exports"][f"LoRA of rank {rank}, `--format={form}`"] = start(
             f"export:{form}", folder, fields)
         shutil.rmtree(folder / "exported")
-    for name in ("pipeline", "run"):
-        shutil.rmtree(folder / name)
-    smaller = folder / "half.json"
-    smaller.write_text(json.dumps(half), encoding="utf-8")
-    start("pipeline", folder, smaller)
-    start("run:0", folder, smaller)
-    count = sum(x.size for x in network(half).shapes.values())
+    shutil.rmtree(folder / "run")
+    start("run:0", folder, fields)
+    count = sum(x.size for x in shapes.values())
     found["exports"][f"all {count / 1e9:.2f} G weights, `--format=diffusers`"] = start(
-        "export:diffusers", folder, smaller)
+        "export:diffusers", folder, fields)
     return found
 
 
