@@ -30,6 +30,7 @@ import optax
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.measure import publish
 from configs import sdxl_r0
 from r0_jax import cli, convert, export, lazy, miniature, sharding, train_state
 from r0_jax.checkpoint import Checkpoints
@@ -262,12 +263,10 @@ def text(found: dict[str, Any], command: str) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
         "jax", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint"))
-    return f"""{TITLE}
-
-A UNet of {first['bytes'] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by the rule
-`('.*', 'fsdp')` over fake CPU devices, each of which holds all that is under 4 MB; "plain" reads
-the same file, and does nothing with it, in the same process between the loads. The file is in the
-page cache as far as memory lets it. Seconds are medians of {flags.FLAGS.repeats}; memory is the
+    return f"""A UNet of {first['bytes'] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by
+the rule `('.*', 'fsdp')` over fake CPU devices, each of which holds all that is under 4 MB; "plain"
+reads the same file, and does nothing with it, in the same process between the loads. The file is in
+the page cache as far as memory lets it. Seconds are medians of {flags.FLAGS.repeats}; memory is the
 highest of them. The load average was {os.getloadavg()[2]:.0f} when it ended.
 
 | devices | s | GB/s | plain GB/s | shards, GB | peak above them, MB | of the largest tensor |
@@ -292,16 +291,6 @@ def cpu() -> str:
     return found[1] if found else platform.machine()
 
 
-def put_section(path: Path, section: str) -> None:
-    """Writes a section of a Markdown file in the place of the one with its title, or last."""
-    before = path.read_text(encoding="utf-8") if path.is_file() else "# Performance\n"
-    title = section.split("\n", 1)[0]
-    head, _, rest = before.partition(title + "\n")
-    following = rest.find("\n## ")
-    tail = rest[following:] if following >= 0 else ""
-    write_bytes(path, (head.rstrip("\n") + "\n\n" + section + tail).encode())
-
-
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
@@ -316,9 +305,7 @@ def main(argv: list[str]) -> None:
     section = text(found, shlex.join(["python", "-m", "benchmarks.load",
                                       *(f"--{name}={given[name].value}" for name in (
                                           "config", "repeats", "out") if given[name].present)]))
-    print(section)
-    if given.out:
-        put_section(Path(given.out), section)
+    publish(given.out, TITLE, section)
 
 
 if __name__ == "__main__":

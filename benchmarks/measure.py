@@ -44,6 +44,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def publish(out: str | None, heading: str, text: str) -> None:
+    """Writes a section of the document `out`; without one, prints it."""
+    if out is None:
+        print(f"{heading}\n\n{text}\n")
+    else:
+        write_section(out, heading, text)
+
+
 def write_section(path: str | Path, heading: str, text: str) -> None:
     """Puts `text` under `heading`, in place of what stood there up to the next heading of its
     level or above, else at the end of the document; the rest stays as it is."""

@@ -222,10 +222,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     sections = against_pil(given.images), from_1024(given.images, given.repeats)
     for heading, text in zip(HEADINGS, sections, strict=True):
-        if given.out is None:
-            print(f"{heading}\n\n{text}\n")
-        else:
-            measure.write_section(given.out, heading, text)
+        measure.publish(given.out, heading, text)
 
 
 if __name__ == "__main__":

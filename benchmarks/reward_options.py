@@ -103,10 +103,7 @@ energy in step with the 6 x 6 patches of the rewards' vision transformers.
 {changed}
 
 {measure.machine("jax")} Seed 0."""
-    if given.out is None:
-        print(text)
-    else:
-        measure.write_section(given.out, HEADING, text)
+    measure.publish(given.out, HEADING, text)
 
 
 if __name__ == "__main__":

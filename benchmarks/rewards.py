@@ -205,11 +205,8 @@ the largest element; memory is beyond weights and images{
 {measure.table(header, found)}
 
 {measure.machine("jax", "torch")} Seed 0, median of {given.repeats} calls."""
-    if given.out is None:
-        print(text)
-    else:
-        heading = f"# Towers here and in PyTorch: {jax.devices()[0].device_kind}, {given.dtype}"
-        measure.write_section(given.out, heading, text)
+    heading = f"# Towers here and in PyTorch: {jax.devices()[0].device_kind}, {given.dtype}"
+    measure.publish(given.out, heading, text)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,7 @@ image gradients of all.
 {measure.table(header, found)}
 
 {measure.machine("jax")} Seed 0, median of {given.repeats} calls."""
-    if given.out is None:
-        print(text)
-    else:
-        heading = f"# Several towers at once: {jax.devices()[0].device_kind}"
-        measure.write_section(given.out, heading, text)
+    measure.publish(given.out, f"# Several towers at once: {jax.devices()[0].device_kind}", text)
 
 
 if __name__ == "__main__":

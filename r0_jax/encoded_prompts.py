@@ -176,13 +176,7 @@ def open_folder(folder: str | Path) -> EncodedPrompts:
 
 def open_of(config: Any) -> EncodedPrompts | None:
     """The dataset that a config names; None where its prompts are text."""
-    folder = encoded_folder(config)
-    return open_folder(folder) if folder else None
-
-
-def encoded_folder(config: Any) -> str:
-    """config.data.encoded; "" also of a run from before there was such a field."""
-    return config.get("data", {}).get("encoded", "")
+    return open_folder(config.data.encoded) if config.data.encoded else None
 
 
 def columns_of(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 from absl import flags
 
 from r0_jax import cli, comfyui, convert, kohya, lora, model_card
-from r0_jax.encoded_prompts import encoded_folder
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
 from r0_jax.pipelines.folder import mend_sample_size, read_index
@@ -70,7 +69,7 @@ def export(
     try:
         _make_folder(building)
         # What was trained on encoded prompts may never have had text encoders beside it.
-        run = open_run(workdir, pretrained, text=not encoded_folder(read_config(workdir)))
+        run = open_run(workdir, pretrained, text=not config.data.encoded)
         _check_apart(out, run)
         params = run.params(chosen, ema)
         base_model = base_model or model_card.base_model(run)

@@ -25,8 +25,7 @@ class TrainingProgress:
         shown = [f"{name.removeprefix('reward/')} {value:.3f}" for name, value in metrics.items()
                  if name.startswith("reward/")]
         shown.append(f"{metrics['perf/images_per_sec']:.1f} images/s")
-        left = int(metrics["perf/seconds_left"])
-        shown.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        shown.append(f"{_clock(metrics['perf/seconds_left'])} left")
         text = "  ".join(shown)
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and (
@@ -68,8 +67,7 @@ class EncodingProgress:
         self._since = self._since or (time.monotonic(), self._done)
         if (rate := self.rate) is None:
             return
-        left = int((self._prompts - self._done) / rate)
-        text = (f"{rate:.1f} prompts/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        text = f"{rate:.1f} prompts/s  {_clock((self._prompts - self._done) / rate)} left"
         self._bar.update(self._task, completed=self._done, description=text)
         if not self._console.is_terminal and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS
@@ -84,3 +82,9 @@ class EncodingProgress:
         self._bar.stop()
         if (rate := self.rate) is not None and exc[0] is None:
             self._console.print(f"{self._done} prompts, {rate:.1f} prompts/s", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03"""
+    left = int(seconds)
+    return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"

@@ -59,13 +59,21 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
     then makes the table and the report. A SIGTERM saves and returns False."""
     with StopSignal() as stop:
         try:
-            return _train_and_evaluate(config, folder, stop)
+            if not _train(config, folder, stop):
+                return False
+            # What training held on the devices is gone by now.
+            if jax.process_index() == 0:
+                if config.test.prompts:
+                    report.print_table(testbed.evaluate_run(folder, config))
+                print(f"report: {report.write_report(folder)}")
+            return True
         except Stopped:
             console.print("stopped; what was trained is saved: the same command continues")
             return False
 
 
-def _train_and_evaluate(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
+def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
+    """Whether it came to `config.steps`."""
     config_check.check_config(config)
     testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -144,16 +152,9 @@ def _train_and_evaluate(config: ConfigDict, folder: Path, stop: StopSignal) -> b
         validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
                                 {r.name for r in heldout}, mesh)
         with stop.deferred():
-            finished = loop(config, folder, state, started, step_fn, frozen,
-                            functools.partial(device_batches, read, config, mesh), validation,
-                            checkpoints, stop)
-
-    if finished and config.test.prompts and jax.process_index() == 0:
-        table = testbed.evaluate_run(folder, config)
-        report.print_table(table)
-    if finished and jax.process_index() == 0:
-        print(f"report: {report.write_report(folder)}")
-    return finished
+            return loop(config, folder, state, started, step_fn, frozen,
+                        functools.partial(device_batches, read, config, mesh), validation,
+                        checkpoints, stop)
 
 
 def enable_compilation_cache(config: ConfigDict) -> None:

@@ -1,15 +1,6 @@
-"""The report of a benchmark that takes minutes and gigabytes."""
+"""What a benchmark of minutes and gigabytes works on."""
 
 from benchmarks import load
-
-
-def test_a_section_takes_the_place_of_its_own_and_of_nothing_else(tmp_path):
-    path = tmp_path / "performance.md"
-    load.put_section(path, f"{load.TITLE}\n\nold\n")
-    path.write_text(path.read_text("utf-8") + "\n## Training\n\nfast\n", "utf-8")
-    load.put_section(path, f"{load.TITLE}\n\nnew\n")
-    assert path.read_text("utf-8") == (
-        f"# Performance\n\n{load.TITLE}\n\nnew\n\n## Training\n\nfast\n")
 
 
 def test_what_is_exported_has_the_size_of_sdxl_and_is_there_once():

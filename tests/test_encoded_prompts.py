@@ -1,12 +1,10 @@
 """Training from encoded prompts, without the text encoders that made them."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import step_world
 import tensorflow_datasets as tfds
+from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
 from safetensors.numpy import load_file, save_file
 
 from configs import common, sd3_r0, sd15_r0, sdxl_r0
@@ -35,34 +34,8 @@ from r0_jax.generator import Generator
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families
 
-ROOT = Path(__file__).parents[1]
 RECIPES = {"sd15": (sd15_r0, {}), "sdxl": (sdxl_r0, {}), "sd3": (sd3_r0, {}),
            "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None})}
-FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_parallel_codegen_split_count=1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Miniatures and compiled programs are kept here, not in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
-
-
-def run(module, *arguments):
-    return subprocess.run(command(module, *arguments), cwd=ROOT, env=environment(),
-                          capture_output=True, text=True, timeout=600)
-
-
-def command(module, *arguments):
-    return [sys.executable, "-m", f"r0_jax.{module}", *map(str, arguments)]
-
-
-def environment():
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
 
 
 def ended_well(result):

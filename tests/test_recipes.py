@@ -1,12 +1,9 @@
 """The recipes of real models, run from end to end on their miniatures."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from test_export import commands
 
 from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
@@ -18,43 +15,23 @@ from r0_jax.network import Network
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
 
-ROOT = Path(__file__).parents[1]
 REWARDS = {  # what each recipe trains on
     **{name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3")},
     "taiyi": ["chinese_clip", "aesthetic"]}
 RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "taiyi": taiyi_r0}
-# Programs that run a few times are not worth optimizing.
-FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_parallel_codegen_split_count=1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Miniatures and compiled programs are kept here, not in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
-
-
-def run_main(*arguments):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
-    return subprocess.run([sys.executable, "-m", "r0_jax.main", *map(str, arguments)], cwd=ROOT,
-                          env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("name, variants", [
     ("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun,r0plus"), ("taiyi", "dryrun")])
-def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, variants):
+def test_a_dry_run_trains_resumes_evaluates_and_exports(tmp_path, name, variants):
     workdir = tmp_path / "run"
     flags = [f"--config=configs/{name}_r0.py:{variants}", f"--workdir={workdir}"]
     if name == "sdxl":
         tiny_decoder(tmp_path / "taesdxl")
         flags.append(f"--config.objective.decoder={tmp_path / 'taesdxl'}")
-    started = run_main(*flags, "--config.steps=2", "--config.test.prompts=")
+    started = run("main", *flags, "--config.steps=2", "--config.test.prompts=")
     assert started.returncode == 0, started.stderr
-    ended = run_main(*flags)
+    ended = run("main", *flags)
     assert ended.returncode == 0, ended.stderr
     assert "report: " in ended.stdout
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -79,7 +56,7 @@ def test_a_dry_run_trains_resumes_evaluates_and_exports(cache, tmp_path, name, v
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(cache, name):
+def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(name):
     plain, dry = RECIPES[name].get_config(), RECIPES[name].get_config("dryrun")
     assert set(plain.rewards) == set(REWARDS[name])
     folders = set()
@@ -95,9 +72,9 @@ def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(cache, name):
     assert plain.best_metric.removeprefix("heldout/") in plain.heldout_rewards
 
 
-def test_a_rank_that_a_layer_has_not_is_one_line(cache, tmp_path):
-    result = run_main("--config=configs/sd15_r0.py:dryrun", f"--workdir={tmp_path / 'w'}",
-                      "--config.lora.rank=9")
+def test_a_rank_that_a_layer_has_not_is_one_line(tmp_path):
+    result = run("main", "--config=configs/sd15_r0.py:dryrun", f"--workdir={tmp_path / 'w'}",
+                 "--config.lora.rank=9")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "lora.rank=9 is above what fits down_blocks.0.attentions.0.transformer_blocks.0" in line
@@ -117,7 +94,7 @@ def tiny_decoder(folder):
 
 
 def test_without_weights_a_recipe_says_what_is_missing(tmp_path):
-    result = run_main("--config=configs/sd3_r0.py", f"--workdir={tmp_path / 'w'}")
+    result = run("main", "--config=configs/sd3_r0.py", f"--workdir={tmp_path / 'w'}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "pretrained is not set" in line and "accept its licence" in line

@@ -1,0 +1,36 @@
+"""Running the entry points on miniatures, as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Programs that run a few times are not worth optimizing.
+FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Miniatures and compiled programs are kept here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+def run(module, *arguments):
+    return subprocess.run(command(module, *arguments), cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, timeout=600)
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"r0_jax.{module}", *map(str, arguments)]
+
+
+def environment():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return env | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
