@@ -46,7 +46,8 @@ CLOSE = 2 / 255
 def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
     config = {
-        "pretrained": str(pretrained), "dtype": "float32", "steps": 100, "batch_size": 8,
+        "pretrained": str(pretrained), "data": {"encoded": ""}, "dtype": "float32",
+        "steps": 100, "batch_size": 8,
         "seed": 3, "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
         "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
         "objective": {"method": "r0plus"},
