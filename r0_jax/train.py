@@ -23,6 +23,7 @@ from r0_jax import (
     config_check,
     data,
     encoded_prompts,
+    host_memory,
     lazy,
     lora,
     optim,
@@ -248,9 +249,14 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
 
         if not resumed:
             evaluate_and_save({})
+        compiled = None
         pending = None  # metrics of the step before, fetched while this one runs
         while step < config.steps and not stop.requested():
-            state, metrics = step_fn(state, frozen, next(batches), key)
+            batch = next(batches)
+            if compiled is None:
+                compiled = step_fn.lower(state, frozen, batch, key).compile()
+                host_memory.give_back()  # before the step allocates its own
+            state, metrics = compiled(state, frozen, batch, key)
             step += 1
             if pending is not None:
                 log(pending, step - 1)
