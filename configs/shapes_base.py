@@ -120,7 +120,7 @@ def unet() -> ConfigDict:
 def decoder() -> ConfigDict:
     """The VAE's decoder, on what the UNet predicts at timesteps below `latest_timestep`."""
     return training(seed=8, steps=1000, batch_size=16, learning_rate=1e-3, warmup_steps=50,
-                    ema_decay=0.99, outline_weight=5.0, latest_timestep=400, clean_share=0.2)
+                    ema_decay=0.99, outline_weight=5.0, latest_timestep=500, clean_share=0.2)
 
 
 def clip() -> ConfigDict:
@@ -157,11 +157,11 @@ def tower(width: int, layers: int, heads: int, **fields) -> dict:
 
 
 def preference() -> ConfigDict:
-    """HPS's way: CLIP taught by pairs."""
-    return training(name="preference", seed=4, steps=1200, learning_rate=3e-4, warmup_steps=50,
-                    b2=0.98, weight_decay=0.05, ema_decay=0.99,
-                    # What the base draws in few steps, as examples of the worse.
-                    few_step_images=3072, few_steps=(2, 4, 8))
+    """HPS's way: CLIP taught by pairs. At the images' own size, to see outlines."""
+    return training(name="preference", seed=4, steps=2500, learning_rate=5e-4, warmup_steps=50,
+                    b2=0.98, weight_decay=0.05, ema_decay=0.99, image_size=64,
+                    # Pairs that are drawn once: batches of 64 for each way to draw the worse image.
+                    kept_batches=8, few_steps=(2, 4, 8))
 
 
 def aesthetic() -> ConfigDict:

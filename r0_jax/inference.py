@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from r0_jax import sampler, sharding
 from r0_jax.network import Params
@@ -25,7 +25,25 @@ def sample_latents(
     keys: sampler.Keys | None = None,
     eta: float = 0.0,
 ) -> Float[Array, "b h w c"]:
-    """Latents after all steps of `scheduler`, from standard normal noise.
+    """Latents after all steps of `scheduler`, from standard normal noise: see `denoise_from`."""
+    return denoise_from(0, noise * scheduler.init_noise_sigma, pipeline, scheduler, params,
+                        conditioning, negative, guidance_scale, keys, eta)
+
+
+def denoise_from(
+    first: int | Int[Array, ""],
+    latents: Float[Array, "b h w c"],
+    pipeline: Pipeline,
+    scheduler: Scheduler,
+    params: Params,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    guidance_scale: float,
+    keys: sampler.Keys | None = None,
+    eta: float = 0.0,
+) -> Float[Array, "b h w c"]:
+    """Latents after the steps of `scheduler` from number `first` on, from latents as noisy as that
+    step takes them.
 
     With `negative` given, classifier-free guidance: two network evaluations a step in one call,
     uncond + guidance_scale (cond - uncond).
@@ -44,11 +62,11 @@ def sample_latents(
         if guided:
             uncond, cond = jnp.split(output, 2)
             output = uncond + guidance_scale * (cond - uncond)
-        fresh = sampler.normal(keys, i, noise.shape[1:]) if draws else None
+        fresh = sampler.normal(keys, i, latents.shape[1:]) if draws else None
         return scheduler.step(output, latents, i, state, fresh, eta)
 
-    latents = noise * scheduler.init_noise_sigma
-    latents, _ = lax.fori_loop(0, len(timesteps), body, (latents, scheduler.init_state(latents)))
+    start = (latents, scheduler.init_state(latents))
+    latents, _ = lax.fori_loop(first, len(timesteps), body, start)
     return latents
 
 

@@ -15,12 +15,14 @@ from configs.common import reward_entry
 from r0_jax import rewards
 from r0_jax.errors import InputError
 from r0_jax.pipelines import stable_diffusion
-from r0_jax.pretrain import clip, text
-from r0_jax.pretrain.degrade import degrade, warp
+from r0_jax.pretrain import clip, preference, redraw, text
+from r0_jax.pretrain.degrade import degrade, morph, warp
 from r0_jax.pretrain.fit import fit
 from r0_jax.pretrain.stages import STAGES
-from r0_jax.shapes.captions import caption, parse
-from r0_jax.shapes.scene import Scene, sample_scenes, split_of
+from r0_jax.shapes import CHECKPOINTS
+from r0_jax.shapes.captions import caption, captions_for, parse
+from r0_jax.shapes.judge import judge
+from r0_jax.shapes.scene import Scene, render, sample_scenes, split_of
 
 
 def scenes_of(batch: Scene) -> list[Scene]:
@@ -74,6 +76,42 @@ def test_warping_moves_outlines_and_invents_no_colours():
     np.testing.assert_array_equal(bent[..., :1].repeat(3, -1), bent)
 
 
+def test_morphing_goes_from_one_shape_to_another():
+    scenes, layouts = clip.training_batch(np.random.default_rng(3), 16)
+    towards = clip.other_shapes(np.random.default_rng(4), scenes)
+    assert (towards != scenes.shape).all()
+    start, half, end = (morph(scenes, layouts, towards, jnp.full(16, level))
+                        for level in (0.0, 0.5, 1.0))
+    np.testing.assert_allclose(start, render(scenes, layouts), atol=2e-5)
+    np.testing.assert_allclose(end, render(scenes._replace(shape=towards), layouts), atol=2e-5)
+    for other in (start, end):
+        assert (jnp.max(jnp.abs(half - other), axis=(1, 2, 3)) > 0.3).all()
+
+
+def test_redrawn_pairs_show_the_same_scene_and_differ_the_more_the_more_is_redrawn():
+    pipeline = stable_diffusion.load(CHECKPOINTS / "pipeline")
+    made = redraw.pairs(pipeline, seed=0, steps=(4,), batches=1)
+    assert made.better.shape == made.worse.shape == (8 * 64, 64, 64, 3)
+    captions = captions_for(made.scenes, np.random.default_rng(0))
+    assert judge(made.better / 255, captions).correct.mean() > 0.95
+    right = judge(made.worse / 255, captions).correct.reshape(8, 64).mean(1)
+    plain, guided, bent = right[:3], right[3:6], right[6:]
+    assert plain[0] < plain[1] < plain[2] and (guided > plain).any() and (bent < 0.8).all()
+    differs = np.abs(made.better / 255 - made.worse / 255).reshape(8, -1).mean(1)
+    assert differs[0] > differs[1] > differs[2] > 0
+
+
+def test_positions_of_another_image_size_are_those_of_the_same_places():
+    old = jnp.asarray(np.random.default_rng(0).standard_normal((1 + 9, 4)), jnp.float32)
+    name = "vision_model.embeddings.position_embedding.embedding"
+    vision = {"image_size": 24, "patch_size": 8}
+    new = preference._resize_positions({name: old}, vision, 72)[name]
+    assert new.shape == (1 + 81, 4)
+    np.testing.assert_array_equal(new[0], old[0])
+    middles = new[1:].reshape(9, 9, 4)[1::3, 1::3]
+    np.testing.assert_allclose(middles, old[1:].reshape(3, 3, 4), atol=1e-5)
+
+
 def quadratic(**fields) -> ConfigDict:
     return shapes_base.training(steps=300, warmup_steps=10, learning_rate=0.1, log_every=300,
                                 ema_decay=0.9, **fields)
@@ -121,8 +159,10 @@ def tiny_config(stage: str) -> ConfigDict:
             config.network.text_config.update(tower)
             config.network.vision_config.update(tower | {"patch_size": 16})
         if stage != "tokenizer":
-            config.update(steps=2, warmup_steps=1, batch_size=8, log_every=1, eval_every=2)
-        for field, value in (("scenes", 128), ("eval_prompts", 2), ("few_step_images", 64)):
+            config.update(steps=2, warmup_steps=1, log_every=1, eval_every=2,
+                          batch_size=16 if stage == "preference" else 8)
+        for field, value in (("scenes", 128), ("eval_prompts", 2), ("few_step_images", 64),
+                             ("kept_batches", 1), ("few_steps", (2,))):
             if field in config:
                 config[field] = value
     return config

@@ -23,6 +23,7 @@ from r0_jax.shapes.scene import (
     render,
     sample_layouts,
     sample_scenes,
+    signed_distance,
     split_of,
 )
 
@@ -131,7 +132,7 @@ def test_gradient_runs_along_its_angle():
 @pytest.mark.parametrize(("index", "area"), [(0, np.pi), (1, 3.0976), (2, 1.8), (3, 2.3616)])
 def test_shapes_have_their_area_and_extent(index, area):
     centre, radius = np.array([[30.3, 33.8]]), np.array([12.0])
-    covered = coverage(np.array([index]), centre, radius)[0]
+    covered = coverage(signed_distance(np.array([index]), centre, radius))[0]
     assert abs(covered.sum() / 12**2 - area) < 0.02 * area
     rows, columns = np.nonzero(covered > 0.5)
     for got, middle, half in ((columns, 30.3, 0), (rows, 33.8, 1)):
@@ -142,7 +143,8 @@ def test_shapes_have_their_area_and_extent(index, area):
 
 
 def test_triangle_points_up():
-    covered = coverage(np.array([2]), np.array([[32.0, 32.0]]), np.array([12.0]))[0]
+    covered = coverage(
+        signed_distance(np.array([2]), np.array([[32.0, 32.0]]), np.array([12.0])))[0]
     assert covered[:32].sum() < 0.5 * covered[32:].sum()
 
 
@@ -156,7 +158,8 @@ def test_objects_have_their_colour_and_edges_are_soft():
         shown = np.flatnonzero(scenes.count > i)
         x, y = layouts.centre[shown, i].astype(int).T
         np.testing.assert_allclose(images[shown, y, x], palette[scenes.colour[shown, i]], atol=1e-6)
-    covered = coverage(scenes.shape[:, 0], layouts.centre[:, 0], layouts.radius[:, 0])
+    covered = coverage(
+        signed_distance(scenes.shape[:, 0], layouts.centre[:, 0], layouts.radius[:, 0]))
     soft = ((covered > 0.05) & (covered < 0.95)).any((1, 2))
     assert soft.mean() > 0.98  # all but a few whose straight edges lie between pixels
 

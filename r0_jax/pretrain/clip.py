@@ -148,6 +148,11 @@ def near_miss(rng: np.random.Generator, scenes: Scene) -> Scene:
                    for a, b in zip(changed, other, strict=True)))
 
 
+def other_shapes(rng: np.random.Generator, scenes: Scene) -> np.ndarray:
+    """For every object a shape that it has not; [b, 2]."""
+    return (scenes.shape + rng.integers(1, len(SHAPES), scenes.shape.shape)) % len(SHAPES)
+
+
 def training_batch(rng: np.random.Generator, n: int) -> tuple[Scene, Layout]:
     """Training scenes with a layout each."""
     scenes = sample_scenes(rng, n, "train")

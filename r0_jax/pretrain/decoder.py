@@ -1,7 +1,8 @@
 """Stage `decoder`: the VAE's decoder learns to read what the UNet predicts.
 
 What a small network denoises is a little off what the encoder says of a scene, always in the same
-ways: too smooth. The latents stay as they are, so the UNet need not be trained again.
+ways: too smooth, and in few steps with dented outlines. The latents stay as they are, so the UNet
+need not be trained again.
 """
 
 from pathlib import Path
@@ -36,16 +37,20 @@ def train(config: ConfigDict, out: Path) -> None:
         return value, {"psnr": psnr}
 
     def predict(latents, input_ids, key):
-        """The UNet's one-shot prediction of the latents, from noisy ones; a share stays clean."""
+        """What the UNet makes of noisy latents in two steps, t and t / 2; a share stays clean."""
         t_key, noise_key, clean_key = jax.random.split(key, 3)
         count = len(latents)
         t = jax.random.randint(t_key, (count,), 0, len(alphas))
-        alpha, sigma = (x[t][:, None, None, None] for x in (alphas, sigmas))
-        noisy = alpha * latents + sigma * jax.random.normal(noise_key, latents.shape)
-        velocity = pipeline.denoise(frozen["unet"], noisy, t.astype(jnp.float32),
-                                    pipeline.encode_prompt(frozen, {"input_ids": input_ids}))
+        conditioning = pipeline.encode_prompt(frozen, {"input_ids": input_ids})
+        x0, epsilon = latents, jax.random.normal(noise_key, latents.shape)
+        for now in (t, t // 2):
+            alpha, sigma = (x[now][:, None, None, None] for x in (alphas, sigmas))
+            noisy = alpha * x0 + sigma * epsilon
+            velocity = pipeline.denoise(frozen["unet"], noisy, now.astype(jnp.float32),
+                                        conditioning)
+            x0, epsilon = alpha * noisy - sigma * velocity, alpha * velocity + sigma * noisy
         clean = jax.random.bernoulli(clean_key, config.clean_share, (count, 1, 1, 1))
-        return jnp.where(clean, latents, alpha * noisy - sigma * velocity)
+        return jnp.where(clean, latents, x0)
 
     def batches():
         rng = np.random.default_rng(config.seed)

@@ -1,10 +1,12 @@
-"""Ways for an image to be bad, by a level in [0, 1] a sample: blur, noise, washed-out colours, and
-outlines bent out of shape."""
+"""Ways for an image to be bad, by a level in [0, 1] a sample: blur, noise, washed-out colours,
+outlines bent out of shape, and shapes on their way to another."""
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+from r0_jax.shapes.scene import Layout, Scene, paint, signed_distance
 
 _RADIUS = 4  # of the blur's window, pixels; covers its widest Gaussian
 BLUR, NOISE, FADE = 2.0, 0.25, 0.7  # at level 1: sigma in pixels, standard deviation, share
@@ -32,7 +34,9 @@ def degrade(key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[A
             ) -> Float[Array, "b h w 3"]:
     """A random mixture of blur, noise and fading towards grey whose strengths add up to `level`."""
     mix_key, noise_key = jax.random.split(key)
-    mix = jax.random.dirichlet(mix_key, jnp.full(3, 0.5), (len(images),)) * level[:, None]
+    # Dirichlet(1/2, 1/2, 1/2), without the rejection loop by which JAX draws any other.
+    squares = jax.random.normal(mix_key, (len(images), 3)) ** 2
+    mix = squares / jnp.sum(squares, axis=1, keepdims=True) * level[:, None]
     images = blur(images, BLUR * mix[:, 0])
     noise = jax.random.normal(noise_key, images.shape)
     images = images + NOISE * mix[:, 1, None, None, None] * noise
@@ -55,3 +59,12 @@ def warp(key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Arra
         return map_coordinates(channel, list(place), order=1, mode="nearest")
 
     return jax.vmap(jax.vmap(bend, (-1, None), -1))(images, places)
+
+
+def morph(scenes: Scene, layouts: Layout, towards: Int[ArrayLike, "b 2"], level: Float[Array, " b"]
+          ) -> Float[Array, "b 64 64 3"]:
+    """The scenes with every object's outline `level` of the way to that of the shape `towards`, of
+    the same radius: what is neither a square nor a circle."""
+    start, end = (signed_distance(shape, layouts.centre, layouts.radius, jnp)
+                  for shape in (scenes.shape, towards))
+    return paint(scenes, layouts, start + level[:, None, None, None] * (end - start), jnp)

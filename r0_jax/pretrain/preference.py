@@ -14,56 +14,91 @@ from r0_jax import convert, few_step, lazy
 from r0_jax.inference import ImageSampler
 from r0_jax.models.config import read_json
 from r0_jax.models.score_mlp import ScoreMLP
-from r0_jax.network import Network, init
+from r0_jax.network import Network, Params, init
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.pipeline import take
 from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
-from r0_jax.pretrain import clip
-from r0_jax.pretrain.degrade import degrade, warp
+from r0_jax.pretrain import clip, redraw
+from r0_jax.pretrain.degrade import degrade, morph, warp
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.text import CAPTION_LENGTH
 from r0_jax.rewards import tower
+from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.tower import normalize
 from r0_jax.shapes.captions import captions_for
-from r0_jax.shapes.scene import Scene, render, sample_layouts, sample_scenes
+from r0_jax.shapes.scene import render, sample_layouts, sample_scenes
 from r0_jax.validation import draw, fixed_noise
 
+# Ways for the worse image of a rendered pair to be worse.
+_KINDS = ("degraded", "bent", "morphed", "near_miss")
 _DRAWN_AT_ONCE = 64
 
 
 def train_preference(config: ConfigDict, out: Path) -> None:
     """Writes `out/preference`: the `clip` stage's model, taught by pairs as HPS was from CLIP.
 
-    The better image is a clean scene of the prompt. The worse one is the same scene degraded or
-    bent, a near miss of it, or what the base draws of the prompt in few steps.
+    Half of the pairs are rendered. Both images then have a fault, the better one less of it or
+    none: degraded, bent, or on the way to other shapes; or the worse one is a near miss of the
+    prompt. The other half went through the VAE, see `redraw`.
     """
-    network, params, _, prepare, *_ = tower.load(out / "clip")
-    params = lazy.place(params)
-    tokenizer = load_tokenizer(out / "clip")
+    source = out / ("preference" if config.warm_start else "clip")
+    network, params, _, _, *_ = tower.load(source)
+    fields = read_json(source / "config.json")
+    params = _resize_positions(lazy.place(params), fields["vision_config"], config.image_size)
+    prepare = Preprocess(config.image_size)
+    tokenizer = load_tokenizer(source)
 
     def loss(params, batch, key):
-        level_key, degrade_key, warp_key = jax.random.split(key, 3)
-        better = render(batch["scenes"], batch["layouts"], xp=jnp)
-        level = jax.random.uniform(level_key, (len(better),), minval=0.05)
-        worse = jnp.stack([degrade(degrade_key, better, level), warp(warp_key, better, level),
-                           render(batch["wrong"], batch["wrong_layouts"], xp=jnp),
-                           batch["few_step"]])
-        worse = worse[batch["kind"], jnp.arange(len(better))]
-        images = prepare(jnp.concatenate([better, worse]))
-        image = normalize(network.apply(params, "image_features", images))
+        rendered, kept = _rendered_pairs(batch["rendered"], key), batch["kept"]
+        better, worse = (jnp.concatenate([first, second / 255]) for first, second in
+                         zip(rendered, (kept.better, kept.worse), strict=True))
         text = normalize(network.apply(params, "text_features", batch["input_ids"]))
-        scores = jnp.sum(image.reshape(2, *text.shape) * text[None], axis=-1)  # [2, B]
-        margin = jnp.exp(params["logit_scale"]) * (scores[0] - scores[1])
-        return -jnp.mean(jax.nn.log_sigmoid(margin)), {"accuracy": jnp.mean(margin > 0)}
+        images = prepare(jnp.concatenate([better, worse]))
+        better, worse = jnp.split(normalize(network.apply(params, "image_features", images)), 2)
+        margin = jnp.exp(params["logit_scale"]) * jnp.sum((better - worse) * text, axis=-1)
+        of_rendered, of_redrawn = jnp.split(margin > 0, 2)
+        return -jnp.mean(jax.nn.log_sigmoid(margin)), {"rendered": jnp.mean(of_rendered),
+                                                       "redrawn": jnp.mean(of_redrawn)}
 
-    pool, pool_scenes = _few_step_pool(out, config)
-    params = fit(loss, params, _pairs(config, tokenizer, pool, pool_scenes), config)
-    clip.write(out, config, read_json(out / "clip" / "config.json"), params)
+    pipeline = stable_diffusion.load(out / "pipeline")
+    kept = redraw.pairs(pipeline, config.seed, config.few_steps, config.kept_batches)
+    console.print(f"drew {len(kept.better)} pairs")
+    params = fit(loss, params, _pairs(config, tokenizer, kept), config)
+    fields["vision_config"]["image_size"] = config.image_size
+    clip.write(out, config, fields, params)
 
 
-def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
-    """What the base draws without guidance, in each of config.few_steps as often: images in [0, 1],
-    and what was asked for, all of it training scenes."""
+def _rendered_pairs(batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Better and worse images [B, h, w, 3]. A pair has the same fault in the same direction, so
+    that a little of it is better than more."""
+    level_key, share_key, degrade_key, warp_key = jax.random.split(key, 4)
+    scenes, layouts, count = batch["scenes"], batch["layouts"], len(batch["kind"])
+    more = jax.random.uniform(level_key, (count,), minval=0.1)
+    less = more * jnp.maximum(jax.random.uniform(share_key, (count,), minval=-1.0), 0) ** 0.5 * 0.8
+    clean = render(scenes, layouts, xp=jnp)
+    better, worse = (
+        jnp.stack([degrade(degrade_key, clean, level), warp(warp_key, clean, level),
+                   morph(scenes, layouts, batch["towards"], 0.8 * level), clean])
+        for level in (less, more))
+    worse = worse.at[_KINDS.index("near_miss")].set(
+        render(batch["wrong"], batch["wrong_layouts"], xp=jnp))
+    rows = jnp.arange(count)
+    return better[batch["kind"], rows], worse[batch["kind"], rows]
+
+
+def _resize_positions(params: Params, vision: dict, size: int) -> Params:
+    """Position embeddings of a ViT for images of another size, cubic in between, as is usual."""
+    name = "vision_model.embeddings.position_embedding.embedding"
+    old, new = (side // vision["patch_size"] for side in (vision["image_size"], size))
+    first, rest = params[name][:1], params[name][1:]
+    width = rest.shape[-1]
+    rest = jax.image.resize(rest.reshape(old, old, width), (new, new, width), "cubic")
+    return {**params, name: jnp.concatenate([first, rest.reshape(new * new, width)])}
+
+
+def _few_step_pool(out: Path, config: ConfigDict) -> np.ndarray:
+    """What the base draws of training scenes without guidance, in each of config.few_steps as
+    often: images in [0, 1]."""
     rng = np.random.default_rng(config.seed)
     scenes = sample_scenes(rng, config.few_step_images, "train")
     pipeline = stable_diffusion.load(out / "pipeline")
@@ -79,20 +114,22 @@ def _few_step_pool(out: Path, config: ConfigDict) -> tuple[np.ndarray, Scene]:
         drawn.append(draw(sampler, params, take(tokens, rows), noise[rows], keys[rows],
                           _DRAWN_AT_ONCE))
     console.print(f"drew {count} images in few steps")
-    return np.concatenate(drawn), scenes
+    return np.concatenate(drawn)
 
 
-def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, pool: np.ndarray, pool_scenes: Scene
-           ) -> Iterator[dict]:
+def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, kept: redraw.Pairs) -> Iterator[dict]:
     rng = np.random.default_rng(config.seed + 1)
+    half = config.batch_size // 2
     while True:
-        rows = rng.integers(len(pool), size=config.batch_size)
-        scenes = Scene(*(field[rows] for field in pool_scenes))
+        scenes, layouts = clip.training_batch(rng, half)
         wrong = clip.near_miss(rng, scenes)
-        yield {"scenes": scenes, "layouts": sample_layouts(rng, scenes),
-               "wrong": wrong, "wrong_layouts": sample_layouts(rng, wrong),
-               "few_step": pool[rows], "kind": rng.integers(4, size=config.batch_size),
-               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH)}
+        chosen = kept.take(rng.integers(len(kept.better), size=half))
+        captions = captions_for(scenes, rng) + captions_for(chosen.scenes, rng)
+        yield {"rendered": {"scenes": scenes, "layouts": layouts, "wrong": wrong,
+                            "wrong_layouts": sample_layouts(rng, wrong),
+                            "towards": clip.other_shapes(rng, scenes),
+                            "kind": rng.integers(len(_KINDS), size=half)},
+               "kept": chosen, "input_ids": tokenize(tokenizer, captions, CAPTION_LENGTH)}
 
 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
@@ -120,7 +157,7 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         error = head(params, features) - target
         return jnp.mean(error**2), {"mean_abs_error": jnp.mean(jnp.abs(error))}
 
-    pool, _ = _few_step_pool(out, config)
+    pool = _few_step_pool(out, config)
     params = fit(loss, init(constructor, jax.random.key(config.seed)), _graded(config, pool),
                  config)
     convert.save(params, out / "aesthetic" / "model.safetensors", config.store_dtype)

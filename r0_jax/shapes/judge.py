@@ -23,6 +23,7 @@ from r0_jax.shapes.scene import (
     SIZES,
     Scene,
     coverage,
+    signed_distance,
 )
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)
@@ -257,7 +258,8 @@ def _fit(covered: np.ndarray) -> tuple[np.ndarray, ...]:
     for shape in range(len(SHAPES)):
         r = radius[:, shape]
         centre = centroid - np.stack([np.zeros_like(r), CENTROID_DROP[shape] * r], -1)
-        ideal = _harder(coverage(np.full(len(r), shape), centre.astype(np.float32), r))
+        outline = signed_distance(np.full(len(r), shape), centre.astype(np.float32), r)
+        ideal = _harder(coverage(outline))
         union = np.maximum(np.maximum(ideal, hard).sum((1, 2)), 1e-3)
         ious.append(np.minimum(ideal, hard).sum((1, 2)) / union)
     ious = np.stack(ious, -1)

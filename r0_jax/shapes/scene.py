@@ -5,6 +5,7 @@ any size. NumPy only, so that the judge and the captions need no accelerator lib
 takes `jax.numpy` as `xp` and is then jit-able.
 """
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -81,6 +82,7 @@ def split_of(scenes: Scene) -> Int[np.ndarray, "*b"]:
     return np.where(scenes.count == 1, 0, np.where(bucket == 0, 2, np.where(bucket == 1, 1, 0)))
 
 
+@functools.cache
 def all_scenes(split: str) -> Scene:
     """Every two-object scene of the split, canonical; never two of the same shape and colour."""
     kinds = (len(SHAPES), len(COLOURS), len(SIZES))
@@ -144,16 +146,15 @@ def sample_layouts(rng: np.random.Generator, scenes: Scene) -> Layout:
     return Layout(*(a.astype(np.float32) for a in (centre, radius, _backgrounds(rng, n), angle)))
 
 
-def coverage(
+def signed_distance(
     shape: Int[Any, "*b"],
     centre: Float[Any, "*b 2"],
     radius: Float[Any, "*b"],
     xp: ModuleType = np,
     size: int = IMAGE_SIZE,
 ) -> Float[Any, "*b h w"]:
-    """Share of each pixel that the shape covers, from its signed distance: soft over one pixel."""
-    scale = size / IMAGE_SIZE
-    pixel = (xp.arange(size, dtype=xp.float32) + 0.5) / scale
+    """From the outline to each pixel's middle, in pixels of IMAGE_SIZE; negative inside."""
+    pixel = (xp.arange(size, dtype=xp.float32) + 0.5) * (IMAGE_SIZE / size)
     pixel = pixel.reshape((1,) * radius.ndim + (size,))
     x = (pixel - centre[..., 0, None])[..., None, :]  # [..., 1, w]
     y = (pixel - centre[..., 1, None])[..., :, None]  # [..., h, 1]
@@ -170,16 +171,29 @@ def coverage(
     cross = xp.minimum(bar, post)
 
     kind = shape[..., None, None]
-    distance = xp.where(
+    return xp.where(
         kind < 2, xp.where(kind == 0, circle, square), xp.where(kind == 2, triangle, cross)
     )
-    return xp.clip(0.5 - distance * scale, 0, 1).astype(xp.float32)
+
+
+def coverage(distance: Float[Any, "*b h w"], xp: ModuleType = np) -> Float[Any, "*b h w"]:
+    """Share of each pixel that a shape covers, from its signed distance: soft over one pixel."""
+    return xp.clip(0.5 - distance * (distance.shape[-1] / IMAGE_SIZE), 0, 1).astype(xp.float32)
 
 
 def render(
     scenes: Scene, layouts: Layout, xp: ModuleType = np, size: int = IMAGE_SIZE
 ) -> Float[Any, "b h w 3"]:
     """Images in [0, 1], float32."""
+    outlines = signed_distance(scenes.shape, layouts.centre, layouts.radius, xp, size)
+    return paint(scenes, layouts, outlines, xp)
+
+
+def paint(
+    scenes: Scene, layouts: Layout, outlines: Float[Any, "b 2 h w"], xp: ModuleType = np
+) -> Float[Any, "b h w 3"]:
+    """`render` with objects of any outline, each given by its signed distance."""
+    size = outlines.shape[-1]
     ramp = (xp.arange(size, dtype=xp.float32) + 0.5) / size
     cos, sin = (f(layouts.angle)[:, None, None] for f in (xp.cos, xp.sin))
     mix = (cos * ramp[None, None, :] + sin * ramp[None, :, None])[..., None]  # [b, h, w, 1]
@@ -188,8 +202,7 @@ def render(
 
     palette = xp.asarray(np.array(list(COLOURS.values()), np.float32))
     for i in range(2):
-        alpha = coverage(scenes.shape[:, i], layouts.centre[:, i], layouts.radius[:, i], xp, size)
         shown = (scenes.count > i)[:, None, None]
-        alpha = xp.where(shown, alpha, 0.0)[..., None]
+        alpha = xp.where(shown, coverage(outlines[:, i], xp), 0.0)[..., None]
         images = images + alpha * (palette[scenes.colour[:, i]][:, None, None, :] - images)
     return images.astype(xp.float32)
