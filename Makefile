@@ -26,7 +26,7 @@ CPU := XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_enable_conc
 demo: install
 	$(CPU) $(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 
-# About an hour: all test prompts, three seeds; writes docs/results.md and its picture.
+# About 20 minutes: all test prompts, three seeds; writes docs/results.md and its picture.
 results: install
 	$(CPU) $(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
 	  --out=docs/results.md

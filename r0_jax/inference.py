@@ -18,32 +18,16 @@ def sample_latents(
     pipeline: Pipeline,
     scheduler: Scheduler,
     params: Params,
-    noise: Float[Array, "b h w c"],
-    conditioning: Conditioning,
-    negative: Conditioning | None,
-    guidance_scale: float,
-    keys: sampler.Keys | None = None,
-    eta: float = 0.0,
-) -> Float[Array, "b h w c"]:
-    """Latents after all steps of `scheduler`, from standard normal noise: see `denoise_from`."""
-    return denoise_from(0, noise * scheduler.init_noise_sigma, pipeline, scheduler, params,
-                        conditioning, negative, guidance_scale, keys, eta)
-
-
-def denoise_from(
-    first: int | Int[Array, ""],
     latents: Float[Array, "b h w c"],
-    pipeline: Pipeline,
-    scheduler: Scheduler,
-    params: Params,
     conditioning: Conditioning,
     negative: Conditioning | None,
     guidance_scale: float,
     keys: sampler.Keys | None = None,
     eta: float = 0.0,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w c"]:
     """Latents after the steps of `scheduler` from number `first` on, from latents as noisy as that
-    step takes them.
+    step takes them: for the first of all, init_noise_sigma times standard normal noise.
 
     With `negative` given, classifier-free guidance: two network evaluations a step in one call,
     uncond + guidance_scale (cond - uncond).
@@ -93,8 +77,9 @@ class ImageSampler:
             conditioning = pipeline.encode_prompt(params, tokens)
             negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
                         else None)
-            latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noise,
-                                     conditioning, negative, guidance_scale, keys, eta)
+            latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part],
+                                     noise * scheduler.init_noise_sigma, conditioning, negative,
+                                     guidance_scale, keys, eta)
             images = pipeline.decode(params["vae"], latents)
             # Every process of a pod sees all of them.
             return (lax.with_sharding_constraint(images, sharding.replicated(mesh)) if split

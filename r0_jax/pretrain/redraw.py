@@ -2,6 +2,7 @@
 leave. What a reward learns from such pairs is the fault: all else is the same."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from r0_jax import few_step, lazy
-from r0_jax.inference import denoise_from
+from r0_jax.inference import sample_latents
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.pretrain import clip
 from r0_jax.pretrain.degrade import morph, warp
@@ -39,11 +40,11 @@ def pairs(pipeline: Pipeline, seed: int, steps: tuple[int, ...], batches: int) -
       quarter and half of the way), and denoised again on that grid, with guidance and without;
     - the scene with its outlines bent, or on their way to another shape's.
     """
-    ways = [functools.partial(way, first)
-            for count in steps for guidance in GUIDANCE
-            for way in [_redrawn(pipeline, count, guidance)]
-            for first in sorted({0, (count + 1) // 4, (count + 1) // 2})]
-    ways += [_outlines_bent(pipeline), _outlines_morphed(pipeline)]
+    ways = [_outlines_bent(pipeline), _outlines_morphed(pipeline)]
+    for count, guidance in itertools.product(steps, GUIDANCE):
+        redrawn = _redrawn(pipeline, count, guidance)  # compiled once for all places to start
+        ways += [functools.partial(redrawn, first)
+                 for first in sorted({0, (count + 1) // 4, (count + 1) // 2})]
     rng = np.random.default_rng(seed)
     params = lazy.place(pipeline.params)
     made = []
@@ -71,8 +72,8 @@ def _redrawn(pipeline: Pipeline, count: int, guidance: float):
         noised = alpha * latents + sigma * jax.random.normal(key, latents.shape)
         told = pipeline.encode_prompt(params, tokens)
         negative = pipeline.encode_negative(params, empty, told) if guidance > 1 else None
-        redrawn = denoise_from(first, noised, pipeline, scheduler,
-                               params[pipeline.generator_part], told, negative, guidance)
+        redrawn = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noised, told,
+                                 negative, guidance, first=first)
         return _bytes(pipeline, params, latents), _bytes(pipeline, params, redrawn)
 
     return draw
