@@ -178,14 +178,35 @@ def test_what_cudnn_can_do(monkeypatch, t, s, channels, dtype, capability, biase
     assert attention_backend._cudnn_can(query, key, biased) == can
 
 
+@pytest.mark.parametrize("t, s, causal", [
+    (6, 7, False), (5, 8, False), (7, 7, True), (4, 6, False)])
+def test_odd_lengths_reach_cudnn_as_even_ones(monkeypatch, t, s, causal):
+    """With XLA in the place of cuDNN: what is filled up is left out again."""
+    plain, lengths = jax.nn.dot_product_attention, []
+
+    def by_xla(query, key, value, **options):
+        assert options.pop("implementation") == "cudnn"
+        lengths.extend([query.shape[1], key.shape[1]])
+        return plain(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "devices", lambda: [device("gpu", "cuda", "9.0")])
+    arrays = [x.astype(jnp.bfloat16) for x in inputs(2, t, s, 16)]
+    expected = output_and_gradients(attention_backend.XLA, arrays, is_causal=causal)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    found = output_and_gradients(Backend("cudnn"), arrays, is_causal=causal)
+    assert lengths == [t + t % 2, s + s % 2]
+    assert_equal(found, expected, 1e-2)
+
+
 CUDNN_CASES = {  # name -> (t, s, channels of each of 2 heads, options, by cuDNN on any GPU)
     "self": (4096, 4096, 40, {}, True),
     "joint": (1178, 1178, 64, {}, True),
     "prompt": (256, 77, 80, {}, True),
+    "odd queries": (255, 64, 64, {}, True),
     "causal": (77, 77, 64, {"is_causal": True}, True),
-    "mask": (24, 24, 64, {"mask": 1}, True),
-    "odd mask": (21, 21, 64, {"mask": 1}, False),
+    "mask": (24, 24, 64, {"mask": 1}, False),
     "bias": (64, 64, 64, {"bias": 1, "scale": 1.0}, True),
+    "odd bias": (21, 21, 64, {"bias": 1}, False),
     "vae": (256, 256, 512, {}, False),
 }
 

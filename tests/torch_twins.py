@@ -108,7 +108,7 @@ class BertSelf(nn.Module):
                    for y in (self.query(x), self.key(context), self.value(context)))
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if mask is not None:
-            scores = scores + (1 - mask[:, None, None, :].float()) * -10000.0
+            scores = scores + (1 - mask[:, None, None, :].to(scores)) * -10000.0
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 

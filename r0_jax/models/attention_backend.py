@@ -3,7 +3,8 @@
 `xla` writes all [T, S] weights to memory; the other two never do, and only they make large images
 fit. The choice belongs to a `Network`, whose layers come to know it while they are traced (`use`)
 and all call `attend`. Where a backend cannot do what a layer asks (a VAE's single head of 512
-channels under cuDNN, T5's bias under splash), that layer is computed by XLA.
+channels or a text encoder's mask under cuDNN, T5's bias under splash), that layer is computed by
+XLA.
 """
 
 import contextlib
@@ -92,18 +93,36 @@ def attend(
     backend = _chosen.get()
     if backend.name == "splash" and bias is None:
         return _splash(query, key, value, mask, scale, is_causal, backend)
-    cudnn = backend.name == "cudnn" and _cudnn_can(query, key, bias is not None or mask is not None)
+    cudnn = backend.name == "cudnn" and mask is None and _cudnn_can(query, key, bias is not None)
+    if cudnn and bias is None:
+        return _cudnn_of_any_length(query, key, value, scale=scale, is_causal=is_causal)
     return jax.nn.dot_product_attention(
         query, key, value, bias, None if mask is None else mask[:, None, None, :], scale=scale,
         is_causal=is_causal, implementation="cudnn" if cudnn else "xla")
 
 
 def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
-    """What `jax.nn.dot_product_attention` would refuse; a mask is a bias there."""
+    """Not what `jax.nn.dot_product_attention` would refuse."""
     most = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     return (query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
             and query.shape[-1] <= most and (even or not biased))
+
+
+def _cudnn_of_any_length(query, key, value, **options):
+    """Odd lengths (a prompt's 77 tokens) are filled up by one token that cuDNN is told to leave
+    out: JAX refuses to differentiate them, taking the bias that is not there for one that is."""
+    t, s = query.shape[1], key.shape[1]
+    if t % 2 or s % 2:
+        def length(x):
+            return jnp.full(len(x), x.shape[1], jnp.int32)
+
+        def filled(x):
+            return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+        options |= {"query_seq_lengths": length(query), "key_value_seq_lengths": length(key)}
+        query, key, value = filled(query), filled(key), filled(value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)[:, :t]
 
 
 def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
