@@ -72,6 +72,13 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     return holder
 
 
+def config_name() -> str:
+    """Of the file behind --config, with its argument: "sdxl_r0_r0plus" for
+    configs/sdxl_r0.py:r0plus."""
+    path, *argument = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
+    return re.sub(r"[^\w.-]+", "_", "_".join([Path(path).stem, *argument]))
+
+
 def _fail(message: str) -> NoReturn:
     print("error: " + " ".join(message.splitlines()), file=sys.stderr)
     sys.exit(USER_ERROR)

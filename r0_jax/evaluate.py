@@ -4,15 +4,17 @@
     python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
+import warnings
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from configs import common
-from r0_jax import cli, report, run, schedulers, sharding
+from r0_jax import cli, few_step, report, run, sharding
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
+from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
 from r0_jax.testbed import Model, Testbed, evaluate_models, evaluate_run
 
@@ -71,10 +73,15 @@ def main(argv: list[str]) -> None:
     if not config.test.prompts:
         raise InputError("the run's config has no test.prompts: give --prompts=FILE")
     if fields.workdir is not None:
+        try:
+            attention_backend.check(config.attention, config.dtype)
+        except InputError as problem:  # it was trained on another machine
+            warnings.warn(f"attention is computed by 'xla': {problem}", stacklevel=1)
+            config.attention = "xla"
         table = evaluate_run(folder, config, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
-        scheduler = schedulers.from_folder(pipeline.scheduler_config, fields.num_inference_steps)
+        scheduler = few_step.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
                                    mesh=sharding.local_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"

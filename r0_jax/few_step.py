@@ -7,7 +7,7 @@ Which of both is said by the class of the folder's scheduler.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r0_jax import schedulers
@@ -21,6 +21,16 @@ def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     if is_flow(config):
         return _flow(config, num_steps)
     return schedulers.from_config(scheduler_config(config, num_steps), num_steps)
+
+
+def of_folder(config: Mapping[str, Any], num_steps: int,
+              levels: Sequence[float | int] | None = None) -> Scheduler:
+    """The folder's own sampler. One of flow matching takes `levels`, by default those of `grid`,
+    where diffusers would space its steps down to nearly 0; unless its shift_terminal says where
+    they end, as in our exports."""
+    if levels is None and is_flow(config) and not config.get("shift_terminal"):
+        levels = sigmas(num_steps)
+    return schedulers.from_folder(config, num_steps, levels)
 
 
 def noise_levels(config: Mapping[str, Any]) -> Scheduler:

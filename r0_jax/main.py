@@ -10,13 +10,15 @@ from absl import flags
 from r0_jax import cli, train
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, by default runs/ and the name "
+                               "of the config with its argument")
 
 
 def main(argv: list[str]) -> None:
     del argv
     train.enable_compilation_cache(_CONFIG.value)
-    train.train_and_evaluate(_CONFIG.value, Path(_WORKDIR.value))
+    train.train_and_evaluate(_CONFIG.value,
+                             Path(_WORKDIR.value or Path("runs", cli.config_name())))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
 _NEEDED = (
     "pretrained", "dtype", "lora.rank", "lora.alpha", "lora.targets", "sampler.num_steps",
     "sampler.eta", "sampler.random_eta", "objective.method", "rewards", "heldout_rewards",
-    "regularizers", "steps", "batch_size", "seed", "data.encoded",
+    "regularizers", "steps", "batch_size", "seed", "data.encoded", "attention",
 )
 
 

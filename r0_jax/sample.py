@@ -21,7 +21,7 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import cli, data, encoded_prompts, few_step, images, lazy, sampler, schedulers, sharding
+from r0_jax import cli, data, encoded_prompts, few_step, images, lazy, sampler, sharding
 from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
@@ -57,8 +57,8 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_scale", 1.0, "above 1: classifier-free guidance, two network "
                        "calls a step", lower_bound=0)
     flags.DEFINE_list("sigmas", None, "with --pipeline, of SD3: the noise levels of the steps, "
-                      "before the scheduler's shift, such as 1,.75,.5,.25; their number is that "
-                      "of the steps")
+                      "before the scheduler's shift; their number is that of the steps. By "
+                      "default 1,.75,.5,.25 for 4 steps, as in training")
     flags.DEFINE_float("eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0,
                        upper_bound=1)
     flags.DEFINE_integer("seed", 0, "of the noise; image i depends on it and i, not on the batch",
@@ -82,7 +82,7 @@ def from_pipeline(folder: str | Path, num_inference_steps: int,
     pipeline = families.load(folder, text=encoded is None)
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
-    scheduler = schedulers.from_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
+    scheduler = few_step.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
 

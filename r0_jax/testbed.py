@@ -28,6 +28,7 @@ from r0_jax import (
 )
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
+from r0_jax.models import attention_backend
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.rewards import tower
@@ -177,6 +178,7 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.local_mesh()
+    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
     few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
@@ -200,7 +202,7 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
     everywhere = sharding.replicated(sharding.local_mesh())
     for name, model in models.items():
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
-        placed = model._replace(params=lazy.place(model.params, everywhere))
+        placed = model._replace(params=lazy.place(model.params, everywhere, testbed.config.dtype))
         table["models"][name], drawn = testbed.measure(placed)
         del placed  # before the next one is on the devices
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]

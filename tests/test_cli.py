@@ -50,6 +50,8 @@ def main(argv):
     if FAIL.value == "log":
         logging.info("noise")
         logging.warning("careful")
+    if FAIL.value == "name":
+        return print(cli.config_name())
     config = CONFIG.value
     print(config.steps, config.lora.rank, config.mesh, config.ema, COUNT.value)
 
@@ -59,7 +61,7 @@ cli.run(main)
 BASE = """
 from ml_collections import ConfigDict
 
-def get_config():
+def get_config(variants=""):
     config = ConfigDict({
         "steps": 10, "learning_rate": 1e-4, "ema": True, "mesh": (1, 8), "layers": ["mid"],
         "optional": None, "lora": {"rank": 4, "alpha": 1.0},
@@ -101,6 +103,13 @@ def test_good_flags_and_overrides_reach_main(folder):
     result = call(folder, "--config=base.py", *overrides, "--out=o", "--count=5")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "3 8 (2, 4) False 5\n"
+
+
+@pytest.mark.parametrize("config, name", [
+    ("base.py", "base"), ("./base.py:r0plus,full", "base_r0plus_full"), ("base.py:a/b", "base_a_b")])
+def test_a_config_has_a_name(folder, config, name):
+    result = call(folder, f"--config={config}", "--out=o", "--fail=name")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{name}\n")
 
 
 def test_help_prints_usage_and_succeeds(folder):

@@ -148,9 +148,11 @@ def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, compile
     if name == "sd3":  # the same grid, as the card spells it
         spelled = theirs(stock(name), noise_of(pipeline), 4, 1.0, sigmas=[1, 0.75, 0.5, 0.25])
         assert_same_images(found, spelled)
-        drawn = sample.from_pipeline(pipeline.folder, 4, [1, 0.75, 0.5, 0.25]).scheduler
-        np.testing.assert_array_equal(
-            drawn.sigmas, few_step.grid(pipeline.scheduler_config, 4).sigmas)
+        grid, stretched = few_step.grid(pipeline.scheduler_config, 4), few_step.of_folder(config, 4)
+        for levels in (None, [1, 0.75, 0.5, 0.25]):
+            drawn = sample.from_pipeline(pipeline.folder, 4, levels).scheduler
+            np.testing.assert_array_equal(drawn.sigmas, grid.sigmas)
+        np.testing.assert_allclose(stretched.sigmas, grid.sigmas, atol=1e-6)
 
 
 def test_an_empty_prompt_may_be_encoded_instead_of_zeros(folders, tmp_path, compile_quickly):

@@ -15,7 +15,8 @@ _LOAD = {
 # Where the weights are, for who has none yet.
 _SOURCES = {
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face "
-                               "Hub",
+                               "Hub or, for Chinese prompts, a folder made of IDEA-CCNL/"
+                               "Taiyi-Stable-Diffusion-1B-Chinese-v0.1 as configs/taiyi_r0.py says",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0 on the Hugging Face Hub",
     "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3-medium-diffusers on the Hugging "
                                 "Face Hub, which is gated: log in there and accept its licence "

@@ -158,7 +158,7 @@ def read_index(path: Path) -> dict[str, Any]:
                          "pipeline (the one that holds model_index.json)")
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path} holds a {name}, which is not supported; supported: "
                          f"{', '.join(FAMILIES)}")
     for part, entry in index.items():
