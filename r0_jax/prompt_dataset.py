@@ -27,12 +27,13 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
     return found
 
 
-def prepare(path: str, folder: Path, pipeline: Pipeline,
-            rewards: Sequence[Reward]) -> data.Summary:
-    """Makes the dataset in `folder`, unless it is there from before; returns its size."""
+def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Reward],
+            heldout: Sequence[Reward] = ()) -> data.Summary:
+    """Makes the dataset in `folder`, unless it is there from before; returns its size. Warns of
+    rewards, those held out too, that do not read some prompts to their end."""
     if not data.is_prepared(folder):
         prompts = data.read_prompts(path)
-        for reward in rewards:
+        for reward in (*rewards, *heldout):
             if share := reward.truncated_share(prompts):
                 warnings.warn(f"the reward {reward.name} does not read the end of {share:.0%} of "
                               "the prompts: they are too long for it", stacklevel=2)

@@ -94,8 +94,9 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
     trained_on = load_rewards(config.rewards, pipeline, config, encoded, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, encoded, trained=False)
     for reward, other in itertools.product(trained_on, heldout):
-        if reward.same_weights(other):
-            warnings.warn(f"the held-out reward {other.name} has the weights of {reward.name}, "
+        names = (config.rewards[reward.name].function, config.heldout_rewards[other.name].function)
+        if reward.same_weights(other) or (names[0] and names[0] == names[1]):
+            warnings.warn(f"the held-out reward {other.name} is {reward.name} again, "
                           "which is trained on: it will not show reward hacking", stacklevel=2)
     base_part = pipeline.generator_part
     shapes = pipeline.networks[base_part].shapes
@@ -115,7 +116,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
         prompt_dataset.remove(folder / "prompts")  # of another config
     if encoded is None:
         summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
-                                         trained_on)
+                                         trained_on, heldout)
         counted = f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct"
         read = functools.partial(prompt_dataset.batches, folder / "prompts")
     else:

@@ -106,7 +106,8 @@ def test_good_flags_and_overrides_reach_main(folder):
 
 
 @pytest.mark.parametrize("config, name", [
-    ("base.py", "base"), ("./base.py:r0plus,full", "base_r0plus_full"), ("base.py:a/b", "base_a_b")])
+    ("base.py", "base"), ("./base.py:r0plus,full", "base_r0plus_full"),
+    ("base.py:a/b", "base_a_b")])
 def test_a_config_has_a_name(folder, config, name):
     result = call(folder, f"--config={config}", "--out=o", "--fail=name")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{name}\n")

@@ -18,6 +18,7 @@ from configs.common import reward_entry
 from r0_jax import lazy, rewards
 from r0_jax.errors import InputError
 from r0_jax.rewards import plugin, tower
+from r0_jax.rewards import reward as reward_module
 from r0_jax.rewards.reward import Reward, value_and_gradient
 
 PROMPTS = ["a red square", "a blue circle above a green star"]
@@ -121,15 +122,18 @@ def test_text_features_of_many_prompts(folder, reward):
                                atol=1e-6)  # fmt: skip
 
 
-def test_text_tower_is_compiled_once(reward):
-    reward.text_features(reward.params, PROMPTS)
+def test_text_tower_is_compiled_for_few_sizes(reward):
+    few = reward.text_features(reward.params, PROMPTS[:1] * 5)
+    reward.text_features(reward.params, ["a star"] * 256)
     with jax.no_tracing():
-        reward.text_features(reward.params, [*PROMPTS, "a star"])
+        np.testing.assert_array_equal(reward.text_features(reward.params, PROMPTS[:1] * 8)[:5], few)
+        assert len(reward.text_features(reward.params, ["a star"] * 600)) == 600
 
 
 def test_towers_compute_in_their_dtype_and_score_in_float32(folder):
     reward = rewards.load("clip", reward_entry("clip_score", path=str(folder)), "bfloat16")
-    assert {str(x.dtype) for x in reward.params.values()} == {"bfloat16"}
+    dtypes = {name: str(x.dtype) for name, x in reward.params.items()}
+    assert dtypes.pop("logit_scale") == "float32" and set(dtypes.values()) == {"bfloat16"}
     features = jax.ShapeDtypeStruct((2, 12), jnp.float32)
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
     params = lazy.place(reward.params)
@@ -312,10 +316,15 @@ def failing(images, features):
         (lambda x, f: jax.lax.stop_gradient(mean(x)), "has a gradient of zero"),
         (lambda x, f: jnp.round(mean(x)), "has a gradient of zero"),
         (lambda x, f: mean(x) - mean(x).mean(), "one image's score depends on another image"),
+        (lambda x, f: jnp.cumsum(mean(x)), "one image's score depends on another image"),
+        (lambda x, f: jnp.broadcast_to(mean(x)[0], len(x)), "depends on another image"),
+        (lambda x, f: mean(x) - jax.lax.stop_gradient(mean(x).max()), "depends on another image"),
+        (lambda x, f: mean(x) * (x.std((1, 2, 3)) > 0.9 * x.std((1, 2, 3)).max()), "depends on an"),
+        (lambda x, f: mean(x) + jnp.zeros(2), r"fails on images of shape \(3, 4, 6, 3\)"),
         (lambda x, f: jnp.asarray(np.asarray(x).mean((1, 2, 3))), "fails on .*TracerArrayConv"),
         (lambda x, f: mean(x) * f[:, 0], r"fails on images of shape \(2, 4, 6, 3\): TypeError"),
         (lambda x, f: jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)),
-                                        jax.ShapeDtypeStruct((2,), jnp.float32), x),
+                                        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32), x),
          "fails on the gradient at images .*ValueError: Pure callbacks do not support JVP"),
         (failing, "fails on images .*: AssertionError$"),
     ],
@@ -343,6 +352,55 @@ def test_text_features_that_do_not_fit(module, encode, said):
     with pytest.raises(InputError, match=said) as e:
         plugin.check(reward, SHAPE)
     assert "\n" not in str(e.value)
+
+
+def test_a_function_that_is_only_measured_needs_no_gradient():
+    def score(params, images, features):
+        return jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)),
+                                 jax.ShapeDtypeStruct(images.shape[:1], jnp.float32), images)
+
+    plugin.check(Reward("x", {}, score, None), SHAPE, trained=False)
+    with pytest.raises(InputError, match="depends on another image"):
+        plugin.check(Reward("x", {}, lambda p, x, f: jnp.cumsum(score(p, x, f)), None), SHAPE,
+                     trained=False)
+
+
+def test_a_function_with_weights_of_its_own(module):
+    module("mine", "import numpy as np\n"
+                   "def f(params, images, features):\n"
+                   "    assert not isinstance(params['a'], np.ndarray)\n"
+                   "    return images.mean((1, 2, 3)) * params['a'] + params['b'].sum()\n"
+                   "def f_params():\n"
+                   "    return {'a': np.float32(3), 'b': np.ones((2, 2), np.float32)}\n"
+                   "g, g_params, h, h_params = f, lambda: [1], f, lambda: {'a': None}\n"
+                   "def k(images, features): pass\n"
+                   "k_params = f_params\n")  # fmt: skip
+    reward = rewards.load("x", reward_entry("function", function="mine:f"))
+    plugin.check(reward, SHAPE)
+    images = noise(4, 6)
+    np.testing.assert_allclose(reward(images, ["", ""]), 3 * images.mean((1, 2, 3)) + 4, rtol=1e-5)
+    for name, said in (("g", "must return .name: array., not list"), ("h", "must return"),
+                       ("k", "mine:k must take .params, images, features.")):
+        with pytest.raises(InputError, match=said):
+            rewards.load("x", reward_entry("function", function=f"mine:{name}"))
+
+
+def test_features_of_a_prompt_are_computed_once(monkeypatch):
+    asked = []
+
+    def encode(params, prompts):
+        asked.append(list(prompts))
+        return np.asarray([[len(prompt)] for prompt in prompts], np.float32)
+
+    reward = Reward("x", {}, lambda params, images, features: features[:, 0], encode)
+    images = np.zeros((3, 2, 2, 3), np.float32)
+    assert reward(images, ["a", "bb", "a"]).tolist() == [1, 2, 1]
+    assert reward(images, ["bb", "ccc", "a"]).tolist() == [2, 3, 1]
+    assert asked == [["a", "bb"], ["ccc"]]
+    monkeypatch.setattr(reward_module, "_MOST_KNOWN", 1)
+    assert reward(images, ["bb", "ccc", "dddd"]).tolist() == [2, 3, 4]
+    assert reward(images, ["a"] * 3).tolist() == [1, 1, 1]
+    assert asked[2:] == [["dddd"], ["a"]]
 
 
 def test_the_check_passes_weights_as_arguments():

@@ -135,7 +135,7 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, kept: redraw.Pairs) -> 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
     """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
     features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
-    network, tower_params, _, prepare, inputs, _ = tower.load(out / "preference")
+    network, tower_params, _, prepare, inputs, *_ = tower.load(out / "preference")
 
     def constructor(rngs):
         return ScoreMLP(inputs, rngs=rngs)

@@ -45,11 +45,10 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: Float[Array, "b d"]) -> Float[Array, " b"]:
-        dtype = params["logit_scale"].dtype
-        image = network.apply(params, "image_features", prepare(images).astype(dtype))
+        image = network.apply(params, "image_features", prepare(images).astype(found.dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
         if logit_scale:
-            cosine = cosine * jnp.exp(params["logit_scale"].astype(jnp.float32))
+            cosine = cosine * jnp.exp(params["logit_scale"])
         return cosine
 
     reward = Reward(name, found.params, score, not_loaded(name), grid=found.grid,

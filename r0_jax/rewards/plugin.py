@@ -14,13 +14,22 @@ from r0_jax import lazy
 from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
 
+_SAME = 1e-2  # of the largest score: by how much one may move with the other images of a batch
+
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """A reward from `entry.function`, "module:function".
 
     The function takes (images in [0, 1] [B, h, w, 3] float32, features) and returns float32 [B];
-    it must be differentiable and traceable by jax. If the module also has `function_text_features`
-    ((list of prompts) -> float32 [N, D]), features holds its rows for the batch, else it is None.
+    it must be traceable by jax, and differentiable where it is trained on. What else the module
+    has of that name:
+
+        function_text_features(list of prompts) -> float32 [N, D]
+            computed once a prompt; features holds their rows for the batch, and else is None
+        function_params() -> {name: array}
+            weights, of a network of any kind: the function then takes (params, images, features)
+            and gets them placed on the devices, where arrays that it closes over would become
+            constants of the compiled step
     """
     del dtype, text  # the function decides
     module_name, _, function_name = entry.function.partition(":")
@@ -34,67 +43,99 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
         raise InputError(f"rewards.{name}: {entry.function} cannot be imported ({_one_line(e)}); "
                          "is its folder on PYTHONPATH?") from None
     encode = getattr(module, f"{function_name}_text_features", None)
+    read_params = getattr(module, f"{function_name}_params", None)
+    arguments = ("images", "features") if read_params is None else ("params", "images", "features")
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(function).bind(*arguments)
     except (TypeError, ValueError):  # ValueError: what is written in C has no signature
-        raise InputError(f"rewards.{name}: {entry.function} must take (images, features)") from None
+        raise InputError(f"rewards.{name}: {entry.function} must take "
+                         f"({', '.join(arguments)})") from None
     return Reward(
-        name, {},
-        score=lambda params, images, features: function(images, features),
+        name, {} if read_params is None else _params(name, entry.function, read_params),
+        score=function if read_params is not None else
+        lambda params, images, features: function(images, features),
         text_features=None if encode is None else
         lambda params, prompts: np.asarray(encode(list(prompts)), np.float32))
 
 
+def _params(name: str, function: str, read) -> dict[str, np.ndarray]:
+    with _blaming(name, f"{function}_params()"):
+        found = read()
+        named = isinstance(found, dict) and all(isinstance(key, str) for key in found)
+        arrays = {key: np.asarray(value) for key, value in found.items()} if named else {}
+    if not arrays or any(value.dtype == object for value in arrays.values()):
+        raise InputError(f"rewards.{name}: {function}_params() must return "
+                         f"{{name: array}}, not {type(found).__name__}")
+    return arrays
+
+
 def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = True,
           features: np.ndarray | None = None) -> None:
-    """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on two random
-    images, which also hold exact zeros and ones, as clipped images do.
+    """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on random images,
+    which also hold exact zeros and ones, as clipped images do. Two of them come again in other
+    places of another batch, where their scores must be the same.
 
     `features` are those of two prompts, where they were computed before.
     Raises:
       InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
     """
-    params = lazy.place(reward.params)
+    with _blaming(reward.name, "its weights"):
+        params = lazy.place(reward.params)
     if reward.text_features is not None and features is None:
-        with _blaming(reward, "2 prompts"):
+        with _blaming(reward.name, "2 prompts"):
             features = reward.text_features(params, ["a first prompt", "第二个提示"])
         if features.ndim != 2 or len(features) != 2:
             raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
                              f"{features.shape}; expected (2, D)")
-    images = jax.random.normal(jax.random.key(0), (2, *image_shape))
-    images = jnp.clip(0.5 + 0.5 * images, 0.0, 1.0)
-    with _blaming(reward, f"images of shape {images.shape}"):
-        found = jax.eval_shape(reward.score, params, images, features)
-    if getattr(found, "shape", None) != (2,) or found.dtype != jnp.float32:
-        raise InputError(f"reward {reward.name} returns {found} for 2 images; "
-                         "expected float32 of shape (2,)")
+    noise = jax.random.normal(jax.random.key(0), (3, *image_shape))
+    one, other = 0.5 + 0.5 * noise[:2]
+    # Least and most of what a reward may measure a batch by: brightness, contrast.
+    dull, harsh = 0.1 + 0.05 * noise[2], 2.0 + 5.0 * noise[2]
+    batches = [jnp.clip(jnp.stack(images), 0.0, 1.0)
+               for images in ([one, other, dull], [harsh, one, other])]
+    rows = [None, None] if features is None else [features[[0, 1, 0]], features[[0, 0, 1]]]
 
-    def first(images, params):  # an argument: a tower's weights as constants take long to compile
+    def of(batch: int, count: int = 3):
+        return batches[batch][:count], None if rows[batch] is None else rows[batch][:count]
+
+    for count in (2, 3):  # a size of batch that is written into the function shows here
+        shape = (count, *image_shape)
+        with _blaming(reward.name, f"images of shape {shape}"):
+            found = jax.eval_shape(reward.score, params, *of(0, count))
+        if getattr(found, "shape", None) != (count,) or found.dtype != jnp.float32:
+            raise InputError(f"reward {reward.name} returns {found} for {count} images; "
+                             f"expected float32 of shape ({count},)")
+
+    def first(images, features, params):  # a tower's weights as constants take long to compile
         value = reward.score(params, images, features)
         return value[0], value
 
-    with _blaming(reward, f"the gradient at images of shape {images.shape}"):
-        grads, value = jax.jit(jax.grad(first, has_aux=True))(images, params)
-    if not bool(jnp.all(jnp.isfinite(value))):
+    run = jax.jit(jax.grad(first, has_aux=True) if trained else first)
+    with _blaming(reward.name, f"{'the gradient at ' * trained}images of shape {batches[0].shape}"):
+        grads, value = run(*of(0), params)
+        _, again = run(*of(1), params)
+        value, again = np.asarray(value), np.asarray(again)
+    if not np.isfinite([value, again]).all():
         raise InputError(f"reward {reward.name} is not finite on random images: {value}")
-    if not trained:
-        return
-    if not bool(jnp.all(jnp.isfinite(grads))):
+    if trained and not bool(jnp.all(jnp.isfinite(grads))):
         raise InputError(f"reward {reward.name} has a gradient that is not finite")
-    if not bool(jnp.any(grads[0] != 0)):
-        raise InputError(f"reward {reward.name} has a gradient of zero: it cannot be trained on")
-    if bool(jnp.any(grads[1] != 0)):
+    moved = np.abs(again[1:] - value[:2]).max() > _SAME * np.abs(value).max()
+    if moved or (trained and bool(jnp.any(grads[1:] != 0))):
         raise InputError(f"reward {reward.name}: one image's score depends on another image; "
                          "scores must be independent within a batch")
+    if trained and not bool(jnp.any(grads[0] != 0)):
+        raise InputError(f"reward {reward.name} has a gradient of zero: it cannot be trained on")
 
 
 @contextlib.contextmanager
-def _blaming(reward: Reward, where: str) -> Iterator[None]:
+def _blaming(name: str, where: str) -> Iterator[None]:
     """Whatever a user's function raises, as one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as e:
-        raise InputError(f"reward {reward.name} fails on {where}: {_one_line(e)}") from None
+        raise InputError(f"reward {name} fails on {where}: {_one_line(e)}") from None
 
 
 def _one_line(e: Exception) -> str:

@@ -13,6 +13,8 @@ from r0_jax import lazy
 from r0_jax.errors import InputError
 from r0_jax.network import Params, fingerprint
 
+_MOST_KNOWN = 8192  # prompts whose features are kept: 32 MB at 1024 numbers each
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reward:
@@ -84,7 +86,17 @@ class Reward:
     def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
         if self.text_features is None:
             return None
-        return self.text_features(self._placed, list(prompts))
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            self._known.update(zip(new, self.text_features(self._placed, new), strict=True))
+        found = np.stack([self._known[prompt] for prompt in prompts])
+        while len(self._known) > _MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        return found
+
+    @functools.cached_property
+    def _known(self) -> dict[str, np.ndarray]:
+        """Prompt -> its features, of those that were asked for last."""
+        return {}
 
     @functools.cached_property
     def _placed(self) -> Params:

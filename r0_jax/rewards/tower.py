@@ -22,7 +22,7 @@ from r0_jax.rewards import preprocess, prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.prompt_text import Tokenize
 
-_TEXT_BATCH = 256  # prompts encoded at once; the last batch is padded, to compile once
+_TEXT_BATCH = 256  # prompts encoded at once; fewer are filled up to a power of 2, to compile little
 _CHINESE_LENGTH = 52  # tokens that cn_clip trains on, of the 512 positions
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -38,6 +38,7 @@ class Tower(NamedTuple):
       prepare: images in [0, 1] -> what `image_features` takes.
       width: of the space that both share.
       text_parts: of the network, what only `text_features` needs.
+      dtype: that it computes in; the logit scale, a factor of every score, stays float32.
     """
 
     network: Network
@@ -46,6 +47,7 @@ class Tower(NamedTuple):
     prepare: Preprocess
     width: int
     text_parts: tuple[str, ...]
+    dtype: str
 
     @property
     def grid(self) -> int:
@@ -55,17 +57,18 @@ class Tower(NamedTuple):
         return self.prepare.size // patch
 
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
-        """(params, prompts) -> normalized text features in float32, compiled once; params that are
-        not on a device are placed for that long."""
+        """(params, prompts) -> normalized text features in float32; params that are not on a
+        device are placed for that long."""
         @jax.jit
         def encode(params: Params, input_ids: jax.Array) -> jax.Array:
             return normalize(self.network.apply(params, "text_features", input_ids))
 
         def text_features(params: Params, prompts: Sequence[str]) -> Float[np.ndarray, "n d"]:
             params, ids, rows = lazy.place(params), self.tokenize(prompts).ids, []
-            for start in range(0, len(ids), _TEXT_BATCH):
-                chunk = ids[start:start + _TEXT_BATCH]
-                padded = np.pad(chunk, ((0, _TEXT_BATCH - len(chunk)), (0, 0)), mode="edge")
+            size = min(_TEXT_BATCH, 1 << (len(ids) - 1).bit_length())
+            for start in range(0, len(ids), size):
+                chunk = ids[start:start + size]
+                padded = np.pad(chunk, ((0, size - len(chunk)), (0, 0)), mode="edge")
                 rows.append(np.asarray(encode(params, padded))[:len(chunk)])
             return np.concatenate(rows)
 
@@ -145,8 +148,10 @@ def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
         return built
 
     network = Network.abstract(construct)
-    params = convert.open_params(files, network, dtype, left_out)
-    return Tower(network, params, tokenize, prepare, width, module.text_parts)
+    params = convert.open_params(files, network, "float32", left_out)
+    params = {name: value if name == "logit_scale" else value.astype(convert.DTYPES[dtype])
+              for name, value in params.items()}
+    return Tower(network, params, tokenize, prepare, width, module.text_parts, dtype)
 
 
 def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
