@@ -151,6 +151,8 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2
     # The metric that says which is best, the higher the better; "" keeps none.
     config.best_metric = ""
+    # Training ends after so many evaluations in a row without a new best; 0: never before `steps`.
+    config.early_stop = 0
     config.tensorboard = True
     # Also log to Weights & Biases (needs the wandb package).
     config.wandb = False

@@ -19,7 +19,8 @@ from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 RANGES = {
     "seed": (0, 2**32 - 1), "steps": (1, math.inf), "log_every": (1, math.inf),
     "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf), "max_skipped_in_a_row": (1, math.inf),
+    "keep_checkpoints": (1, math.inf), "early_stop": (0, math.inf),
+    "max_skipped_in_a_row": (1, math.inf),
     "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
     "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
@@ -72,6 +73,9 @@ def check_config(config: ConfigDict) -> None:
     if config.best_metric and config.best_metric not in measured:
         raise InputError(f"best_metric={config.best_metric!r} is not measured; there are "
                          f"{', '.join(measured)}, or '' to keep none")
+    if config.early_stop and not config.best_metric:
+        raise InputError(f"early_stop={config.early_stop} needs best_metric, which it follows; "
+                         f"there are {', '.join(measured)}")
     if not any(entry.weight for entry in config.regularizers.values()):
         warnings.warn("all regularizers have weight 0: rewards alone collapse the generator; "
                       "set regularizers.weight.weight", stacklevel=2)

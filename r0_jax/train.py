@@ -36,6 +36,7 @@ from r0_jax import (
     train_state,
     workdir,
 )
+from r0_jax.early_stop import EarlyStop
 from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
@@ -215,6 +216,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
          checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
+    early = EarlyStop(config.best_metric, config.early_stop, folder, first if resumed else -1)
     batches = batches_from(first)
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
@@ -228,6 +230,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 values = validation(state.ema_params, step)
                 writer.write(step, metrics | values)
                 checkpoints.save(state, values)
+                early.add(values.get(config.best_metric, math.nan))
 
         def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -252,7 +255,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             evaluate_and_save({})
         compiled = None
         pending = None  # metrics of the step before, fetched while this one runs
-        while step < config.steps and not stop.requested():
+        while step < config.steps and not early.due and not stop.requested():
             batch = next(batches)
             if compiled is None:
                 compiled = step_fn.lower(state, frozen, batch, key).compile()
@@ -271,6 +274,9 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 pending = None
         if pending is not None:
             log(pending, step)
+        if early.due:
+            console.print(f"ended at step {step}: in {early.since} evaluations {early.metric} did "
+                          f"not exceed {early.best:.4g}", highlight=False)
         if stopped := stop.requested():
             checkpoints.save(state)
             checkpoints.wait()

@@ -20,7 +20,7 @@ from r0_jax.images import write_bytes
 HARMLESS = frozenset(
     {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
      "mesh", "accumulation", "sharding", "attention", "keep_checkpoints", "max_skipped_in_a_row",
-     "test", "compilation_cache"}
+     "early_stop", "test", "compilation_cache"}
 )  # fmt: skip
 
 

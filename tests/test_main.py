@@ -137,6 +137,19 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
     assert f"stopped at step {last}" in stderr
 
 
+def test_a_run_ends_early_when_the_held_out_reward_no_longer_grows(world, tmp_path):
+    flags = ["--config.optimizer.learning_rate=0", "--config.early_stop=2", "--config.eval_every=1"]
+    for _ in range(2):  # the second time it has nothing to do
+        ended = start(world, tmp_path / "w", "--config.steps=9", *flags)
+        assert ended.returncode == 0, ended.stderr
+        assert "ended at step 2: in 2 evaluations heldout/heldout did not exceed" in ended.stderr
+        assert "report: " in ended.stdout
+        assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2]
+    assert start(world, tmp_path / "w", "--config.steps=9", *flags, "--config.early_stop=3",
+                 ).returncode == 0
+    assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2, 3]
+
+
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 300
     while not condition():
