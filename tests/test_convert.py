@@ -100,6 +100,11 @@ MANIFESTS = {  # of the published files -> the config published with them
     "clip_l_hf": ("clip-vit-large-patch14",
                   lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs)),
     "sdxl_unet": ("sdxl-base-1.0-unet", NETWORKS["UNet2DConditionModel"][0]),
+    "sdxl_vae": ("sdxl-base-1.0-vae", NETWORKS["AutoencoderKL"][0]),
+    "sdxl_text_encoder_2": ("sdxl-base-1.0-text_encoder_2",
+                            NETWORKS["CLIPTextModelWithProjection"][0]),
+    "sd3_vae": ("sd3-medium-vae", NETWORKS["AutoencoderKL"][0]),
+    "sd3_text_encoder": ("sd3-medium-text_encoder", NETWORKS["CLIPTextModelWithProjection"][0]),
     "t5xxl_encoder": ("sd3-medium-text_encoder_3", NETWORKS["T5EncoderModel"][0]),
     "taiyi_bert_text_encoder": ("taiyi-text_encoder", NETWORKS["BertModel"][0]),
 }
