@@ -69,11 +69,10 @@ def find_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of one network in a diffusers or transformers folder.
 
     A single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with a
-    variant (`stem.fp16.safetensors`); the full-precision file is preferred.
+    variant (`stem.fp16.safetensors`): the first of these of which every file is there.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
-    path = find_weights(folder, stem)
-    return [path] if path.suffix == ".safetensors" else _shards(path)
+    return _files(find_weights(folder, stem))
 
 
 def find_weights(folder: Path, stem: str) -> Path:
@@ -82,13 +81,25 @@ def find_weights(folder: Path, stem: str) -> Path:
     # Indexes first: the names of their shards may look like those of single files.
     variants = [*sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
                 *sorted(folder.glob(f"{stem}.*.safetensors"))]
-    for path in [folder / single, folder / index, *variants]:
-        if path.is_file() and "-of-" not in path.name:
-            return path
+    found = [path for path in [folder / single, folder / index, *variants]
+             if path.is_file() and "-of-" not in path.name]
+    for path in found:  # who downloads a variant alone has the other's index too
+        try:
+            _files(path)
+        except InputError:
+            continue
+        return path
+    if found:
+        return found[0]  # of which `find_files` says what it lacks
     if any(any(folder.glob(f"*.{suffix}")) for suffix in ("bin", "ckpt", "pt", "pth")):
         raise InputError(f"{folder} holds only pickled weights, which are never read: "
                          f"put {single} there")
     raise InputError(f"{folder / single} is missing: is the folder complete?")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of what `find_weights` finds; InputError unless all are there."""
+    return [path] if path.suffix == ".safetensors" else _shards(path)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -238,6 +238,26 @@ def test_full_precision_shards_are_preferred_to_a_variant_in_one_file(folder):
     assert all("fp16" not in file.name for file in convert.find_files(folder, STEM))
 
 
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_variant_that_is_whole_is_preferred_to_shards_that_are_not_there(folder, shard):
+    """A snapshot of every *.json and of the variant's weights alone."""
+    module = diffusers.AutoencoderKL.from_pretrained(folder)
+    (folder / FILE).unlink()
+    module.save_pretrained(folder, max_shard_size="20KB")
+    full = convert.find_files(folder, STEM)
+    full[1].unlink()
+    module.half().save_pretrained(folder, variant="fp16", max_shard_size=shard)
+    assert (folder / f"{FILE}.index.json").exists()
+    files = convert.find_files(folder, STEM)
+    assert all("fp16" in file.name for file in files) and len(files) == len(set(files))
+    assert (len(files) > 2) == (shard == "20KB")
+    files[-1].unlink()
+    if shard == "20KB":  # nor is this one whole: of the first is told
+        assert convert.find_weights(folder, STEM) == folder / f"{FILE}.index.json"
+    with refused(f"{FILE}.index.json names 1 file(s)", full[1].name, "incomplete"):
+        convert.find_files(folder, STEM)
+
+
 @pytest.mark.parametrize("name, dtype", [
     ("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
 def test_dtypes(folder, vae, name, dtype):
