@@ -309,6 +309,7 @@ def test_bfloat16():
     {"dual_cross_attention": True},
     {"resnet_time_scale_shift": "spatial"},
     {"time_cond_proj_dim": -1},
+    *({"sample_size": value} for value in (0, -8, [8, 0], [-8, 8], [8], [8, 8, 8], "8", 8.0)),
     {"conv_in_kernel": 1},
     {"only_cross_attention": [True]},
     {"only_cross_attention": 1},

@@ -54,6 +54,8 @@ class UNet2DConditionConfig:
         """Parses a published `unet/config.json`; InputError names what is not supported."""
         config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED)
         configs.check_least(config, 1, "in_channels", "out_channels", "cross_attention_dim")
+        if config.sample_size is not None:
+            configs.check_least(config, 1, "sample_size")
         configs.check_groups(config)
         levels = len(config.block_out_channels)
         for name, known in (("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
