@@ -33,6 +33,7 @@ MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
 _PIECE = 2**18  # numbers read at once by each thread
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
 _OWN_PAGES = 2**17  # bytes
+_NAME = 255  # bytes of a file's name, at most, on any system
 
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
@@ -114,8 +115,9 @@ def _shards(index: Path) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        # Names only: an index never reads a file outside of its folder.
-        if index and all(isinstance(v, str) and Path(v).name == v for v in index.values()):
+        # Names only, that a file may have: an index never reads a file outside of its folder.
+        if index and all(isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
+                         for v in index.values()):
             return index
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass

@@ -397,6 +397,9 @@ def test_pickles_are_refused_and_never_run(folder, vae, tmp_path, name):
     {"weight_map": {KEY: "/etc/passwd"}},
     {"weight_map": {KEY: "folder/inside.safetensors"}},
     {"weight_map": {KEY: 3}},
+    {"weight_map": {KEY: "a" * 5000}},
+    {"weight_map": {KEY: "色" * 200}},  # 600 bytes
+    {"weight_map": {KEY: "\ud800"}},
     {"weight_map": {}},
     {"weight_map": [FILE]},
     {"metadata": {}},
