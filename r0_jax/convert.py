@@ -33,6 +33,7 @@ MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
 _PIECE = 2**18  # numbers read at once by each thread
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
 _OWN_PAGES = 2**17  # bytes
+_NAME = 255  # bytes of a file's name, at most, on any system
 
 # Buffers that older files hold and no network has.
 _BUFFERS = ("position_ids",)
@@ -69,11 +70,10 @@ def find_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of one network in a diffusers or transformers folder.
 
     A single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with a
-    variant (`stem.fp16.safetensors`); the full-precision file is preferred.
+    variant (`stem.fp16.safetensors`): the first of these of which every file is there.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
-    path = find_weights(folder, stem)
-    return [path] if path.suffix == ".safetensors" else _shards(path)
+    return _files(find_weights(folder, stem))
 
 
 def find_weights(folder: Path, stem: str) -> Path:
@@ -82,13 +82,25 @@ def find_weights(folder: Path, stem: str) -> Path:
     # Indexes first: the names of their shards may look like those of single files.
     variants = [*sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
                 *sorted(folder.glob(f"{stem}.*.safetensors"))]
-    for path in [folder / single, folder / index, *variants]:
-        if path.is_file() and "-of-" not in path.name:
-            return path
+    found = [path for path in [folder / single, folder / index, *variants]
+             if path.is_file() and "-of-" not in path.name]
+    for path in found:  # who downloads a variant alone has the other's index too
+        try:
+            _files(path)
+        except InputError:
+            continue
+        return path
+    if found:
+        return found[0]  # of which `find_files` says what it lacks
     if any(any(folder.glob(f"*.{suffix}")) for suffix in ("bin", "ckpt", "pt", "pth")):
         raise InputError(f"{folder} holds only pickled weights, which are never read: "
                          f"put {single} there")
     raise InputError(f"{folder / single} is missing: is the folder complete?")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of what `find_weights` finds; InputError unless all are there."""
+    return [path] if path.suffix == ".safetensors" else _shards(path)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -103,8 +115,9 @@ def _shards(index: Path) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        # Names only: an index never reads a file outside of its folder.
-        if index and all(isinstance(v, str) and Path(v).name == v for v in index.values()):
+        # Names only, that a file may have: an index never reads a file outside of its folder.
+        if index and all(isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
+                         for v in index.values()):
             return index
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass

@@ -35,10 +35,10 @@ def of_folder(config: Mapping[str, Any], num_steps: int,
 
 def noise_levels(config: Mapping[str, Any]) -> Scheduler:
     """Every noise level that the folder's network was trained on, noisiest first, as a sampler."""
-    count = config.get("num_train_timesteps", 1000)
     if is_flow(config):
-        return _flow(config, count)
-    return schedulers.from_config(scheduler_config(config, count), count)
+        return _flow(config, schedulers.read(config)[1]["num_train_timesteps"])
+    ddim = schedulers.ddim_config(config)
+    return schedulers.from_config(ddim, ddim["num_train_timesteps"])
 
 
 def scheduler_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
@@ -58,15 +58,21 @@ def shift(config: Mapping[str, Any]) -> float:
     """The shift that the network of a flow-matching folder was trained with.
 
     The folder may be an export of ours, whose scheduler has another shift and a terminal: both
-    come from the true one by `_flow_config`, which is solved for it here.
+    come from the true one by `_flow_config`, which is solved for it here. InputError names a field
+    that is not supported.
     """
-    found, last = config.get("shift", 1.0), config.get("shift_terminal")
+    _, fields = schedulers.read(config)
+    found, last = fields["shift"], fields["shift_terminal"]
     if not last:
         return float(found)
-    least = 1 / config.get("num_train_timesteps", 1000)
+    least = 1 / fields["num_train_timesteps"]
     least = found * least / (1 + (found - 1) * least)
     share, a = (found - 1) * (1 - least) / found, (1 - last) / last
-    return (share + a) / (a * (1 - share))
+    true = (share + a) / (a * (1 - share))
+    if not 1e-3 <= true <= 1e3:
+        raise InputError(f"{FLOW_MATCHING} with shift={found} and shift_terminal={last} is not "
+                         "supported: no shift alone makes such sigmas; set shift_terminal to null")
+    return true
 
 
 def _flow(config: Mapping[str, Any], num_steps: int) -> Scheduler:
@@ -88,14 +94,16 @@ def _flow_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     (s - 1) (1 - least(s)) / s = (S - 1) (K - 1) / (S K): a quadratic equation in s.
     """
     _flow(config, num_steps)  # names what is not supported
-    true = shift(config)
-    kept = {"_class_name": FLOW_MATCHING,
-            "num_train_timesteps": config.get("num_train_timesteps", 1000)}
+    true, total = shift(config), schedulers.read(config)[1]["num_train_timesteps"]
+    kept = {"_class_name": FLOW_MATCHING, "num_train_timesteps": total}
     if num_steps == 1:
         return kept | {"shift": true}
-    rest = kept["num_train_timesteps"] - 1
+    rest = total - 1
     share = (true - 1) * (num_steps - 1) / (true * num_steps)
     b = (1 - share) * rest
+    if b**2 < 4 * share * rest:
+        raise InputError(f"{FLOW_MATCHING} with num_train_timesteps={total} is not supported with "
+                         f"shift {true:g} in {num_steps} steps: take fewer steps")
     # The smaller root, written so that it is exact where share is 0.
     found = 2 * rest / (b + math.sqrt(b**2 - 4 * share * rest))
     return kept | {"shift": found, "shift_terminal": true / (num_steps + true - 1)}

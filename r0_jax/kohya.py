@@ -1,6 +1,6 @@
 """Adapters as kohya's sd-scripts write them: what ComfyUI, A1111 and Forge read.
 
-    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight    SD 1.x: names of diffusers
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight    SD 1, 2: names of diffusers
     lora_unet_input_blocks_4_1_proj_in.lora_down.weight              SDXL: names of sgm
     ....lora_up.weight, ....alpha
 
@@ -26,12 +26,8 @@ from r0_jax.run import HostParams, Run
 
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
-# Family -> (ss_base_model_version of sd-scripts, architecture and implementation of ModelSpec).
-_FAMILIES = {
-    "StableDiffusionPipeline": ("sd_v1", "stable-diffusion-v1", "diffusers"),
-    "StableDiffusionXLPipeline": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
-                                  "https://github.com/Stability-AI/generative-models"),
-}
+_FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_WIDTH_2 = 1024  # of the text encoder of Stable Diffusion 2.x, whose class is that of 1.x
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -46,7 +42,7 @@ _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\."
 def check_family(family: str) -> None:
     """InputError where kohya's format has no layout for a class of pipelines."""
     if family not in _FAMILIES:
-        raise InputError(f"--format=kohya is for Stable Diffusion 1.x and SDXL, not for "
+        raise InputError(f"--format=kohya is for Stable Diffusion 1.x, 2.x and SDXL, not for "
                          f"{describe(family)}: use --format=peft, which ComfyUI reads too")
 
 
@@ -120,7 +116,7 @@ def _sgm_name(module: str, layers: Sequence[int]) -> str | None:
 def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) -> dict[str, str]:
     """Header of the file: `ss_...` as sd-scripts writes them, `modelspec...` of ModelSpec 1.0.1
     (github.com/Stability-AI/ModelSpec)."""
-    version, architecture, implementation = _FAMILIES[_family(run)]
+    version, architecture, implementation = _base(run)
     height, width, _ = run.pipeline.image_shape
     steps, adapter = run.config.sampler.num_steps, run.generator
     windows = any(value.shape[2:] > (1, 1) for value in written.values())
@@ -136,7 +132,7 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
                                       if windows else {}),
         "ss_base_model_version": version,
         "ss_sd_model_name": base_model,
-        "ss_v2": False,
+        "ss_v2": version.startswith("sd_v2"),
         "ss_resolution": (width, height),
         "ss_steps": step,
         "ss_max_train_steps": run.config.steps,
@@ -167,6 +163,18 @@ def data_hash(written: Tensors) -> str:
     for key in sorted(written, key=lambda key: (-written[key].itemsize, key)):  # as it sorts them
         digest.update(written[key].tobytes())
     return digest.hexdigest()
+
+
+def _base(run: Run) -> tuple[str, str, str]:
+    """ss_base_model_version of sd-scripts, architecture and implementation of ModelSpec."""
+    if _family(run) == "StableDiffusionXLPipeline":
+        return ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
+                "https://github.com/Stability-AI/generative-models")
+    predicts_v = _prediction(run.scheduler_config) == "v"
+    if run.pipeline.networks["unet"].config.cross_attention_dim == _WIDTH_2:
+        return (("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers") if predicts_v else
+                ("sd_v2", "stable-diffusion-v2-512", "diffusers"))
+    return "sd_v1_v" if predicts_v else "sd_v1", "stable-diffusion-v1", "diffusers"
 
 
 def _family(run: Run) -> str:

@@ -68,6 +68,9 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"scheduler {name!r} has no betas that are known; known: "
                          f"{', '.join(_CLASSES)}")
     fields = read_fields(config, _CLASSES[name])
+    if fields["num_train_timesteps"] < 1:
+        raise InputError(f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at "
+                         "least 1 is expected")
     fields.pop("use_flow_sigmas", None)
     return {"rescale_betas_zero_snr": False} | fields
 
@@ -84,11 +87,6 @@ def read_fields(config: Mapping[str, Any], supported: Fields) -> dict[str, Any]:
                 f"{name} with {field}={value!r} is not supported; supported:"
                 f" {', '.join(map(repr, values)) if listed else values}"
             )
-    if fields.get("num_train_timesteps", 1) < 1:
-        raise InputError(
-            f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at least 1 is"
-            " expected"
-        )
     return fields
 
 

@@ -170,7 +170,7 @@ def from_config(
     `sigmas` replaces the grid of flow matching, in (0, 1], descending, one a step, before the
     config's shift, as pipelines pass it. InputError names a class, field or count not supported.
     """
-    name, fields = _read(config)
+    name, fields = read(config)
     if num_inference_steps < 1:
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
     if is_flow(config):
@@ -192,7 +192,7 @@ def from_folder(
     """`from_config`; or, where its sampler is not implemented here, DDIM on the same noise, which a
     warning says."""
     try:
-        _read(config)
+        read(config)
     except InputError as problem:
         if is_flow(config):
             raise
@@ -215,13 +215,30 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return config.get("_class_name") == FLOW_MATCHING
 
 
-def _read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class name and all fields of that class, defaults filled in, each one supported."""
+def read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class name and all fields of that class, defaults filled in; InputError names the class
+    or the field that is not supported."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _FIELDS:
         raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_FIELDS)}")
     noise = {} if is_flow(config) else noise_schedule.read(config)
-    return name, noise | noise_schedule.read_fields(config, _FIELDS[name])
+    fields = noise_schedule.read_fields(config, _FIELDS[name])
+    if is_flow(config):
+        _check_flow(fields)
+    return name, noise | fields
+
+
+def _check_flow(fields: dict[str, Any]) -> None:
+    terminal = fields["shift_terminal"]
+    for name, fine, expected in (  # NaN is not fine
+        ("num_train_timesteps", fields["num_train_timesteps"] >= 2, "at least 2 is"),
+        ("shift", 1e-3 <= fields["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
+        ("shift_terminal", terminal is None or 0 <= terminal < 1,
+         "null, or a number from 0 to below 1, is"),
+    ):
+        if not fine:
+            raise InputError(f"{FLOW_MATCHING} with {name}={fields[name]!r} is not supported: "
+                             f"{expected} expected")
 
 
 def _spaced_timesteps(fields: dict[str, Any], n: int) -> np.ndarray:

@@ -283,6 +283,18 @@ def _unet_here(network, params, latents, prompt_embeds, *pooled):
     return network(params, latents, jnp.asarray(TIMESTEPS), prompt_embeds, **added)
 
 
+def _lcm_there(module, latents, prompt_embeds, guidance):
+    import torch
+
+    return module(latents, torch.tensor(TIMESTEPS), prompt_embeds, timestep_cond=guidance).sample
+
+
+def _lcm_here(network, params, latents, prompt_embeds, guidance):
+    import jax.numpy as jnp
+
+    return network(params, latents, jnp.asarray(TIMESTEPS), prompt_embeds, timestep_cond=guidance)
+
+
 def _sd3_there(module, latents, prompt_embeds, pooled):
     import torch
 
@@ -345,6 +357,13 @@ GENERATORS = {
         _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
                  lambda: config_of("sd-v1-5-unet")),
         lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768)), _unet_there, _unet_here),
+    "lcm_unet": Case(
+        "diffusers", _diffusers("UNet2DConditionModel",
+                                lambda: config_of("lcm-dreamshaper-v7-unet")),
+        _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
+                 lambda: config_of("lcm-dreamshaper-v7-unet")),
+        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)),
+        _lcm_there, _lcm_here),
     "sdxl_unet": Case(
         "diffusers", _diffusers("UNet2DConditionModel", lambda: config_of("sdxl-base-1.0-unet")),
         _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
@@ -362,6 +381,7 @@ GENERATORS = {
     "sd3_vae": _autoencoder("AutoencoderKL", lambda: config_of("sd-v1-5-vae") | SD3_VAE, 16),
     "taesd": _autoencoder("AutoencoderTiny", lambda: config_of("taesd"), 4,
                           gradient=1e-2),  # rounding decides a few of its ReLUs
+    "taesd3": _autoencoder("AutoencoderTiny", lambda: config_of("taesd3"), 16),
     "clip_l_text": _text("CLIPTextModel", "clip.CLIPTextModel", "CLIPTextConfig",
                          lambda: config_of("sd-v1-5-text_encoder"), 49408,
                          (LAST, ("pooled", "pooler_output"))),

@@ -100,6 +100,11 @@ MANIFESTS = {  # of the published files -> the config published with them
     "clip_l_hf": ("clip-vit-large-patch14",
                   lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs)),
     "sdxl_unet": ("sdxl-base-1.0-unet", NETWORKS["UNet2DConditionModel"][0]),
+    "sdxl_vae": ("sdxl-base-1.0-vae", NETWORKS["AutoencoderKL"][0]),
+    "sdxl_text_encoder_2": ("sdxl-base-1.0-text_encoder_2",
+                            NETWORKS["CLIPTextModelWithProjection"][0]),
+    "sd3_vae": ("sd3-medium-vae", NETWORKS["AutoencoderKL"][0]),
+    "sd3_text_encoder": ("sd3-medium-text_encoder", NETWORKS["CLIPTextModelWithProjection"][0]),
     "t5xxl_encoder": ("sd3-medium-text_encoder_3", NETWORKS["T5EncoderModel"][0]),
     "taiyi_bert_text_encoder": ("taiyi-text_encoder", NETWORKS["BertModel"][0]),
 }
@@ -231,6 +236,26 @@ def test_full_precision_shards_are_preferred_to_a_variant_in_one_file(folder):
     module.save_pretrained(folder, max_shard_size="20KB")
     module.half().save_pretrained(folder, variant="fp16")
     assert all("fp16" not in file.name for file in convert.find_files(folder, STEM))
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_variant_that_is_whole_is_preferred_to_shards_that_are_not_there(folder, shard):
+    """A snapshot of every *.json and of the variant's weights alone."""
+    module = diffusers.AutoencoderKL.from_pretrained(folder)
+    (folder / FILE).unlink()
+    module.save_pretrained(folder, max_shard_size="20KB")
+    full = convert.find_files(folder, STEM)
+    full[1].unlink()
+    module.half().save_pretrained(folder, variant="fp16", max_shard_size=shard)
+    assert (folder / f"{FILE}.index.json").exists()
+    files = convert.find_files(folder, STEM)
+    assert all("fp16" in file.name for file in files) and len(files) == len(set(files))
+    assert (len(files) > 2) == (shard == "20KB")
+    files[-1].unlink()
+    if shard == "20KB":  # nor is this one whole: of the first is told
+        assert convert.find_weights(folder, STEM) == folder / f"{FILE}.index.json"
+    with refused(f"{FILE}.index.json names 1 file(s)", full[1].name, "incomplete"):
+        convert.find_files(folder, STEM)
 
 
 @pytest.mark.parametrize("name, dtype", [
@@ -372,6 +397,9 @@ def test_pickles_are_refused_and_never_run(folder, vae, tmp_path, name):
     {"weight_map": {KEY: "/etc/passwd"}},
     {"weight_map": {KEY: "folder/inside.safetensors"}},
     {"weight_map": {KEY: 3}},
+    {"weight_map": {KEY: "a" * 5000}},
+    {"weight_map": {KEY: "色" * 200}},  # 600 bytes
+    {"weight_map": {KEY: "\ud800"}},
     {"weight_map": {}},
     {"weight_map": [FILE]},
     {"metadata": {}},

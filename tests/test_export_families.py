@@ -1,5 +1,6 @@
 """Exports of SDXL, SD3 and Taiyi runs: stock diffusers draws what we draw."""
 
+import functools
 import json
 import shutil
 
@@ -37,6 +38,7 @@ def world(tmp_path_factory):
         miniature.write(here / "base", family, **dict.fromkeys(absent))
         write_run(here / "lora", here / "base", RANK, {10: 0.5}, targets)
         export.export(here / "lora", here / "peft", "peft", base_model=str(here / "base"))
+        export.export(here / "lora", here / "merged", "diffusers")
         if name != "taiyi":  # a UNet as SDXL's
             write_run(here / "full", here / "base", 0, {10: None}, targets)
             export.export(here / "full", here / "diffusers", "diffusers")
@@ -52,6 +54,14 @@ def stock(folder, absent=()):
 
 def noise_of(source):
     return np.random.default_rng(0).standard_normal((3, *source.pipeline.latent_shape), np.float32)
+
+
+@functools.cache  # compiled once a family
+def adapted(folder):
+    """A run of adapters, noise for it and our images from that noise."""
+    source = sample.from_run(folder / "lora")
+    noise = noise_of(source)
+    return source, noise, ours(source, noise)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3_without_t5"])
@@ -116,8 +126,7 @@ def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path,
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])
 def test_adapters_at_scale_one(world, name):
     folder = world / name
-    source = sample.from_run(folder / "lora")
-    noise = noise_of(source)
+    source, noise, expected = adapted(folder)
     with silent():
         pipeline = stock(folder / "base")
         scheduler = json.loads((folder / "peft" / "scheduler_config.json").read_text("utf-8"))
@@ -125,9 +134,9 @@ def test_adapters_at_scale_one(world, name):
         pipeline.scheduler = kind.from_pretrained(folder / "peft")
         before = images_of(pipeline, noise=noise)
         pipeline.load_lora_weights(folder / "peft")
-        adapted = images_of(pipeline, noise=noise)
-    assert difference(adapted, ours(source, noise)) < CLOSE
-    assert difference(adapted, before) > 20 * CLOSE
+        found = images_of(pipeline, noise=noise)
+    assert difference(found, expected) < CLOSE
+    assert difference(found, before) > 20 * CLOSE
 
     # Every tensor of the file is where it belongs, and nowhere is there another.
     part = source.pipeline.generator_part
@@ -140,6 +149,25 @@ def test_adapters_at_scale_one(world, name):
     with safe_open(folder / "peft" / export.LORA_FILE, "numpy") as file:
         adapter = json.loads(file.metadata()["lora_adapter_metadata"])
     assert adapter[f"{part}.r"] == RANK
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])
+def test_merged_adapters_draw_what_the_run_draws(world, name):
+    folder = world / name
+    source, noise, expected = adapted(folder)
+    part = source.pipeline.generator_part
+    with silent():
+        pipeline = stock(folder / "merged")
+        theirs = images_of(pipeline, noise=noise)
+        kind = type(getattr(pipeline, part))
+        _, info = kind.from_pretrained(folder / "merged" / part, output_loading_info=True)
+        base = stock(folder / "base")
+    assert not any(info.values())  # no key is missing, unused or mis-shaped
+    print(f"{name}: stock diffusers against ours {difference(theirs, expected):.1e}")
+    assert theirs.std() > 0.05 and np.mean((theirs == 0) | (theirs == 1)) < 0.7
+    assert difference(theirs, expected) < CLOSE
+    base.scheduler = pipeline.scheduler
+    assert difference(theirs, images_of(base, noise=noise)) > 20 * CLOSE  # the adapters are there
 
 
 @pytest.mark.parametrize("name, form", [("sd3_without_t5", "peft"), ("sd3_without_t5", "diffusers"),

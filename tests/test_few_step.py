@@ -1,5 +1,7 @@
 """The trained grid, from stock samplers."""
 
+import re
+
 import diffusers
 import numpy as np
 import pytest
@@ -45,6 +47,39 @@ def test_noise_levels_are_those_of_training():
     np.testing.assert_allclose(levels.timesteps, theirs.timesteps, rtol=1e-6)
     vp = few_step.noise_levels({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1})
     assert vp.timesteps.tolist() == list(range(999, -1, -1))
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("field, value, expected", [
+    *(("shift", value, "a number from 0.001 to 1000") for value in (0, -3.0, NAN, INFINITY, 1e9)),
+    *(("shift", value, r"supported: int \| float") for value in (None, "3.0", [3.0])),
+    *(("shift_terminal", value, "null, or a number from 0 to below 1")
+      for value in (1.0, -0.5, 2, NAN, INFINITY)),
+    ("shift_terminal", "x", r"supported: int \| float \| None"),
+    *(("num_train_timesteps", value, "at least 2") for value in (1, 0, -1)),
+    *(("num_train_timesteps", value, "<class 'int'>") for value in (None, "1000", 1e3)),
+])
+def test_numbers_that_make_no_schedule_are_named(field, value, expected):
+    config = FLOW | {"shift": 3.0, "shift_terminal": 0.1} | {field: value}
+    said = f"FlowMatchEulerDiscreteScheduler with {field}={re.escape(repr(value))} .*{expected}"
+    for function in (few_step.shift, few_step.noise_levels, lambda config: few_step.grid(config, 4),
+                     lambda config: few_step.scheduler_config(config, 4)):
+        with pytest.raises(InputError, match=said) as error:
+            function(config)
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_that_make_no_schedule_together():
+    with pytest.raises(InputError, match=r"shift=0\.1 and shift_terminal=0.5 .* to null"):
+        few_step.grid(FLOW | {"shift": 0.1, "shift_terminal": 0.5}, 4)
+    two = FLOW | {"shift": 3.0, "num_train_timesteps": 2}
+    assert few_step.scheduler_config(two, 1)["shift"] == 3
+    with pytest.raises(InputError, match=r"timesteps=2 is .* with shift 3 in 4 steps: take"):
+        few_step.scheduler_config(two, 4)
+    with pytest.raises(InputError, match="num_train_timesteps=0: at least 1"):
+        few_step.noise_levels({"_class_name": "DDIMScheduler", "num_train_timesteps": 0})
 
 
 @pytest.mark.parametrize("fields, said", [

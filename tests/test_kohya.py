@@ -92,10 +92,11 @@ def test_stock_diffusers_loads_it_as_it_loads_peft(world, name):
 @pytest.mark.parametrize("name, xl, layers", [("sd15_unet", False, (2, 2, 2, 2)),
                                               ("sdxl_unet", True, (2, 2, 2))])
 def test_every_module_of_the_published_unets_has_its_name(name, xl, layers):
-    manifest = json.loads((KEYS / f"{name}.json").read_text("utf-8"))
+    manifest = json.loads((KEYS / f"{name}.json").read_text("utf-8"))["keys"]
     modules = [key.removesuffix(".weight") for key, shape in manifest.items()
                if key.endswith(".weight") and len(shape) > 1]
     keys = {module: kohya.module_key(module, layers, xl) for module in modules}
+    assert len(modules) > 250
     assert len(set(keys.values())) == len(modules)
     zero = torch.zeros(1)
     state = {f"{key}.{part}": zero for key in keys.values()
@@ -153,10 +154,33 @@ def test_the_file_says_what_it_is(world, name):
     assert said["modelspec.resolution"] == "16x16" and said["ss_resolution"] == "(16, 16)"
     assert said["modelspec.prediction_type"] == "epsilon"
     assert said["ss_base_model_version"] == ("sdxl_base_v1-0" if xl else "sd_v1")
+    assert said["ss_v2"] == "False"
     assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == (
         "networks.lora", str(RANK), str(ALPHA))
     assert json.loads(said["ss_network_args"]) == {"conv_dim": RANK, "conv_alpha": ALPHA}
     assert (said["ss_output_name"], said["ss_steps"], said["ss_seed"]) == ("kohya", "10", "3")
+
+
+def test_the_file_of_stable_diffusion_2_says_so(tmp_path):
+    """Its class is that of 1.x; its UNet reads a wider text encoder."""
+    miniature.write(tmp_path / "base", "StableDiffusionPipeline",
+                    unet={"cross_attention_dim": 1024},
+                    text_encoder={"hidden_size": 1024, "num_hidden_layers": 1})
+    write_run(tmp_path / "run", tmp_path / "base", RANK, {10: None}, r".*\.attn2\.to_k")
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    for prediction, version, architecture, short in [
+        ("epsilon", "sd_v2", "stable-diffusion-v2-512/lora", "epsilon"),
+        ("v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v"),
+    ]:
+        path.write_text(json.dumps(fields | {"prediction_type": prediction}), "utf-8")
+        export.export(tmp_path / "run", tmp_path / short, "kohya")
+        with safe_open(tmp_path / short / f"{short}.safetensors", "numpy") as file:
+            said = file.metadata()
+        assert (said["ss_base_model_version"], said["ss_v2"]) == (version, "True")
+        assert said["modelspec.architecture"] == architecture
+        assert said["modelspec.prediction_type"] == short
+        assert said["modelspec.implementation"] == "diffusers"
 
 
 def test_half_precision_keeps_alpha_and_the_hash(world, tmp_path):
@@ -187,7 +211,7 @@ def test_bad_input_is_one_line(world, tmp_path):
     to = ["--out", tmp_path / "out", "--format=kohya"]
     check_refusals("r0_jax.export", [
         (["--workdir", tmp_path / "lora", *to],
-         "kohya is for Stable Diffusion 1.x and SDXL, not for Stable Diffusion 3 .*format=peft"),
+         "is for Stable Diffusion 1.x, 2.x and SDXL, not for Stable Diffusion 3 .*format=peft"),
         (["--workdir", tmp_path / "full", *to], "trained all weights.* use --format=diffusers"),
     ])
     assert not (tmp_path / "out").exists()

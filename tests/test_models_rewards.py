@@ -65,8 +65,14 @@ def config_of(name):
     ("imagereward", lambda: network_of(ImageReward, ImageRewardConfig, {}), ""),
     ("cn_clip_vit-b-16", lambda: network_of(
         CNCLIP, CNCLIPConfig, chinese_clip.ARCHITECTURES["ViT-B-16"]), "module."),
+    ("cn_clip_vit-l-14", lambda: network_of(
+        CNCLIP, CNCLIPConfig, chinese_clip.ARCHITECTURES["ViT-L-14"]), "module."),
+    ("cn_clip_vit-h-14", lambda: network_of(
+        CNCLIP, CNCLIPConfig, chinese_clip.ARCHITECTURES["ViT-H-14"]), "module."),
     ("chinese_clip_hf_base-patch16", lambda: network_of(
         ChineseCLIPModel, ChineseCLIPConfig, config_of("chinese-clip-vit-base-patch16")), ""),
+    ("chinese_clip_hf_large-patch14", lambda: network_of(
+        ChineseCLIPModel, ChineseCLIPConfig, config_of("chinese-clip-vit-large-patch14")), ""),
     ("laion_aesthetic", lambda: Network.abstract(lambda rngs: ScoreMLP(768, rngs=rngs)), ""),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_names_and_shapes_of_the_published_file(manifest, network, prefix):

@@ -142,6 +142,9 @@ def test_bfloat16(tmp_path):
     {"in_channels": True},
     {"upsampling_scaling_factor": 1.5},
     {"scaling_factor": None},
+    {"scaling_factor": 0.0},
+    {"scaling_factor": float("nan")},
+    {"shift_factor": float("inf")},
     {"a_field_of_tomorrow": 1},
 ])
 def test_what_is_not_supported_is_refused_by_name(change):

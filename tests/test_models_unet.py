@@ -177,7 +177,7 @@ CONFIGS = {
     # Each field away from its default, and each level with its own number of layers.
     "others": (fields(PLAIN, CROSS, layers_per_block=(2, 1), in_channels=9, out_channels=3,
                       flip_sin_to_cos=False, freq_shift=1, norm_num_groups=2, norm_eps=1e-2,
-                      cross_attention_dim=10, downsample_padding=0, attention_head_dim=4,
+                      cross_attention_dim=(10, 10), downsample_padding=0, attention_head_dim=4,
                       act_fn="swish"), (7, 10)),
 }
 
@@ -301,6 +301,12 @@ def test_bfloat16():
     {"class_embed_type": "of_tomorrow"},
     {"class_embed_type": "projection"},
     {"class_embeddings_concat": True},
+    {"class_embeddings_concat": True, "class_embed_type": "timestep",
+     "addition_embed_type": "text_time", "addition_time_embed_dim": 6,
+     "projection_class_embeddings_input_dim": 48},
+    {"cross_attention_dim": [16, 8]},
+    {"cross_attention_dim": [16]},
+    {"cross_attention_dim": [0, 0]},
     {"addition_embed_type": "text"},
     {"addition_embed_type": "text_time"},
     {"addition_time_embed_dim": 0},
@@ -309,6 +315,7 @@ def test_bfloat16():
     {"dual_cross_attention": True},
     {"resnet_time_scale_shift": "spatial"},
     {"time_cond_proj_dim": -1},
+    *({"sample_size": value} for value in (0, -8, [8, 0], [-8, 8], [8], [8, 8, 8], "8", 8.0)),
     {"conv_in_kernel": 1},
     {"only_cross_attention": [True]},
     {"only_cross_attention": 1},

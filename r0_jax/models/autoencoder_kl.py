@@ -44,6 +44,7 @@ class AutoencoderKLConfig:
         config = configs.parse(cls, fields, only=only, unused=unused)
         configs.check_least(config, 1, "in_channels", "out_channels", "latent_channels",
                             "layers_per_block")
+        configs.check_scaling(config)
         configs.check_groups(config)
         levels = len(config.block_out_channels)
         for name, kind in (("down_block_types", "DownEncoderBlock2D"),

@@ -42,6 +42,7 @@ class AutoencoderTinyConfig:
         configs.check_least(config, 1, "in_channels", "out_channels", "latent_channels",
                             "upsampling_scaling_factor", "encoder_block_out_channels",
                             "decoder_block_out_channels")
+        configs.check_scaling(config)
         configs.check_least(config, 0, "num_encoder_blocks", "num_decoder_blocks")
         for part in ("encoder", "decoder"):
             widths = getattr(config, f"{part}_block_out_channels")

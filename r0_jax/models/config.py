@@ -109,6 +109,17 @@ def check_groups(config: Any) -> None:
                          f"block_out_channels = {list(widths)}")
 
 
+def check_scaling(config: Any) -> None:
+    """InputError unless latents can be scaled and shifted by what an autoencoder's config says."""
+    for name, fine, expected in (  # NaN is not fine
+            ("scaling_factor", 1e-6 <= config.scaling_factor <= 1e6, "a number above 0"),
+            ("shift_factor", abs(config.shift_factor or 0) <= 1e6, "a number")):
+        if not fine:
+            raise InputError(f"{type(config).__name__}: {name} = "
+                             f"{json.dumps(getattr(config, name))} is not supported: {expected}, "
+                             "and no more than a million, is expected")
+
+
 def _is_of_type(value: Any, annotation: Any) -> bool:
     kinds = get_args(annotation)
     if get_origin(annotation) is UnionType:

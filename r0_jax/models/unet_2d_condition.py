@@ -36,13 +36,14 @@ class UNet2DConditionConfig:
     downsample_padding: int = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
+    cross_attention_dim: int | tuple[int, ...] = 1280  # one number once it is read
     transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, a misnomer of diffusers
     use_linear_projection: bool = False
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
+    class_embeddings_concat: bool = False
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
@@ -54,6 +55,8 @@ class UNet2DConditionConfig:
         """Parses a published `unet/config.json`; InputError names what is not supported."""
         config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED)
         configs.check_least(config, 1, "in_channels", "out_channels", "cross_attention_dim")
+        if config.sample_size is not None:
+            configs.check_least(config, 1, "sample_size")
         configs.check_groups(config)
         levels = len(config.block_out_channels)
         for name, known in (("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
@@ -63,11 +66,18 @@ class UNet2DConditionConfig:
                 raise InputError(f"UNet2DConditionConfig: {name} = {list(kinds)} is not supported: "
                                  f"{levels} of {', '.join(known)} are expected")
         for name in ("attention_head_dim", "transformer_layers_per_block", "layers_per_block",
-                     "reverse_transformer_layers_per_block", "only_cross_attention"):
+                     "reverse_transformer_layers_per_block", "only_cross_attention",
+                     "cross_attention_dim"):
             values = config.per_level(name)
             if len(values) != levels:
                 raise InputError(f"UNet2DConditionConfig: {name} = {values} is not supported: "
                                  f"one value, or {levels} of them, are expected")
+        width, *others = config.per_level("cross_attention_dim")
+        if any(other != width for other in others):
+            raise InputError(f"UNet2DConditionConfig: cross_attention_dim = "
+                             f"{list(config.cross_attention_dim)} is not supported: all levels "
+                             "read one prompt, of one width")
+        config = dataclasses.replace(config, cross_attention_dim=width)
         configs.check_least(config, 1, "layers_per_block")
         config._check_depths()
         config._check_embeddings()
@@ -85,6 +95,11 @@ class UNet2DConditionConfig:
         """A field that is one number or one a resolution level, as one a level."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Of the embedding that the blocks are told: the time, and a class beside or within it."""
+        return 4 * self.block_out_channels[0] * (1 + self.class_embeddings_concat)
 
     def depths(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Transformer blocks behind each resnet of a level: on the way down, on the way up."""
@@ -107,6 +122,10 @@ class UNet2DConditionConfig:
                         f"of {self.block_out_channels[i]} channels")
 
     def _check_embeddings(self) -> None:
+        classes = self.class_embed_type is not None or self.num_class_embeds is not None
+        if self.class_embeddings_concat and (self.addition_embed_type is not None or not classes):
+            raise InputError("UNet2DConditionConfig: class_embeddings_concat = true is not "
+                             "supported without a class, or with an addition_embed_type")
         adds_text_time = self.addition_embed_type == "text_time"
         projects = adds_text_time or self.class_embed_type in ("projection", "simple_projection")
         for name, needed in (("addition_time_embed_dim", adds_text_time),
@@ -133,7 +152,7 @@ _ONLY = {
     "time_embedding_type": ("positional",), "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
     "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
-    "class_embeddings_concat": (False,), "cross_attention_norm": (None,),
+    "cross_attention_norm": (None,),
 }
 # Fields without an effect on the output: softmax is float32 here whatever upcast_attention says,
 # and the rest only matter together with a value above that is refused.
@@ -148,7 +167,7 @@ class _Block(nnx.Module):
                  attends: bool, only_cross_attention: bool = False,
                  config: UNet2DConditionConfig, rngs: nnx.Rngs):
         self.resnets = nnx.List([
-            ResnetBlock2D(inputs, outputs, time_embed_dim=4 * config.block_out_channels[0],
+            ResnetBlock2D(inputs, outputs, time_embed_dim=config.time_embed_dim,
                           norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps,
                           time_scale_shift=config.resnet_time_scale_shift == "scale_shift",
                           rngs=rngs)
@@ -339,7 +358,10 @@ class UNet2DConditionModel(nnx.Module):
                 class_labels = sinusoids(class_labels.astype(jnp.float32), channels)
             if config.class_embed_type != "identity":
                 class_labels = self.class_embedding(class_labels)
-            embedding = embedding + class_labels.astype(embedding.dtype)
+            class_labels = class_labels.astype(embedding.dtype)
+            if config.class_embeddings_concat:
+                return jnp.concatenate([embedding, class_labels], axis=-1)
+            embedding = embedding + class_labels
         if config.addition_embed_type == "text_time":
             _require(pooled_prompt_embeds=pooled_prompt_embeds, add_time_ids=add_time_ids)
             times = sinusoids(add_time_ids.reshape(-1).astype(jnp.float32),
@@ -350,7 +372,7 @@ class UNet2DConditionModel(nnx.Module):
         return embedding
 
     def _encode(self, latents, timesteps, prompt_embeds, **conditions):
-        time_embedding = self._embed(timesteps, **conditions)  # [B, 4 C]
+        time_embedding = self._embed(timesteps, **conditions)  # [B, 4 C], or 8 C with a class
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
