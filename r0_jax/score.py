@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -101,35 +101,41 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     return [Item(*both) for both in zip(found, prompts, strict=True)], []
 
 
-def batches(items: Sequence[Item], size: int, bad: Callable[[str], None]
+def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
             ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(indices of items, images [b, h, w, 3]), b <= size and all of one shape.
+    """(indices of items, images [b, h, w, 3]) of one shape, b <= size and the same for all of it:
+    the last batch is filled up with its last image.
 
-    Only as many images are held as wait for others of their shape; `bad` is told of each that
-    cannot be read.
+    One batch is held at a time: which images go together is known from their headers. `bad` is
+    told of each that cannot be read, by its index.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = collections.defaultdict(list)
+    groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
 
-    def take(shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
-        group = waiting.pop(shape)
-        return [i for i, _ in group], np.stack([image for _, image in group])
-
-    for i, item in enumerate(items):
+    def trying(read: Callable[[Path], Any], index: int) -> Any:
         try:
-            image = images.load_png(item.path)
+            return read(items[index].path)
         except InputError as error:
-            bad(str(error).rstrip("."))
-            continue
-        waiting[image.shape].append((i, image))
-        if len(waiting[image.shape]) == size:
-            yield take(image.shape)
-    for shape in list(waiting):
-        yield take(shape)
+            bad(index, str(error).rstrip("."))
+
+    for i in range(len(items)):
+        if (shape := trying(images.read_shape, i)) is not None:
+            groups[shape].append(i)
+    for group in groups.values():
+        b = min(size, len(group))
+        for start in range(0, len(group), b):
+            held = {i: image for i in group[start:start + b]
+                    if (image := trying(images.load_png, i)) is not None}
+            # A header may not tell of an orientation.
+            for shape in dict.fromkeys(image.shape for image in held.values()):
+                indices = [i for i, image in held.items() if image.shape == shape]
+                rows = np.minimum(np.arange(b), len(indices) - 1)
+                yield indices, np.stack([held[indices[row]] for row in rows])
 
 
 def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
           bad: Callable[[str], None]) -> dict[int, dict[str, float]]:
-    """{index of item: {reward: score}} of every image that could be read.
+    """{index of item: {reward: score}} of every image that could be read; `bad` is told of the
+    others, in their order.
 
     Each prompt is encoded once; one program a reward and image shape.
     """
@@ -143,22 +149,24 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
     bar = progress.Progress(console=console, disable=not console.is_terminal)
     with bar:
         task = bar.add_task("scoring", total=len(items))
+        unread: dict[int, str] = {}
 
-        def skip(message: str) -> None:
+        def skip(index: int, message: str) -> None:
             bar.advance(task)
-            bad(message)
+            unread[index] = message
 
         for indices, drawn in batches(items, batch_size, skip):
-            # The last batch is filled up, so that one program does.
-            rows_in = np.minimum(np.arange(batch_size), len(indices) - 1)
+            rows_in = np.minimum(np.arange(len(drawn)), len(indices) - 1)
             texts_in = np.asarray([row_of[items[i].prompt] for i in indices])[rows_in]
             for reward in found:
                 texts = features[reward.name]
                 texts = None if texts is None else texts[texts_in]
-                values = scorers[reward.name](params[reward.name], drawn[rows_in], texts)
+                values = scorers[reward.name](params[reward.name], drawn, texts)
                 for i, value in zip(indices, np.asarray(values), strict=False):
                     rows.setdefault(i, {})[reward.name] = float(value)
             bar.advance(task, len(indices))
+    for i in sorted(unread):
+        bad(unread[i])
     return rows
 
 

@@ -118,6 +118,34 @@ def test_files_as_users_have_them(tmp_path):
     np.testing.assert_allclose(found[6], drawn[0].mean() / 255, atol=1e-3)
 
 
+def test_one_batch_is_held_whatever_shapes_images_have(tmp_path, monkeypatch):
+    shapes = [(4, 5 + i % 3) for i in range(12)] + [(6 + i, 4) for i in range(9)]
+    for i, shape in enumerate(shapes):
+        images.save_png(tmp_path / f"{i:02d}.png", noise(*shape)[0])
+    (tmp_path / "21.png").write_bytes((tmp_path / "09.png").read_bytes()[:60])  # with its header
+    items, _ = score.pair(tmp_path, [f"prompt {i}" for i in range(22)])
+    read, most, found, bad = [], 0, {}, []
+    load_png = images.load_png
+    monkeypatch.setattr(images, "load_png", lambda path: read.append(path) or load_png(path))
+    for indices, drawn in score.batches(items, 3, lambda i, message: bad.append(i)):
+        most, read[:] = max(most, len(read)), []
+        # One program a shape: four images 4 px high take two batches of three.
+        assert len(drawn) == (3 if len(drawn[0]) == 4 else 1)
+        found |= dict(zip(indices, drawn, strict=False))
+    assert most == 3 and bad == [21] and sorted(found) == list(range(21))
+    for i, image in found.items():
+        np.testing.assert_array_equal(image, load_png(items[i].path))
+
+
+def test_an_orientation_that_the_header_does_not_tell(tmp_path, monkeypatch):
+    for i in range(3):
+        images.save_png(tmp_path / f"{i}.png", noise(4, 5 - i % 2)[0])
+    monkeypatch.setattr(images, "read_shape", lambda path: (4, 5, 3))
+    items, _ = score.pair(tmp_path, ["x", "y", "z"])
+    assert [(indices, drawn.shape) for indices, drawn in score.batches(items, 3, print)] == [
+        ([0, 2], (3, 4, 5, 3)), ([1], (3, 4, 4, 3))]
+
+
 def test_check_of_a_users_reward(world):
     done = run(world, "--check=mine:redness")
     assert done.returncode == 0 and "mine:redness can be trained on" in done.stdout, done.stderr
