@@ -5,7 +5,8 @@
     python -m r0_jax.score --check=module:function
 
 Images named by numbers (00000.png, ... as `r0_jax.sample` writes them) belong to the prompt of
-that number, from 0; others to the prompts in the order of their names.
+that number, from 0; others to the prompts in the order of their names, in which img_2 comes before
+img_10. The contact sheet of `r0_jax.sample` is left out.
 """
 
 import collections
@@ -42,7 +43,9 @@ class Item(NamedTuple):
 
 def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
-    flags.DEFINE_string("images", None, "folder of images: " + ", ".join(_SUFFIXES))
+    flags.DEFINE_string("images", None, f"folder of images ({', '.join(_SUFFIXES)}): named by the "
+                        "number of their prompt, from 0, or as many as there are prompts, in the "
+                        "order of their names: img_2 before img_10")
     flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
     flags.DEFINE_list("rewards", None, "type=folder, ..., or name:type=folder; types: "
                       + ", ".join(rewards.TYPES))
@@ -79,11 +82,13 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
-                   and path.stem != "contact_sheet" and not path.name.startswith("."))
+    found = sorted((path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
+                    and path.stem != "contact_sheet" and not path.name.startswith(".")),
+                   key=_natural)
     if not found:
         raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
-    if all(re.fullmatch(r"\d+", path.stem) for path in found):
+    others = [path for path in found if not re.fullmatch(r"\d+", path.stem)]
+    if not others:
         by_number: dict[int, Path] = {}
         for path in found:
             if (other := by_number.setdefault(int(path.stem), path)) != path:
@@ -96,9 +101,37 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
         return ([Item(by_number[i], prompts[i]) for i in sorted(by_number)],
                 [f"image {name} is missing" for name in missing])
     if len(found) != len(prompts):
+        but = "" if len(others) == len(found) else f" ({others[0].name} is not)"
         raise InputError(f"{folder} holds {len(found)} images, but there are {len(prompts)} "
-                         "prompts: name images by the number of their prompt, from 0")
+                         f"prompts: name images by the number of their prompt, from 0{but}")
     return [Item(*both) for both in zip(found, prompts, strict=True)], []
+
+
+def doubt(items: Sequence[Item]) -> str | None:
+    """Of images that are paired in order: which got which prompt, from the first on whose name
+    does not go on from the one before, be it a gap between numbers or a name without one.
+
+    None where there is no such image.
+    """
+    names = [re.fullmatch(r"(.*?)(\d*)", item.path.stem, re.DOTALL).groups() for item in items]
+    if not any(prefix for prefix, _ in names):
+        return None  # paired by number
+    sizes = collections.Counter(prefix for prefix, number in names if number)
+    rows = [prefix if number and sizes[prefix] > 1 else None for prefix, number in names]
+    for i in range(1, len(items)):
+        gap = rows[i] == rows[i - 1] is not None and int(names[i][1]) != int(names[i - 1][1]) + 1
+        if gap or (rows[i] is None) != (rows[i - 1] is None):
+            said = ", ".join(f"{item.path.name} with {item.prompt!r}" for item in items[i:i + 3])
+            more = ", ... (see --out)" if items[i + 3:] else ""
+            return f"names are not numbered one by one, so images are paired in order: {said}{more}"
+    return None
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """By which names sort as people count: img_2 before img_10."""
+    # Text and numbers alternate, so that text is compared with text.
+    parts = re.split(r"(\d+)", path.stem)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
@@ -206,6 +239,8 @@ def main(argv: list[str]) -> None:
     check_writable(out.parent)
     prompts = data.read_prompts(given.prompts)
     items, problems = pair(Path(given.images), prompts)
+    if said := doubt(items):
+        print(f"warning: {said}", file=console.file)
     found = load_rewards(given.rewards, given.dtype)
     rows = score(found, items, given.batch_size, problems.append)
     for problem in problems:

@@ -164,6 +164,8 @@ def test_an_out_that_cannot_be_written_shows_before_the_work(world):
 @pytest.mark.parametrize(("names", "count", "said"), [
     ([], 1, "holds no images"),
     (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
+    (["0.png", "1.png", "grid.png"], 2,
+     r"3 images, but there are 2 prompts: .* from 0 \(grid.png is not\)$"),
     (["5.png"], 5, "5.png has no prompt: there are 5, counted from 0"),
     (["1.png", "01.jpg"], 5, "01.jpg and 1.png have the same number"),
 ])
@@ -181,6 +183,34 @@ def test_other_names_are_paired_in_order(tmp_path):
     assert [(item.path.name, item.prompt) for item in items] == [
         ("a.JPG", "first"), ("b.png", "second")]
     assert missing == []
+
+
+def test_names_are_ordered_as_people_count(tmp_path):
+    for name in ("img_10.png", "img_9.jpg", "img_1.png", "img_01.png", "img.png", "x1y20.png",
+                 "x1y3.png", "img_9b.png"):
+        (tmp_path / name).write_bytes(b"")
+    items, _ = score.pair(tmp_path, ["x"] * 8)
+    assert [item.path.name for item in items] == [
+        "img.png", "img_01.png", "img_1.png", "img_9.jpg", "img_9b.png", "img_10.png",
+        "x1y3.png", "x1y20.png"]
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    (["img_0", "img_1", "img_3", "img_4"], "img_3.png with 'p2', img_4.png with 'p3'"),
+    (["0", "1", "3", "4", "5", "grid"],
+     "3.png with 'p2', 4.png with 'p3', 5.png with 'p4', ... (see --out)"),
+    (["0", "1", "grid"], "grid.png with 'p2'"),
+    (["a_grid", "img_0", "img_1"], "img_0.png with 'p1', img_1.png with 'p2'"),
+    (["img_01", "img_1"], "img_1.png with 'p1'"),
+    (["img_7", "img_8", "img_9", "img_10"], None),
+    (["a_1", "a_2", "b_1", "b_2"], None),
+    (["cat_9", "dog_3", "star"], None),
+    (["0", "2"], None),  # by number
+])
+def test_names_that_leave_a_doubt(names, said):
+    items = [score.Item(pathlib.Path(f"{name}.png"), f"p{i}") for i, name in enumerate(names)]
+    start = "names are not numbered one by one, so images are paired in order: "
+    assert score.doubt(items) == (said and start + said)
 
 
 @pytest.mark.parametrize(("given", "said"), [
