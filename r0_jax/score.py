@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
-    prompts = data.read_prompts(given.prompts)
+    prompts = data.read_prompts(given.prompts, numbered=True)
     items, problems = pair(Path(given.images), prompts)
     if said := doubt(items):
         print(f"warning: {said}", file=console.file)

@@ -161,6 +161,13 @@ def test_an_out_that_cannot_be_written_shows_before_the_work(world):
                            "drawn/scores.jsonl\n")
 
 
+def test_a_blank_line_among_the_prompts_is_told_by_its_number(world, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a star\n\na circle\n")
+    done = run(world, "--images=drawn", f"--prompts={tmp_path / 'prompts.txt'}", "--out=x.jsonl",
+               "--rewards=clip_score=clip")
+    assert done.returncode == 2 and "prompts.txt, line 2 is blank" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(("names", "count", "said"), [
     ([], 1, "holds no images"),
     (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
