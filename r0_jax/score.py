@@ -30,6 +30,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.run import check_writable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OWN_FIELDS = ("file", "prompt")  # of a JSON object that is written
 _CHECKED_SHAPE = (64, 64, 3)  # of the images that a user's reward is tried on
 console = Console(stderr=True)
 
@@ -66,6 +67,9 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
             raise InputError(f"--rewards: {item!r} should read type=folder")
         if kind not in rewards.TYPES:
             raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
+        if name in _OWN_FIELDS:
+            raise InputError(f"--rewards: {name!r} is a field of its own in --out: give another "
+                             "name")
         if name in loaded:
             raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
         reward = rewards.load(kind, where, dtype).renamed(name)

@@ -222,6 +222,8 @@ def test_names_that_leave_a_doubt(names, said):
 
 @pytest.mark.parametrize(("given", "said"), [
     ("clip_score", "should read type=folder"),
+    ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
+    ("file:clip_score=clip", "'file' is a field of its own in --out"),
     ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
     ("pickscore=/nowhere", "/nowhere/config.json is missing"),
     ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),
