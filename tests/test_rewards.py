@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from step_world import FAST
+from test_models_rewards import OPEN_CLIP
 from test_preprocess import in_torch, noise
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -100,6 +102,13 @@ def test_clip_score_of_image_files_equals_the_processor_of_transformers(folder, 
             [Image.fromarray(file) for file in files], return_tensors="pt").pixel_values
         expected = (torch_image(folder, pixel_values) * torch_text(folder, PROMPTS)).sum(-1)
     np.testing.assert_allclose(scores, expected, atol=5e-3)
+
+
+def test_an_open_clip_folder_whose_preprocessing_is_no_object(tmp_path):
+    fields = {"model_cfg": OPEN_CLIP, "preprocess_cfg": "x"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"open_clip_config\.json: preprocess_cfg = 'x' is not an"):
+        tower.load(tmp_path, text=False)
 
 
 def test_logit_scale_multiplies_the_cosine(folder, reward):

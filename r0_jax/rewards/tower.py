@@ -157,7 +157,9 @@ def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
     tokenize = prompt_text.open_clip(folder, config.text_cfg.context_length,
                                      config.text_cfg.vocab_size) if text else None
     stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
-    prepare = preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
-                                        config.vision_cfg.image_size)
+    if not isinstance(prepared := fields.get("preprocess_cfg") or {}, dict):
+        raise InputError(f"{folder / OPEN_CLIP_CONFIG}: preprocess_cfg = {prepared!r} is not an "
+                         "object of fields")
+    prepare = preprocess.from_open_clip(prepared, config.vision_cfg.image_size)
     return _build(OpenCLIP, config, convert.find_files(folder, stem), dtype, tokenize, prepare,
                   config.embed_dim)
