@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from step_world import FAST
 from test_models_rewards import OPEN_CLIP
 from test_preprocess import in_torch, noise
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from configs.common import reward_entry
 from r0_jax import lazy, rewards
@@ -102,6 +103,28 @@ def test_clip_score_of_image_files_equals_the_processor_of_transformers(folder, 
             [Image.fromarray(file) for file in files], return_tensors="pt").pixel_values
         expected = (torch_image(folder, pixel_values) * torch_text(folder, PROMPTS)).sum(-1)
     np.testing.assert_allclose(scores, expected, atol=5e-3)
+
+
+def test_a_folder_that_the_processor_of_transformers_5_wrote(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    own = CLIPImageProcessor.from_pretrained(folder, image_mean=[0.5, 0.4, 0.3])
+    CLIPProcessor(own, CLIPTokenizer.from_pretrained(folder)).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    found = tower.load(tmp_path)
+    assert found.prepare == dataclasses.replace(tower.load(folder).prepare, mean=(0.5, 0.4, 0.3))
+    assert (found.tokenize(PROMPTS).ids == tower.load(folder).tokenize(PROMPTS).ids).all()
+    # The file of an older processor beside it is not what transformers goes by.
+    (tmp_path / "preprocessor_config.json").write_text('{"resample": 2}')
+    assert tower.load(tmp_path).prepare == found.prepare
+    path = tmp_path / "processor_config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({"image_processor": fields["image_processor"] | {"size": 8}}))
+    with pytest.raises(InputError, match=r"^processor_config\.json: image_processor: size = 8"):
+        tower.load(tmp_path)
+    path.write_text("{}")  # nothing of images in it, as versions before 5 have it
+    with pytest.raises(InputError, match=r"^preprocessor_config\.json: resample = 2 is not"):
+        tower.load(tmp_path)
 
 
 def test_an_open_clip_folder_whose_preprocessing_is_no_object(tmp_path):
