@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,7 +248,7 @@ def _write_bpe(path: Path, out: Path) -> None:
     """transformers' two files of OpenAI's one: ids are bytes, bytes that end a word, merges."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
     merges = [line for line in lines[1:1 + _BPE_MERGES] if len(line.split()) == 2]
     # Bytes that print stand for themselves and come first; the others follow from code 256 on.

@@ -241,6 +241,15 @@ def test_a_vocabulary_larger_than_the_table_is_refused(tmp_path, vocab, bpe):
         prompt_text.open_clip(tmp_path, 77, 520)
 
 
+def test_merges_that_are_broken(tmp_path, bpe):
+    whole = bpe.read_bytes()
+    middle = len(whole) // 2
+    for broken in (whole[:middle], b"x" + whole, whole[:12] + b"\xff" * 8 + whole[20:]):
+        (tmp_path / "bpe.txt.gz").write_bytes(broken)
+        with pytest.raises(InputError, match=r"bpe\.txt\.gz is not a gzipped list of merges"):
+            convert_reward.write_tokenizer(tmp_path / "bpe.txt.gz", tmp_path)
+
+
 def test_what_is_no_vocabulary_of_bert(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[CLS]", "[PAD]", "[UNK]", "[SEP]"]), "utf-8")
     with pytest.raises(InputError, match=r"PAD. is not its first token"):
