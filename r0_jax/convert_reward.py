@@ -36,6 +36,7 @@ from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.network import Network
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.aesthetic import HEAD
+from r0_jax.rewards.image_reward import SPECIAL
 from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
 from r0_jax.run import check_writable
 from r0_jax.tensor_file import TensorFile
@@ -120,7 +121,8 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
                lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
                "model.safetensors",
                lambda folder, fields: prompt_text.wordpiece(
-                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size)),
+                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size,
+                   SPECIAL)),
         {"v1.0": {}}, "v1.0"),
     "chinese_clip": (
         Layout(_network(CNCLIP, CNCLIPConfig),
