@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import sys
 
 import jax
@@ -246,6 +247,45 @@ def test_a_resize_of_the_entry(folder, reward):
 def test_an_entry_without_its_files(fields, missing):
     with pytest.raises(InputError, match=rf"rewards.x.{missing} is not set: a reward of type"):
         rewards.load("x", reward_entry(**fields))
+
+
+COMMAND = "convert the published file first, with python -m r0_jax.convert_reward"
+
+
+@pytest.mark.parametrize(("kind", "files", "path", "said"), [
+    ("hps_v2_1", ["HPS.pt"], "HPS.pt", "= '{0}/HPS.pt' is a file: give a folder of transformers "
+     f"or open_clip, or {COMMAND} --reward=hps_v2_1 --checkpoint={{0}}/HPS.pt --tokenizer=PATH "
+     "--out=FOLDER"),
+    ("pickscore", ["model.safetensors"], "model.safetensors", "is a file: give a folder of"),
+    ("image_reward", ["ImageReward.pt", "med_config.json"], "", "= '{0}' holds ImageReward.pt, "
+     f"which is never read: {COMMAND} --reward=image_reward --checkpoint={{0}}/ImageReward.pt"),
+    ("clip_score", ["open_clip_config.json", "open_clip_pytorch_model.bin"], "",
+     "--reward=clip_score --checkpoint={0}/open_clip_pytorch_model.bin --tokenizer=PATH"),
+    ("aesthetic", ["linearMSE.pth"], "linearMSE.pth",
+     "--reward=aesthetic --checkpoint={0}/linearMSE.pth --out=FOLDER (see"),
+])
+def test_published_checkpoints_are_led_to_the_converter(tmp_path, kind, files, path, said):
+    for name in files:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InputError, match=re.escape(said.format(tmp_path))) as error:
+        rewards.load(kind, tmp_path / path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_published_head_is_led_to_the_converter(folder):
+    entry = reward_entry("aesthetic", path=str(folder), head="/x/linearMSE.pth")
+    with pytest.raises(InputError, match=r"rewards.x.head = '/x/linearMSE.pth' is a pickle.* "
+                       rf"--checkpoint=/x/linearMSE.pth --out={folder} \(see"):
+        rewards.load("x", entry)
+
+
+def test_a_folder_of_transformers_with_pickles_is_led_to_save_pretrained(folder, tmp_path):
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    said = r"pickled weights, .* transformers' from_.* save_pretrained, which writes model\.saf"
+    with pytest.raises(InputError, match=said):
+        rewards.load("x", reward_entry("clip_score", path=str(tmp_path)), text=False)
 
 
 # --- A user's own function ------------------------------------------------------------------------
