@@ -83,6 +83,15 @@ def test_equals_the_processor_of_transformers_on_uint8(shape):
     assert difference((noise(*shape) > 0.5).astype(np.uint8) * 255) > 4 / 255
 
 
+def test_a_processor_that_is_given_both_sides_squashes_before_it_crops():
+    processor = CLIPImageProcessor(size={"height": SIZE, "width": SIZE}, crop_size=SIZE)
+    prepare = preprocess.from_json(processor.to_dict(), SIZE)
+    image = (64 + 128 * noise(24, 40)[0]).astype(np.uint8)
+    theirs = processor(Image.fromarray(image), return_tensors="np").pixel_values
+    ours = prepare(jnp.asarray(image[None] / np.float32(255)))
+    assert np.abs(np.moveaxis(theirs, 1, -1) - ours).max() * min(CLIP_STD) < 2 / 255
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)],
                          ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(("policy", "corner"), [

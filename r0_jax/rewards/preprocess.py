@@ -104,7 +104,9 @@ def from_json(fields: Mapping[str, Any], image_size: int, file: str = "preproces
         if any(side not in (None, image_size) for side in sizes):
             raise InputError(f"{file}: {field} = {size}, but the tower takes {image_size} px: "
                              "write that number")
-    return Preprocess(image_size, "crop" if crops else "squash",
+    size = fields.get("size")
+    squashes = not crops or (isinstance(size, Mapping) and size.get("height") is not None)
+    return Preprocess(image_size, "squash" if squashes else "crop",
                       _channels(fields, "image_mean", CLIP_MEAN, file),
                       _channels(fields, "image_std", CLIP_STD, file, above=0.0))
 
