@@ -29,6 +29,7 @@ from r0_jax.tensor_file import Tensor, TensorFile
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
           "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # suffixes
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
 _PIECE = 2**18  # numbers read at once by each thread
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
@@ -92,10 +93,17 @@ def find_weights(folder: Path, stem: str) -> Path:
         return path
     if found:
         return found[0]  # of which `find_files` says what it lacks
-    if any(any(folder.glob(f"*.{suffix}")) for suffix in ("bin", "ckpt", "pt", "pth")):
-        raise InputError(f"{folder} holds only pickled weights, which are never read: "
-                         f"put {single} there")
+    if pickles(folder):
+        library = "diffusers" if stem.startswith("diffusion") else "transformers"
+        raise InputError(f"{folder} holds only pickled weights, which are never read: load it once "
+                         f"in PyTorch with {library}' from_pretrained and save it there with "
+                         f"save_pretrained, which writes {single}")
     raise InputError(f"{folder / single} is missing: is the folder complete?")
+
+
+def pickles(folder: Path) -> list[Path]:
+    """The pickled weights in a folder, by name."""
+    return sorted(path for path in folder.glob("*.*") if path.suffix in PICKLED)
 
 
 def _files(path: Path) -> list[Path]:

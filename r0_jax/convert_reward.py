@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.network import Network
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.aesthetic import HEAD
+from r0_jax.rewards.image_reward import SPECIAL
 from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
 from r0_jax.run import check_writable
 from r0_jax.tensor_file import TensorFile
@@ -119,7 +121,8 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
                lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
                "model.safetensors",
                lambda folder, fields: prompt_text.wordpiece(
-                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size)),
+                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size,
+                   SPECIAL)),
         {"v1.0": {}}, "v1.0"),
     "chinese_clip": (
         Layout(_network(CNCLIP, CNCLIPConfig),
@@ -247,7 +250,7 @@ def _write_bpe(path: Path, out: Path) -> None:
     """transformers' two files of OpenAI's one: ids are bytes, bytes that end a word, merges."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
     merges = [line for line in lines[1:1 + _BPE_MERGES] if len(line.split()) == 2]
     # Bytes that print stand for themselves and come first; the others follow from code 256 on.

@@ -26,13 +26,14 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 # --- reading a user's prompts ------------------------------------------------------------
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     """The prompts of a `.txt`, `.jsonl`, `.json` or `.parquet` file or a tfds folder, in order.
 
     Blank ones are left out. Duplicates stay: repeating a prompt is how a user weights it. Text
     is one prompt a line; JSON holds strings or objects with "prompt", "caption" or "text";
     parquet and tfds have a column of such a name (of a tfds folder, the split "train" or else
-    the first). Raises `InputError` that names the line.
+    the first). Raises `InputError` that names the line; where prompts are `numbered`, by images,
+    also for a blank one between others, which would shift them.
     """
     path = Path(path)
     if not path.exists():
@@ -49,10 +50,14 @@ def read_prompts(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
     prompts = [prompt.strip() for prompt in found]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
+    kept = [prompt for prompt in prompts if prompt]
+    if not kept:
         raise InputError(f"{path} has no prompts")
-    return prompts
+    if numbered and any(prompts[len(kept):]):  # or all blank ones are at the end
+        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
+        raise InputError(f"{path}, {where} is blank, so which images belong to the prompts after "
+                         "it is unclear: take it out (r0_jax.sample counts without it)")
+    return kept
 
 
 def _read_txt(path: Path) -> list[str]:
@@ -63,8 +68,9 @@ def _read_txt(path: Path) -> list[str]:
 def _read_jsonl(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            prompts.append(_prompt_of(_parse_json(line, path, number), f"{path}, line {number}"))
+        blank = not line.strip()  # kept, as in text: what follows is told by its line
+        prompts.append("" if blank else _prompt_of(_parse_json(line, path, number),
+                                                   f"{path}, line {number}"))
     return prompts
 
 
@@ -118,6 +124,8 @@ _READERS: dict[str, Callable[[Path], list[str]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
+# What a message counts in a file: of a parquet file and a tfds folder, rows.
+_COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
 
 
 def _read_text(path: Path) -> str:

@@ -1,11 +1,12 @@
 """Images on disk: PNGs that remember how they were made, grids, and labelled contact sheets."""
 
+import contextlib
 import html
 import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,13 +15,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped, UInt8
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from r0_jax.errors import InputError
 
 _LABEL_LINES = 3
 _MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
+# EXIF's orientation -> what undoes it; and those that exchange height and width.
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+_ON_ITS_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 def to_uint8(images: Shaped[ArrayLike, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
@@ -57,22 +64,27 @@ def save_png(
 
 
 def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
-    """The image as RGB in [0, 1]; what save_png wrote comes back equal to 1 / 255.
+    """The image as RGB in [0, 1], upright; what save_png wrote comes back equal to 1 / 255.
 
     As in the rewards' own code, what is transparent shows its colour.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
-                grey = np.asarray(image, np.float32) / np.float32(65535)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image, or cut short; make it again.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError is PIL's for a broken chunk.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read the image {path}: {reason}.") from error
+    with _opened(path) as image:
+        image.load()  # a PNG may name its orientation after its pixels
+        upright = image.transpose(turn) if (turn := _turn(image)) is not None else image
+        if upright.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+            grey = np.asarray(upright, np.float32) / np.float32(65535)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        return np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
+
+
+def read_shape(path: str | os.PathLike) -> tuple[int, int, int]:
+    """The shape of what `load_png` returns, from the header alone; InputError where it has none.
+
+    Height and width are exchanged where a PNG names its orientation after its pixels.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        return (width, height, 3) if _turn(image) in _ON_ITS_SIDE else (height, width, 3)
 
 
 def grid(
@@ -184,6 +196,30 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
         raise InputError(
             f"cannot write {path}: {reason}; free space or choose another folder."
         ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file; what PIL fails at while it is open is an InputError."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image, or cut short; make it again.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError is PIL's for a broken chunk.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the image {path}: {reason}.") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What puts a camera's image upright, by its EXIF; None where nothing needs to be done."""
+    try:
+        # Not PNG's own, which decodes the image. Nor ImageOps.exif_transpose, which also writes the
+        # EXIF anew and fails at what cameras put there.
+        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+    except SyntaxError:  # no EXIF at all: viewers show the image as it lies
+        return None
 
 
 def _draw_sheet(

@@ -5,7 +5,8 @@
     python -m r0_jax.score --check=module:function
 
 Images named by numbers (00000.png, ... as `r0_jax.sample` writes them) belong to the prompt of
-that number, from 0; others to the prompts in the order of their names.
+that number, from 0; others to the prompts in the order of their names, in which img_2 comes before
+img_10. The contact sheet of `r0_jax.sample` is left out.
 """
 
 import collections
@@ -13,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.run import check_writable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OWN_FIELDS = ("file", "prompt")  # of a JSON object that is written
 _CHECKED_SHAPE = (64, 64, 3)  # of the images that a user's reward is tried on
 console = Console(stderr=True)
 
@@ -42,7 +44,9 @@ class Item(NamedTuple):
 
 def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
-    flags.DEFINE_string("images", None, "folder of images: " + ", ".join(_SUFFIXES))
+    flags.DEFINE_string("images", None, f"folder of images ({', '.join(_SUFFIXES)}): named by the "
+                        "number of their prompt, from 0, or as many as there are prompts, in the "
+                        "order of their names: img_2 before img_10")
     flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
     flags.DEFINE_list("rewards", None, "type=folder, ..., or name:type=folder; types: "
                       + ", ".join(rewards.TYPES))
@@ -63,6 +67,9 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
             raise InputError(f"--rewards: {item!r} should read type=folder")
         if kind not in rewards.TYPES:
             raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
+        if name in _OWN_FIELDS:
+            raise InputError(f"--rewards: {name!r} is a field of its own in --out: give another "
+                             "name")
         if name in loaded:
             raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
         reward = rewards.load(kind, where, dtype).renamed(name)
@@ -79,11 +86,13 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
-                   and path.stem != "contact_sheet" and not path.name.startswith("."))
+    found = sorted((path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
+                    and path.stem != "contact_sheet" and not path.name.startswith(".")),
+                   key=_natural)
     if not found:
         raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
-    if all(re.fullmatch(r"\d+", path.stem) for path in found):
+    others = [path for path in found if not re.fullmatch(r"\d+", path.stem)]
+    if not others:
         by_number: dict[int, Path] = {}
         for path in found:
             if (other := by_number.setdefault(int(path.stem), path)) != path:
@@ -96,40 +105,74 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
         return ([Item(by_number[i], prompts[i]) for i in sorted(by_number)],
                 [f"image {name} is missing" for name in missing])
     if len(found) != len(prompts):
+        but = "" if len(others) == len(found) else f" ({others[0].name} is not)"
         raise InputError(f"{folder} holds {len(found)} images, but there are {len(prompts)} "
-                         "prompts: name images by the number of their prompt, from 0")
+                         f"prompts: name images by the number of their prompt, from 0{but}")
     return [Item(*both) for both in zip(found, prompts, strict=True)], []
 
 
-def batches(items: Sequence[Item], size: int, bad: Callable[[str], None]
-            ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(indices of items, images [b, h, w, 3]), b <= size and all of one shape.
+def doubt(items: Sequence[Item]) -> str | None:
+    """Of images that are paired in order: which got which prompt, from the first on whose name
+    does not go on from the one before, be it a gap between numbers or a name without one.
 
-    Only as many images are held as wait for others of their shape; `bad` is told of each that
-    cannot be read.
+    None where there is no such image.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = collections.defaultdict(list)
+    names = [re.fullmatch(r"(.*?)(\d*)", item.path.stem, re.DOTALL).groups() for item in items]
+    if not any(prefix for prefix, _ in names):
+        return None  # paired by number
+    sizes = collections.Counter(prefix for prefix, number in names if number)
+    rows = [prefix if number and sizes[prefix] > 1 else None for prefix, number in names]
+    for i in range(1, len(items)):
+        gap = rows[i] == rows[i - 1] is not None and int(names[i][1]) != int(names[i - 1][1]) + 1
+        if gap or (rows[i] is None) != (rows[i - 1] is None):
+            said = ", ".join(f"{item.path.name} with {item.prompt!r}" for item in items[i:i + 3])
+            more = ", ... (see --out)" if items[i + 3:] else ""
+            return f"names are not numbered one by one, so images are paired in order: {said}{more}"
+    return None
 
-    def take(shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
-        group = waiting.pop(shape)
-        return [i for i, _ in group], np.stack([image for _, image in group])
 
-    for i, item in enumerate(items):
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """By which names sort as people count: img_2 before img_10."""
+    # Text and numbers alternate, so that text is compared with text.
+    parts = re.split(r"(\d+)", path.stem)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
+            ) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(indices of items, images [b, h, w, 3]) of one shape, b <= size and the same for all of it:
+    the last batch is filled up with its last image.
+
+    One batch is held at a time: which images go together is known from their headers. `bad` is
+    told of each that cannot be read, by its index.
+    """
+    groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+
+    def trying(read: Callable[[Path], Any], index: int) -> Any:
         try:
-            image = images.load_png(item.path)
+            return read(items[index].path)
         except InputError as error:
-            bad(str(error).rstrip("."))
-            continue
-        waiting[image.shape].append((i, image))
-        if len(waiting[image.shape]) == size:
-            yield take(image.shape)
-    for shape in list(waiting):
-        yield take(shape)
+            bad(index, str(error).rstrip("."))
+
+    for i in range(len(items)):
+        if (shape := trying(images.read_shape, i)) is not None:
+            groups[shape].append(i)
+    for group in groups.values():
+        b = min(size, len(group))
+        for start in range(0, len(group), b):
+            held = {i: image for i in group[start:start + b]
+                    if (image := trying(images.load_png, i)) is not None}
+            # A header may not tell of an orientation.
+            for shape in dict.fromkeys(image.shape for image in held.values()):
+                indices = [i for i, image in held.items() if image.shape == shape]
+                rows = np.minimum(np.arange(b), len(indices) - 1)
+                yield indices, np.stack([held[indices[row]] for row in rows])
 
 
 def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
           bad: Callable[[str], None]) -> dict[int, dict[str, float]]:
-    """{index of item: {reward: score}} of every image that could be read.
+    """{index of item: {reward: score}} of every image that could be read; `bad` is told of the
+    others, in their order.
 
     Each prompt is encoded once; one program a reward and image shape.
     """
@@ -143,22 +186,24 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
     bar = progress.Progress(console=console, disable=not console.is_terminal)
     with bar:
         task = bar.add_task("scoring", total=len(items))
+        unread: dict[int, str] = {}
 
-        def skip(message: str) -> None:
+        def skip(index: int, message: str) -> None:
             bar.advance(task)
-            bad(message)
+            unread[index] = message
 
         for indices, drawn in batches(items, batch_size, skip):
-            # The last batch is filled up, so that one program does.
-            rows_in = np.minimum(np.arange(batch_size), len(indices) - 1)
+            rows_in = np.minimum(np.arange(len(drawn)), len(indices) - 1)
             texts_in = np.asarray([row_of[items[i].prompt] for i in indices])[rows_in]
             for reward in found:
                 texts = features[reward.name]
                 texts = None if texts is None else texts[texts_in]
-                values = scorers[reward.name](params[reward.name], drawn[rows_in], texts)
+                values = scorers[reward.name](params[reward.name], drawn, texts)
                 for i, value in zip(indices, np.asarray(values), strict=False):
                     rows.setdefault(i, {})[reward.name] = float(value)
             bar.advance(task, len(indices))
+    for i in sorted(unread):
+        bad(unread[i])
     return rows
 
 
@@ -196,8 +241,10 @@ def main(argv: list[str]) -> None:
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
-    prompts = data.read_prompts(given.prompts)
+    prompts = data.read_prompts(given.prompts, numbered=True)
     items, problems = pair(Path(given.images), prompts)
+    if said := doubt(items):
+        print(f"warning: {said}", file=console.file)
     found = load_rewards(given.rewards, given.dtype)
     rows = score(found, items, given.batch_size, problems.append)
     for problem in problems:

@@ -241,6 +241,37 @@ def test_a_vocabulary_larger_than_the_table_is_refused(tmp_path, vocab, bpe):
         prompt_text.open_clip(tmp_path, 77, 520)
 
 
+@pytest.mark.parametrize("words", [WORDS[:-1], WORDS[:-3], [*WORDS, "[DEC]"], [*WORDS, "more"]])
+def test_image_reward_takes_no_vocabulary_but_its_own(tmp_path, vocab, words):
+    """Its two special tokens would fall onto embeddings of words, or onto none."""
+    module = torch_twins.ImageReward(*IMAGE_REWARD_FIELDS.values())
+    torch.save(module.state_dict(), tmp_path / "x.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+
+    def convert(path):
+        convert_reward.convert_reward("image_reward", tmp_path / "x.pt", tmp_path / "out", path,
+                                      IMAGE_REWARD_FIELDS)
+
+    if "[DEC]" in words:  # as BLIP's own tokenizer is saved
+        return convert(tmp_path / "vocab.txt")
+    with pytest.raises(InputError, match=r"the vocabulary (has|goes up to id) .* embeddings"):
+        convert(tmp_path / "vocab.txt")
+    assert not (tmp_path / "out").exists()
+    convert(vocab)
+    (tmp_path / "out" / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    with pytest.raises(InputError, match=r"the vocabulary (has|goes up to id) .* embeddings"):
+        rewards.load("image_reward", tmp_path / "out")
+
+
+def test_merges_that_are_broken(tmp_path, bpe):
+    whole = bpe.read_bytes()
+    middle = len(whole) // 2
+    for broken in (whole[:middle], b"x" + whole, whole[:12] + b"\xff" * 8 + whole[20:]):
+        (tmp_path / "bpe.txt.gz").write_bytes(broken)
+        with pytest.raises(InputError, match=r"bpe\.txt\.gz is not a gzipped list of merges"):
+            convert_reward.write_tokenizer(tmp_path / "bpe.txt.gz", tmp_path)
+
+
 def test_what_is_no_vocabulary_of_bert(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[CLS]", "[PAD]", "[UNK]", "[SEP]"]), "utf-8")
     with pytest.raises(InputError, match=r"PAD. is not its first token"):

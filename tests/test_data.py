@@ -79,6 +79,25 @@ def test_json(tmp_path):
     assert data.read_prompts(write(tmp_path / "p.json", json.dumps(items))) == PROMPTS
 
 
+@pytest.mark.parametrize(("name", "content", "where"), [
+    ("p.txt", "one\ntwo\n \nthree\n", "line 3"),
+    ("p.txt", "\none\n", "line 1"),
+    ("p.jsonl", '"one"\n\n"three"\n', "line 2"),
+    ("p.json", '["one", "two", "", "four"]', "item 3"),
+])
+def test_a_blank_prompt_would_shift_numbered_ones(tmp_path, name, content, where):
+    path = write(tmp_path / name, content)
+    assert "" not in data.read_prompts(path)
+    with pytest.raises(InputError, match=rf"{name}, {where} is blank, so which images belong to"):
+        data.read_prompts(path, numbered=True)
+
+
+def test_blank_prompts_at_the_end_shift_nothing(tmp_path):
+    for name, content in [("p.txt", "one\ntwo\n\n \n"), ("p.jsonl", '"one"\n"two"\n\n'),
+                          ("p.json", '["one", "two", ""]')]:
+        assert data.read_prompts(write(tmp_path / name, content), numbered=True) == ["one", "two"]
+
+
 @pytest.mark.parametrize("name", ["prompt", "caption", "text"])
 def test_parquet(tmp_path, name):
     table = pyarrow.table({"id": range(5), name: [*PROMPTS, None]})

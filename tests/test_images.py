@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib import font_manager
-from PIL import Image, ImageFont
+from PIL import ExifTags, Image, ImageFont, ImageOps
 
 from r0_jax import images
 from r0_jax.errors import InputError
@@ -68,6 +68,33 @@ def test_load_png_says_what_is_wrong(tmp_path):
         (tmp_path / "bad.png").write_bytes(data[:size])
         with pytest.raises(InputError, match=r"bad\.png"):
             images.load_png(tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_a_cameras_image_is_put_upright(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    # A quarter white: the corner says how the image lies, and is not lost to JPEG.
+    lying = Image.fromarray(255 * np.kron([[1, 0], [0, 0]], np.ones((16, 24))).astype(np.uint8))
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[ExifTags.Base.Orientation] = orientation
+        lying.save(path, exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")) / np.float32(255)
+        assert images.read_shape(path) == expected.shape
+        np.testing.assert_array_equal(images.load_png(path), expected)
+    assert expected.shape == (48, 32, 3) and expected[-8:, :8].min() > 0.9
+    lying.save(path, exif=b"Exif\0\0no EXIF at all")
+    assert images.read_shape(path) == images.load_png(path).shape == (32, 48, 3)
+
+
+def test_a_shape_is_read_without_the_pixels(tmp_path):
+    images.save_png(tmp_path / "good.png", gradient()[0][:9])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    assert images.read_shape(tmp_path / "cut.png") == (9, 16, 3)
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"bad\.png is not an image"):
+        images.read_shape(tmp_path / "bad.png")
 
 
 def test_grid_places_images_row_by_row_and_pads_the_rest_white():

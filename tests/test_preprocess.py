@@ -83,6 +83,15 @@ def test_equals_the_processor_of_transformers_on_uint8(shape):
     assert difference((noise(*shape) > 0.5).astype(np.uint8) * 255) > 4 / 255
 
 
+def test_a_processor_that_is_given_both_sides_squashes_before_it_crops():
+    processor = CLIPImageProcessor(size={"height": SIZE, "width": SIZE}, crop_size=SIZE)
+    prepare = preprocess.from_json(processor.to_dict(), SIZE)
+    image = (64 + 128 * noise(24, 40)[0]).astype(np.uint8)
+    theirs = processor(Image.fromarray(image), return_tensors="np").pixel_values
+    ours = prepare(jnp.asarray(image[None] / np.float32(255)))
+    assert np.abs(np.moveaxis(theirs, 1, -1) - ours).max() * min(CLIP_STD) < 2 / 255
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)],
                          ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(("policy", "corner"), [
@@ -161,6 +170,8 @@ def test_reads_published_files():
     chinese = {"do_center_crop": False, "size": {"height": 224, "width": 224}, "crop_size": 99}
     assert preprocess.from_json(chinese, 224) == Preprocess(224, "squash")
     assert preprocess.from_json({}, 224) == Preprocess(224)
+    nulls = dict.fromkeys([*openai, "do_resize", "do_rescale", "do_normalize", "rescale_factor"])
+    assert preprocess.from_json(nulls, 224) == Preprocess(224)
     siglip = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     found = preprocess.from_json(siglip, 8)(jnp.ones((1, 8, 8, 3)))
     np.testing.assert_allclose(found, 2.0, rtol=1e-6)
@@ -169,7 +180,20 @@ def test_reads_published_files():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"resample": 2}, "resample = 2 is not supported"),
+        ({"resample": 2}, r"resample = 2 is not supported \(supported: 3, bicubic\)"),
+        ({"do_resize": False}, r"do_resize = false is not supported \(supported: true\)"),
+        ({"do_rescale": False}, "do_rescale = false is not supported"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor = 0.00784.* is not supported"),
+        ({"do_normalize": False}, "do_normalize = false is not supported"),
+        ({"image_std": [0, 0, 0]}, r"image_std = \[0, 0, 0\] is not supported: three numb"),
+        ({"image_std": [0.5, -0.5, 0.5]}, "image_std = .* three numbers above 0 are expected"),
+        ({"image_mean": 0.5}, "image_mean = 0.5 is not supported: three numbers are expected"),
+        ({"image_mean": ["a", "b", "c"]}, 'image_mean = ."a", "b", "c". is not supported'),
+        ({"image_mean": "abc"}, 'image_mean = "abc" is not supported'),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean = \[0.5, 0.5\] is not supported"),
+        ({"image_mean": [0.5, 0.5, math.nan]}, "image_mean = .*NaN. is not supported"),
+        ({"size": [224, 224]}, r"size = \[224, 224\], but the tower takes 224 px: write that"),
+        ({"size": {"height": [224]}}, "size = .*, but the tower takes 224 px"),
         ({"crop_size": 336}, "crop_size = 336, but the tower takes 224 px"),
         ({"size": {"shortest_edge": 256}, "crop_size": 224}, "size = {'shortest_edge': 256}, but"),
         ({"crop_size": {"height": 224, "width": 448}}, "crop_size = .* but the tower takes 224"),
@@ -186,6 +210,8 @@ def test_preprocessing_of_open_clip():
               "std": [0.25] * 3, "size": [16, 16], "fill_color": 0}
     assert preprocess.from_open_clip(fields, 16) == Preprocess(
         16, "pad", (0.5,) * 3, (0.25,) * 3, "round")
-    for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random")]:
+    assert preprocess.from_open_clip(dict.fromkeys(fields), 16) == Preprocess(16, corner="round")
+    for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random"),
+                        ("mean", 0.5), ("std", [0.5, 0.5, 0]), ("interpolation", ["bicubic"])]:
         with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
             preprocess.from_open_clip({name: value}, 16)

@@ -1,5 +1,8 @@
+import dataclasses
 import functools
 import itertools
+import json
+import re
 import sys
 
 import jax
@@ -11,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from step_world import FAST
+from test_models_rewards import OPEN_CLIP
 from test_preprocess import in_torch, noise
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from configs.common import reward_entry
 from r0_jax import lazy, rewards
@@ -101,6 +105,35 @@ def test_clip_score_of_image_files_equals_the_processor_of_transformers(folder, 
             [Image.fromarray(file) for file in files], return_tensors="pt").pixel_values
         expected = (torch_image(folder, pixel_values) * torch_text(folder, PROMPTS)).sum(-1)
     np.testing.assert_allclose(scores, expected, atol=5e-3)
+
+
+def test_a_folder_that_the_processor_of_transformers_5_wrote(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    own = CLIPImageProcessor.from_pretrained(folder, image_mean=[0.5, 0.4, 0.3])
+    CLIPProcessor(own, CLIPTokenizer.from_pretrained(folder)).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    found = tower.load(tmp_path)
+    assert found.prepare == dataclasses.replace(tower.load(folder).prepare, mean=(0.5, 0.4, 0.3))
+    assert (found.tokenize(PROMPTS).ids == tower.load(folder).tokenize(PROMPTS).ids).all()
+    # The file of an older processor beside it is not what transformers goes by.
+    (tmp_path / "preprocessor_config.json").write_text('{"resample": 2}')
+    assert tower.load(tmp_path).prepare == found.prepare
+    path = tmp_path / "processor_config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({"image_processor": fields["image_processor"] | {"size": 8}}))
+    with pytest.raises(InputError, match=r"^processor_config\.json: image_processor: size = 8"):
+        tower.load(tmp_path)
+    path.write_text("{}")  # nothing of images in it, as versions before 5 have it
+    with pytest.raises(InputError, match=r"^preprocessor_config\.json: resample = 2 is not"):
+        tower.load(tmp_path)
+
+
+def test_an_open_clip_folder_whose_preprocessing_is_no_object(tmp_path):
+    fields = {"model_cfg": OPEN_CLIP, "preprocess_cfg": "x"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"open_clip_config\.json: preprocess_cfg = 'x' is not an"):
+        tower.load(tmp_path, text=False)
 
 
 def test_logit_scale_multiplies_the_cosine(folder, reward):
@@ -218,6 +251,45 @@ def test_a_resize_of_the_entry(folder, reward):
 def test_an_entry_without_its_files(fields, missing):
     with pytest.raises(InputError, match=rf"rewards.x.{missing} is not set: a reward of type"):
         rewards.load("x", reward_entry(**fields))
+
+
+COMMAND = "convert the published file first, with python -m r0_jax.convert_reward"
+
+
+@pytest.mark.parametrize(("kind", "files", "path", "said"), [
+    ("hps_v2_1", ["HPS.pt"], "HPS.pt", "= '{0}/HPS.pt' is a file: give a folder of transformers "
+     f"or open_clip, or {COMMAND} --reward=hps_v2_1 --checkpoint={{0}}/HPS.pt --tokenizer=PATH "
+     "--out=FOLDER"),
+    ("pickscore", ["model.safetensors"], "model.safetensors", "is a file: give a folder of"),
+    ("image_reward", ["ImageReward.pt", "med_config.json"], "", "= '{0}' holds ImageReward.pt, "
+     f"which is never read: {COMMAND} --reward=image_reward --checkpoint={{0}}/ImageReward.pt"),
+    ("clip_score", ["open_clip_config.json", "open_clip_pytorch_model.bin"], "",
+     "--reward=clip_score --checkpoint={0}/open_clip_pytorch_model.bin --tokenizer=PATH"),
+    ("aesthetic", ["linearMSE.pth"], "linearMSE.pth",
+     "--reward=aesthetic --checkpoint={0}/linearMSE.pth --out=FOLDER (see"),
+])
+def test_published_checkpoints_are_led_to_the_converter(tmp_path, kind, files, path, said):
+    for name in files:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InputError, match=re.escape(said.format(tmp_path))) as error:
+        rewards.load(kind, tmp_path / path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_published_head_is_led_to_the_converter(folder):
+    entry = reward_entry("aesthetic", path=str(folder), head="/x/linearMSE.pth")
+    with pytest.raises(InputError, match=r"rewards.x.head = '/x/linearMSE.pth' is a pickle.* "
+                       rf"--checkpoint=/x/linearMSE.pth --out={folder} \(see"):
+        rewards.load("x", entry)
+
+
+def test_a_folder_of_transformers_with_pickles_is_led_to_save_pretrained(folder, tmp_path):
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    said = r"pickled weights, .* transformers' from_.* save_pretrained, which writes model\.saf"
+    with pytest.raises(InputError, match=said):
+        rewards.load("x", reward_entry("clip_score", path=str(tmp_path)), text=False)
 
 
 # --- A user's own function ------------------------------------------------------------------------

@@ -118,6 +118,34 @@ def test_files_as_users_have_them(tmp_path):
     np.testing.assert_allclose(found[6], drawn[0].mean() / 255, atol=1e-3)
 
 
+def test_one_batch_is_held_whatever_shapes_images_have(tmp_path, monkeypatch):
+    shapes = [(4, 5 + i % 3) for i in range(12)] + [(6 + i, 4) for i in range(9)]
+    for i, shape in enumerate(shapes):
+        images.save_png(tmp_path / f"{i:02d}.png", noise(*shape)[0])
+    (tmp_path / "21.png").write_bytes((tmp_path / "09.png").read_bytes()[:60])  # with its header
+    items, _ = score.pair(tmp_path, [f"prompt {i}" for i in range(22)])
+    read, most, found, bad = [], 0, {}, []
+    load_png = images.load_png
+    monkeypatch.setattr(images, "load_png", lambda path: read.append(path) or load_png(path))
+    for indices, drawn in score.batches(items, 3, lambda i, message: bad.append(i)):
+        most, read[:] = max(most, len(read)), []
+        # One program a shape: four images 4 px high take two batches of three.
+        assert len(drawn) == (3 if len(drawn[0]) == 4 else 1)
+        found |= dict(zip(indices, drawn, strict=False))
+    assert most == 3 and bad == [21] and sorted(found) == list(range(21))
+    for i, image in found.items():
+        np.testing.assert_array_equal(image, load_png(items[i].path))
+
+
+def test_an_orientation_that_the_header_does_not_tell(tmp_path, monkeypatch):
+    for i in range(3):
+        images.save_png(tmp_path / f"{i}.png", noise(4, 5 - i % 2)[0])
+    monkeypatch.setattr(images, "read_shape", lambda path: (4, 5, 3))
+    items, _ = score.pair(tmp_path, ["x", "y", "z"])
+    assert [(indices, drawn.shape) for indices, drawn in score.batches(items, 3, print)] == [
+        ([0, 2], (3, 4, 5, 3)), ([1], (3, 4, 4, 3))]
+
+
 def test_check_of_a_users_reward(world):
     done = run(world, "--check=mine:redness")
     assert done.returncode == 0 and "mine:redness can be trained on" in done.stdout, done.stderr
@@ -133,9 +161,18 @@ def test_an_out_that_cannot_be_written_shows_before_the_work(world):
                            "drawn/scores.jsonl\n")
 
 
+def test_a_blank_line_among_the_prompts_is_told_by_its_number(world, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a star\n\na circle\n")
+    done = run(world, "--images=drawn", f"--prompts={tmp_path / 'prompts.txt'}", "--out=x.jsonl",
+               "--rewards=clip_score=clip")
+    assert done.returncode == 2 and "prompts.txt, line 2 is blank" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(("names", "count", "said"), [
     ([], 1, "holds no images"),
     (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
+    (["0.png", "1.png", "grid.png"], 2,
+     r"3 images, but there are 2 prompts: .* from 0 \(grid.png is not\)$"),
     (["5.png"], 5, "5.png has no prompt: there are 5, counted from 0"),
     (["1.png", "01.jpg"], 5, "01.jpg and 1.png have the same number"),
 ])
@@ -155,8 +192,38 @@ def test_other_names_are_paired_in_order(tmp_path):
     assert missing == []
 
 
+def test_names_are_ordered_as_people_count(tmp_path):
+    for name in ("img_10.png", "img_9.jpg", "img_1.png", "img_01.png", "img.png", "x1y20.png",
+                 "x1y3.png", "img_9b.png"):
+        (tmp_path / name).write_bytes(b"")
+    items, _ = score.pair(tmp_path, ["x"] * 8)
+    assert [item.path.name for item in items] == [
+        "img.png", "img_01.png", "img_1.png", "img_9.jpg", "img_9b.png", "img_10.png",
+        "x1y3.png", "x1y20.png"]
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    (["img_0", "img_1", "img_3", "img_4"], "img_3.png with 'p2', img_4.png with 'p3'"),
+    (["0", "1", "3", "4", "5", "grid"],
+     "3.png with 'p2', 4.png with 'p3', 5.png with 'p4', ... (see --out)"),
+    (["0", "1", "grid"], "grid.png with 'p2'"),
+    (["a_grid", "img_0", "img_1"], "img_0.png with 'p1', img_1.png with 'p2'"),
+    (["img_01", "img_1"], "img_1.png with 'p1'"),
+    (["img_7", "img_8", "img_9", "img_10"], None),
+    (["a_1", "a_2", "b_1", "b_2"], None),
+    (["cat_9", "dog_3", "star"], None),
+    (["0", "2"], None),  # by number
+])
+def test_names_that_leave_a_doubt(names, said):
+    items = [score.Item(pathlib.Path(f"{name}.png"), f"p{i}") for i, name in enumerate(names)]
+    start = "names are not numbered one by one, so images are paired in order: "
+    assert score.doubt(items) == (said and start + said)
+
+
 @pytest.mark.parametrize(("given", "said"), [
     ("clip_score", "should read type=folder"),
+    ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
+    ("file:clip_score=clip", "'file' is a field of its own in --out"),
     ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
     ("pickscore=/nowhere", "/nowhere/config.json is missing"),
     ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),

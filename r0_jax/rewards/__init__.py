@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from r0_jax import convert
 from r0_jax.errors import InputError
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.preprocess import RESIZES
@@ -32,7 +33,8 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
     In place of an entry a folder will do; then `name` is one of `TYPES` too, as in
     `load("hps_v2_1", "/path")`, or `load("function", "module:function")`. Without `text` no text
     tower is read or needs to be there: features of prompts were computed before.
-    Raises InputError for an unknown type and for files that are missing or do not fit.
+    Raises InputError for an unknown type, for files that are missing or do not fit, and for a
+    checkpoint that must be converted first.
     """
     if not isinstance(entry, ConfigDict):
         entry = ConfigDict({"type": name, "path": str(entry), "head": "", "logit_scale": False,
@@ -47,4 +49,26 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
         if not entry[field]:
             raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "
                              "needs it")
+    if entry.type != "function":
+        _check_converted(name, entry)
     return TYPES[entry.type](name, entry, dtype, text)
+
+
+def _check_converted(name: str, entry: ConfigDict) -> None:
+    """InputError that gives the command, where an entry leads to a file as it was published."""
+    path, out = Path(entry.path), "--tokenizer=PATH --out=FOLDER"
+    if path.is_file():
+        field, file = "path", path
+        said = "is a file: give a folder of transformers or open_clip, or"
+    elif entry.type == "aesthetic" and Path(entry.head).suffix in convert.PICKLED:
+        field, file, said = "head", entry.head, "is a pickle, which is never read:"
+    elif (found := convert.pickles(path)) and not any(
+            any(path.glob(kept)) for kept in ("*.safetensors*", "config.json")):
+        field, file, said = "path", found[0], f"holds {found[0].name}, which is never read:"
+    else:
+        return
+    if entry.type == "aesthetic":  # whose head goes into the folder of its CLIP
+        out = f"--out={path if path.is_dir() else 'FOLDER'}"
+    raise InputError(f"rewards.{name}.{field} = {entry[field]!r} {said} convert the published file "
+                     f"first, with python -m r0_jax.convert_reward --reward={entry.type} "
+                     f"--checkpoint={file} {out} (see its --help)")

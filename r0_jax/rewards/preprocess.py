@@ -1,6 +1,8 @@
 """Images in [0, 1] -> what a vision tower was trained on, differentiably."""
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,36 +77,63 @@ def _block_means(images: Float[Array, "b h w c"], most: int) -> Float[Array, "b 
     return images.reshape(b, h // side, side, w // side, side, c).mean(axis=(2, 4))
 
 
-def from_json(fields: Mapping[str, Any], image_size: int) -> Preprocess:
-    """The preprocessing of a published `preprocessor_config.json`.
+# Of the steps of a processor of transformers, what every one here does.
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+_RESCALED = 1 / 255
+_BICUBIC = 3  # of PIL
 
-    Raises InputError for a resampling other than bicubic and for a size that the tower does not
-    take.
+
+def from_json(fields: Mapping[str, Any], image_size: int, file: str = "preprocessor_config.json"
+              ) -> Preprocess:
+    """The preprocessing that transformers publishes in `file`, as messages call it; what is null is
+    CLIP's.
+
+    Raises InputError for a resampling other than bicubic, for a step that is left out, for a size
+    that the tower does not take and for a mean or deviation that is none.
     """
-    resample = fields.get("resample", 3)
-    if resample != 3:
-        raise InputError(f"preprocessor_config.json: resample = {resample} is not supported "
-                         "(supported: 3, bicubic)")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    expected = {"resample": _BICUBIC, "rescale_factor": _RESCALED, **dict.fromkeys(_STEPS, True)}
+    for name, value in expected.items():
+        if (found := fields.get(name, value)) != value:
+            raise InputError(f"{file}: {name} = {json.dumps(found)} is not supported (supported: "
+                             f"{json.dumps(value)}{', bicubic' * (name == 'resample')})")
     crops = fields.get("do_center_crop", True)
     for field in ("size", "crop_size") if crops else ("size",):
-        size = fields.get(field) or image_size
-        sizes = set(size.values()) if isinstance(size, Mapping) else {size}
-        if sizes - {None} != {image_size}:
-            raise InputError(f"preprocessor_config.json: {field} = {size}, but the tower takes "
-                             f"{image_size} px")
-    return Preprocess(image_size, "crop" if crops else "squash",
-                      tuple(fields.get("image_mean", CLIP_MEAN)),
-                      tuple(fields.get("image_std", CLIP_STD)))
+        size = fields.get(field, image_size)
+        sizes = size.values() if isinstance(size, Mapping) else [size]
+        if any(side not in (None, image_size) for side in sizes):
+            raise InputError(f"{file}: {field} = {size}, but the tower takes {image_size} px: "
+                             "write that number")
+    size = fields.get("size")
+    squashes = not crops or (isinstance(size, Mapping) and size.get("height") is not None)
+    return Preprocess(image_size, "squash" if squashes else "crop",
+                      _channels(fields, "image_mean", CLIP_MEAN, file),
+                      _channels(fields, "image_std", CLIP_STD, file, above=0.0))
+
+
+def _channels(fields: Mapping[str, Any], name: str, default: tuple[float, ...], where: str,
+              above: float = -math.inf) -> tuple[float, ...]:
+    value = fields.get(name, default)
+    numbers = isinstance(value, list | tuple) and len(value) == 3 and all(
+        isinstance(x, int | float) and above < x < math.inf for x in value)
+    if not numbers:
+        least = "" if above == -math.inf else f" above {above:g}"
+        raise InputError(f"{where}: {name} = {json.dumps(value)} is not supported: three numbers"
+                         f"{least} are expected, one a channel")
+    return tuple(map(float, value))
 
 
 _RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
 
 
 def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
-    """The preprocessing that the `preprocess_cfg` of an `open_clip_config.json` describes.
+    """The preprocessing that the `preprocess_cfg` of an `open_clip_config.json` describes; as
+    there, null is what is usual.
 
-    Raises InputError for another interpolation, padding or colour mode.
+    Raises InputError for another interpolation, padding or colour mode, and for a mean or deviation
+    that is none.
     """
+    fields = {name: value for name, value in fields.items() if value is not None}
     only = {"interpolation": ("bicubic",), "mode": ("RGB",), "fill_color": (0,),
             "resize_mode": tuple(_RESIZE_MODES), "size": (image_size, [image_size, image_size],
                                                           [3, image_size, image_size])}
@@ -113,5 +142,6 @@ def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
             raise InputError(f"preprocess_cfg: {name} = {value!r} is not supported (supported: "
                              f"{', '.join(map(str, only[name]))})")
     return Preprocess(image_size, _RESIZE_MODES[fields.get("resize_mode", "shortest")],
-                      tuple(fields.get("mean", CLIP_MEAN)), tuple(fields.get("std", CLIP_STD)),
+                      _channels(fields, "mean", CLIP_MEAN, "preprocess_cfg"),
+                      _channels(fields, "std", CLIP_STD, "preprocess_cfg", above=0.0),
                       corner="round")

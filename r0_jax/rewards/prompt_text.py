@@ -56,7 +56,8 @@ def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
 def wordpiece(folder: Path, length: int, vocab_size: int, added: Sequence[str] = ()) -> Tokenize:
     """BERT's tokenizer, lower-casing, of a folder with vocab.txt or tokenizer.json; pads are 0.
 
-    `added` are special tokens whose ids follow those of the vocabulary, if it has them not.
+    `added` are special tokens whose ids follow those of the vocabulary, if it has them not; then
+    InputError unless there are `vocab_size` in all, since theirs are the last embeddings.
     """
     return functools.partial(_tokenize, _bert(folder, vocab_size, added), length=length)
 
@@ -81,6 +82,10 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
     if tokenizer.pad_token_id != 0:  # by which the networks know the pads
         raise InputError(f"{folder} holds no vocabulary of BERT: [PAD] is not its first token")
     _check_size(tokenizer, folder, vocab_size)
+    if added and len(tokenizer) != vocab_size:
+        raise InputError(f"{folder}: the vocabulary has {len(tokenizer)} words with "
+                         f"{' and '.join(added)}, but the network {vocab_size} embeddings: give "
+                         "that of bert-base-uncased")
     return tokenizer
 
 

@@ -131,10 +131,19 @@ _TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_cli
 def _from_transformers(folder: Path, module: type[nnx.Module],
                        config: CLIPConfig | ChineseCLIPConfig, tokenize: Tokenize | None,
                        dtype: str) -> Tower:
-    prepare = preprocess.from_json(read_json(folder / "preprocessor_config.json"),
-                                   config.vision_config.image_size)
+    prepare = _processor(folder, config.vision_config.image_size)
     return _build(module, config, convert.find_files(folder, "model"), dtype, tokenize, prepare,
                   config.projection_dim)
+
+
+def _processor(folder: Path, image_size: int) -> Preprocess:
+    """By either file of transformers; that of the whole processor, of 5.0 on, goes first there."""
+    if (path := folder / "processor_config.json").is_file():
+        fields = read_json(path).get("image_processor")
+        if isinstance(fields, dict):
+            return preprocess.from_json(fields, image_size, f"{path.name}: image_processor")
+    path = folder / "preprocessor_config.json"
+    return preprocess.from_json(read_json(path), image_size, path.name)
 
 
 def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
@@ -162,7 +171,9 @@ def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
     tokenize = prompt_text.open_clip(folder, config.text_cfg.context_length,
                                      config.text_cfg.vocab_size) if text else None
     stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
-    prepare = preprocess.from_open_clip(fields.get("preprocess_cfg") or {},
-                                        config.vision_cfg.image_size)
+    if not isinstance(prepared := fields.get("preprocess_cfg") or {}, dict):
+        raise InputError(f"{folder / OPEN_CLIP_CONFIG}: preprocess_cfg = {prepared!r} is not an "
+                         "object of fields")
+    prepare = preprocess.from_open_clip(prepared, config.vision_cfg.image_size)
     return _build(OpenCLIP, config, convert.find_files(folder, stem), dtype, tokenize, prepare,
                   config.embed_dim)
