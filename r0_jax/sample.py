@@ -28,7 +28,7 @@ from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.run import check_writable, choose_step, open_run
+from r0_jax.run import check_writable, choose_step, open_run, read_config
 from r0_jax.schedulers import Scheduler
 
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
@@ -96,7 +96,13 @@ def from_run(
     """The EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`. With
     `encoded` its pipeline needs no text encoders."""
     chosen = choose_step(workdir, step)
-    run = open_run(workdir, pretrained, text=encoded is None)
+    try:
+        run = open_run(workdir, pretrained, text=encoded is None)
+    except InputError as problem:
+        if encoded is None and (folder := read_config(Path(workdir)).data.encoded):
+            raise InputError(f"{problem} (the run was trained without text encoders, and is "
+                             f"sampled so too with --encoded={folder})") from None
+        raise
     weights = run.weights(run.params(chosen), "float32")
     scheduler = few_step.grid(run.pipeline.scheduler_config,
                               num_inference_steps or run.config.sampler.num_steps)

@@ -153,6 +153,9 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
     assert table["base_3_guided"]["network_calls"]["value"] == 6
+    assert "is missing" in (said := one_line_error(run(
+        "sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
+        f"--prompts={tmp_path / 'two.txt'}"))) and f"--encoded={tmp_path / 'encoded'}" in said
     ended_well(run("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
                    f"--encoded={tmp_path / 'encoded'}", f"--prompts={tmp_path / 'two.txt'}",
                    "--guidance_scale=2"))
