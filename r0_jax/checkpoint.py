@@ -154,8 +154,8 @@ class Checkpoints:
 def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
     folder = Path(workdir) / "checkpoints"
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if name.isdecimal())
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir())
 
 
 def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:

@@ -29,6 +29,7 @@ _DISK_ADVICE = {
     errno.EDQUOT: "free some space or choose another folder",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "change its permissions or choose another one",
+    errno.ENAMETOOLONG: "give the path of a file or folder",
 }
 # absl says "a number" and the like itself (`syntactic_help`), but nothing for these.
 _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common
+from r0_jax import few_step
 from r0_jax.errors import InputError
 from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
@@ -21,7 +22,7 @@ RANGES = {
     "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf), "early_stop": (0, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
-    "ema_decay": (0, 1), "sampler.num_steps": (1, 4), "sampler.eta": (0, 1),
+    "ema_decay": (0, 1), "sampler.num_steps": (1, few_step.MOST_STEPS), "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
     "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
     "objective.sharpness": (0, math.inf),

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+_MOST = 1e300  # beyond it, and where it is not finite, a value has no place on an axis
 _BINS = 100  # points a chart shows at most
 # Colours that stand for the page's own, so that one SVG serves its light and its dark look.
 _COLOURS = {"#000001": "var(--soft)", "#000002": "var(--rule)", "#000003": "var(--line)"}
@@ -21,7 +22,7 @@ _TEXT, _RULE, _LINE = _COLOURS
 def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
     """{metric: {step: value}} of a metrics.jsonl, and how many lines could not be read.
 
-    A step written again after a resume replaces the first. Values that are null, NaN or infinite
+    A step written again after a resume replaces the first. Values that are null, NaN or endless
     are kept as NaN. A killed run leaves half a line at the end: it is counted, not fatal.
     """
     series, unreadable = {}, 0
@@ -31,12 +32,14 @@ def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError):
+            if abs(step) > _MOST:
+                raise OverflowError
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             unreadable += 1
             continue
         for name, value in record.items():
             if value is None or isinstance(value, (int, float)):
-                finite = value is not None and math.isfinite(value)
+                finite = value is not None and abs(value) < _MOST
                 series.setdefault(name, {})[step] = float(value) if finite else math.nan
     return series, unreadable
 

@@ -88,6 +88,8 @@ def main(argv: list[str]) -> None:
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)
     print(f"written: {folder / 'eval.json'}")
+    if fields.workdir is not None:
+        print(f"report: {report.write_report(folder)}")
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -14,6 +14,8 @@ from r0_jax import schedulers
 from r0_jax.errors import InputError
 from r0_jax.schedulers import FLOW_MATCHING, Scheduler, is_flow
 
+MOST_STEPS = 4  # of a generator
+
 
 def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     """The deterministic sampler of `num_steps` network calls, from a pretrained folder's
@@ -25,10 +27,11 @@ def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
 
 def of_folder(config: Mapping[str, Any], num_steps: int,
               levels: Sequence[float | int] | None = None) -> Scheduler:
-    """The folder's own sampler. One of flow matching takes `levels`, by default those of `grid`,
-    where diffusers would space its steps down to nearly 0; unless its shift_terminal says where
-    they end, as in our exports."""
-    if levels is None and is_flow(config) and not config.get("shift_terminal"):
+    """The folder's own sampler. One of flow matching takes `levels`; in few steps by default those
+    of `grid`, where diffusers would go down to nearly 0, unless its shift_terminal says where they
+    end, as in our exports."""
+    few = num_steps <= MOST_STEPS and not config.get("shift_terminal")
+    if levels is None and is_flow(config) and few:
         levels = sigmas(num_steps)
     return schedulers.from_folder(config, num_steps, levels)
 

@@ -98,24 +98,6 @@ class MetricWriter:
         self.close()
 
 
-class RunningMean:
-    """The mean of each metric since it was last taken, for what is logged every few steps."""
-
-    def __init__(self):
-        self._values: dict[str, list[float]] = {}
-
-    def add(self, metrics: Mapping[str, SupportsFloat]) -> None:
-        for name, value in metrics.items():
-            self._values.setdefault(name, []).append(float(value))
-
-    def take(self) -> dict[str, float]:
-        """{name: mean over the steps that had it}; starts anew."""
-        # fsum is exact, so that the mean does not depend on the order of the steps.
-        means = {name: math.fsum(v) / len(v) for name, v in self._values.items()}
-        self._values = {}
-        return means
-
-
 class Throughput:
     """Images per second and the time left, from when the steps were done."""
 
@@ -224,7 +206,12 @@ def _start_wandb(workdir: Path) -> Any:
     if not path.exists():
         write_bytes(path, os.urandom(8).hex().encode())
     run = path.read_text(encoding="utf-8")
-    return wandb.init(project="r0_jax", name=workdir.name, dir=str(workdir), id=run, resume="allow")
+    try:
+        return wandb.init(project="r0_jax", name=workdir.name, dir=str(workdir), id=run,
+                          resume="allow")
+    except Exception as error:  # whatever its service or its settings are about
+        raise InputError(f"wandb does not start ({' '.join(str(error).split())}): run `wandb login`"
+                         ", or set WANDB_MODE=offline or wandb=False") from None
 
 
 def _open(path: Path) -> io.FileIO:
@@ -254,7 +241,7 @@ def _step(line: bytes) -> float:
     """The step of a line; NaN, which is not <= anything, where the line is not whole."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.nan
 
 

@@ -12,7 +12,7 @@ from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
 from r0_jax.run import Run
 
-MADE_WITH = "python -m r0_jax.export"  # in every card: how a folder of ours is known
+MADE_WITH = "Written by `python -m r0_jax.export"  # in every card: how a folder of ours is known
 PROMPT = "a large red circle"
 
 
@@ -64,7 +64,7 @@ In this folder (or with its path, or its name on the Hub, in place of `"."`):
 | --- | --- |
 {rows}
 
-{_numbers(run.workdir / "eval.json")}Written by `{MADE_WITH} --format={form}`.
+{_numbers(run.workdir / "eval.json")}{MADE_WITH} --format={form}`.
 """
 
 

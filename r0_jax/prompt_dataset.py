@@ -65,7 +65,11 @@ def remove(folder: Path) -> None:
         if not data.is_ours(folder):
             raise InputError(f"{folder} is in the way, and not a run's prompts: move it, or give "
                              "another --workdir")
-        shutil.rmtree(folder)
+        # In one step: half of it would be known as nobody's.
+        away = folder.with_name(f"{folder.name}.removed")
+        shutil.rmtree(away, ignore_errors=True)
+        folder.rename(away)
+        shutil.rmtree(away, ignore_errors=True)
 
 
 def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import checkpoint, cli, data, images, report, train, workdir
+from r0_jax import checkpoint, cli, images, report, run, train, workdir
 from r0_jax.errors import InputError
 
 _CONFIG = cli.define_config()
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 
 def measured(folder: Path, config: ConfigDict) -> bool:
-    """Whether the folder holds this very run, finished and measured on as many prompts."""
+    """Whether the folder holds this very run, finished and measured as the config asks."""
     if config.steps not in checkpoint.steps(folder) or not (folder / "eval.json").exists():
         return False
     workdir.check_same_run(folder, config)
@@ -72,8 +72,9 @@ def measured(folder: Path, config: ConfigDict) -> bool:
         report.rows(evaluation)
     except (ValueError, InputError):  # broken: measured anew
         return False
-    prompts = data.read_prompts(config.test.prompts)[:config.test.num_prompts]
-    return (evaluation.get("prompts"), evaluation.get("seed")) == (len(prompts), config.seed)
+    return evaluation.get("test") == config.test.to_dict() and (
+        evaluation.get("seed"), evaluation.get("checkpoint")) == (
+        config.seed, f"step {run.choose_step(folder)}")
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:

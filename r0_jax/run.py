@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
+from configs import common
 from r0_jax import checkpoint, few_step, lazy
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
@@ -158,12 +159,17 @@ def read_config(workdir: Path) -> ConfigDict:
         config = ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path} is not the config of a run: bring the original back") from None
+    base = common.get_config()
     for field in _NEEDED:
-        value = config
+        value, expected = config, base
         for name in field.split("."):
             if not isinstance(value, ConfigDict) or name not in value:
                 raise InputError(f"{path} has no {field}, so it is not the config of an R0 run")
-            value = value[name]
+            value, expected = value[name], expected[name]
+        kinds = (int, float) if isinstance(expected, float) else type(expected)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(expected, bool):
+            raise InputError(f"{path}: {field} = {value!r} is not the config of an R0 run: bring "
+                             "the original back")
     return config
 
 

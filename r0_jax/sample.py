@@ -57,8 +57,8 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_scale", 1.0, "above 1: classifier-free guidance, two network "
                        "calls a step", lower_bound=0)
     flags.DEFINE_list("sigmas", None, "with --pipeline, of SD3: the noise levels of the steps, "
-                      "before the scheduler's shift; their number is that of the steps. By "
-                      "default 1,.75,.5,.25 for 4 steps, as in training")
+                      "before the scheduler's shift; their number is that of the steps. In up "
+                      "to 4 steps by default as in training, 1,.75,.5,.25")
     flags.DEFINE_float("eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0,
                        upper_bound=1)
     flags.DEFINE_integer("seed", 0, "of the noise; image i depends on it and i, not on the batch",

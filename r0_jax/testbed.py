@@ -86,6 +86,8 @@ class Testbed:
     def build(cls, config: ConfigDict, pipeline: Pipeline) -> "Testbed":
         """Reads the test prompts and loads all rewards of the config."""
         check(config.test, config.heldout_rewards)
+        if config.test.world == "shapes":
+            world.check_shape(pipeline.image_shape)
         text = encoded_prompts.open_of(config) is None
         trained_on = [rewards.load(name, entry, config.dtype, text)
                       for name, entry in config.rewards.items()]
@@ -197,7 +199,8 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
                     facts: dict[str, Any]) -> dict[str, Any]:
     """The contents of `folder`/eval.json, which is written together with the first images."""
     table: dict[str, Any] = {"models": {}, "prompts": len(testbed.prompts),
-                             "seed": testbed.config.seed, **facts}
+                             "seed": testbed.config.seed, **facts,
+                             "test": testbed.config.test.to_dict()}
     files: dict[str, list[str]] = {}
     everywhere = sharding.replicated(sharding.local_mesh())
     for name, model in models.items():

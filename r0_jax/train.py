@@ -3,10 +3,12 @@
 Sections stand in the order in which things happen.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -59,9 +62,9 @@ console = Console(stderr=True)
 def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
     """Trains to `config.steps`, continuing from the newest checkpoint in `folder` if there is one;
     then makes the table and the report. A SIGTERM saves and returns False."""
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.ExitStack() as held:
         try:
-            if not _train(config, folder, stop):
+            if not _train(config, folder, stop, held):
                 return False
             # What training held on the devices is gone by now.
             if jax.process_index() == 0:
@@ -74,8 +77,8 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
             return False
 
 
-def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
-    """Whether it came to `config.steps`."""
+def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.ExitStack) -> bool:
+    """Whether it came to its end; `held` keeps the folder from other runs."""
     config_check.check_config(config)
     testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -108,6 +111,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
     objective = Objective(pipeline, generator, trained_on, config, decoder)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
+    held.enter_context(workdir.alone(folder))
     if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
         raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
                          "steps, or give another --workdir")
@@ -138,6 +142,8 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
     frozen = place_frozen(pipeline, trained_on, decoder, mesh, config)
     abstract = jax.eval_shape(init, frozen["base"])
     state_sharding = sharding.state_sharding(abstract, mesh, config.sharding)
+    console.print(f"{parameter_overview.count_parameters(abstract.params):,} trained parameters",
+                  highlight=False)
 
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints,
                                          config.best_metric or None, "max", config_digest)
@@ -163,7 +169,11 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
 def enable_compilation_cache(config: ConfigDict) -> None:
     """Compiled programs are kept on disk: a run that continues starts in seconds."""
     cache = config.compilation_cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"),
-                                             "r0_jax").expanduser()
+                                             "r0_jax")
+    try:
+        cache = Path(cache).expanduser()
+    except RuntimeError:  # a user without a home, as in containers
+        cache = Path(tempfile.gettempdir(), "r0_jax")
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
@@ -227,8 +237,9 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
         def evaluate_and_save(metrics: dict[str, float]) -> None:
             # A step's metrics are on disk before its checkpoint: a kill in between loses none.
             with timing.paused():
-                values = validation(state.ema_params, step)
+                values, sheet = validation(state.ema_params, step)
                 writer.write(step, metrics | values)
+                writer.write_images(step, {"samples": sheet})
                 checkpoints.save(state, values)
                 early.add(values.get(config.best_metric, math.nan))
 

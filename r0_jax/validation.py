@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from r0_jax import few_step, hacking, images, lazy, prompt_dataset
@@ -19,7 +20,7 @@ _BATCH = 32  # images drawn at once
 
 
 class Validation:
-    """validation(params, step) -> metrics; also writes the grid samples/step_NNNNNN.png."""
+    """validation(params, step) -> metrics, and the grid, which is samples/step_NNNNNN.png too."""
 
     def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
                  generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
@@ -37,9 +38,10 @@ class Validation:
         self.scores = {r.name: jax.jit(r.score) for r in rewards}
         self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
 
-    def __call__(self, params: dict[str, jax.Array], step: int) -> dict[str, float]:
+    def __call__(self, params: dict[str, jax.Array], step: int
+                 ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
         """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
-        "hacking/<sign>", as a multiple of the base's."""
+        "hacking/<sign>", as a multiple of the base's. And the first images, side by side."""
         if self.base_signs is None:
             self.base_signs = self._signs(self._draw(self.frozen["base"]))
         drawn = self._draw(self.weights(params, self.frozen["base"]))
@@ -54,11 +56,11 @@ class Validation:
             del params
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
+        sheet = images.grid(drawn[:self.config.eval.grid], columns=4)
         if jax.process_index() == 0:
-            sheet = images.grid(drawn[:self.config.eval.grid], columns=4)
             images.save_png(self.folder / "samples" / f"step_{step:06d}.png", sheet,
                             {"step": str(step)})
-        return values
+        return values, sheet
 
     def _draw(self, weights: Params) -> np.ndarray:
         parts = {**self.frozen, self.part: weights}

@@ -1,5 +1,7 @@
 """A run's folder belongs to one config: config.json, and the refusal to mix two runs."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -54,12 +56,33 @@ def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir, as far as its file system can; a killed run holds nothing.
+    InputError where another one is at work in it."""
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {workdir}: wait for it, or give "
+                             "another --workdir") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         reason = "is missing, though there are checkpoints"
-    except ValueError:
+    except IsADirectoryError:
+        reason = "is a folder"
+    except (ValueError, RecursionError):
         reason = "is no JSON"
     else:
         if isinstance(config, dict):

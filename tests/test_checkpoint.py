@@ -259,6 +259,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, state, harm, c
         assert checkpoints.latest_step() == 10
         checkpoints.save(at(state, 15))
         checkpoints.save(at(state, 20))  # comes this way again
+    (copied / "checkpoints" / "99").write_text("mine", "utf-8")  # a file is no checkpoint
     assert checkpoint.steps(copied) == [15, 20]
     assert folder.with_name("20.damaged").exists()  # nothing of the user's is deleted
     said = "\n".join(record.getMessage() for record in caplog.records)

@@ -212,6 +212,10 @@ def test_bad_config_file(folder, source, message):
             "/w/metrics.jsonl: permission denied; change its permissions or choose another one",
         ),
         (
+            "ENAMETOOLONG",
+            "/w/metrics.jsonl: file name too long; give the path of a file or folder",
+        ),
+        (
             "tensorstore",
             "/w/ck/: no space left on device; free some space or choose another folder",
         ),

@@ -30,15 +30,19 @@ def test_read_keeps_the_last_of_a_step_and_counts_what_it_cannot_read(tmp_path):
         json.dumps({"step": 3, "train/loss": math.nan}),  # step 3 again, after a resume
         json.dumps({"train/loss": 4.0}),  # no step
         "[1, 2]",
+        "[" * 100_000,
+        '{"step": ' + "9" * 400 + "}",
+        '{"step": 5, "train/loss": ' + "9" * 400 + "}",
+        json.dumps({"step": 6, "train/loss": -1.7e308}),
         '{"step": 4, "train/lo',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     series, unreadable = curves.read(tmp_path / "metrics.jsonl")
-    assert unreadable == 3
+    assert unreadable == 5
     assert sorted(series) == ["reward/a", "train/loss"]
     assert series["reward/a"] == {1: 0.5}
     assert series["train/loss"][1] == 3.0
-    assert math.isnan(series["train/loss"][2]) and math.isnan(series["train/loss"][3])
+    assert all(math.isnan(series["train/loss"][step]) for step in (2, 3, 5, 6))
 
 
 def test_a_short_run_is_drawn_point_by_point_with_labelled_axes_and_last_value():

@@ -47,7 +47,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
     config = {
         "pretrained": str(pretrained), "data": {"encoded": ""}, "dtype": "float32",
-        "steps": 100, "batch_size": 8,
+        "attention": "xla", "steps": 100, "batch_size": 8,
         "seed": 3, "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
         "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
         "objective": {"method": "r0plus"},
@@ -380,6 +380,9 @@ def test_an_export_replaces_only_an_export(runs, exported, pretrained, tmp_path)
     (precious / "README.md").write_text("my thesis", encoding="utf-8")
     with pytest.raises(InputError, match="not an earlier export, so --overwrite does not delete"):
         export.export(runs / "lora", precious, "peft", overwrite=True)
+    shutil.copy(ROOT / "README.md", precious)  # which tells how to export
+    with pytest.raises(InputError, match="not an earlier export, so --overwrite does not delete"):
+        export.export(runs / "lora", precious, "peft", overwrite=True)
     assert set(os.listdir(tmp_path)) == {"out", "precious"}
     # An earlier export may be what this run was trained on.
     again = tmp_path / "again"
@@ -478,6 +481,8 @@ def test_bad_input_is_one_line(runs, pretrained, tmp_path):
     moved = broken("moved", lambda config: config.update(pretrained="gone/away"))
     narrow = broken("narrow", lambda config: config["lora"].update(targets=r".*\.to_q"))
     foreign = broken("foreign", lambda config: config.pop("lora"))
+    typed = broken("typed", lambda config: config["sampler"].update(num_steps="4"))
+    folderless = broken("folderless", lambda config: config.update(pretrained=5))
     no_json = broken("no_json", dict)
     (tmp_path / "no_json" / "config.json").write_text("{", encoding="utf-8")
     listed, number, deep = (broken(name, dict) for name in ("listed", "number", "deep"))
@@ -503,6 +508,8 @@ def test_bad_input_is_one_line(runs, pretrained, tmp_path):
         (number, "config.json is not the config of a run"),
         (deep, "config.json is not the config of a run"),
         (foreign, "config.json has no lora.rank"),
+        (typed, "sampler.num_steps = '4' is not the config of an R0 run"),
+        (folderless, "pretrained = 5 is not the config of an R0 run"),
         (young, "young has no checkpoint yet"),
         (moved, "gone/away, the pretrained .* not there; say where it is now with --pretrained"),
         ([*moved, "--pretrained", tmp_path / "empty"], "model_index.json is missing"),

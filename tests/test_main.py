@@ -17,6 +17,7 @@ STEPS = 4
 
 RECIPE = """
 from configs import common
+from r0_jax import workdir as workdirs
 
 def get_config():
     config = common.get_config()
@@ -135,6 +136,14 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
     last = max(line["step"] for line in measured(workdir))
     assert max(checkpoints(workdir)) == last
     assert f"stopped at step {last}" in stderr
+
+
+def test_two_runs_do_not_share_a_folder(world, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "w")
+    with workdirs.alone(tmp_path / "w"):
+        error = one_line_error(start(world, tmp_path / "w"))
+        assert f"another process is training in {tmp_path / 'w'}" in error
+    assert start(world, tmp_path / "w", "--config.test.prompts=").returncode == 0
 
 
 def test_a_run_ends_early_when_the_held_out_reward_no_longer_grows(world, tmp_path):

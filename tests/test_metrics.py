@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from r0_jax.errors import InputError
-from r0_jax.metrics import MetricWriter, RunningMean, Throughput
+from r0_jax.metrics import MetricWriter, Throughput
 
 
 def read(folder):
@@ -183,16 +183,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
         writer.write(1, {"x": 1.0})
         writer.write_images(1, {"x": np.zeros((2, 2, 3), np.uint8)})
     assert not os.listdir(tmp_path)
-
-
-def test_running_mean():
-    mean = RunningMean()
-    assert mean.take() == {}
-    mean.add({"a": jnp.float32(1.0), "b": 10.0})
-    mean.add({"a": 2.0})
-    assert mean.take() == {"a": 1.5, "b": 10.0}
-    mean.add({"a": 4.0})
-    assert mean.take() == {"a": 4.0}
 
 
 def test_throughput_forgets_compilation_and_pauses():

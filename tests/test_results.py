@@ -17,7 +17,7 @@ def evaluation(accuracy, distance, seed=0, prompts=2):
                                      [0.5 * distance, 2 * distance]}}
 
     return {"models": {"base_25_guided": model(1), "r0_4": model(0.5)}, "prompts": prompts,
-            "seed": seed}
+            "seed": seed, "checkpoint": "step 4", "test": {"num_prompts": prompts}}
 
 
 def test_seeds_are_pooled_and_their_intervals_joined():
@@ -41,9 +41,8 @@ def run(tmp_path, monkeypatch):
     """A folder of a finished run, and its config."""
     monkeypatch.setattr(checkpoint, "steps", lambda folder: [4])
     monkeypatch.setattr(workdir, "check_same_run", lambda folder, config: "")
-    (tmp_path / "prompts.txt").write_text("a\nb\nc\n", encoding="utf-8")
-    return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {
-        "prompts": str(tmp_path / "prompts.txt"), "num_prompts": 2}})
+    monkeypatch.setattr(results.run, "choose_step", lambda folder: 4)
+    return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
 
 
 @pytest.mark.parametrize("text, said", [
@@ -51,6 +50,8 @@ def run(tmp_path, monkeypatch):
     (json.dumps(evaluation(0.8, None)), True),  # measured, and not finite
     (json.dumps(evaluation(0.8, 1.0, seed=1)), False),
     (json.dumps(evaluation(0.8, 1.0, prompts=3)), False),
+    (json.dumps(evaluation(0.8, 1.0) | {"checkpoint": "step 2"}), False),
+    (json.dumps({k: v for k, v in evaluation(0.8, 1.0).items() if k != "test"}), False),
     (json.dumps(evaluation(0.8, 1.0))[:-40], False),
     ("", False), ("[]", False), ('{"prompts": 2}', False), ("null", False),
     ('{"models": {"r0_4": null}, "prompts": 2}', False)])

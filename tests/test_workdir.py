@@ -113,3 +113,24 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     assert workdir.check_same_run(tmp_path / "b", config()) == digest
     assert not (tmp_path / "b").exists()
+
+
+def test_a_config_that_is_a_folder_or_too_deep_is_named(tmp_path):
+    path = begun(tmp_path) / "config.json"
+    path.write_text("[" * 100_000, "utf-8")
+    with pytest.raises(InputError, match="is no JSON; bring it back"):
+        workdir.check_same_run(tmp_path, config())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="is a folder; bring it back"):
+        workdir.check_same_run(tmp_path, config())
+
+
+def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with workdir.alone(folder):
+        with pytest.raises(InputError, match="another process is training in"), \
+                workdir.alone(folder):
+            pass
+    with workdir.alone(folder):  # free again
+        pass

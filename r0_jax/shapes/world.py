@@ -21,6 +21,13 @@ def check_prompts(prompts: Sequence[str], source: str) -> None:
                              "the judge cannot look for it; leave it out or set test.world to ''")
 
 
+def check_shape(shape: Sequence[int]) -> None:
+    """InputError unless images of [h, w, 3] are square, as scenes are."""
+    if shape[0] != shape[1]:
+        raise InputError(f"the pipeline draws images of {shape[0]} x {shape[1]} pixels, and scenes "
+                         "are square: set sample_size in its config, or test.world to ''")
+
+
 def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
                   ) -> dict[str, Any]:
     """judge_accuracy, of all and by language (Chinese: not ASCII), and by attribute."""
