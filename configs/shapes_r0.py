@@ -28,6 +28,7 @@ def get_config(method: str = "r0") -> ConfigDict:
     with config.unlocked():
         config.rewards.clip_score = common.reward_entry("clip_score", path=clip)
         config.rewards.preference = common.reward_entry("clip_score", path=preference)
+        # Only measured, and a judge of the preference model's own features.
         config.heldout_rewards.aesthetic = common.reward_entry("aesthetic", path=preference,
                                                                head=head)
         config.heldout_rewards.heldout_clip = common.reward_entry(
