@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import tiny
 
+from r0_jax import workdir as workdirs
+
 ROOT = Path(__file__).parent.parent
 STEPS = 4
 
 RECIPE = """
 from configs import common
-from r0_jax import workdir as workdirs
 
 def get_config():
     config = common.get_config()
@@ -245,7 +246,7 @@ def test_neither_torch_nor_tensorflow_is_imported(world, tmp_path):
 
 def test_signs_of_hacking_are_logged_and_an_overlap_is_told(world):
     said = (world / "stderr.txt").read_text("utf-8")
-    assert "the held-out reward heldout has the weights of clip_score" in said
+    assert "the held-out reward heldout is clip_score again, which is trained on" in said
     lines = (world / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()
     signs = [{name: value for name, value in json.loads(line).items()
               if name.startswith("hacking/")} for line in lines]
