@@ -73,6 +73,8 @@ def text_encoder() -> ConfigDict:
     """Taught to name what a caption says; frozen from then on."""
     return training(
         seed=6, steps=1500, batch_size=128, learning_rate=1e-3, weight_decay=0.01,
+        # As transformers will compute, beside a UNet that diffusers loads in float32 anyway.
+        store_dtype="float32",
         network={
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
             "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,

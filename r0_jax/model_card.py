@@ -77,8 +77,8 @@ trained.
 def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
     pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
     scheduler = run.scheduler_config["_class_name"]
-    options = "" if dtype == "float32" else f", dtype=torch.{dtype}"
-    lines = ["import torch"] if options else []
+    # Said for float32 too: transformers would keep text encoders in their files' dtype.
+    lines, options = ["import torch"], f", dtype=torch.{dtype}"
     options += "".join(f", {name}=None" for name in run.left_out)
     if form != "diffusers":
         file = f', weight_name="{name}.safetensors"' if form == "kohya" else ""

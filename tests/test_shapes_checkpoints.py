@@ -45,8 +45,7 @@ def test_stock_diffusers_draws_the_same_images(pipeline):
     noise, keys = fixed_noise(3, len(FOUR), pipeline.latent_shape)
     sampler = ImageSampler(pipeline, schedulers.from_config(pipeline.scheduler_config, 4), 2.0)
     ours = np.asarray(sampler(lazy.place(pipeline.params), pipeline.tokenize(FOUR), noise, keys))
-    stock = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINTS / "pipeline",
-                                                              dtype=torch.float32)
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINTS / "pipeline")
     stock.set_progress_bar_config(disable=True)
     theirs = stock(FOUR, num_inference_steps=4, guidance_scale=2.0, output_type="np",
                    latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())).images
