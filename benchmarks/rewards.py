@@ -1,7 +1,7 @@
 """The reward towers here and in PyTorch, side by side in one run: forward, and image gradient.
 
     python -m benchmarks.rewards --dtype=bfloat16 --batch_size=32            # an accelerator
-    python -m benchmarks.rewards --layers=2 --batch_size=2                   # two CPU cores
+    python -m benchmarks.rewards --batch_size=2 --repeats=3                  # two CPU cores
 
 Both sides compute the same random weights on the same images, on the same device where torch has
 it, without lower precision than the dtype says; the table also says how far their numbers are
