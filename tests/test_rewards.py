@@ -475,6 +475,26 @@ def test_features_of_a_prompt_are_computed_once(monkeypatch):
     assert asked[2:] == [["dddd"], ["a"]]
 
 
+@pytest.mark.parametrize("images, prompts, said", [
+    (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], "dtype uint8 cannot be scored"),
+    (np.zeros((4, 4, 3), np.float32), ["a"], r"shape \(4, 4, 3\) .* give \[B, h, w, 3\]"),
+    (np.zeros((2, 3, 4, 4), np.float32), ["a", "b"], r"shape \(2, 3, 4, 4\)"),
+    (np.zeros((2, 4, 4, 3), np.float32), ["a"], "2 images and 1 prompts"),
+    (np.zeros((1, 4, 4, 3), np.float32), "a", "1 images and one text: give a list"),
+    ([[0.5]], ["a"], "dtype object cannot be scored")])
+def test_a_call_that_would_be_misunderstood(images, prompts, said):
+    # By itself: in tests the annotations of the calls would be checked first.
+    with pytest.raises(InputError, match=said):
+        reward_module._check_call(images, prompts)
+
+
+def test_a_call_has_one_prompt_an_image():
+    reward = Reward("x", {}, lambda params, images, features: mean(images), None)
+    for call in (reward.__call__, reward.value_and_grad):
+        with pytest.raises(InputError, match="2 images and 3 prompts"):
+            call(np.zeros((2, 4, 4, 3), np.float32), ["a", "b", "c"])
+
+
 def test_the_check_passes_weights_as_arguments():
     """A tower's weights as constants of the program would take minutes to compile."""
     seen = []

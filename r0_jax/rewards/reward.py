@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +54,17 @@ class Reward:
 
     def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                  prompts: Sequence[str]) -> Float[Array, " b"]:
-        """One float32 score an image in [0, 1]; jitted, compiled once a shape."""
+        """One float32 score an image in [0, 1]; jitted, compiled once a shape. InputError unless
+        there is a prompt an image."""
+        _check_call(images, prompts)
         return self._score(self._placed, jnp.asarray(images), self._features(prompts))
 
     def value_and_grad(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
                        prompts: Sequence[str]
                        ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
-        """Scores, and each image's gradient of its own score; jitted, compiled once a shape."""
+        """Scores, and each image's gradient of its own score; jitted, compiled once a shape.
+        InputError unless there is a prompt an image."""
+        _check_call(images, prompts)
         return self._value_and_grad(self._placed, jnp.asarray(images), self._features(prompts))
 
     def truncated_share(self, prompts: Sequence[str]) -> float | None:
@@ -110,6 +115,17 @@ class Reward:
     def _value_and_grad(self):
         return jax.jit(lambda params, images, features: value_and_gradient(
             lambda x: self.score(params, x, features), images))
+
+
+def _check_call(images: Any, prompts: Any) -> None:
+    """InputError for what would be scored, but wrongly, or fail in words of JAX."""
+    shape, dtype = np.shape(images), getattr(images, "dtype", np.dtype(object))
+    if len(shape) != 4 or shape[-1] != 3 or not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"images of shape {shape} and dtype {dtype} cannot be scored: give "
+                         "[B, h, w, 3] of floating-point numbers in [0, 1]")
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise InputError(f"{len(images)} images and {given}: give a list of one prompt an image")
 
 
 def not_loaded(name: str) -> Callable[[Params, Sequence[str]], np.ndarray]:
