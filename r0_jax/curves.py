@@ -22,8 +22,9 @@ _TEXT, _RULE, _LINE = _COLOURS
 def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
     """{metric: {step: value}} of a metrics.jsonl, and how many lines could not be read.
 
-    A step written again after a resume replaces the first. Values that are null, NaN or endless
-    are kept as NaN. A killed run leaves half a line at the end: it is counted, not fatal.
+    A step written again after a resume replaces the first. Values that are null, NaN, infinite
+    or beyond any axis are kept as NaN. A killed run leaves half a line at the end: it is counted,
+    not fatal.
     """
     series, unreadable = {}, 0
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -61,14 +61,13 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
 
 def remove(folder: Path) -> None:
     """Removes what `prepare` made; InputError for a folder that is something else."""
+    away = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(away, ignore_errors=True)  # of a kill
     if folder.exists():
         if not data.is_ours(folder):
             raise InputError(f"{folder} is in the way, and not a run's prompts: move it, or give "
                              "another --workdir")
-        # In one step: half of it would be known as nobody's.
-        away = folder.with_name(f"{folder.name}.removed")
-        shutil.rmtree(away, ignore_errors=True)
-        folder.rename(away)
+        folder.rename(away)  # in one step: half of it would be known as nobody's
         shutil.rmtree(away, ignore_errors=True)
 
 

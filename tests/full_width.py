@@ -349,27 +349,21 @@ SD3_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv"
 BIG_G_TEXT = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
               "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
               "eos_token_id": 2}
+def _unet(name: str, inputs: Callable[[], tuple], there=_unet_there, here=_unet_here) -> Case:
+    return Case("diffusers", _diffusers("UNet2DConditionModel", lambda: config_of(name)),
+                _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
+                         lambda: config_of(name)), inputs, there, here)
+
+
 LAST = ("last_hidden_state", "last_hidden_state")
 
 GENERATORS = {
-    "sd15_unet": Case(
-        "diffusers", _diffusers("UNet2DConditionModel", lambda: config_of("sd-v1-5-unet")),
-        _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
-                 lambda: config_of("sd-v1-5-unet")),
-        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768)), _unet_there, _unet_here),
-    "lcm_unet": Case(
-        "diffusers", _diffusers("UNet2DConditionModel",
-                                lambda: config_of("lcm-dreamshaper-v7-unet")),
-        _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
-                 lambda: config_of("lcm-dreamshaper-v7-unet")),
-        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)),
-        _lcm_there, _lcm_here),
-    "sdxl_unet": Case(
-        "diffusers", _diffusers("UNet2DConditionModel", lambda: config_of("sdxl-base-1.0-unet")),
-        _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
-                 lambda: config_of("sdxl-base-1.0-unet")),
-        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 2048), normal(2, 1, 1280)),
-        _unet_there, _unet_here),
+    "sd15_unet": _unet("sd-v1-5-unet",
+                       lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768))),
+    "lcm_unet": _unet("lcm-dreamshaper-v7-unet", lambda: (
+        normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)), _lcm_there, _lcm_here),
+    "sdxl_unet": _unet("sdxl-base-1.0-unet", lambda: (
+        normal(0, 1, 16, 16, 4), normal(1, 1, 77, 2048), normal(2, 1, 1280))),
     "sd3_transformer": Case(
         "diffusers", _diffusers("SD3Transformer2DModel",
                                 lambda: config_of("sd3-medium-transformer")),

@@ -2,14 +2,18 @@
 
 import json
 import os
+import tempfile
+import types
 
+import jax
 import pytest
 import tiny
 from test_export import check_refusals, write_run
 
 from configs import common
-from r0_jax import run
+from r0_jax import evaluate, run, train
 from r0_jax.errors import InputError
+from r0_jax.shapes import world
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,39 @@ def test_where_results_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(InputError, match=f"a/b: {tmp_path} is not writable"):
         run.check_writable(tmp_path / "a" / "b")
+
+
+def test_scenes_are_square():
+    world.check_shape((96, 96, 3))
+    with pytest.raises(InputError, match="images of 64 x 96 pixels"):
+        world.check_shape((64, 96, 3))
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        train.enable_compilation_cache(common.get_config())
+        assert jax.config.jax_compilation_cache_dir.startswith(tempfile.gettempdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys):
+    """Its attention, which this machine has not; and its report is made anew."""
+    seen, fields = [], {"workdir": str(folder / "run"), "prompts": "p.txt", "num_prompts": None,
+                        "pretrained": None, "seed": None, "step": "", "pipeline": None, "out": None,
+                        "overwrite": False}
+    config = run.read_config(folder / "run")
+    config.attention = "cudnn"
+    monkeypatch.setattr(evaluate.run, "read_config", lambda workdir: config)
+    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields))
+    monkeypatch.setattr(evaluate, "evaluate_run",
+                        lambda folder, config, step: seen.append(config.attention))
+    monkeypatch.setattr(evaluate.report, "print_table", lambda table: None)
+    monkeypatch.setattr(evaluate.report, "write_report", lambda folder: "anew")
+    with pytest.warns(UserWarning, match="computed by 'xla': .*needs an NVIDIA GPU"):
+        evaluate.main([])
+    assert seen == ["xla"] and "report: anew" in capsys.readouterr().out

@@ -101,7 +101,8 @@ def test_a_run_leaves_what_it_promises(world):
         "step_000000.png", "step_000002.png", "step_000004.png"}
     assert (whole / "report.html").stat().st_size > 10_000
     assert json.loads((whole / "config.json").read_text())["steps"] == STEPS
-    assert list((whole / "tensorboard").iterdir())
+    [events] = (whole / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"\x89PNG") == 3  # the grids of steps 0, 2, 4
     assert STEPS in checkpoints(whole)
 
 

@@ -143,6 +143,13 @@ def test_wandb_is_asked_for(tmp_path, monkeypatch):
     assert calls[1:4] == [(1, {"x": 2.0}), (1, {"grid": (2, 3, 3)}), "end"]
     assert calls[0]["id"] == calls[4]["id"] and calls[0]["resume"] == "allow"
 
+    def no_login(**kwargs):
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(fake, "init", no_login)
+    with pytest.raises(InputError, match=r"api_key not configured \(no-tty\).*wandb=False"):
+        MetricWriter(tmp_path, tensorboard=False, wandb=True)
+
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
