@@ -26,6 +26,13 @@ def get_config() -> ConfigDict:
     # TPUs. The last two never hold the weights of all pairs of pixels. A layer that one of them
     # cannot do, such as the VAE's under cudnn, goes by xla; so do the reward models.
     config.attention = "xla"
+    # What the backward pass computes again instead of keeping it: "blocks", each resnet and each
+    # transformer block from its input, the least memory; "calls", each call of the generator as a
+    # whole, whose activations it then holds at once; "none", for small networks.
+    config.remat = "calls"
+    # Compile identical blocks that follow each other (a transformer's) once, as a loop: large
+    # networks compile several times faster, and run about as fast; small ones run slower on CPU.
+    config.scan_blocks = False
     # Seed of everything random: adapters, the order of prompts, noise, eta.
     config.seed = 0
 
@@ -69,8 +76,8 @@ def get_config() -> ConfigDict:
     # Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3, in diffusers' format. "" is the pipeline's
     # own VAE, which draws all samples and evaluations in any case.
     config.objective.decoder = ""
-    # Compile these calls one after the other instead of as a loop, and keep their activations: the
-    # same numbers. For small networks on CPU, where the gradient of a loop is many times slower.
+    # Compile these calls one after the other instead of as a loop: the same numbers. For small
+    # networks on CPU, where the gradient of a loop is many times slower.
     config.objective.unroll = False
     # "per_sample": each reward's image gradient is divided by its own norm; "running_std": by the
     # standard deviation of the reward's scores over the last steps; "none": plain sum.

@@ -16,6 +16,7 @@ from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
 from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 
+REMATS = ("blocks", "calls", "none")
 # Field -> least and most of its numbers; what has checks of its own is not here.
 RANGES = {
     "seed": (0, 2**32 - 1), "steps": (1, math.inf), "log_every": (1, math.inf),
@@ -51,6 +52,9 @@ def check_config(config: ConfigDict) -> None:
     if config.objective.method not in ("r0", "r0plus"):
         raise InputError(f"objective.method={config.objective.method!r} is unknown; "
                          "use 'r0' or 'r0plus'")
+    if config.remat not in REMATS:
+        raise InputError(f"remat={config.remat!r} is unknown; use "
+                         f"{', '.join(map(repr, REMATS))}")
     for field, known in (("normalization", NORMALIZATIONS), ("conflicts", CONFLICTS)):
         if config.objective[field] not in known:
             raise InputError(f"objective.{field}={config.objective[field]!r} is unknown; "

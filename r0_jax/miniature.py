@@ -256,9 +256,11 @@ def random_params(network: Network, seed: int) -> Params:
     return params
 
 
-def write_tokenizer(folder: Path, kind: str, pad: str) -> None:
-    """Writes a tokenizer that knows the words of `PROMPTS` and reads any text."""
-    special = {"pad_token": pad, "model_max_length": TOKENS, "tokenizer_class": kind}
+def write_tokenizer(folder: Path, kind: str, pad: str, length: int = TOKENS,
+                    words: int = 0) -> None:
+    """Writes a tokenizer that knows the words of `PROMPTS` and reads any text, of `length` tokens;
+    BERT's vocabulary is filled up to so many `words`."""
+    special = {"pad_token": pad, "model_max_length": length, "tokenizer_class": kind}
     if kind == "CLIPTokenizer":
         vocab, merges = _clip_vocabulary()
         _write_json(folder / "vocab.json", vocab)
@@ -267,6 +269,7 @@ def write_tokenizer(folder: Path, kind: str, pad: str) -> None:
     elif kind == "BertTokenizer":
         folder.mkdir(parents=True, exist_ok=True)
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS, *_CHARACTERS]
+        tokens += [f"[unused{i}]" for i in range(len(tokens), words)]
         (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
         special |= {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                     "mask_token": "[MASK]", "do_lower_case": True}

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import few_step, sampler
 from r0_jax.generator import Generator
+from r0_jax.models import repeat
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.pipelines.tiny_decoder import TinyDecoder
@@ -50,6 +51,7 @@ class Objective:
         self.num_steps = config.sampler.num_steps
         self.grid = few_step.grid(pipeline.scheduler_config, self.num_steps)
         self.table = few_step.noise_levels(pipeline.scheduler_config)
+        self.repeat = repeat.Repeat(scan=config.scan_blocks, remat=config.remat == "blocks")
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
     def draw_last(self, key: jax.Array) -> jax.Array | int:
@@ -68,6 +70,10 @@ class Objective:
         and "features/<reward>" [B, D] for rewards that read prompts.
         spreads: of each reward's scores, for objective.normalization = "running_std".
         """
+        with repeat.use(self.repeat):
+            return self._loss(params, frozen, batch, keys, last, spreads)
+
+    def _loss(self, params, frozen, batch, keys, last, spreads):
         rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
                          for tag in (_ROLLOUT, _REGULARIZERS))
         conditioning = self.pipeline.encode_prompt(frozen, batch)
@@ -104,7 +110,8 @@ class Objective:
             denoiser(weights), denoiser(lax.stop_gradient(weights)), self.grid,
             sampler.normal(keys, _NOISE, self.pipeline.latent_shape), rolled, last=last,
             grad_steps=self.grad_steps, random_eta=self.config.sampler.random_eta,
-            eta=self.config.sampler.eta, unroll=self.config.objective.unroll)
+            eta=self.config.sampler.eta, unroll=self.config.objective.unroll,
+            remat=self.config.remat == "calls")
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
         def base(latents, timesteps, prompted: bool):

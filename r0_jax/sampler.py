@@ -69,19 +69,21 @@ def rollout(
     random_eta: bool,
     eta: float,
     unroll: bool = False,
+    remat: bool = True,
 ) -> Trajectory:
     """Runs steps 0 to `last` of the grid; gradients flow through the last `grad_steps` of them.
 
     R0 is last = K - 1 with grad_steps = K; R0+ is a random `last` with grad_steps = 1, and only
-    the steps up to it are run. Each step with gradient is rematerialized, so that memory holds
-    one network evaluation and K latents; but see `unroll`.
+    the steps up to it are run.
 
     Args:
       denoise_frozen: the same network with the gradient stopped at its parameters.
       last: may be traced; at least grad_steps - 1.
       random_eta: each step of each sample draws eta ~ U[0, 1]; otherwise all take `eta`.
-      unroll: write the steps with gradient one after the other instead of as a loop, and keep
-        their activations: the same numbers, faster on CPU.
+      unroll: write the steps with gradient one after the other instead of as a loop: the same
+        numbers, faster on CPU.
+      remat: each step with gradient is computed again in the backward pass, so that memory holds
+        one network evaluation and K latents.
     """
     batch, *shape = noise.shape
     eta_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (0, 1))
@@ -100,7 +102,7 @@ def rollout(
         after, x0 = advance(denoise, latents, i)
         return after, (latents, x0)
 
-    _, (inputs, predictions) = lax.scan(graded if unroll else jax.checkpoint(graded),
+    _, (inputs, predictions) = lax.scan(jax.checkpoint(graded) if remat else graded,
                                         lax.stop_gradient(latents),
                                         first + jnp.arange(grad_steps), unroll=unroll)
     return Trajectory(

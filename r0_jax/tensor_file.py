@@ -110,12 +110,13 @@ def _name(code: str) -> str:
 
 
 class Tensor(NamedTuple):
-    """What is to be written: `value` makes the array of that shape and dtype when it is due."""
+    """What is to be written: `value` makes the array of that shape and dtype when it is due; None
+    stands for zeros, which then take no room on disk."""
 
     key: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    value: Callable[[], Shaped[np.ndarray, "..."]]
+    value: Callable[[], Shaped[np.ndarray, "..."]] | None
 
     @property
     def size(self) -> int:
@@ -146,6 +147,9 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
         with file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors:
+                if tensor.value is None:
+                    file.truncate(file.seek(tensor.size, os.SEEK_CUR))
+                    continue
                 value = np.ascontiguousarray(tensor.value())
                 if (value.dtype, value.size) != (tensor.dtype, math.prod(tensor.shape)):
                     raise ValueError(f"{tensor.key} is {value.dtype}{value.shape}, announced were "

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,32 +27,25 @@ from r0_jax import (
     encoded_prompts,
     host_memory,
     lazy,
-    lora,
-    optim,
+    program,
     prompt_dataset,
     report,
     rewards,
     schedulers,
     sharding,
     testbed,
-    train_state,
     workdir,
 )
 from r0_jax.early_stop import EarlyStop
 from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
-from r0_jax.generator import Generator
 from r0_jax.metrics import MetricWriter, Throughput
-from r0_jax.models import attention_backend
-from r0_jax.network import Params
-from r0_jax.objective import Objective
-from r0_jax.pipelines import families, tiny_decoder
+from r0_jax.pipelines import families
 from r0_jax.progress import TrainingProgress
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
 from r0_jax.stop_signal import Stopped, StopSignal
 from r0_jax.train_state import TrainState
-from r0_jax.train_step import make_train_step
 from r0_jax.validation import Validation
 
 console = Console(stderr=True)
@@ -90,9 +82,6 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
         check_encoded(encoded, config)
-    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
-    decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
-               if config.objective.decoder else None)
     if config.test.prompts:  # too many steps for the base would show when the training is over
         schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(config.rewards, pipeline, config, encoded, trained=True)
@@ -102,13 +91,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
         if reward.same_weights(other) or (names[0] and names[0] == names[1]):
             warnings.warn(f"the held-out reward {other.name} is {reward.name} again, "
                           "which is trained on: it will not show reward hacking", stacklevel=2)
-    base_part = pipeline.generator_part
-    shapes = pipeline.networks[base_part].shapes
-    if config.lora.rank:
-        lora.check_rank(shapes, config.lora.targets, config.lora.rank)
-    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
-                          pipeline.fixed)
-    objective = Objective(pipeline, generator, trained_on, config, decoder)
+    built = program.build(config, mesh, pipeline, trained_on)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
     held.enter_context(workdir.alone(folder))
@@ -130,20 +113,9 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
                                  encoded_prompts.columns_of(pipeline, trained_on))
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
-    # Shapes, then shardings: optimizer state and EMA follow their parameter.
-    optimizer = optim.make_optimizer(config, config.regularizers.langevin.weight)
-    spread_of = ([r.name for r in trained_on] if config.objective.normalization == "running_std"
-                 else [])
-
-    def init(base: Params) -> TrainState:
-        params = generator.init(jax.random.key(config.seed), base, shapes)
-        return train_state.init(params, optimizer, spread_of)
-
-    frozen = place_frozen(pipeline, trained_on, decoder, mesh, config)
-    abstract = jax.eval_shape(init, frozen["base"])
-    state_sharding = sharding.state_sharding(abstract, mesh, config.sharding)
-    console.print(f"{parameter_overview.count_parameters(abstract.params):,} trained parameters",
-                  highlight=False)
+    frozen = lazy.place(built.frozen, built.frozen_sharding)
+    trained = parameter_overview.count_parameters(built.abstract_state.params)
+    console.print(f"{trained:,} trained parameters", highlight=False)
 
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints,
                                          config.best_metric or None, "max", config_digest)
@@ -151,17 +123,13 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
         # 1. A checkpoint in the run's folder: continue from the newest whole one.
         # 2. None: start from the pretrained weights.
         if started:
-            target = sharding.with_sharding(abstract, state_sharding)
-            state, _ = checkpoints.restore(target)
+            state, _ = checkpoints.restore(built.abstract_state)
         else:
-            state = jax.jit(init, out_shardings=state_sharding)(frozen["base"])
-        step_fn = jax.jit(make_train_step(objective, optimizer, config, mesh),
-                          out_shardings=(state_sharding, sharding.replicated(mesh)),
-                          donate_argnums=0)
-        validation = Validation(config, folder, pipeline, generator, trained_on + heldout, frozen,
-                                {r.name for r in heldout}, mesh)
+            state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
+        validation = Validation(config, folder, built.pipeline, built.generator,
+                                trained_on + heldout, frozen, {r.name for r in heldout}, mesh)
         with stop.deferred():
-            return loop(config, folder, state, started, step_fn, frozen,
+            return loop(config, folder, state, started, built.step, frozen,
                         functools.partial(device_batches, read, config, mesh), validation,
                         checkpoints, stop)
 
@@ -204,21 +172,6 @@ def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
         plugin.check(reward, pipeline.image_shape, trained, features)
         loaded.append(reward)
     return loaded
-
-
-def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyDecoder | None,
-                 mesh: Mesh, config: ConfigDict) -> dict[str, Any]:
-    """What is never trained, on the devices: the objective's `frozen`."""
-    def place(params: Params) -> Params:
-        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-        return lazy.place(params, sharding.param_sharding(shapes, mesh, config.sharding))
-
-    parts = {part: place(params) for part, params in pipeline.params.items()}
-    parts["base"] = parts.pop(pipeline.generator_part)
-    if decoder:
-        parts["decoder"] = place(decoder.params)
-    empty = jax.device_put(pipeline.empty, sharding.replicated(mesh))
-    return {**parts, "rewards": {r.name: place(r.params) for r in trained_on}, "empty": empty}
 
 
 def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, step_fn, frozen,

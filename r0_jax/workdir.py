@@ -21,8 +21,8 @@ from r0_jax.images import write_bytes
 # without a decay of the learning rate towards it.
 HARMLESS = frozenset(
     {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
-     "mesh", "accumulation", "sharding", "attention", "keep_checkpoints", "max_skipped_in_a_row",
-     "early_stop", "test", "compilation_cache"}
+     "mesh", "accumulation", "sharding", "attention", "remat", "scan_blocks", "keep_checkpoints",
+     "max_skipped_in_a_row", "early_stop", "test", "compilation_cache"}
 )  # fmt: skip
 
 

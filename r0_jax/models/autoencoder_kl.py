@@ -13,6 +13,7 @@ from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import Attention
 from r0_jax.models.normalization import GroupNorm
+from r0_jax.models.repeat import repeat
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
 
 _EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's is 1e-5
@@ -87,10 +88,11 @@ class MidBlock(nnx.Module):
                 channels, norm_num_groups=config.norm_num_groups, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x = self.resnets[0](x)
+        first, second = self.resnets
+        x = repeat([first], lambda resnet, x: resnet(x), x)
         if self.has_attention:
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+            x = repeat(self.attentions, lambda attention, x: attention(x), x)
+        return repeat([second], lambda resnet, x: resnet(x), x)
 
 
 class DownEncoderBlock2D(nnx.Module):
@@ -102,8 +104,7 @@ class DownEncoderBlock2D(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(outputs, padding=0, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        for resnet in self.resnets:
-            x = resnet(x)
+        x = repeat(self.resnets, lambda resnet, x: resnet(x), x)
         return self.downsamplers[0](x) if self.downsamples else x
 
 
@@ -116,8 +117,7 @@ class UpDecoderBlock2D(nnx.Module):
             self.upsamplers = nnx.List([Upsample2D(outputs, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        for resnet in self.resnets:
-            x = resnet(x)
+        x = repeat(self.resnets, lambda resnet, x: resnet(x), x)
         return self.upsamplers[0](x) if self.upsamples else x
 
 

@@ -13,6 +13,7 @@ from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
 from r0_jax.models.normalization import LayerNorm
+from r0_jax.models.repeat import repeat
 
 # Another type may count its positions otherwise (roberta: from pad_token_id + 1).
 _ONLY = {"model_type": ("bert",), "position_embedding_type": ("absolute",), "is_decoder": (False,),
@@ -140,9 +141,7 @@ class BertEncoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b t"] | None = None,
                  context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
-        for layer in self.layer:
-            x = layer(x, mask, context)
-        return x
+        return repeat(self.layer, lambda layer, x: layer(x, mask, context), x)
 
 
 class BertPooler(nnx.Module):

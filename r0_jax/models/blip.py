@@ -17,6 +17,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.bert import BertConfig, BertEmbeddings, BertEncoder
 from r0_jax.models.normalization import LayerNorm
+from r0_jax.models.repeat import repeat
 from r0_jax.models.score_mlp import ScoreMLP
 
 _EPS = 1e-6
@@ -117,9 +118,7 @@ class BLIPVisionTransformer(nnx.Module):
         x = self.patch_embed(images)
         token = jnp.broadcast_to(self.cls_token.get_value(), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed.get_value()
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(repeat(self.blocks, lambda block, x: block(x), x))
 
 
 class MEDBert(nnx.Module):

@@ -15,6 +15,7 @@ from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
 from r0_jax.models.normalization import LayerNorm
+from r0_jax.models.repeat import repeat
 
 
 def _parse(cls, fields: Mapping[str, Any], tower: str):
@@ -141,9 +142,8 @@ class CLIPEncoder(nnx.Module):
                          ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
         """The last block's output, and what went into that block."""
         *first, last = self.layers
-        for layer in first:
-            x = layer(x)
-        return last(x), x
+        x = repeat(first, lambda layer, x: layer(x), x)
+        return repeat([last], lambda layer, x: layer(x), x), x
 
 
 class CLIPTextEmbeddings(nnx.Module):

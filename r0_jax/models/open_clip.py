@@ -19,6 +19,7 @@ from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
 from r0_jax.models.normalization import LayerNorm
+from r0_jax.models.repeat import repeat
 
 _EPS = 1e-5
 
@@ -157,9 +158,7 @@ class Transformer(nnx.Module):
             for _ in range(cfg.layers)])
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        for block in self.resblocks:
-            x = block(x)
-        return x
+        return repeat(self.resblocks, lambda block, x: block(x), x)
 
 
 class VisionTransformer(nnx.Module):

@@ -15,6 +15,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
+from r0_jax.models.repeat import repeat
 
 # Another type has other biases (umt5: one table a layer); a decoder's look back only.
 _ONLY = {"model_type": ("t5",), "is_decoder": (False,)}
@@ -164,8 +165,7 @@ class T5Stack(nnx.Module):
         mask = None if attention_mask is None else attention_mask != 0
         # The first block's, for all of them.
         bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
-        for block in self.block:
-            x = block(x, bias, mask)
+        x = repeat(self.block, lambda block, x: block(x, bias, mask), x)
         return self.final_layer_norm(x)
 
 

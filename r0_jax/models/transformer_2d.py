@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from r0_jax.models.attention import Attention, FeedForward
 from r0_jax.models.normalization import GroupNorm, LayerNorm
+from r0_jax.models.repeat import repeat
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -57,6 +58,5 @@ class Transformer2DModel(nnx.Module):
                  prompt_embeds: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
         b, h, w, _ = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, -1)  # [B, H W, C]
-        for block in self.transformer_blocks:
-            hidden = block(hidden, prompt_embeds)
+        hidden = repeat(self.transformer_blocks, lambda block, x: block(x, prompt_embeds), hidden)
         return x + self.proj_out(hidden.reshape(b, h, w, -1))

@@ -14,6 +14,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.attention import GELU, FeedForward, Placeholder, dot_product_attention
 from r0_jax.models.embeddings import TimestepEmbedding, sinusoidal
 from r0_jax.models.normalization import LayerNorm
+from r0_jax.models.repeat import repeat
 
 _EPS = 1e-6  # of every norm
 _SINUSOIDS = 256  # channels of the timestep's
@@ -309,6 +310,6 @@ class SD3Transformer2DModel(nnx.Module):
         b, h, w, width = tokens.shape
         conditioning = self.time_text_embed(timesteps, pooled_prompt_embeds)
         x, context = tokens.reshape(b, h * w, width), self.context_embedder(prompt_embeds)
-        for block in list(self.transformer_blocks)[:blocks]:
-            x, context = block(x, context, conditioning)
+        x, _ = repeat(list(self.transformer_blocks)[:blocks],
+                      lambda block, pair: block(*pair, conditioning), (x, context))
         return x.reshape(b, h, w, width), conditioning

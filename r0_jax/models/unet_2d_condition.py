@@ -14,6 +14,7 @@ from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.embeddings import TimestepEmbedding, embed, sinusoidal
 from r0_jax.models.normalization import GroupNorm
+from r0_jax.models.repeat import repeat
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
 from r0_jax.models.transformer_2d import Transformer2DModel
 
@@ -183,7 +184,7 @@ class _Block(nnx.Module):
                 for (_, outputs), depth in zip(widths, depths, strict=False)])
 
     def layer(self, i: int, x, time_embedding, prompt_embeds):
-        x = self.resnets[i](x, time_embedding)
+        x = repeat([self.resnets[i]], lambda resnet, x: resnet(x, time_embedding), x)
         return self.attentions[i](x, prompt_embeds) if self.attends else x
 
 
@@ -238,7 +239,9 @@ class MidBlock(_Block):
 
     def __call__(self, x, time_embedding, prompt_embeds):
         x = self.layer(0, x, time_embedding, prompt_embeds)
-        return self.resnets[1](x, time_embedding) if self.attends else x
+        if self.attends:
+            x = repeat([self.resnets[1]], lambda resnet, x: resnet(x, time_embedding), x)
+        return x
 
 
 def _class_embedding(config: UNet2DConditionConfig, rngs: nnx.Rngs) -> nnx.Module | None:

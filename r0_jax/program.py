@@ -1,0 +1,107 @@
+"""What a config trains, put together: networks, rewards, objective, optimizer and the jitted step.
+
+Nothing of it is on a device: `train` places it and runs it, `plan` only compiles it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from r0_jax import lora, optim, sharding, train_state
+from r0_jax.generator import Generator
+from r0_jax.models import attention_backend
+from r0_jax.network import Params
+from r0_jax.objective import Objective
+from r0_jax.pipelines import tiny_decoder
+from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.rewards.reward import Reward
+from r0_jax.train_state import TrainState
+from r0_jax.train_step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Attributes:
+      frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    pipeline: Pipeline
+    generator: Generator
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    frozen: dict[str, Any]
+
+    def init(self, base: Params) -> TrainState:
+        """The state before the first step."""
+        shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
+        params = self.generator.init(jax.random.key(self.config.seed), base, shapes)
+        spread_of = ([r.name for r in self.objective.rewards]
+                     if self.config.objective.normalization == "running_std" else [])
+        return train_state.init(params, self.optimizer, spread_of)
+
+    @functools.cached_property
+    def frozen_sharding(self) -> dict[str, Any]:
+        """Where each leaf of `frozen` is to live."""
+        def of(params: Params) -> dict[str, NamedSharding]:
+            shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
+            return sharding.param_sharding(shapes, self.mesh, self.config.sharding)
+
+        networks = {part: of(params) for part, params in self.frozen.items()
+                    if part not in ("rewards", "empty")}
+        return networks | {
+            "rewards": {name: of(params) for name, params in self.frozen["rewards"].items()},
+            "empty": dict.fromkeys(self.frozen["empty"], sharding.replicated(self.mesh))}
+
+    @functools.cached_property
+    def abstract_frozen(self) -> dict[str, Any]:
+        """Shapes of `frozen`, with their sharding."""
+        return sharding.with_sharding(self.frozen, self.frozen_sharding)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state, with their sharding: optimizer and EMA follow their parameter."""
+        shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
+        return sharding.with_sharding(
+            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding))
+
+    @functools.cached_property
+    def state_sharding(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    @functools.cached_property
+    def step(self):
+        """(state, frozen, batch, key) -> (state, metrics), jitted; the state is donated."""
+        return jax.jit(make_train_step(self.objective, self.optimizer, self.config, self.mesh),
+                       out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
+                       donate_argnums=0)
+
+
+def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[Reward]) -> Program:
+    """The program of a config, of a pipeline and of rewards that were loaded.
+
+    Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
+    """
+    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
+    decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
+               if config.objective.decoder else None)
+    part = pipeline.generator_part
+    if config.lora.rank:
+        lora.check_rank(pipeline.networks[part].shapes, config.lora.targets, config.lora.rank)
+    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
+                          pipeline.fixed)
+    parts: dict[str, Any] = {"base": pipeline.params[part]}
+    parts |= {name: params for name, params in pipeline.params.items() if name != part}
+    if decoder:
+        parts["decoder"] = decoder.params
+    frozen = parts | {"rewards": {r.name: r.params for r in rewards}, "empty": pipeline.empty}
+    return Program(config, mesh, pipeline, generator,
+                   Objective(pipeline, generator, rewards, config, decoder),
+                   optim.make_optimizer(config, config.regularizers.langevin.weight), frozen)
