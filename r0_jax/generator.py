@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from r0_jax import lora
+from r0_jax import lora, stacks
 from r0_jax.network import Params, Shapes
 
 
@@ -39,8 +39,9 @@ class Generator:
                 if name not in self.fixed}
 
     def weights(self, params: Params, base: Params) -> Params:
-        """The network's weights in `dtype`, differentiable in `params`."""
-        merged = lora.merge(base, params, self.scale) if self.rank else {**base, **params}
+        """The network's weights in `dtype`, differentiable in `params`, which may be packed."""
+        merged = (lora.merge(base, params, self.scale) if self.rank
+                  else {**base, **stacks.unpack(params)})
         return {name: value.astype(self.dtype) for name, value in merged.items()}
 
     def squared_distance(self, params: Params, base: Params) -> jax.Array:
@@ -48,4 +49,4 @@ class Generator:
         if self.rank:
             return lora.squared_norm(params, self.scale)
         return sum(jnp.sum((value - base[name].astype(jnp.float32)) ** 2)
-                   for name, value in params.items())
+                   for name, value in stacks.unpack(params).items())

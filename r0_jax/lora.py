@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from r0_jax import stacks
 from r0_jax.errors import InputError
 from r0_jax.network import Params, Shapes
 
@@ -57,14 +58,19 @@ def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params
 
 
 def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Params:
-    """The base's parameters with `scale` A B added where there is an adapter."""
+    """The base's parameters with `scale` A B added where there is an adapter; those of a
+    transformer's blocks may be stacked (stacks.py)."""
     merged = dict(base)
     for name, a in adapters.items():
         if name.endswith(".lora_A.kernel"):
             module = name.removesuffix(".lora_A.kernel")
-            delta = a @ _square(adapters[f"{module}.lora_B.kernel"])
-            kernel = base[f"{module}.kernel"]
-            merged[f"{module}.kernel"] = (kernel + scale * delta).astype(kernel.dtype)
+            delta = a @ adapters[f"{module}.lora_B.kernel"]
+            names, deltas = [module], [delta]
+            if "*" in module:
+                names, deltas = stacks.members(module, len(delta)), stacks.split(delta)
+            for one, change in zip(names, deltas, strict=True):
+                kernel = base[f"{one}.kernel"]
+                merged[f"{one}.kernel"] = (kernel + scale * change).astype(kernel.dtype)
     return merged
 
 
@@ -79,16 +85,13 @@ def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:
     total = jnp.zeros(())
     for name, a in adapters.items():
         if name.endswith(".lora_A.kernel"):
-            b = _square(adapters[name.replace(".lora_A.", ".lora_B.")])
-            a = a.reshape(-1, a.shape[-1])
-            total += jnp.sum((a.T @ a) * (b @ b.T))
+            b = adapters[name.replace(".lora_A.", ".lora_B.")]
+            blocks = len(a) if "*" in name else 1
+            a, b = (x.reshape(blocks, -1, x.shape[-1]) for x in (a, b))
+            total += jnp.sum((a.mT @ a) * (b @ b.mT))
     return scale**2 * total
 
 
 def is_adapter(params: Mapping[str, object]) -> bool:
     """True if the trained parameters are adapters, False if they are whole weights."""
     return any(".lora_A." in name for name in params)
-
-
-def _square(b: jax.Array) -> jax.Array:
-    return b.reshape(b.shape[-2:])

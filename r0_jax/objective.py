@@ -114,15 +114,23 @@ class Objective:
             remat=self.config.remat == "calls")
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
-        def base(latents, timesteps, prompted: bool):
-            told = conditioning if prompted else self.pipeline.encode_negative(
-                frozen, frozen["empty"], conditioning)
-            return self.pipeline.denoise(frozen["base"], latents, timesteps, told)
+        def base(latents, timesteps):
+            return self.pipeline.denoise(frozen["base"], latents, timesteps, conditioning)
+
+        def base_pair(latents, timesteps):
+            empty = self.pipeline.encode_negative(frozen, frozen["empty"], conditioning)
+            output = self.pipeline.denoise(
+                frozen["base"], *jax.tree.map(both, (latents, timesteps), (latents, timesteps)),
+                jax.tree.map(both, conditioning, empty))
+            return output[0::2], output[1::2]
+
+        def both(a, b):  # alternating, so that each device keeps its own samples
+            return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
 
-        return Context(trajectory, keys, base, base_features,
+        return Context(trajectory, keys, base, base_pair, base_features,
                        lambda: self.generator.squared_distance(params, frozen["base"]), self.table)
 
 

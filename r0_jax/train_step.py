@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from r0_jax import optim, reward_spread
+from r0_jax import optim, reward_spread, stacks
 from r0_jax.objective import SQUARE, Metrics, Objective
 from r0_jax.train_state import TrainState
 
@@ -30,6 +30,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
     def train_step(state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array],
                    key: jax.Array) -> tuple[TrainState, Metrics]:
+        state = stacks.pack(state, stacks.groups(state.params))
         key = jax.random.fold_in(key, state.step)
         step_key, sample_key = jax.random.split(key)
         last = objective.draw_last(step_key)
@@ -76,7 +77,7 @@ def _update(state: TrainState, grads, loss, metrics: Metrics,
     new = TrainState(state.step + 1, params, ema_params, opt_state, state.skipped,
                      state.skipped_in_a_row, moments)
     new = optim.skip_if_nonfinite(state, new, norm)
-    return new, {
+    return stacks.unpack(new), {
         "train/loss": loss, **metrics, "norm/grads": norm,
         "norm/params": optim.global_norm(new.params), "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,

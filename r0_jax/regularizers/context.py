@@ -19,8 +19,9 @@ class Context:
     Attributes:
       trajectory: the graded call of the generator.
       keys: one a sample.
-      base: (latents, timesteps, guided) -> the frozen base's network output under the prompts, or
-        under the empty prompt.
+      base: (latents, timesteps) -> the frozen base's network output under the prompts.
+      base_pair: (latents, timesteps) -> the same under the prompts and under the empty prompt, in
+        one call of the network.
       base_features: (latents, timesteps) -> its mid-block features.
       squared_distance: () -> ||theta - theta_pretrained||^2.
       table: every timestep that the base was trained on, as a sampler whose index i is a noise
@@ -29,7 +30,8 @@ class Context:
 
     trajectory: sampler.Trajectory
     keys: sampler.Keys
-    base: Callable[[jax.Array, jax.Array, bool], jax.Array]
+    base: Callable[[jax.Array, jax.Array], jax.Array]
+    base_pair: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     base_features: Callable[[jax.Array, jax.Array], jax.Array]
     squared_distance: Callable[[], jax.Array]
     table: Scheduler
@@ -38,7 +40,7 @@ class Context:
     def base_x0(self) -> Float[Array, "b h w c"]:
         """The base's one-shot clean prediction at the generator's own noisy input."""
         at = self.trajectory
-        model_output = self.base(at.latents, at.timesteps, True)
+        model_output = self.base(at.latents, at.timesteps)
         return jax.lax.stop_gradient(noise_schedule.x0_and_epsilon(
             self.table.prediction_type, model_output, at.latents, at.alpha, at.sigma)[0])
 

@@ -50,12 +50,12 @@ def guidance(context: Context, options: ConfigDict) -> Float[Array, ""]:
     x0 = context.trajectory.x0
     noised = context.renoise(lax.stop_gradient(x0), (options.least, options.most), _GUIDANCE)
 
-    def clean(prompted: bool) -> jax.Array:
-        model_output = context.base(noised.latents, noised.timesteps, prompted)
+    def clean(model_output: jax.Array) -> jax.Array:
         return noise_schedule.x0_and_epsilon(
             context.table.prediction_type, model_output, noised.latents, noised.alpha,
             noised.sigma)[0]
 
-    target = lax.stop_gradient(x0 + options.scale * (clean(True) - clean(False)))
+    prompted, empty = map(clean, context.base_pair(noised.latents, noised.timesteps))
+    target = lax.stop_gradient(x0 + options.scale * (prompted - empty))
     size = lax.stop_gradient(jnp.mean(jnp.abs(x0 - target), axis=(1, 2, 3)))
     return jnp.mean(jnp.mean((x0 - target) ** 2, axis=(1, 2, 3)) / (size + 1e-6))
