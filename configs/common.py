@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
     config.dtype = "float32"
     # What computes attention: "xla", anywhere; "cudnn", on NVIDIA GPUs in bfloat16; "splash", on
-    # TPUs. The last two never hold the weights of all pairs of pixels. A layer that one of them
-    # cannot do, such as the VAE's under cudnn, goes by xla; so do the reward models.
+    # TPUs; "auto", the one that suits the machine. cudnn and splash never hold the weights of all
+    # pairs of pixels. A layer that one of them cannot do, such as the VAE's under cudnn, goes by
+    # xla; so do the reward models.
     config.attention = "xla"
     # What the backward pass computes again instead of keeping it: "blocks", each resnet and each
     # transformer block from its input, the least memory; "calls", each call of the generator as a

@@ -39,6 +39,7 @@ def get_config(variants: str = "") -> ConfigDict:
     config = common.get_config()
     config.family = "StableDiffusionPipeline"
     config.dtype = "bfloat16"
+    config.attention = "auto"
     config.remat, config.scan_blocks = "blocks", True
     with config.unlocked():
         # The paper's three. Each has weight 1, since gradients are normalized one by one: weights

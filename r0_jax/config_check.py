@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import common
@@ -35,8 +36,9 @@ RANGES = {
 }  # fmt: skip
 
 
-def check_config(config: ConfigDict) -> None:
-    """InputError for values that no later check would name."""
+def check_config(config: ConfigDict, device: jax.Device | None = None) -> None:
+    """InputError for values that no later check would name, where the config is to run on `device`,
+    by default on this machine."""
     check_fields(config)
     ranges = RANGES | {f"regularizers.{name}.weight": (0, math.inf) for name in config.regularizers
                        if name != "gradient"}
@@ -65,7 +67,7 @@ def check_config(config: ConfigDict) -> None:
                          f"and sampler.num_steps={config.sampler.num_steps}")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
-    attention_backend.check(config.attention, config.dtype)
+    attention_backend.check(config.attention, config.dtype, device)
     families.check_there(config.pretrained, config.family)
     if not (config.data.prompts or config.data.encoded):
         raise InputError("data.prompts is not set: give --config.data.prompts=PATH")

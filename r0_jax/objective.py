@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -45,13 +46,14 @@ class Objective:
     """
 
     def __init__(self, pipeline: Pipeline, generator: Generator, rewards: Sequence[Reward],
-                 config: ConfigDict, decoder: TinyDecoder | None = None):
+                 config: ConfigDict, decoder: TinyDecoder | None = None,
+                 gathered: Sharding | None = None):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
         self.num_steps = config.sampler.num_steps
         self.grid = few_step.grid(pipeline.scheduler_config, self.num_steps)
         self.table = few_step.noise_levels(pipeline.scheduler_config)
-        self.repeat = repeat.Repeat(scan=config.scan_blocks, remat=config.remat == "blocks")
+        self.repeat = repeat.Repeat(config.scan_blocks, config.remat == "blocks", gathered)
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
     def draw_last(self, key: jax.Array) -> jax.Array | int:

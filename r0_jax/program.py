@@ -77,6 +77,21 @@ class Program:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     @functools.cached_property
+    def abstract(self) -> tuple[TrainState, dict[str, Any], dict[str, Any], Any]:
+        """Shapes of what `step` takes, with their sharding."""
+        split, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+        columns = {name: (ids.shape[1:], ids.dtype)
+                   for name, ids in self.pipeline.tokenize([""]).items()}
+        for reward in self.objective.rewards:
+            if reward.text_features is not None:
+                columns[f"features/{reward.name}"] = ((reward.width,), reward.features_dtype)
+        batch = {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=split)
+                 for name, (shape, dtype) in columns.items()}
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return (self.abstract_state, self.abstract_frozen, batch,
+                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+
+    @functools.cached_property
     def step(self):
         """(state, frozen, batch, key) -> (state, metrics), jitted; the state is donated."""
         return jax.jit(make_train_step(self.objective, self.optimizer, self.config, self.mesh),
@@ -89,7 +104,8 @@ def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[
 
     Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
     """
-    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
+    attention = attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0])
+    pipeline = pipeline.attending(attention_backend.Backend(attention, mesh))
     decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
                if config.objective.decoder else None)
     part = pipeline.generator_part
@@ -102,6 +118,8 @@ def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[
     if decoder:
         parts["decoder"] = decoder.params
     frozen = parts | {"rewards": {r.name: r.params for r in rewards}, "empty": pipeline.empty}
-    return Program(config, mesh, pipeline, generator,
-                   Objective(pipeline, generator, rewards, config, decoder),
+    split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
+    objective = Objective(pipeline, generator, rewards, config, decoder,
+                          gathered=sharding.replicated(mesh) if split else None)
+    return Program(config, mesh, pipeline, generator, objective,
                    optim.make_optimizer(config, config.regularizers.langevin.weight), frozen)

@@ -180,7 +180,8 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.local_mesh()
-    pipeline = pipeline.attending(attention_backend.Backend(config.attention, mesh))
+    pipeline = pipeline.attending(attention_backend.Backend(
+        attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh))
     few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps

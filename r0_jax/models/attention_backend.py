@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from r0_jax.errors import InputError
 
 NAMES = ("xla", "cudnn", "splash")
+AUTO = "auto"  # stands for the one of them that a device does best
 
 _LANES = 128  # of a TPU's vector registers: splash's tiles are multiples of it
 _MOST_BLOCK = 512  # tokens that splash holds at once; more do not fit beside 512 channels
@@ -56,13 +57,28 @@ def use(backend: Backend) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def check(name: str, dtype: str) -> None:
-    """InputError unless the backend is one that this machine has, for networks in `dtype`."""
-    if name not in NAMES:
-        raise InputError(f"attention={name!r} is unknown; use {', '.join(map(repr, NAMES))}")
-    device = jax.devices()[0]
+def resolve(name: str, dtype: str, device: jax.Device) -> str:
+    """The backend that a config's `attention` stands for, for networks in `dtype` on a device."""
+    if name != AUTO:
+        return name
+    if device.platform == "tpu":
+        return "splash"
+    try:
+        check("cudnn", dtype, device)
+    except InputError:
+        return "xla"
+    return "cudnn"
+
+
+def check(name: str, dtype: str, device: jax.Device | None = None) -> None:
+    """InputError unless the backend is one that the device (this machine's first one by default)
+    has, for networks in `dtype`."""
+    if name not in (*NAMES, AUTO):
+        raise InputError(f"attention={name!r} is unknown; use "
+                         f"{', '.join(map(repr, (AUTO, *NAMES)))}")
+    device = jax.devices()[0] if device is None else device
     if name == "cudnn":
-        if "cuda" not in device.client.platform_version:
+        if device.platform != "gpu" or "cuda" not in device.client.platform_version:
             raise InputError("attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
                              f"{device.platform} here: use 'xla'")
         if float(device.compute_capability) < 8:

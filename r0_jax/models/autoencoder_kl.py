@@ -118,7 +118,9 @@ class UpDecoderBlock2D(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         x = repeat(self.resnets, lambda resnet, x: resnet(x), x)
-        return self.upsamplers[0](x) if self.upsamples else x
+        if self.upsamples:
+            x = repeat(self.upsamplers, lambda upsampler, x: upsampler(x), x)
+        return x
 
 
 class Encoder(nnx.Module):

@@ -10,6 +10,7 @@ traced: the training step and sampling each make theirs (`use`).
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,14 @@ class Repeat:
     Attributes:
       scan: identical neighbours become one loop.
       remat: the backward pass computes each block again from its input.
+      gathered: where a block's parameters are brought before it computes, of parameters that are
+        split over devices ("fsdp"): left to itself the compiler splits the block's computation
+        instead, and sends activations.
     """
 
     scan: bool = False
     remat: bool = False
+    gathered: Sharding | None = None
 
 
 PLAIN = Repeat()
@@ -59,6 +65,8 @@ def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any],
         states = [state for _, state in run]
 
         def one(x, state, graphdef=graphdef):
+            if choice.gathered is not None:
+                state = jax.tree.map(lambda leaf: _gather(leaf, choice.gathered), state)
             return call(nnx.merge(graphdef, state), x)
 
         if choice.remat:  # a loop's body needs no guard against being merged with the forward pass
@@ -70,3 +78,12 @@ def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any],
             for state in states:
                 x = one(x, state)
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, sharding: Sharding) -> jax.Array:
+    return lax.with_sharding_constraint(x, sharding)
+
+
+# The gradient is free to be split again at once, as the parameter is.
+_gather.defvjp(lambda x, sharding: (_gather(x, sharding), None), lambda sharding, _, grad: (grad,))

@@ -204,7 +204,7 @@ class DownBlock(_Block):
             x = self.layer(i, x, time_embedding, prompt_embeds)
             skips.append(x)
         if self.downsamples:
-            x = self.downsamplers[0](x)
+            x = repeat(self.downsamplers, lambda downsampler, x: downsampler(x), x)
             skips.append(x)
         return x, skips
 
@@ -224,7 +224,8 @@ class UpBlock(_Block):
             x = self.layer(i, x, time_embedding, prompt_embeds)
         if self.upsamples:
             # Odd sizes: the next level's skip connection says how large the map was.
-            x = self.upsamplers[0](x, size=skips[-1].shape[1:3])
+            size = skips[-1].shape[1:3]
+            x = repeat(self.upsamplers, lambda upsampler, x: upsampler(x, size=size), x)
         return x
 
 

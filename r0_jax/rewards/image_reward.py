@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -41,7 +42,8 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
 
     grid = config.vision_config.image_size // config.vision_config.patch_size
     if not text:
-        return Reward(name, params, score, not_loaded(name), grid=grid, width=LENGTH)
+        return Reward(name, params, score, not_loaded(name), grid=grid, width=LENGTH,
+                      features_dtype=jnp.int32)
     tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size, SPECIAL)
 
     def text_features(params: Params, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
@@ -49,7 +51,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
         return tokenize(prompts).ids
 
     return Reward(name, params, score, text_features,
-                  lambda prompts: tokenize(prompts).truncated, grid, LENGTH)
+                  lambda prompts: tokenize(prompts).truncated, grid, LENGTH, jnp.int32)
 
 
 def _config(folder: Path) -> dict:

@@ -36,6 +36,7 @@ class Reward:
         does not read the prompt (features is then None too).
       width: D of the features; None where it is known only once they are computed, and where the
         reward does not read the prompt.
+      features_dtype: of the features.
       text_parts: first names of the params that `text_features` alone reads.
       truncated: prompts -> bool [N], which of them are too long and lose their end; None where
         none can.
@@ -50,6 +51,7 @@ class Reward:
     truncated: Callable[[Sequence[str]], Bool[np.ndarray, " n"]] | None = None
     grid: int = 0
     width: int | None = None
+    features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
 
     def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],

@@ -1,0 +1,177 @@
+"""Bytes that a compiled program moves, counted in its HLO text: through HBM, and between chips.
+
+The compiler's own count takes the body of a loop once. Here every computation is read once, and
+counted as often as it runs: a loop as often as the compiler knows it to, or as the caller expects.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
+         "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+         "f8e4m3fn": 8, "f8e5m2": 8}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)="
+                     r"\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+# These move nothing by themselves.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+         "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "domain"}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one chip and one run. `hbm_bytes` are read or written; `collective_bytes` is what it sends
+    to other chips, by kind, as a ring sends it."""
+
+    hbm_bytes: float = 0.0
+    collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "Cost", times: float) -> None:
+        self.hbm_bytes += times * other.hbm_bytes
+        for kind, value in other.collective_bytes.items():
+            self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + times * value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+    is_root: bool
+
+
+def cost(hlo: str, while_trips: float = 1.0) -> Cost:
+    """Of the entry computation of an optimized module in its long text form.
+
+    `while_trips` is how often each loop of unknown length goes round on average.
+    """
+    computations, entry = _parse(hlo)
+    found: dict[str, Cost] = {}
+
+    def of(name: str) -> Cost:
+        if name not in found:
+            found[name] = _cost_of(computations[name], computations, of, while_trips)
+        return found[name]
+
+    return of(entry)
+
+
+def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", {}
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            root, name, shape, opcode, rest = match.groups()
+            operands = tuple(_OPERAND.findall(rest[:_closing(rest)]))
+            current[name] = _Instruction(name, shape, opcode, operands, rest, bool(root))
+        elif match := _COMPUTATION.match(line):
+            current = computations[match[2]] = {}
+            entry = match[2] if match[1] else entry
+    return computations, entry
+
+
+def _closing(text: str) -> int:
+    """Where the list of operands ends."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
+    total = Cost()
+    for one in instructions.values():
+        called = [name.strip("% ") for group in _CALLED.findall(one.text)
+                  for name in group.split(",")]
+        if one.opcode == "while":
+            trips = _TRIPS.search(one.text)
+            total.add(of(called[0]), float(trips[1]) if trips else while_trips)
+        elif one.opcode == "conditional":
+            total.add(max((of(name) for name in called), key=lambda c: c.hbm_bytes), 1)
+        elif one.opcode == "call":
+            total.add(of(called[0]), 1)
+        elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
+            fused = computations.get(called[0]) if one.opcode == "fusion" and called else None
+            total.hbm_bytes += _moved(one, instructions, fused)
+            for inner in [one, *(fused or {}).values()]:
+                if kind := _collective(inner.opcode):
+                    total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1)
+    return total
+
+
+def _moved(one: _Instruction, instructions, fused) -> float:
+    """Bytes of HBM that an instruction reads and writes. What lies in the chip's own fast memory
+    moves none; of an operand that is only sliced, and a result that is written into another, the
+    slice counts."""
+    if one.opcode == "dynamic-slice":
+        return 2 * _bytes(one.shape)
+    if one.opcode == "dynamic-update-slice":
+        return 2 * _bytes(instructions[one.operands[1]].shape)
+    read = [_bytes(instructions[name].shape) if name in instructions else 0.0
+            for name in one.operands]
+    written = _bytes(one.shape)
+    if fused is not None:
+        read = [min(whole, part) for whole, part in zip(read, _parts(fused), strict=False)]
+        root = next((x for x in fused.values() if x.is_root), None)
+        if root is not None and root.opcode == "dynamic-update-slice":
+            written = min(written, _bytes(fused[root.operands[1]].shape))
+    return sum(read) + written
+
+
+def _parts(fused) -> Iterator[float]:
+    """What is read of each parameter of a fusion, in order."""
+    parameters = [x for x in fused.values() if x.opcode == "parameter"]
+    for parameter in sorted(parameters, key=lambda x: int(re.match(r"\d+", x.text)[0])):
+        users = [x for x in fused.values() if parameter.name in x.operands]
+        sliced = [_bytes(x.shape, anywhere=True) for x in users if x.opcode in
+                  ("dynamic-slice", "slice") and x.operands[0] == parameter.name]
+        into = [x for x in users if x.opcode == "dynamic-update-slice"
+                and x.operands[0] == parameter.name]
+        yield sum(sliced) if len(sliced) + len(into) == len(users) else math.inf
+
+
+def _bytes(shape: str, anywhere: bool = False) -> float:
+    """Of all arrays in the text of a shape that lie in HBM."""
+    total = 0.0
+    for kind, sizes, layout in _ARRAY.findall(shape):
+        if kind in _BITS and (anywhere or "S(" not in layout):
+            total += math.prod(int(size) for size in sizes.split(",") if size) * _BITS[kind] / 8
+    return total
+
+
+def _collective(opcode: str) -> str | None:
+    return next((kind for kind in _COLLECTIVES if opcode in (kind, f"{kind}-start")), None)
+
+
+def _sent(one: _Instruction, kind: str, instructions) -> float:
+    size = sum(_bytes(instructions[name].shape, anywhere=True) for name in one.operands
+               if name in instructions)
+    if kind == "collective-permute":
+        return size
+    count = _group(one.text)
+    if kind == "all-gather":  # each chip sends its part to all others
+        return size * (count - 1)
+    return size * (count - 1) / count * (2 if kind == "all-reduce" else 1)
+
+
+def _group(text: str) -> int:
+    """Chips that take part in one group of a collective."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    return 1

@@ -1,0 +1,63 @@
+"""The plan of a machine that is there: the step is run, not predicted."""
+
+import os
+import resource
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from r0_jax import config_check, jaxpr_cost, lazy, sharding, step_plan
+from r0_jax.errors import InputError
+from r0_jax.step_plan import Plan
+
+_STEPS = 5  # that are timed, after one that is not
+
+
+def measure(config: ConfigDict, name: str) -> Plan:
+    """Runs the step on this machine's CPU ("cpu") or accelerator ("local"), on weights as they are
+    in the config and on made-up prompts: what a step costs does not depend on what is in it."""
+    device = jax.devices()[0]
+    if name == "local" and device.platform == "cpu":
+        raise InputError("--topology=local: JAX finds no accelerator here; use --topology=cpu")
+    config_check.check_config(config)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    sharding.check_batch(config.batch_size, mesh, config.accumulation)
+    built = step_plan.load(config, mesh)
+    begin = time.perf_counter()
+    traced = built.step.trace(*built.abstract)
+    trips = step_plan.expected_trips(config)
+    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips)
+    model = step_plan.model_flops(config, built, trips)
+    middle = time.perf_counter()
+    compiled = traced.lower().compile()
+    end = time.perf_counter()
+
+    frozen = lazy.place(built.frozen, built.frozen_sharding)
+    state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
+    batch = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding),
+                         built.abstract[2])
+    times = []
+    for _ in range(1 + _STEPS):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch, jax.random.key(0))
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[1:])
+
+    kinds = step_plan.bytes_by_kind(built)
+    kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
+    peak = sum(kinds.values())
+    return Plan(
+        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=peak <= limit,
+        peak_bytes_per_chip=peak, hbm_bytes_per_chip=limit, bytes_per_chip=kinds,
+        flops_per_step=executed, model_flops_per_step=model, bytes_accessed=None,
+        collective_bytes=None, collective_bytes_by_kind=None, seconds=None,
+        measured_seconds_per_step=seconds, bound_by=None,
+        predicted_images_per_sec=config.batch_size / seconds, predicted_mfu=None,
+        trace_seconds=middle - begin, compile_seconds=end - middle,
+        host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, suggestions=[])

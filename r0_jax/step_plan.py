@@ -1,0 +1,204 @@
+"""What a training step needs and what bounds it, from the compiled program.
+
+FLOPs are counted in the jaxpr, bytes in the optimized HLO: the compiler's own counts take the body
+of a loop once. docs/scale.md says how every figure comes about.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from r0_jax import blank, config_check, hlo_cost, jaxpr_cost, program, rewards, sharding
+from r0_jax.errors import InputError
+from r0_jax.pipelines import families
+from r0_jax.program import Program
+from r0_jax.topology import Chip
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `--json` prints, with `fields` of docs/scale.md; None where it is not known."""
+
+    topology: str
+    chips: int
+    batch_size: int
+    fits: bool
+    peak_bytes_per_chip: float
+    hbm_bytes_per_chip: float
+    bytes_per_chip: dict[str, float]
+    flops_per_step: float
+    model_flops_per_step: float
+    bytes_accessed: float | None
+    collective_bytes: float | None
+    collective_bytes_by_kind: dict[str, float] | None
+    seconds: dict[str, float] | None
+    measured_seconds_per_step: float | None
+    bound_by: str | None
+    predicted_images_per_sec: float | None
+    predicted_mfu: float | None
+    trace_seconds: float
+    compile_seconds: float
+    host_bytes: float
+    suggestions: list[str]
+
+
+@contextlib.contextmanager
+def filled(config: ConfigDict) -> Iterator[ConfigDict]:
+    """The config with weights of zeros, of the published sizes, in place of what is not set or not
+    there: they lie in a temporary folder that takes no room."""
+    config = copy.deepcopy(config)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if not config.pretrained:
+            if not config.family:
+                raise InputError("neither pretrained nor family is set: there is nothing to plan")
+            blank.write_pipeline(root / "pipeline", config.family)
+            config.pretrained = str(root / "pipeline")
+        if config.objective.decoder and not Path(config.objective.decoder).exists():
+            blank.write_decoder(root / "decoder", config.family)
+            config.objective.decoder = str(root / "decoder")
+        for reward, entry in config.rewards.items():
+            if entry.path and not Path(entry.path).exists():
+                blank.write_reward(root / reward, entry.type)
+                entry.path, entry.head = str(root / reward), ""
+        if not (config.data.prompts or config.data.encoded):
+            (root / "prompts.txt").write_text("a prompt\n", encoding="utf-8")
+            config.data.prompts = str(root / "prompts.txt")
+        yield config
+
+
+def load(config: ConfigDict, mesh: Mesh) -> Program:
+    """The config's program; whether its rewards are sound is for the training to say."""
+    text = not config.data.encoded
+    pipeline = families.load(config.pretrained, config.dtype, config.family, text=text)
+    trained_on = [rewards.load(name, entry, config.dtype, text)
+                  for name, entry in config.rewards.items()]
+    return program.build(config, mesh, pipeline, trained_on)
+
+
+def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effort: float) -> Plan:
+    """Compiles the step of a config for the devices of a slice."""
+    config_check.check_config(config, devices[0])
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    sharding.check_batch(config.batch_size, mesh, config.accumulation)
+    built = load(config, mesh)
+    begin = time.perf_counter()
+    traced = built.step.trace(*built.abstract)
+    trips = expected_trips(config)
+    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips)
+    model = model_flops(config, built, trips)
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    middle = time.perf_counter()
+    kinds = bytes_by_kind(built)
+    try:
+        compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
+    except jax.errors.JaxRuntimeError as error:
+        if (temporaries := _temporaries(str(error))) is None:
+            raise
+        compiled, costs = None, None
+        kinds["activations"] = temporaries
+    else:
+        memory = compiled.memory_analysis()
+        kinds["activations"] = float(memory.temp_size_in_bytes)
+        kinds["code"] = float(memory.generated_code_size_in_bytes)
+        costs = hlo_cost.cost(compiled.as_text(), trips)
+    end = time.perf_counter()
+    peak = sum(kinds.values())
+    fits = compiled is not None and peak <= chip.hbm_bytes
+    seconds = None if costs is None else {
+        "compute": executed / mesh.size / chip.flops,
+        "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
+        "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth}
+    longest = seconds and max(seconds.values())
+    return Plan(
+        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=fits,
+        peak_bytes_per_chip=peak, hbm_bytes_per_chip=chip.hbm_bytes, bytes_per_chip=kinds,
+        flops_per_step=executed, model_flops_per_step=model,
+        bytes_accessed=costs and costs.hbm_bytes,
+        collective_bytes=costs and sum(costs.collective_bytes.values()),
+        collective_bytes_by_kind=costs and costs.collective_bytes, seconds=seconds,
+        measured_seconds_per_step=None,
+        bound_by=seconds and max(seconds, key=seconds.get),
+        predicted_images_per_sec=longest and config.batch_size / longest,
+        predicted_mfu=longest and model / longest / mesh.size / chip.flops,
+        trace_seconds=middle - begin, compile_seconds=end - middle,
+        host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        suggestions=[] if fits else suggest(config, built, kinds, peak - chip.hbm_bytes))
+
+
+def expected_trips(config: ConfigDict) -> float:
+    """Of the one loop whose length is drawn: the calls of R0+ that come before the graded one."""
+    return (config.sampler.num_steps - 1) / 2 if config.objective.method == "r0plus" else 0.0
+
+
+def model_flops(config: ConfigDict, built: Program, trips: float) -> float:
+    """Operations of a step that computes nothing twice and fills no tiles."""
+    plain = copy.deepcopy(config)
+    plain.remat, plain.attention = "none", "xla"
+    other = program.build(plain, built.mesh, built.pipeline, built.objective.rewards)
+    return jaxpr_cost.flops(other.step.trace(*other.abstract).jaxpr.jaxpr, trips)
+
+
+def bytes_by_kind(built: Program) -> dict[str, float]:
+    """Of a chip, what lies there from step to step."""
+    state, frozen, batch, _ = built.abstract
+    rest = state._replace(params={}, ema_params={})
+    networks = {name: part for name, part in frozen.items() if name not in ("rewards", "empty")}
+    kinds = {"parameters": state.params, "ema": state.ema_params, "optimizer": rest,
+             **{f"frozen {name}": part for name, part in networks.items()},
+             **{f"frozen {name}": part for name, part in frozen["rewards"].items()},
+             "batch": batch}
+    return {kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree))))
+            for kind, tree in kinds.items()}
+
+
+def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: float) -> list[str]:
+    """What would make it fit, the cheapest first, with what each spares a chip."""
+    chips = built.mesh.size
+    found = []
+    if built.mesh.shape["fsdp"] < chips:
+        whole = sharding.make_mesh({"data": 1, "fsdp": chips}, list(built.mesh.devices.flat))
+        split = bytes_by_kind(program.build(config, whole, built.pipeline, built.objective.rewards))
+        found.append((f"--config.mesh.data=1 --config.mesh.fsdp={chips}",
+                      sum(kinds[kind] - size for kind, size in split.items())))
+    if config.remat != "blocks":
+        found.append(("--config.remat=blocks", None))
+    share = config.batch_size // config.accumulation // built.mesh.size
+    if share > 1:
+        found.append((f"--config.accumulation={config.accumulation * share}",
+                      kinds["activations"] * (1 - 1 / share)))
+    if not config.data.encoded:
+        text = sum(size for kind, size in kinds.items() if kind.startswith("frozen text"))
+        found.append(("prompts encoded before (r0_jax.encode_prompts)", text))
+    if not config.objective.decoder:
+        found.append(("--config.objective.decoder=PATH of a tiny autoencoder (TAESD)", None))
+    if not config.lora.rank:
+        found.append(("adapters instead of all weights (--config.lora.rank=32)",
+                      kinds["parameters"] + kinds["ema"] + kinds["optimizer"]))
+    return [what if saved is None else f"{what}: {saved / _GIB:.1f} GiB of {over / _GIB:.1f}"
+            for what, saved in found]
+
+
+def _temporaries(said: str) -> float | None:
+    """What the compiler says that it needs, where it ran out of the chip's memory."""
+    match = re.search(r"(?:HLO temporaries|Used) \(?([\d.]+)([KMG])", said)
+    return match and float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> float:
+    return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize

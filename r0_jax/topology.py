@@ -1,0 +1,92 @@
+"""TPU slices by name, whether or not they are there: shapes for the compiler, and what a chip does.
+
+Figures of a chip are those of Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
+"""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from r0_jax.errors import InputError
+
+_GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What bounds a program.
+
+    Attributes:
+      hbm_bytes: of memory that a program may use, as the compiler says when it runs out.
+      flops: a second, of bfloat16 matrix products.
+      hbm_bandwidth: bytes a second.
+      ici_bandwidth: bytes a second that a chip sends to its neighbours, all links together.
+      cores: how many the slice's name counts for one chip.
+    """
+
+    name: str
+    hbm_bytes: float
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    cores: int
+
+
+CHIPS = {
+    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228 * _GB, 300 * _GB, cores=2),
+    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819 * _GB, 200 * _GB, cores=1),
+    "v5p": Chip("v5p", 95.74 * 2**30, 459e12, 2765 * _GB, 600 * _GB, cores=2),
+    "v6e": Chip("v6e", 31.25 * 2**30, 918e12, 1638 * _GB, 400 * _GB, cores=1),
+}
+# Chips of a slice -> its shape, where a chip has neighbours in two dimensions and in three.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
+          256: "4x8x8", 512: "8x8x8"}
+
+
+def find(name: str) -> tuple[Chip, list[Any]]:
+    """The chip and the abstract devices of a slice as Google Cloud names it: "v5e-16" has 16 chips,
+    "v5p-8" (8 cores) has 4, "2xv5e-16" is two slices.
+
+    Raises InputError for a name that is unknown, and where libtpu is not installed.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?(v\d[ep]?)-(\d+)", name)
+    if not match or match[2] not in CHIPS:
+        raise InputError(f"--topology={name} is unknown: use a TPU slice such as v5e-16, v5p-8, "
+                         f"v6e-8 or 2xv5e-16 (known chips: {', '.join(CHIPS)}), or cpu or local, "
+                         "which measure here")
+    chip, shapes = CHIPS[match[2]], _CUBIC if CHIPS[match[2]].cores == 2 else _FLAT
+    count, rest = divmod(int(match[3]), chip.cores)
+    if rest or count not in shapes:
+        known = ", ".join(f"{chip.name}-{n * chip.cores}" for n in shapes)
+        raise InputError(f"--topology={name}: there is no such slice; there are {known}")
+    return chip, _devices(chip, shapes[count], int(match[1] or 1))
+
+
+def _devices(chip: Chip, shape: str, slices: int) -> Sequence[Any]:
+    # The compiler asks the cloud for the machine that it is on, and keeps others out, unless told.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    # Both cores of a v4 as one device, as a v5p always has them.
+    more = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    if shape == "1x1":
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{chip.name}:{shape}", num_slices=slices,
+                **more).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ImportError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise InputError("the TPU compiler cannot be used: pip install -r requirements-tpu.txt "
+                         f"({said})") from None
