@@ -108,17 +108,17 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     try:
         compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as error:
-        if (temporaries := _temporaries(str(error))) is None:
+        if (peak := _needed(str(error))) is None:
             raise
         compiled, costs = None, None
-        kinds["activations"] = temporaries
     else:
         memory = compiled.memory_analysis()
-        kinds["activations"] = float(memory.temp_size_in_bytes)
+        # Not temp_size_in_bytes, which counts what never lives at once.
+        peak = float(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
         kinds["code"] = float(memory.generated_code_size_in_bytes)
         costs = hlo_cost.cost(compiled.as_text(), trips)
     end = time.perf_counter()
-    peak = sum(kinds.values())
+    kinds["activations"] = peak - sum(kinds.values())
     fits = compiled is not None and peak <= chip.hbm_bytes
     seconds = None if costs is None else {
         "compute": executed / mesh.size / chip.flops,
@@ -194,8 +194,8 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
             for what, saved in found]
 
 
-def _temporaries(said: str) -> float | None:
-    """What the compiler says that it needs, where it ran out of the chip's memory."""
+def _needed(said: str) -> float | None:
+    """What the compiler says that a chip needs, arguments included, where it ran out of memory."""
     match = re.search(r"(?:HLO temporaries|Used) \(?([\d.]+)([KMG])", said)
     return match and float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
 
