@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
 
     frozen = place_frozen(pipeline, trained_on, decoder, mesh, config)
     abstract = jax.eval_shape(init, frozen["base"])
-    state_sharding = sharding.state_sharding(abstract, mesh, config.sharding)
+    state_sharding = sharding.state_sharding(abstract, mesh, config.sharding,
+                                             pipeline.networks[base_part].heads)
     console.print(f"{parameter_overview.count_parameters(abstract.params):,} trained parameters",
                   highlight=False)
 
@@ -209,11 +210,12 @@ def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
 def place_frozen(pipeline, trained_on: list[Reward], decoder: tiny_decoder.TinyDecoder | None,
                  mesh: Mesh, config: ConfigDict) -> dict[str, Any]:
     """What is never trained, on the devices: the objective's `frozen`."""
-    def place(params: Params) -> Params:
+    def place(params: Params, heads: Mapping[str, int] | None = None) -> Params:
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-        return lazy.place(params, sharding.param_sharding(shapes, mesh, config.sharding))
+        return lazy.place(params, sharding.param_sharding(shapes, mesh, config.sharding, heads))
 
-    parts = {part: place(params) for part, params in pipeline.params.items()}
+    parts = {part: place(params, pipeline.networks[part].heads)
+             for part, params in pipeline.params.items()}
     parts["base"] = parts.pop(pipeline.generator_part)
     if decoder:
         parts["decoder"] = place(decoder.params)
@@ -299,6 +301,6 @@ def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config:
                    mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    for batch in read(config.batch_size, config.seed, step, jax.process_index(),
-                      jax.process_count()):
+    share = sharding.batch_share(mesh, jax.process_index())
+    for batch in read(config.batch_size, config.seed, step, *share):
         yield sharding.put_batch(batch, split)
