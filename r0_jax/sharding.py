@@ -147,21 +147,6 @@ def batch_parts(mesh: Mesh) -> int:
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_share(mesh: Mesh, process: int) -> tuple[int, int]:
-    """Which of how many equal shares of a batch a process reads.
-
-    Processes of one `tensor` read the same. Shares are numbered as their rows are, so that a batch
-    is in order however the mesh arranges the processes.
-    """
-    parts = mesh.devices.reshape(batch_parts(mesh), -1)
-    rows: dict[int, list[int]] = {}
-    for row, devices in enumerate(parts):
-        for owner in {device.process_index for device in devices}:
-            rows.setdefault(owner, []).append(row)
-    shares = sorted(set(map(tuple, rows.values())))
-    return shares.index(tuple(rows[process])), len(shares)
-
-
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int) -> None:
     """Raises InputError unless each microbatch of the global batch splits over the mesh."""
     if accumulation < 1 or batch_size < 1:

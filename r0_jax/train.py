@@ -301,6 +301,6 @@ def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config:
                    mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    share = sharding.batch_share(mesh, jax.process_index())
-    for batch in read(config.batch_size, config.seed, step, *share):
+    for batch in read(config.batch_size, config.seed, step, jax.process_index(),
+                      jax.process_count()):
         yield sharding.put_batch(batch, split)

@@ -121,18 +121,6 @@ def test_gpus_of_several_hosts_split_weights_over_them():
     assert sharding.make_mesh({"fsdp": -1}, gpus(2)).devices.shape == (1, 16, 1)
 
 
-@pytest.mark.parametrize("shape, tpus, expected", [
-    ({"data": -1}, False, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-    ({"data": -1, "tensor": 4}, False, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-    ({"data": -1, "tensor": 8}, False, [(0, 2), (0, 2), (1, 2), (1, 2)]),
-    ({"tensor": -1}, False, [(0, 1)] * 4),
-    ({"data": -1}, True, None)])
-def test_processes_share_a_batch_but_for_those_of_one_tensor(shape, tpus, expected):
-    mesh = sharding.make_mesh(shape, chips(2) if tpus else gpus(2))
-    shares = [sharding.batch_share(mesh, process) for process in range(4)]
-    assert sorted(shares) == (expected or [(0, 4), (1, 4), (2, 4), (3, 4)])
-
-
 def test_fsdp_splits_the_largest_divisible_axis_of_what_is_large():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     shapes = {
