@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import step_world
 from dry_runs import cache  # noqa: F401 (a fixture)
@@ -95,7 +96,10 @@ def test_two_steps_on_any_mesh_equal_those_of_one_device(world, sizes, monkeypat
     for one, (state, metrics) in zip(expected, found, strict=True):
         for part in ("params", "ema_params"):
             assert_close(getattr(state, part), getattr(one[0], part))
-        assert_close(metrics, one[1])
+        for name, value in metrics.items():  # of cosines 1e-5 of 1
+            least = 1.0 if name.startswith("cosine/") else 0.0
+            np.testing.assert_allclose(value, one[1][name], rtol=1e-5, atol=1e-5 * least,
+                                       err_msg=name)
         assert_close(state.opt_state, one[0].opt_state, 1e-4)  # gradients as small as 1e-6
         # Nothing is left where it was computed, nor of another kind than it was.
         assert list(map(kind, jax.tree.leaves(state))) == list(map(kind, jax.tree.leaves(before)))
