@@ -7,6 +7,22 @@ from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 
+# A layer that is split by its outputs (queries, keys, values; the first of a feed-forward) is
+# followed by one that is split by its inputs: what is between them never leaves its device. Of
+# adapters the half is split that touches the split side.
+TENSOR_PARALLEL = (
+    # T5.
+    (r".*\.SelfAttention\.([qkv]\.kernel|relative_attention_bias\.embedding)", "column"),
+    (r".*\.SelfAttention\.o\.kernel", "row"),
+    (r".*\.DenseReluDense\.wi(_[01])?\.kernel", "column"),
+    (r".*\.DenseReluDense\.wo\.kernel", "row"),
+    # Stable Diffusion 3's transformer; UNets say down_blocks... first.
+    (r"transformer_blocks\..*\.attn2?\.(to_[qkv]|add_[qkv]_proj)(\.lora_B)?\.(kernel|bias)",
+     "column"),
+    (r"transformer_blocks\..*\.attn2?\.(to_out\.0|to_add_out)(\.lora_A)?\.kernel", "row"),
+    (r"transformer_blocks\..*\.ff(_context)?\.net\.0\.proj(\.lora_B)?\.(kernel|bias)", "column"),
+    (r"transformer_blocks\..*\.ff(_context)?\.net\.2(\.lora_A)?\.kernel", "row"),
+)
 VARIANTS = ("r0plus", "full", "dryrun")  # of the recipes of real models
 
 
@@ -143,11 +159,16 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.mesh = ConfigDict()
-    # Devices that split the batch only, and devices that split the weights too; -1 is the rest.
+    # Devices that split the batch only, devices that split the batch and the weights, and devices
+    # that split the heads and the feed-forward layers of a sample; the batch is a multiple of data
+    # x fsdp. -1 is the rest.
     config.mesh.data = -1
     config.mesh.fsdp = 1
-    # (regular expression on whole dotted names, "fsdp" or "replicate"); the first match counts.
-    config.sharding = ((".*", "fsdp"),)
+    config.mesh.tensor = 1
+    # (regular expression on whole dotted names, strategy); the first match counts. "fsdp": split
+    # over the fsdp axis; "replicate": whole on every device; "column", "row": the layer's outputs
+    # or inputs are also split over the tensor axis, if that divides them and the heads.
+    config.sharding = (*TENSOR_PARALLEL, (".*", "fsdp"))
 
     # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also
     # a checkpoint, so that the best one is kept).

@@ -23,6 +23,7 @@ flags.disclaim_key_flags()  # so that --help lists --config under the program th
 
 USER_ERROR = 2  # exit status, as argparse and most Unix tools have it
 INTERRUPTED = 130  # 128 + SIGINT
+STOPPED = 75  # sysexits' "try again": by a SIGTERM, before the end
 
 _DISK_ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",

@@ -87,7 +87,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices, as far as they divide a batch.
-    where = (sharding.batch_sharding(mesh) if batch_size % mesh.size == 0
+    where = (sharding.batch_sharding(mesh) if batch_size % sharding.batch_parts(mesh) == 0
              else sharding.replicated(mesh))
 
     @jax.jit

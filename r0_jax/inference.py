@@ -57,8 +57,8 @@ def sample_latents(
 class ImageSampler:
     """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once.
 
-    With a `mesh`, on which the parameters live then, a batch that its devices divide is split over
-    them.
+    With a `mesh`, on which the parameters live then, a batch that its data and fsdp axes divide is
+    split over them.
     """
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
@@ -70,7 +70,7 @@ class ImageSampler:
 
         @jax.jit
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
-            split = mesh is not None and len(noise) % mesh.size == 0
+            split = mesh is not None and len(noise) % sharding.batch_parts(mesh) == 0
             if split:
                 tokens, noise, keys = lax.with_sharding_constraint(
                     (tokens, noise, keys), sharding.batch_sharding(mesh))

@@ -14,11 +14,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, by default 
                                "of the config with its argument")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     del argv
     train.enable_compilation_cache(_CONFIG.value)
-    train.train_and_evaluate(_CONFIG.value,
-                             Path(_WORKDIR.value or Path("runs", cli.config_name())))
+    ended = train.train_and_evaluate(_CONFIG.value,
+                                     Path(_WORKDIR.value or Path("runs", cli.config_name())))
+    # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
+    return 0 if ended else cli.STOPPED
 
 
 if __name__ == "__main__":

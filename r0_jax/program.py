@@ -5,7 +5,7 @@ Nothing of it is on a device: `train` places it and runs it, `plan` only compile
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,11 +50,13 @@ class Program:
     @functools.cached_property
     def frozen_sharding(self) -> dict[str, Any]:
         """Where each leaf of `frozen` is to live."""
-        def of(params: Params) -> dict[str, NamedSharding]:
+        def of(params: Params, heads: Mapping[str, int] | None = None) -> dict[str, NamedSharding]:
             shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-            return sharding.param_sharding(shapes, self.mesh, self.config.sharding)
+            return sharding.param_sharding(shapes, self.mesh, self.config.sharding, heads)
 
-        networks = {part: of(params) for part, params in self.frozen.items()
+        heads = {part: network.heads for part, network in self.pipeline.networks.items()}
+        heads["base"] = heads[self.pipeline.generator_part]
+        networks = {part: of(params, heads.get(part)) for part, params in self.frozen.items()
                     if part not in ("rewards", "empty")}
         return networks | {
             "rewards": {name: of(params) for name, params in self.frozen["rewards"].items()},
@@ -69,8 +71,9 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shapes of the state, with their sharding: optimizer and EMA follow their parameter."""
         shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
+        heads = self.pipeline.networks[self.pipeline.generator_part].heads
         return sharding.with_sharding(
-            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding))
+            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding, heads))
 
     @functools.cached_property
     def state_sharding(self) -> TrainState:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from r0_jax import optim, reward_spread, stacks
+from r0_jax import optim, reward_spread, sharding, stacks
 from r0_jax.objective import SQUARE, Metrics, Objective
 from r0_jax.train_state import TrainState
 
@@ -26,7 +26,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     are averaged; every random draw belongs to a sample, so that this equals one large batch.
     """
     count = config.accumulation
-    over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+    over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
 
     def train_step(state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array],
                    key: jax.Array) -> tuple[TrainState, Metrics]:
