@@ -226,6 +226,8 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
          checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
+    if resumed:
+        console.print(f"continues from step {first}", highlight=False)
     early = EarlyStop(config.best_metric, config.early_stop, folder, first if resumed else -1)
     batches = batches_from(first)
     key = jax.random.key(config.seed)
