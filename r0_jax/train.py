@@ -119,6 +119,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     started = bool(checkpoint.steps(folder))
     if not started:
         prompt_dataset.remove(folder / "prompts")  # of another config
+        (folder / "eval_prompts.json").unlink(missing_ok=True)
     if encoded is None:
         summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
                                          trained_on, heldout)

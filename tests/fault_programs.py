@@ -129,11 +129,11 @@ HARMS = ("truncated", "a bit flipped", "deleted", "emptied", "overwritten with z
 def harm(checkpoint: Path, rng: random.Random, number: int) -> tuple[str, str]:
     """Does one of `HARMS` to a random file of a checkpoint; says which, and which file.
 
-    Half of the time it is one that holds arrays: there are many more of the others.
+    Mostly it is one that is read: a process leaves many others, from before they were merged.
     """
     found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    arrays = [path for path in found if path.stat().st_size > 10_000 and path.parent.name == "d"]
-    path = rng.choice(arrays if rng.random() < 0.5 else found)
+    read = [path for path in found if "ocdbt.process_0" not in path.parts]
+    path = rng.choice(read if rng.random() < 0.8 else found)
     how, size = HARMS[number % len(HARMS)], path.stat().st_size
     if how == "deleted":
         path.unlink()

@@ -34,9 +34,8 @@ def get_config():
                                                           function="fault_programs:blueness")
     config.objective.method = "r0plus"
     config.objective.normalization = "running_std"  # more state to lose
-    config.regularizers.weight.weight = 1e-3
-    config.sampler.num_steps = 2
-    config.lora.rank = 0
+    config.sampler.num_steps = 1
+    config.lora.rank = 4
     config.optimizer.learning_rate = 1e-3
     config.steps, config.batch_size = {steps}, 8
     config.checkpoint_every, config.eval_every, config.keep_checkpoints = {interval}, 8, 2
@@ -57,8 +56,13 @@ class World:
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps = folder, steps
-        miniature.write(folder / "pipeline", "StableDiffusionPipeline",
-                        unet={"block_out_channels": [16]})
+        # What a restart costs is tracing: as few layers as there can be.
+        miniature.write(
+            folder / "pipeline", "StableDiffusionPipeline", text_encoder={"num_hidden_layers": 1},
+            unet={"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+            vae={"block_out_channels": [8], "sample_size": 8,
+                 "down_block_types": ["DownEncoderBlock2D"],
+                 "up_block_types": ["UpDecoderBlock2D"]})
         prompts = miniature.PROMPTS + [f"{number} stars" for number in range(11)]
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         (folder / "recipe.py").write_text(

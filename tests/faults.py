@@ -31,12 +31,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-import fault_world
-from fault_world import GRACE, INTERVAL, Process, World
-from rich.console import Console
-from rich.table import Table
+import fault_programs  # noqa: E402
+import fault_world  # noqa: E402
+from fault_world import GRACE, INTERVAL, Process, World  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
-from r0_jax import checkpoint
+from r0_jax import checkpoint  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 
@@ -84,7 +85,7 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             wrong.append(f"{data} x {fsdp}: status {process.returncode}: {process.said[-300:]}")
             continue
         found = json.loads(out)
-        wanted = wanted or {name: fault_programs_digest(x)
+        wanted = wanted or {name: fault_programs.digest(x)
                             for name, x in fault_world.arrays(workdir, 3).items()}
         if found["digests"] != wanted:
             wrong.append(f"{data} x {fsdp}: other numbers")
@@ -95,12 +96,6 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     bytes_equal = f"{len(done)} of {counts.meshes + 1} bit-equal: {', '.join(done)} (data x fsdp)"
     return [Row("meshes", f"saved on 2 x 4 devices, {len(wanted or {})} arrays, restored on",
                 bytes_equal, tuple(wrong))]
-
-
-def fault_programs_digest(array) -> str:
-    from fault_programs import digest
-
-    return digest(array)
 
 
 # --- kills -------------------------------------------------------------------------------
@@ -222,8 +217,6 @@ def damages(world: World, counts: Counts, rng: random.Random) -> list[Row]:
 
 def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
     """Runs stopped in the middle whose newest checkpoint was cut short, to the end."""
-    from fault_programs import harm
-
     wrong = []
     for number in range(counts.damaged_runs):
         workdir = world.folder / f"damaged{number}"
@@ -233,7 +226,8 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
         fault_world.stop(process)
         *_, before, newest = checkpoint.steps(workdir)
         while True:  # until it is one that matters
-            how, file = harm(workdir / "checkpoints" / str(newest), rng, rng.choice([0, 2, 3]))
+            how, file = fault_programs.harm(workdir / "checkpoints" / str(newest), rng,
+                                            rng.choice([0, 2, 3]))
             if file.startswith("state/d/") or file == "metrics/metrics":
                 break
         process = world.run(workdir)
@@ -453,6 +447,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", type=Path, help="write the table to this file")
+    parser.add_argument("--folder", type=Path, help="of the runs; by default a temporary one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
@@ -461,7 +456,7 @@ def main() -> int:
     given = parser.parse_args()
     counts = Counts(**{name: getattr(given, name) for name in Counts._fields})
     begin = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     rows, world = campaign(folder, counts, given.seed, given.steps,
                            tuple(given.sections.split(",")))
     Console().print(table(rows))
