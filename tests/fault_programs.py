@@ -39,7 +39,7 @@ def split_small_arrays() -> None:
     """Shards what is far below the 4 MB from which it pays, so that a small world is sharded."""
     from r0_jax import sharding
 
-    sharding._MIN_BYTES = 2**12
+    sharding._MIN_BYTES = 2**6
 
 
 def train() -> None:

@@ -9,21 +9,18 @@ and equals an undisturbed one to the bit: parameters, average, optimizer, metric
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
-import resource
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,22 +30,18 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 import fault_programs  # noqa: E402
 import fault_world  # noqa: E402
+from fault_disk import small_disk  # noqa: E402
+from fault_report import Row, report, table  # noqa: E402
 from fault_world import GRACE, INTERVAL, Process, World  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from r0_jax import checkpoint  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 
 
-class Row(NamedTuple):
-    """A line of the table: what was done, and what came of it. `wrong` says what should not be."""
-
-    section: str
-    what: str
-    found: str
-    wrong: tuple[str, ...] = ()
+SAVED_ON = (8, "--config.mesh.data=2", "--config.mesh.fsdp=4")
+MESHES = ((1, 4), (1, 1), (2, 1), (4, 2), (2, 4), (4, 1), (1, 2), (1, 8))  # data, fsdp
 
 
 class Counts(NamedTuple):
@@ -58,14 +51,11 @@ class Counts(NamedTuple):
     damages: int = 60
     damaged_runs: int = 3
     stops: int = 8
-    meshes: int = 6
+    meshes: int = len(MESHES)
     disks: int = 8
 
 
 # --- meshes ------------------------------------------------------------------------------
-
-SAVED_ON = (8, "--config.mesh.data=2", "--config.mesh.fsdp=4")
-MESHES = ((4, 1), (1, 1), (2, 4), (1, 2), (2, 1), (4, 2), (1, 8), (8, 1))  # data, fsdp
 
 
 def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
@@ -76,7 +66,7 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     world.run(workdir, "--config.steps=3", *mesh, devices=devices,
               program="fault_programs train").must_end_well()
     wanted, wrong, done = None, [], []
-    for data, fsdp in ((2, 4), *MESHES[:counts.meshes]):
+    for data, fsdp in MESHES[:counts.meshes]:
         process = world.start(workdir, f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}",
                               devices=data * fsdp, program="fault_programs restore",
                               stdout=subprocess.PIPE, text=True)
@@ -93,7 +83,7 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             wrong.append(f"{data} x {fsdp}: {found['devices']} devices, {found['split']} arrays "
                          "are split")
         done.append(f"{data} x {fsdp}")
-    bytes_equal = f"{len(done)} of {counts.meshes + 1} bit-equal: {', '.join(done)} (data x fsdp)"
+    bytes_equal = f"{len(done)} of {counts.meshes} bit-equal: {', '.join(done)} (data x fsdp)"
     return [Row("meshes", f"saved on 2 x 4 devices, {len(wanted or {})} arrays, restored on",
                 bytes_equal, tuple(wrong))]
 
@@ -161,7 +151,7 @@ def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 done.append(Kill(moment, kept, max(left, default=None), last_reached(process)))
                 wrong += done[-1].wrong
                 console.print(f"{len(done)}. killed {moment}: {done[-1]}")
-        wrong += [f"{workdir.name}: {what}" for what in fault_world.differences(workdir)]
+        wrong += [f"{workdir.name}: {what}" for what in world.differences(workdir)]
     lost = [kill.lost for kill in done]
     saving = sum(kill.saving is not None for kill in done)
     if saving == 0:
@@ -234,7 +224,7 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
         if (process.returncode, process.continued_from) != (0, before) or \
                 f"{newest}.damaged" not in process.said or "Traceback" in process.said:
             wrong.append(f"{file} {how}: {process.said[-500:]}")
-        wrong += [f"{file} {how}: {what}" for what in fault_world.differences(workdir)]
+        wrong += [f"{file} {how}: {what}" for what in world.differences(workdir)]
         console.print(f"{newest}/{file} {how}: continued from {process.continued_from}")
     return Row("damage", "runs that went on from the one before and ended bit-equal",
                f"{counts.damaged_runs - len(wrong)} of {counts.damaged_runs}", tuple(wrong))
@@ -274,7 +264,7 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 fault_world.stop(process)
         world_run = disk.start_with_room(world, workdir)
         world_run.wait()
-        wrong += fault_world.differences(workdir)
+        wrong += world.differences(workdir)
         if world_run.returncode or "Traceback" in world_run.said:
             wrong.append(f"with room again: {world_run.said[-500:]}")
         kind = disk.kind
@@ -283,52 +273,6 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 f"{failed} of {counts.disks}: {places}", tuple(wrong)),
             Row("full disk", "the run went on when there was room, and ended bit-equal",
                 "yes" if not wrong else "NO")]
-
-
-class Disk:
-    """A file system of a chosen size, or, where none may be mounted, a limit on files' sizes."""
-
-    ROOM = 2**28
-
-    def __init__(self, folder: Path, mounted: bool):
-        self.folder, self.mounted = folder, mounted
-        self.kind = "tmpfs" if mounted else "no root: a limit on the size of files"
-
-    def run(self, world: World, workdir: Path, room: int) -> Process:
-        """A run that finds so many bytes free, or may write files of at most so many."""
-        if not self.mounted:
-            def limit() -> None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-            return self._ended(world.start(workdir, preexec_fn=limit))
-        left = os.statvfs(self.folder)
-        used = (left.f_blocks - left.f_bfree) * left.f_frsize
-        self._resize(max(used + room, 4096))
-        return self._ended(world.start(workdir))
-
-    def start_with_room(self, world: World, workdir: Path) -> Process:
-        if self.mounted:
-            self._resize(self.ROOM)
-        return world.start(workdir)
-
-    def _ended(self, process: Process) -> Process:
-        process.wait()
-        return process
-
-    def _resize(self, size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Disk]:
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={Disk.ROOM}", "tmpfs", folder],
-                             capture_output=True, check=False).returncode == 0
-    try:
-        yield Disk(folder, mounted)
-    finally:
-        if mounted:
-            subprocess.run(["umount", folder], check=False)
 
 
 # --- SIGTERM -----------------------------------------------------------------------------
@@ -367,7 +311,7 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                     last_reached(process) != saved):
                 wrong.append(f"status {process.returncode}, step {last_reached(process)}, saved "
                              f"{saved}: {process.said[-300:]}")
-        wrong += [f"{workdir.name}: {what}" for what in fault_world.differences(workdir)]
+        wrong += [f"{workdir.name}: {what}" for what in world.differences(workdir)]
     return [
         Row("SIGTERM", "at random moments; saved to the last step",
             f"{len(seconds) - early}, and {early} before there was anything to save", tuple(wrong)),
@@ -398,53 +342,7 @@ def campaign(folder: Path, counts: Counts, seed: int, steps: int,
     return rows, world
 
 
-def table(rows: list[Row]) -> Table:
-    shown = Table("", "", "")
-    for row in rows:
-        shown.add_row(row.section, row.what, row.found, style="red" if row.wrong else "")
-    return shown
-
-
-def report(rows: list[Row], world: World, seed: int, minutes: float) -> str:
-    """docs/faults.md."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
-        "jax", "orbax-checkpoint", "tensorstore"))
-    lines = "".join(f"| {row.section} | {row.what} | {row.found} |\n" for row in rows)
-    return f"""# Faults
-
-What becomes of runs that are killed, stopped, starved of disk and damaged. Each is
-`python -m r0_jax.main` in a process of its own on a pipeline in miniature: {world.steps} steps, a
-checkpoint every {INTERVAL}, an evaluation every 8, one CPU device except where it says so. In the
-end parameters, their average, the optimizer's state, metrics and sample images of every run are
-compared to the bit with those of a run that nothing happened to.
-
-Made by `make faults` (`python tests/faults.py --report=docs/faults.md --seed={seed}`) on
-{datetime.date.today()}: {minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()},
-{platform.system()}, Python {platform.python_version()}, {versions}).
-
-| | what | counted |
-|---|---|---|
-{lines}
-**What a kill costs.** A checkpoint is written in the background while training goes on, and gets
-its name when all of it is on disk. The next one is not begun before that. So a killed run continues
-from a checkpoint at most one interval old, or, if it was just writing one, from the one before; it
-then does again one interval and the steps taken during the save. The runs here write checkpoints
-so often that most of their time they are writing one.
-
-**What SIGTERM costs** is nothing, if the grace time ({GRACE:.0f} s in Kubernetes) is longer than a
-step, an evaluation and a save together. It comes to nothing while a program is being compiled,
-which is when nothing has changed since the last checkpoint.
-
-**Damage.** orbax protects its indices; of the arrays and of the metadata we keep checksums. A
-checkpoint that cannot be read or is not what was written becomes STEP.damaged, with a warning, and
-is never deleted. Damage without harm is in files that are there for other readers, such as copies
-of an index.
-"""
-
-
 def main() -> int:
-    import time
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", type=Path, help="write the table to this file")
     parser.add_argument("--folder", type=Path, help="of the runs; by default a temporary one")
