@@ -34,6 +34,7 @@ def get_config():
                                                           function="fault_programs:blueness")
     config.objective.method = "r0plus"
     config.objective.normalization = "running_std"  # more state to lose
+    config.regularizers.weight.weight = 1e-3
     config.sampler.num_steps = 1
     config.lora.rank = 4
     config.optimizer.learning_rate = 1e-3

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -241,9 +242,10 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
         disk = held.enter_context(small_disk(world.folder / "disk"))
         workdir = disk.folder / "run"
         for number in range(counts.disks):
-            # The first ones have no checkpoint yet; later ones have some, and room for a part.
-            room = (0, 30_000, 200_000, 2_000_000)[number % 4]
+            # A checkpoint takes about 200 kB on a disk.
             steps = checkpoint.steps(workdir)
+            rooms = (0, 8_000, 60_000, 120_000) if steps else (0, 30_000, 150_000, 400_000)
+            room = rooms[number % 4]
             process = disk.run(world, workdir, room)
             console.print(f"{room} bytes of room after step {max(steps, default=None)}: status "
                           f"{process.returncode}: {process.said[-200:].strip()}")
@@ -255,9 +257,7 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 wrong.append(f"{steps} were there, {checkpoint.steps(workdir)} are left")
             else:
                 failed += 1
-                what = errors[0].partition("cannot write ")[2]
-                where["a checkpoint" if what.startswith("a checkpoint") else
-                      Path(what.split(": ")[0]).name or errors[0]] += 1
+                where[re.search(r"/run/(\w+)", errors[0])[1]] += 1
             if number % 4 == 3 or number == counts.disks - 1:  # room again, for some steps
                 process = disk.start_with_room(world, workdir)
                 fault_world.in_training(process, random.Random(number), 0)
