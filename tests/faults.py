@@ -191,7 +191,8 @@ def damages(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     wrong = [f"{x['how']} {x['file']}: {x['outcome']}" for x in found
              if x["outcome"] not in ("set aside", "harmless")]
     if len(found) < counts.damages or "Traceback" in process.stderr:
-        wrong.append(f"status {process.returncode}: {process.stderr[-1000:]}")
+        wrong.append(f"status {process.returncode}: "
+                     f"{process.stderr[max(process.stderr.find('Traceback') - 500, 0):][:3000]}")
     warned = process.stderr.count("and the one before is used")
     if warned != outcomes["set aside"]:
         wrong.append(f"{outcomes['set aside']} set aside, but {warned} warnings")
