@@ -7,7 +7,6 @@ A folder gets its name <step> by a rename when all of it is written, so that wha
 leaves behind is never taken for a checkpoint. Nothing is pickled.
 """
 
-import json
 import math
 import os
 import zlib
@@ -24,7 +23,7 @@ from absl import logging
 from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import lazy, orbax_errors
+from r0_jax import lazy, orbax_errors, sealed_json
 from r0_jax.errors import InputError
 from r0_jax.lazy import Lazy
 from r0_jax.train_state import TrainState
@@ -87,13 +86,13 @@ class Checkpoints:
             return False
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         value = metrics.get(self._best_metric, math.nan)
-        metadata = {
+        metadata = sealed_json.seal({
             "step": step,
             "config_digest": self._digest,
             "metrics": {n: x if math.isfinite(x) else None for n, x in metrics.items()},
             "score": self._sign * value if math.isfinite(value) else None,
             "checksums": _checksums(arrays),
-        }
+        })  # fmt: skip
         with orbax_errors.one_line(self.folder):
             self._manager.save(
                 step,
@@ -184,10 +183,10 @@ def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """
     path = Path(workdir) / "checkpoints" / str(step) / "metrics" / "metrics"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
             raise ValueError("fields are missing")
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedError(f"{path}: {error}") from None
     return metadata
 

@@ -2,6 +2,7 @@
 (seed, step)."""
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -176,10 +177,17 @@ def _pick_name(names: Sequence[str] | Mapping[str, Any], where: Any, kind: str) 
 
 
 class Summary(NamedTuple):
-    """How many examples a prepared dataset has, and how many different prompts."""
+    """How many examples a prepared dataset has, how many different prompts, and the `digest` of
+    them all, in order."""
 
     examples: int
     distinct_prompts: int
+    digest: str
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """16 characters that are others for other prompts, or another order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) -> None:
@@ -228,7 +236,8 @@ class _Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(distinct_prompts=len(set(self._examples["prompt"]))),
+            metadata=tfds.core.MetadataDict(distinct_prompts=len(set(self._examples["prompt"])),
+                                            digest=digest(self._examples["prompt"])),
             disable_shuffling=True,  # grain shuffles on reading
         )
 
@@ -253,7 +262,8 @@ def is_ours(folder: str | Path) -> bool:
 def describe(folder: str | Path) -> Summary:
     """Counts of a prepared dataset."""
     info = _open(folder).info
-    return Summary(info.splits[_SPLIT].num_examples, info.metadata["distinct_prompts"])
+    return Summary(info.splits[_SPLIT].num_examples, info.metadata["distinct_prompts"],
+                   info.metadata.get("digest", ""))
 
 
 def open_info(folder: str | Path) -> tfds.core.DatasetInfo:

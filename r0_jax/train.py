@@ -102,6 +102,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     started = bool(checkpoint.steps(folder))
     if not started:
         prompt_dataset.remove(folder / "prompts")  # of another config
+        (folder / "eval_prompts.json").unlink(missing_ok=True)
     if encoded is None:
         summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
                                          trained_on, heldout)
@@ -179,6 +180,8 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
          checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
+    if resumed:
+        console.print(f"continues from step {first}", highlight=False)
     early = EarlyStop(config.best_metric, config.early_stop, folder, first if resumed else -1)
     batches = batches_from(first)
     key = jax.random.key(config.seed)

@@ -28,7 +28,7 @@ class Validation:
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout = rewards, heldout
         self.prompts, self.tokens, self.features = prompt_dataset.evaluation(
-            config, "eval", pipeline, rewards)
+            config, "eval", pipeline, rewards, folder / "eval_prompts.json")
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
         grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
