@@ -36,7 +36,7 @@ from fault_report import Row, report, table  # noqa: E402
 from fault_world import GRACE, INTERVAL, Process, World  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from r0_jax import checkpoint  # noqa: E402
+from r0_jax import checkpoint, cli  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 
@@ -72,7 +72,8 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                               devices=data * fsdp, program="fault_programs restore",
                               stdout=subprocess.PIPE, text=True)
         out, _ = process.communicate()
-        if process.returncode or "Traceback" in process.said:
+        # It is stopped after the restore.
+        if process.returncode != cli.STOPPED or "Traceback" in process.said:
             wrong.append(f"{data} x {fsdp}: status {process.returncode}: {process.said[-300:]}")
             continue
         found = json.loads(out)
@@ -306,10 +307,10 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             if process.returncode == -signal.SIGTERM and process.continued_from is None:
                 early += 1  # while Python was still importing
                 continue
-            ended = process.returncode == 0 and "stopped" not in process.said
+            ended = process.returncode == 0
             saved = max(checkpoint.steps(workdir), default=0)
-            if process.returncode or "Traceback" in process.said or (
-                    last_reached(process) != saved):
+            if process.returncode not in (0, cli.STOPPED) or "Traceback" in process.said or (
+                    last_reached(process) != saved) or ended == ("stopped" in process.said):
                 wrong.append(f"status {process.returncode}, step {last_reached(process)}, saved "
                              f"{saved}: {process.said[-300:]}")
         wrong += [f"{workdir.name}: {what}" for what in world.differences(workdir)]
