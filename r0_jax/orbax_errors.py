@@ -7,16 +7,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import logging
 
 from r0_jax.errors import InputError
+from r0_jax.mirror import AnyPath
 
 
 @contextlib.contextmanager
-def one_line(folder: Path) -> Iterator[None]:
+def one_line(folder: AnyPath) -> Iterator[None]:
     """Turns what the disk refuses while a checkpoint is written to `folder` into InputError."""
     try:
         yield
