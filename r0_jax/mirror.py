@@ -64,6 +64,7 @@ def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
         mirror = _mirrors[folder] = _Mirror(url, folder, training)
         held.callback(mirror.close)
         _in_turn(mirror.pull, url)
+        remote.console.print(f"{url} is mirrored in {folder}", highlight=False, soft_wrap=True)
         try:
             yield folder
         except BaseException:

@@ -215,15 +215,16 @@ def main(argv: list[str]) -> None:
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
         source = from_pipeline(fields.pipeline, steps, sigmas, encoded)
     else:
-        folder = held.enter_context(mirror.workdir(fields.workdir))
-        source = from_run(
-            folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
+        with mirror.workdir(fields.workdir) as folder:
+            source = from_run(
+                folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
     text = {"seed": fields.seed, "num_inference_steps": len(source.scheduler.timesteps),
             "guidance_scale": fields.guidance_scale, "eta": fields.eta}
     latents = None
     if fields.latents is not None:
-        latents = read_latents(remote.local(fields.latents), (len(prompts), *source.pipeline.latent_shape))
+        latents = read_latents(remote.local(fields.latents),
+                               (len(prompts), *source.pipeline.latent_shape))
         text["latents"] = Path(fields.latents).name
     batches = draw(
         source, prompts, guidance_scale=fields.guidance_scale, eta=fields.eta, seed=fields.seed,
