@@ -160,7 +160,7 @@ class _Mirror:
                     and self._is_mirrored(name := path.relative_to(self.folder).as_posix())}
             gone = self.same.keys() - here if self.training else set()
             # A checkpoint goes as one: of what is just being deleted some files are there still.
-            steps = {_step(name) for name in gone} - {None}
+            steps = {_step(name) for name in gone if self.same[name]} - {None}
             gone |= {name for name in self.same if _step(name) in steps}
             changed = {name: stamp for name in here if _step(name) not in steps
                        and (stamp := remote.stamp_of(self.folder / name))

@@ -6,6 +6,7 @@ In a test the fixture `store`; for a whole program: python tests/object_store.py
 import os
 import runpy
 import sys
+import types
 
 import pytest
 from etils.epath import backend
@@ -47,6 +48,8 @@ def store(tmp_path, monkeypatch):
     (tmp_path / "store" / "bucket").mkdir(parents=True)
     for scheme in Store.protocol:
         monkeypatch.setitem(_registry, scheme, Store)
+    for name in ("google.cloud", "google.cloud.storage"):  # which come with gcsfs
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     backend.fsspec_backend._get_filesystem.cache_clear()
     remote._fetched.cache_clear()
     yield tmp_path / "store"

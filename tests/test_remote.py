@@ -18,12 +18,14 @@ import optax
 import pytest
 from etils.epath import backend
 from gcs_server import gcs  # noqa: F401
+from ml_collections import ConfigDict
 from object_store import ROOT as STORE_ROOT
 from object_store import store  # noqa: F401
 
 from r0_jax import checkpoint, miniature, mirror, model_card, remote, train_state
 from r0_jax.errors import InputError
 from r0_jax.pipelines import families
+from r0_jax.run import Run
 
 HERE = Path(__file__).parent
 URLS = ["gs://bucket/runs/w", "s3://bucket/runs/w"]
@@ -279,9 +281,9 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
 
 
 def test_a_card_does_not_tell_of_buckets():
-    class Run:
-        config = type("Config", (), {"pretrained": "gs://bucket/models/sdxl"})
-    assert model_card.base_model(Run()) == "sdxl"
+    run = object.__new__(Run)
+    object.__setattr__(run, "config", ConfigDict({"pretrained": "gs://bucket/models/sdxl"}))
+    assert model_card.base_model(run) == "sdxl"
 
 
 # --- the main job --------------------------------------------------------------------------------
