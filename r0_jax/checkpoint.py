@@ -332,7 +332,7 @@ def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
     except Exception as error:  # whatever orbax trips over
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
 
 
 def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -349,7 +349,16 @@ def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str
     except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
         raise
     except Exception as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> Exception:
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(folder, Path):
+        return DamagedError(said)
+    # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
+    return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
+                      "again, or remove it to go on from the one before")
 
 
 def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
