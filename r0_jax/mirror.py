@@ -33,7 +33,8 @@ from r0_jax.remote import Stamp
 
 AnyPath: TypeAlias = Path | epath.Path
 _STEP = re.compile(r"checkpoints/\d+/")
-_STATE = re.compile(r"checkpoints/\d+/state/")
+# What who only reads a run does without, until an array is asked for.
+_LEFT_OUT = re.compile(r"checkpoints/\d+/state/|prompts/|tensorboard/")
 # Of a checkpoint: written last and removed first, so that a step without it is none.
 _COMMIT = re.compile(r"checkpoints/\d+/metrics/metrics")
 _MADE_ANEW = ("prompts.tmp", "prompts.removed")  # what a kill leaves
@@ -128,8 +129,7 @@ class _Mirror:
         self._pushing = threading.Lock()
 
     def pull(self) -> None:
-        """The mirror becomes what the store holds; who only reads leaves out checkpoints' arrays
-        until they are asked for."""
+        """The mirror becomes what the store holds."""
         there = {name: x for name, x in remote.list_files(self.url).items()
                  if self._is_mirrored(name)}
         whole = {_step(name) for name in there if _COMMIT.fullmatch(name)}
@@ -138,7 +138,7 @@ class _Mirror:
             self.folder.mkdir(parents=True, exist_ok=True)
             remote.remove_others(self.folder, wanted if self.training else there)
             remote.fetch(self.url, wanted if self.training else
-                         {name: x for name, x in wanted.items() if not _STATE.match(name)},
+                         {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
                          self.folder)
         # Who only reads changes nothing of what is there.
         left = there.keys() - wanted.keys()
