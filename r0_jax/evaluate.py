@@ -7,6 +7,7 @@
 import contextlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         evaluate(fields, folder)
 
 
-def evaluate(fields: flags.FlagValues, workdir: Path | None) -> None:
+def evaluate(fields: Any, workdir: Path | None) -> None:
     """What the flags ask for, of the run in `workdir` or of --pipeline."""
     if workdir is not None:
         if fields.out or fields.overwrite:
