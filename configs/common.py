@@ -1,6 +1,7 @@
 """The one base of all recipes: every field, explained. Recipes are small overrides of it.
 
-Fields are changed on the command line as `--config.field=value`; an unknown one is refused.
+Fields are changed on the command line as `--config.field=value`; an unknown one is refused. Paths
+may also be in gs:// or s3:// (docs/remote_paths.md).
 """
 
 from ml_collections import ConfigDict

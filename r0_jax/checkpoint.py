@@ -3,8 +3,9 @@
     W/checkpoints/<step>/state      the TrainState as one flat dict of dotted names (orbax)
     W/checkpoints/<step>/metrics    JSON: step, config digest, held-out metrics, checksums
 
-A folder gets its name <step> by a rename when all of it is written, so that what a killed run
-leaves behind is never taken for a checkpoint. Nothing is pickled.
+A folder gets its name <step> by a rename when all of it is written, or, in gs://, where nothing is
+renamed, orbax's mark, so that what a killed run leaves behind is never taken for a checkpoint.
+Nothing is pickled.
 """
 
 import math
@@ -23,9 +24,10 @@ from absl import logging
 from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import lazy, orbax_errors, sealed_json
+from r0_jax import lazy, mirror, orbax_errors, sealed_json
 from r0_jax.errors import InputError
 from r0_jax.lazy import Lazy
+from r0_jax.mirror import AnyPath
 from r0_jax.train_state import TrainState
 
 _GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
@@ -52,7 +54,7 @@ class Checkpoints:
         config_digest: str = "",
     ):
         orbax_errors.tell_once()
-        self.folder = Path(workdir).resolve() / "checkpoints"
+        self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
         self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         self._digest = config_digest
         for step in steps(workdir):  # orbax would stop at a file of its own that is no JSON
@@ -93,6 +95,7 @@ class Checkpoints:
             "score": self._sign * value if math.isfinite(value) else None,
             "checksums": _checksums(arrays),
         })  # fmt: skip
+        mirror.push(self._workdir)  # what was measured is there before its checkpoint
         with orbax_errors.one_line(self.folder):
             self._manager.save(
                 step,
@@ -100,6 +103,7 @@ class Checkpoints:
                 metrics=metadata,
                 force=True,  # this step, whatever orbax thinks of the interval
             )
+        mirror.push_checkpoint(self._workdir, step)
         return True
 
     def wait(self) -> None:
@@ -121,8 +125,8 @@ class Checkpoints:
         fit are InputErrors.
         """
         if step is not None:
-            return _restore(self.folder, find_step(self.folder.parent, step), target)
-        for newest in reversed(steps(self.folder.parent)):
+            return _restore(self.folder, find_step(self._workdir, step), target)
+        for newest in reversed(steps(self._workdir)):
             try:
                 return _read_state(self.folder / str(newest), target)
             except DamagedError as error:
@@ -152,16 +156,17 @@ class Checkpoints:
 
 def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
-    folder = Path(workdir) / "checkpoints"
+    folder = mirror.checkpoints(workdir)
     there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir()
+                  and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
 
 
 def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
     """The step asked for, the newest one by default; InputError where there is none."""
     there = steps(workdir)
     if not there:
-        raise InputError(f"{Path(workdir) / 'checkpoints'} holds no checkpoint; check --workdir")
+        raise InputError(f"{mirror.checkpoints(workdir)} holds no checkpoint; check --workdir")
     if step == "best":
         scores = {step: _metadata_or_nothing(workdir, step).get("score") for step in there}
         scored = [(score, step) for step, score in scores.items() if score is not None]
@@ -181,7 +186,11 @@ def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
 
     Raises DamagedError.
     """
-    path = Path(workdir) / "checkpoints" / str(step) / "metrics" / "metrics"
+    return _read_metadata(mirror.checkpoints(workdir) / str(step))
+
+
+def _read_metadata(folder: AnyPath) -> dict[str, Any]:
+    path = folder / "metrics" / "metrics"
     try:
         metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
@@ -214,7 +223,8 @@ def open_params(
     Raises InputError where the checkpoint is missing or damaged.
     """
     step = find_step(workdir, step)
-    folder = Path(workdir).resolve() / "checkpoints" / str(step)
+    mirror.pull_checkpoint(workdir, step)
+    folder = mirror.checkpoints(workdir) / str(step)
     try:
         metadata = read_metadata(workdir, step)
         stored = {name: x for name, x in _stored_shapes(folder).items()
@@ -240,7 +250,7 @@ class _Reader(Mapping[str, np.ndarray]):
     """Some arrays of a checkpoint, in the order of their names and read by groups when they are
     looked up: a call of orbax opens all of its indices. Looking up raises DamagedError."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+    def __init__(self, folder: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]):
         self._folder = folder
         self._group_of: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
         self._held: dict[str, np.ndarray] = {}
@@ -282,18 +292,18 @@ def _metadata_or_nothing(workdir: str | os.PathLike, step: int) -> dict[str, Any
         return {}
 
 
-def _restore(folder: Path, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     try:
         return _read_state(folder / str(step), target)
     except DamagedError as error:
         raise InputError(_damaged(folder / str(step), error) + "; name another step") from None
 
 
-def _read_state(folder: Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     wanted = _flatten(target)
     if any(x.sharding is None for x in wanted.values()):
         raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
-    metadata = read_metadata(folder.parents[1], int(folder.name))
+    metadata = _read_metadata(folder)
     stored = _stored_shapes(folder)
     differs = [
         f"{name} is {_describe(stored.get(name))} there and {_describe(wanted.get(name))} here"
@@ -316,15 +326,15 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
     return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
-def _stored_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
     except Exception as error:  # whatever orbax trips over
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
 
 
-def _read(folder: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """jax Arrays where a target has a sharding, numpy arrays where it has none."""
     args = ocp.args.PyTreeRestore(
         item=targets,
@@ -338,7 +348,16 @@ def _read(folder: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, A
     except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
         raise
     except Exception as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> Exception:
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(folder, Path):
+        return DamagedError(said)
+    # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
+    return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
+                      "again, or remove it to go on from the one before")
 
 
 def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -378,11 +397,11 @@ def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
-def _damaged(folder: Path, error: DamagedError) -> str:
+def _damaged(folder: AnyPath, error: DamagedError) -> str:
     return f"checkpoint {folder} is damaged ({str(error).splitlines()[0][:200]})"
 
 
-def _set_aside(folder: Path, error: DamagedError) -> None:
+def _set_aside(folder: AnyPath, error: DamagedError) -> None:
     if jax.process_count() > 1:  # the others may have read their parts well and would go on alone
         raise InputError(_damaged(folder, error) + "; move it away and start again")
     aside = folder.with_name(folder.name + ".damaged")

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r0_jax import remote
 from r0_jax.errors import InputError
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a JSON object, a column or a feature, in order
@@ -36,7 +37,7 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     the first). Raises `InputError` that names the line; where prompts are `numbered`, by images,
     also for a blank one between others, which would shift them.
     """
-    path = Path(path)
+    path = remote.local(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if not path.is_dir() and path.suffix not in _READERS:

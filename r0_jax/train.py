@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +26,10 @@ from r0_jax import (
     encoded_prompts,
     host_memory,
     lazy,
+    mirror,
     program,
     prompt_dataset,
+    remote,
     report,
     rewards,
     schedulers,
@@ -106,6 +107,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     if encoded is None:
         summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
                                          trained_on, heldout)
+        mirror.share(folder)
         counted = f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct"
         read = functools.partial(prompt_dataset.batches, folder / "prompts")
     else:
@@ -137,13 +139,10 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
 
 def enable_compilation_cache(config: ConfigDict) -> None:
     """Compiled programs are kept on disk: a run that continues starts in seconds."""
-    cache = config.compilation_cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"),
-                                             "r0_jax")
-    try:
-        cache = Path(cache).expanduser()
-    except RuntimeError:  # a user without a home, as in containers
-        cache = Path(tempfile.gettempdir(), "r0_jax")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    asked = config.compilation_cache
+    if asked and not remote.url_of(asked):  # which JAX reaches by itself
+        asked = os.path.expanduser(asked)
+    jax.config.update("jax_compilation_cache_dir", asked or str(remote.cache()))
 
 
 def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:
