@@ -357,7 +357,7 @@ def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     for name, x in arrays.items():
         # Waits for each: of thousands in the queue, sums over many fake devices of few processors
         # block each other for ever.
-        value = int(_checksum(x))
+        value = int(checksum(x))
         field = name.split(".")[0]
         weight = zlib.crc32(name.encode()) | 1
         totals[field] = (totals.get(field, 0) + value * weight) % 2**32
@@ -365,7 +365,8 @@ def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
 
 
 @jax.jit
-def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """A number that any changed bit changes, the same on every mesh."""
     # Integer sums are exact in any order, so each device sums what it has. Odd weights that
     # differ by position: a flipped bit and a swapped pair both show.
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, train
+from r0_jax import cli, distributed, train
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, by default runs/ and the name "
@@ -16,9 +16,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, by default 
 
 def main(argv: list[str]) -> None:
     del argv
-    train.enable_compilation_cache(_CONFIG.value)
-    train.train_and_evaluate(_CONFIG.value,
-                             Path(_WORKDIR.value or Path("runs", cli.config_name())))
+    folder = Path(_WORKDIR.value or Path("runs", cli.config_name()))
+    with distributed.joined(_CONFIG.value):
+        train.enable_compilation_cache(_CONFIG.value)
+        train.train_and_evaluate(_CONFIG.value, folder)
 
 
 if __name__ == "__main__":

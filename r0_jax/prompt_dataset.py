@@ -71,9 +71,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
 
 
-def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,
-            process_count: int):
-    """Batches from `step` on, without the prompts' text, as numpy arrays."""
-    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int],
+            count: int):
+    """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
+    for batch in data.load(folder, batch_size, seed, step, parts, count):
         del batch["prompt"]
         yield {name.replace("__", "/", 1): value for name, value in batch.items()}

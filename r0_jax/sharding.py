@@ -5,13 +5,16 @@ The same code runs on one chip, eight or a pod; only the mesh of the config chan
 propagates shardings through the networks, whose code does not mention them.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from r0_jax.errors import InputError
@@ -44,6 +47,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def global_mesh() -> Mesh:
+    """All devices of all processes, for what has no mesh of its own in the config."""
+    return make_mesh({"data": -1})
 
 
 def local_mesh() -> Mesh:
@@ -118,11 +126,62 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int) -> None:
         )
 
 
-def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """This process's rows (a tree of numpy arrays) as its part of the global batch."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+def local_parts(split: NamedSharding, batch_size: int) -> tuple[list[int], int]:
+    """Which of how many equal parts of a batch the devices of this process hold, in order.
+
+    Another process holds the same where an axis that does not split the batch lies across both.
+    """
+    size = split.shard_shape((batch_size,))[0]
+    held = split.addressable_devices_indices_map((batch_size,)).values()
+    starts = {rows.indices(batch_size)[0] for (rows,) in held}
+    return sorted(start // size for start in starts), batch_size // size
+
+
+def put_batch(batch: Any, split: NamedSharding, batch_size: int) -> Any:
+    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) of the global
+    batch of `batch_size` rows."""
+    parts, count = local_parts(split, batch_size)
+    size = batch_size // count
+
+    def put(x: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start = parts.index(index[0].indices(batch_size)[0] // size) * size
+            return x[start:start + size]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), split, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """jit of function(params, *batch) whose result every process sees whole; the rows of the batch
+    are split over the devices of `mesh` where they divide them (see `divisible`)."""
+
+    @jax.jit
+    def run(params: Any, *batch: Any) -> Any:
+        if len(jax.tree.leaves(batch)[0]) % mesh.size == 0:
+            batch = lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        return lax.with_sharding_constraint(function(params, *batch), replicated(mesh))
+
+    return run
+
+
+def divisible(size: int, mesh: Mesh) -> int:
+    """`size` rows, and as many more as let the devices split them."""
+    return -(-size // mesh.size) * mesh.size
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Whether any process calls this with True, which all do; not waited for."""
+    mesh = global_mesh()
+    here = np.full(jax.local_device_count(), flag)
+    flags = jax.make_array_from_process_local_data(batch_sharding(mesh), here)
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
 def _pair(rule: Any) -> tuple[str, str]:

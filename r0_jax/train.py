@@ -19,18 +19,19 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from r0_jax import (
     checkpoint,
     config_check,
     data,
+    distributed,
     encoded_prompts,
     host_memory,
     lazy,
     lora,
     optim,
     prompt_dataset,
+    replicas,
     report,
     rewards,
     schedulers,
@@ -48,15 +49,13 @@ from r0_jax.models import attention_backend
 from r0_jax.network import Params
 from r0_jax.objective import Objective
 from r0_jax.pipelines import families, tiny_decoder
-from r0_jax.progress import TrainingProgress
+from r0_jax.progress import TrainingProgress, console
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
 from r0_jax.stop_signal import Stopped, StopSignal
 from r0_jax.train_state import TrainState
 from r0_jax.train_step import make_train_step
 from r0_jax.validation import Validation
-
-console = Console(stderr=True)
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
@@ -67,18 +66,22 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
             if not _train(config, folder, stop, held):
                 return False
             # What training held on the devices is gone by now.
+            table = testbed.evaluate_run(folder, config) if config.test.prompts else None
             if jax.process_index() == 0:
-                if config.test.prompts:
-                    report.print_table(testbed.evaluate_run(folder, config))
+                if table is not None:
+                    report.print_table(table)
                 print(f"report: {report.write_report(folder)}")
             return True
         except Stopped:
+            distributed.end_all("was asked to stop, and all stop; what was trained is saved: the "
+                                "same command continues")
             console.print("stopped; what was trained is saved: the same command continues")
             return False
 
 
 def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.ExitStack) -> bool:
     """Whether it came to its end; `held` keeps the folder from other runs."""
+    workdir.check_same_everywhere(config)
     config_check.check_config(config)
     testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -111,18 +114,12 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     objective = Objective(pipeline, generator, trained_on, config, decoder)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
-    held.enter_context(workdir.alone(folder))
-    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
-        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
-                         "steps, or give another --workdir")
-    config_digest = workdir.check_same_run(folder, config)
-    started = bool(checkpoint.steps(folder))
-    if not started:
-        prompt_dataset.remove(folder / "prompts")  # of another config
+    started, config_digest = distributed.of_first(lambda: open_folder(config, folder, held))
+    workdir.check_shared(folder)
     if encoded is None:
-        summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
-                                         trained_on, heldout)
-        counted = f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct"
+        examples, distinct = distributed.of_first(lambda: prompt_dataset.prepare(
+            config.data.prompts, folder / "prompts", pipeline, trained_on, heldout))
+        counted = f"{examples} prompts, {distinct} of them distinct"
         read = functools.partial(prompt_dataset.batches, folder / "prompts")
     else:
         counted = f"{encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
@@ -164,6 +161,20 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
             return loop(config, folder, state, started, step_fn, frozen,
                         functools.partial(device_batches, read, config, mesh), validation,
                         checkpoints, stop)
+
+
+def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) -> tuple[bool, str]:
+    """Whether the run in the folder goes on, and the digest of its config; one process does this
+    for all."""
+    held.enter_context(workdir.alone(folder))
+    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
+        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
+                         "steps, or give another --workdir")
+    config_digest = workdir.check_same_run(folder, config)
+    started = bool(checkpoint.steps(folder))
+    if not started:
+        prompt_dataset.remove(folder / "prompts")  # of another config
+    return started, config_digest
 
 
 def enable_compilation_cache(config: ConfigDict) -> None:
@@ -234,13 +245,19 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                           resume_step=first if resumed else -1)
     with writer, TrainingProgress(config.steps, first, console) as progress:
 
+        def save(metrics: dict[str, float] | None = None) -> None:
+            if jax.process_count() > 1:
+                replicas.check({"training state": state}, step)
+            checkpoints.save(state, metrics)
+            distributed.progress(f"the checkpoint of step {step}")
+
         def evaluate_and_save(metrics: dict[str, float]) -> None:
             # A step's metrics are on disk before its checkpoint: a kill in between loses none.
             with timing.paused():
                 values, sheet = validation(state.ema_params, step)
                 writer.write(step, metrics | values)
                 writer.write_images(step, {"samples": sheet})
-                checkpoints.save(state, values)
+                save(values)
                 early.add(values.get(config.best_metric, math.nan))
 
         def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
@@ -273,6 +290,9 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 host_memory.give_back()  # before the step allocates its own
             state, metrics = compiled(state, frozen, batch, key)
             step += 1
+            distributed.progress(f"step {step}")
+            if step == first + 1 and jax.process_count() > 1:
+                replicas.check({"training state": state, "frozen weights": frozen}, step)
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
@@ -281,7 +301,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 pending = None
             elif step % config.checkpoint_every == 0:
                 log(pending, step)
-                checkpoints.save(state)
+                save()
                 pending = None
         if pending is not None:
             log(pending, step)
@@ -289,7 +309,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             console.print(f"ended at step {step}: in {early.since} evaluations {early.metric} did "
                           f"not exceed {early.best:.4g}", highlight=False)
         if stopped := stop.requested():
-            checkpoints.save(state)
+            save()
             checkpoints.wait()
             console.print(f"stopped at step {step}, which is saved: the same command continues")
     return not stopped
@@ -299,6 +319,6 @@ def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config:
                    mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    for batch in read(config.batch_size, config.seed, step, jax.process_index(),
-                      jax.process_count()):
-        yield sharding.put_batch(batch, split)
+    parts, count = sharding.local_parts(split, config.batch_size)
+    for batch in read(config.batch_size, config.seed, step, parts, count):
+        yield sharding.put_batch(batch, split, config.batch_size)
