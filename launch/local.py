@@ -113,7 +113,7 @@ def _send(processes: list[subprocess.Popen], number: int) -> None:
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:
     status, deadline, signals = 0, float("inf"), [signal.SIGTERM, signal.SIGKILL]
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         for i, process in enumerate(processes):
             if status == 0 and process.returncode:
                 status = process.returncode

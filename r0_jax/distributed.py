@@ -99,8 +99,8 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
 def _address(env: Mapping[str, str]) -> str | None:
     host, port = env.get(ADDRESS), env.get(PORT) or _PORT
     if not host and env.get("JOBSET_NAME") and env.get("REPLICATED_JOB_NAME"):
-        job = f"{env['JOBSET_NAME']}-{env['REPLICATED_JOB_NAME']}"  # pod 0 of job 0, in JobSet's DNS
-        host = f"{job}-0-0.{env['JOBSET_NAME']}"
+        # Pod 0 of job 0, as JobSet names it in its network.
+        host = f"{env['JOBSET_NAME']}-{env['REPLICATED_JOB_NAME']}-0-0.{env['JOBSET_NAME']}"
     if not host:
         return None
     address = host if re.search(r":\d+$", host) else f"{host}:{port}"

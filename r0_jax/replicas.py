@@ -43,11 +43,11 @@ def check(trees: Mapping[str, Any], step: int) -> None:
         for group in groups:
             if differing := _outliers([found[i] for i in group]):
                 names = " and ".join(map(str, differing))
-                one = len(differing) == 1
+                kind = "process" if len(differing) == 1 else "processes"
                 raise InputError(
-                    f"at step {step} the {what} of process{'' if one else 'es'} {names} of "
-                    f"{jax.process_count()} {'is' if one else 'are'} not what the others have: look "
-                    "at the hardware and the files there; the last checkpoint is from before")
+                    f"at step {step} the copy of the {what} in {kind} {names} of "
+                    f"{jax.process_count()} differs from the others': look at the hardware and the "
+                    "files there; the last checkpoint is from before")
 
 
 def _outliers(copies: Sequence[tuple[int, int]]) -> list[int]:

@@ -29,10 +29,12 @@ class Watch:
         self._leaving = threading.Lock()  # whoever has it says why, and nobody else
         self._stopped = False
         self._count, self._done, self._moved = 0, "the start", None
-        self._answered = time.monotonic()
+        # Seconds that this process was awake for: what it cannot have seen it does not miss.
+        self._clock = 0.0
+        self._answered = 0.0
         # Of each process: its last sign of life, and when it changed.
         self._signs: dict[int, tuple[list, float]] = {
-            i: ([0, 0, ""], time.monotonic()) for i in range(processes)}
+            i: ([0, 0, ""], 0.0) for i in range(processes)}
 
     def start(self) -> None:
         for task in (self._listen, self._judge):
@@ -45,7 +47,7 @@ class Watch:
     def progress(self, done: str) -> None:
         """Something came to its end here, such as "step 12". From the first time on it is missed if
         nothing more does: not before, since nobody knows how long preparing prompts takes."""
-        self._count, self._done, self._moved = self._count + 1, done, time.monotonic()
+        self._count, self._done, self._moved = self._count + 1, done, self._clock
 
     def fail(self, status: int, message: str) -> None:
         """Ends the others with this status and message; returns when they can know."""
@@ -72,7 +74,7 @@ class Watch:
                     self._end(1, f"process 0 of {self._processes} is gone, which keeps the others "
                               f"together ({str(error).splitlines()[0]}); {_CONTINUE}")
                 return
-            self._answered = time.monotonic()
+            self._answered = self._clock
             if failed is not None:
                 self._end(*json.loads(failed))
 
@@ -86,30 +88,30 @@ class Watch:
             raise
 
     def _see(self) -> None:
-        now = time.monotonic()
         for key, value in self._client.key_value_dir_get(_ALIVE):
             process, sign = int(key.rsplit("/", 1)[1]), json.loads(value)
             if sign != self._signs[process][0]:
-                self._signs[process] = (sign, now)
+                self._signs[process] = (sign, self._clock)
 
     def _judge(self) -> None:
         while not self._stopped:
+            before = time.monotonic()
             time.sleep(self._every / 2)
-            now = time.monotonic()
-            if now - self._answered > self._lost:
+            self._clock += min(time.monotonic() - before, self._every)
+            if self._clock - self._answered > self._lost:
                 self._end(1, f"process 0 of {self._processes} has not answered for "
                           f"{self._lost:g} s; {_CONTINUE}")
-            if self._process == 0 and (verdict := self._verdict(now)):
+            if self._process == 0 and (verdict := self._verdict()):
                 self._take()
                 self._say(1, verdict)
                 self._quit(1, verdict)
 
-    def _verdict(self, now: float) -> str | None:
-        lost = [i for i, (_, changed) in self._signs.items() if now - changed > self._lost]
+    def _verdict(self) -> str | None:
+        lost = [i for i, (_, changed) in self._signs.items() if self._clock - changed > self._lost]
         if lost:
             return (f"{self._name(lost)} gave no sign of life for {self._lost:g} s: killed, frozen "
                     f"or cut off; {_CONTINUE}")
-        if self._moved is None or now - self._moved <= self._hang:
+        if self._moved is None or self._clock - self._moved <= self._hang:
             return None
         counts = {i: sign[1] for i, (sign, _) in self._signs.items()}
         behind = [i for i, count in counts.items() if count < max(counts.values())]
