@@ -260,6 +260,8 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
     """False where JAX finds that this process is alone."""
     if place.address is not None and place.process:
         _await(place.address, start_timeout)
+    # JAX's own notice of SIGTERM would take it from `StopSignal`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.address, place.processes, place.process, place.devices,

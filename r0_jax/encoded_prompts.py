@@ -186,9 +186,9 @@ def columns_of(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:
 
 
 def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: int, step: int,
-            parts: Sequence[int], count: int) -> Iterator[dict[str, np.ndarray]]:
+            parts: Sequence[int], of: int) -> Iterator[dict[str, np.ndarray]]:
     """Parts of batches of some columns of the training prompts, as of `data.load`."""
-    for batch in data.load(folder, batch_size, seed, step, parts, count):
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         named = _named(batch)
         yield {name: named[name] for name in columns}
 

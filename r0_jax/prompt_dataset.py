@@ -72,8 +72,8 @@ def remove(folder: Path) -> None:
 
 
 def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int],
-            count: int):
+            of: int):
     """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
-    for batch in data.load(folder, batch_size, seed, step, parts, count):
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         del batch["prompt"]
         yield {name.replace("__", "/", 1): value for name, value in batch.items()}

@@ -126,29 +126,30 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int) -> None:
         )
 
 
-def local_parts(split: NamedSharding, batch_size: int) -> tuple[list[int], int]:
+def local_parts(split: NamedSharding) -> tuple[list[int], int]:
     """Which of how many equal parts of a batch the devices of this process hold, in order.
 
     Another process holds the same where an axis that does not split the batch lies across both.
     """
-    size = split.shard_shape((batch_size,))[0]
-    held = split.addressable_devices_indices_map((batch_size,)).values()
-    starts = {rows.indices(batch_size)[0] for (rows,) in held}
-    return sorted(start // size for start in starts), batch_size // size
+    rows = split.mesh.size  # any number that splits
+    size = split.shard_shape((rows,))[0]
+    held = split.addressable_devices_indices_map((rows,)).values()
+    return sorted({part.indices(rows)[0] // size for (part,) in held}), rows // size
 
 
-def put_batch(batch: Any, split: NamedSharding, batch_size: int) -> Any:
-    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) of the global
-    batch of `batch_size` rows."""
-    parts, count = local_parts(split, batch_size)
-    size = batch_size // count
+def put_batch(batch: Any, split: NamedSharding) -> Any:
+    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) as its share of
+    the global batch."""
+    parts, count = local_parts(split)
 
     def put(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(parts)
+
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start = parts.index(index[0].indices(batch_size)[0] // size) * size
+            start = parts.index(index[0].indices(size * count)[0] // size) * size
             return x[start:start + size]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), split, shard)
+        return jax.make_array_from_callback((size * count, *x.shape[1:]), split, shard)
 
     return jax.tree.map(put, batch)
 

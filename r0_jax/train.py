@@ -319,6 +319,6 @@ def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config:
                    mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    parts, count = sharding.local_parts(split, config.batch_size)
+    parts, count = sharding.local_parts(split)
     for batch in read(config.batch_size, config.seed, step, parts, count):
-        yield sharding.put_batch(batch, split, config.batch_size)
+        yield sharding.put_batch(batch, split)
