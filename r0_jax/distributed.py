@@ -300,7 +300,7 @@ def _leave(error: BaseException, watch: Watch) -> NoReturn:
     if line is None and status != cli.INTERRUPTED:
         traceback.print_exception(error)
         sys.stderr.flush()
-    said = line or (str(error).splitlines() or [type(error).__name__])[0]
+    said = line or f"{type(error).__name__}: {error}".splitlines()[0]
     said = "it was interrupted" if status == cli.INTERRUPTED else said
     watch.fail(status, said)
     _exit(status, line)

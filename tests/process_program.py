@@ -24,8 +24,9 @@ STEPS, TROUBLED = 6, 3
 def main(trouble: str, folder: Path) -> None:
     config = common.get_config()
     with config.unlocked():
-        config.processes.lost_timeout, config.processes.hang_timeout = 10, 4
-        config.processes.start_timeout = 60
+        config.processes.lost_timeout = 8
+        config.processes.hang_timeout = 6 if trouble == "hangs" else 60
+        config.processes.start_timeout = 5 if trouble == "absent" else 60
     if trouble == "absent" and os.environ["JAX_PROCESS_ID"] == "1":
         raise SystemExit(2)
     with StopSignal() as stop, distributed.joined(config), stop.deferred():
@@ -49,8 +50,8 @@ def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
         total = add(total, sharding.put_batch(rows, split)["number"])
         if trouble == "differ" and step == TROUBLED and me == 1:
             total = corrupted(total)
-        replicas.check({"sum": total}, step)
         distributed.progress(f"step {step}")
+        replicas.check({"sum": total}, step)
         print(f"sum {float(np.asarray(total)):g}", flush=True)
         if stop.requested():
             print(f"stopped at step {step}", flush=True)
