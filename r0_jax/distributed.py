@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -50,8 +51,8 @@ class Place(NamedTuple):
       address: host:port of process 0.
       processes: how many there are.
       process: which one this is.
-      devices: which of the machine's GPUs are its own; None leaves it to JAX, whose rule is all of
-        them, or one each under SLURM and Open MPI.
+      devices: which of the machine's GPUs are its own; None: all, or those that
+        JAX_LOCAL_DEVICE_IDS names.
     """
 
     address: str | None = None
@@ -82,7 +83,7 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
     place = place._replace(address=_address(env) or place.address,
                            processes=place.processes if processes is None else processes,
                            process=place.process if process is None else process)
-    if scheduled and None in place:  # a TPU, which knows the rest
+    if scheduled == Place():  # a TPU, which knows the rest
         return place
     names = {ADDRESS: place.address, PROCESSES: place.processes, PROCESS: place.process}
     if missing := [name for name, value in names.items() if value is None]:
@@ -123,15 +124,21 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
 
 
 def _slurm_gpus(env: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All that a task sees, where it is alone on its node or SLURM has bound one to it already;
-    JAX would take the one whose number is the task's."""
+    """One a task, except for a task that is alone on its node, or that SLURM lets see one only."""
+    if env.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
     count = len(visible) if visible != [""] else _number(env, "SLURM_GPUS_ON_NODE")
-    if not count:
-        return None
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
     alone = re.fullmatch(r"1(\(x\d+\))?", per_node)  # "1(x4)": one on each of four nodes
-    return tuple(range(count)) if alone or count == 1 else None
+    if count and (alone or count == 1):
+        return tuple(range(count))
+    return _one(env, "SLURM_LOCALID")
+
+
+def _one(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
+    device = _number(env, name)
+    return None if device is None or env.get("JAX_LOCAL_DEVICE_IDS") else (device,)
 
 
 def _open_mpi(env: Mapping[str, str]) -> Place | None:
@@ -142,7 +149,8 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
 
     with _environment(env):
         address = OmpiCluster.get_coordinator_address(None, env.get(PORT))
-    return Place(address, processes, _number(env, "OMPI_COMM_WORLD_RANK"))
+    return Place(address, processes, _number(env, "OMPI_COMM_WORLD_RANK"),
+                 _one(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
 
 
 def _tpu(env: Mapping[str, str]) -> Place | None:
@@ -262,10 +270,16 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         _await(place.address, start_timeout)
     # JAX's own notice of SIGTERM would take it from `StopSignal`.
     jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(start_timeout, lambda: _exit(cli.USER_ERROR, (
+        f"not all {place.processes or ''} processes came together within {start_timeout} s: see "
+        "what the others say, then start all of them again")))
+    late.daemon = True
+    late.start()  # JAX ends the process itself when its time is over, with a stack trace
     try:
         jax.distributed.initialize(
             place.address, place.processes, place.process, place.devices,
-            initialization_timeout=start_timeout,
+            cluster_detection_method="deactivate" if None not in place[:3] else None,
+            initialization_timeout=start_timeout + 30,
             # JAX's own end of a process whose neighbour is lost: where the watch's comes not to it.
             heartbeat_timeout_seconds=2 * lost_timeout + 10, shutdown_timeout_seconds=60)
     except ValueError as error:
@@ -274,8 +288,10 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         raise InputError(f"the processes cannot be found: {error}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"not all processes came together within {start_timeout} s: {reason}; see "
-                         "what the others say, then start all of them again") from None
+        raise InputError(f"the processes cannot come together: {reason}; see what the others say, "
+                         "then start all of them again") from None
+    finally:
+        late.cancel()
     return True
 
 

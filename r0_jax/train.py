@@ -288,9 +288,9 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             if compiled is None:
                 compiled = step_fn.lower(state, frozen, batch, key).compile()
                 host_memory.give_back()  # before the step allocates its own
+            distributed.progress(f"the batch of step {step + 1}")
             state, metrics = compiled(state, frozen, batch, key)
             step += 1
-            distributed.progress(f"step {step}")
             if step == first + 1 and jax.process_count() > 1:
                 replicas.check({"training state": state, "frozen weights": frozen}, step)
             if pending is not None:

@@ -47,10 +47,10 @@ def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
         print(f"step {step} rows {' '.join(map(str, rows['number']))}", flush=True)
         if step == TROUBLED and me == 1:
             make(trouble)
+        distributed.progress(f"the batch of step {step}")
         total = add(total, sharding.put_batch(rows, split)["number"])
         if trouble == "differ" and step == TROUBLED and me == 1:
             total = corrupted(total)
-        distributed.progress(f"step {step}")
         replicas.check({"sum": total}, step)
         print(f"sum {float(np.asarray(total)):g}", flush=True)
         if stop.requested():

@@ -333,7 +333,8 @@ def test_processes_hold_consecutive_parts_of_the_global_batch(folder, process_co
 
 def test_a_process_may_hold_parts_that_are_not_neighbours(folder):
     whole = take(folder, 3, batch_size=12, seed=3, step=2)
-    for step, batch in enumerate(take(folder, 3, batch_size=12, seed=3, step=2, parts=[0, 2], of=4)):
+    mine = take(folder, 3, batch_size=12, seed=3, step=2, parts=[0, 2], of=4)
+    for step, batch in enumerate(mine):
         rows = [0, 1, 2, 6, 7, 8]
         assert all((batch[name] == whole[step][name][rows]).all() for name in batch)
 
