@@ -78,7 +78,8 @@ def test_four_processes_share_the_batches_and_agree(tmp_path):
         rows[int(step), int(process)] = [int(number) for number in numbers.split()]
     whole = data.load(tmp_path / "prompts", 32, 0)
     for step, batch in enumerate(itertools.islice(whole, STEPS), start=1):
-        assert batch["number"].tolist() == sum((rows[step, i] for i in range(4)), [])
+        shared = itertools.chain.from_iterable(rows[step, i] for i in range(4))
+        assert batch["number"].tolist() == list(shared)
     sums = re.findall(r"sum (\d+)", out)
     assert len(sums) == 4 * STEPS and len(set(sums)) == STEPS
 
@@ -100,16 +101,16 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     tiny.clip(tmp_path / "clip", seed=1)
     lines = [f"a red circle {i}" for i in range(9)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path), steps=4))
+    (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path), steps=8))
     command = ["-m", "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
                "--config.processes.lost_timeout=8"]
     alone = subprocess.Popen([sys.executable, *command, f"--workdir={tmp_path / 'one'}"], cwd=ROOT,
                              env=environment(), text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)
-    program = launch(2, *command, f"--workdir={tmp_path / 'two'}", "--config.steps=100000")
+    program = launch(2, *command, f"--workdir={tmp_path / 'two'}")
     there = tmp_path / "two" / "checkpoints"
     deadline = time.monotonic() + 400
-    while not (there.is_dir() and max(checkpoints(tmp_path / "two"), default=0) in (1, 2)):
+    while not (there.is_dir() and max(checkpoints(tmp_path / "two"), default=0) >= 1):
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
@@ -119,9 +120,7 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     assert "[0] error: process 1 of 2 gave no sign of life" in err
     assert ended(alone)[0] == 0
 
-    # What the steps after 4 of the first start wrote, if it got so far, does not count.
-    for step in checkpoints(tmp_path / "two"):
-        assert step <= 4, "this machine is too fast for the test: kill earlier"
+    assert max(checkpoints(tmp_path / "two")) < 8  # there is something left to do
     status, out, err = ended(launch(2, *command, f"--workdir={tmp_path / 'two'}"))
     assert status == 0, err
     assert [line for line in (out + err).splitlines() if line.startswith("[1]")] == []
@@ -134,5 +133,5 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
         found, _ = checkpoint.load_params(tmp_path / "two", field)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == 4
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == 8
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 2  # one a start
