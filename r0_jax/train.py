@@ -245,19 +245,13 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                           resume_step=first if resumed else -1)
     with writer, TrainingProgress(config.steps, first, console) as progress:
 
-        def save(metrics: dict[str, float] | None = None) -> None:
-            if jax.process_count() > 1:
-                replicas.check({"training state": state}, step)
-            checkpoints.save(state, metrics)
-            distributed.progress(f"the checkpoint of step {step}")
-
         def evaluate_and_save(metrics: dict[str, float]) -> None:
             # A step's metrics are on disk before its checkpoint: a kill in between loses none.
             with timing.paused():
                 values, sheet = validation(state.ema_params, step)
                 writer.write(step, metrics | values)
                 writer.write_images(step, {"samples": sheet})
-                save(values)
+                save(checkpoints, state, values)
                 early.add(values.get(config.best_metric, math.nan))
 
         def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
@@ -291,8 +285,8 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             distributed.progress(f"the batch of step {step + 1}")
             state, metrics = compiled(state, frozen, batch, key)
             step += 1
-            if step == first + 1 and jax.process_count() > 1:
-                replicas.check({"training state": state, "frozen weights": frozen}, step)
+            if step == first + 1:
+                check_copies(step, {"training state": state, "frozen weights": frozen})
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
@@ -301,7 +295,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 pending = None
             elif step % config.checkpoint_every == 0:
                 log(pending, step)
-                save()
+                save(checkpoints, state)
                 pending = None
         if pending is not None:
             log(pending, step)
@@ -309,10 +303,24 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             console.print(f"ended at step {step}: in {early.since} evaluations {early.metric} did "
                           f"not exceed {early.best:.4g}", highlight=False)
         if stopped := stop.requested():
-            save()
+            save(checkpoints, state)
             checkpoints.wait()
             console.print(f"stopped at step {step}, which is saved: the same command continues")
     return not stopped
+
+
+def save(checkpoints: checkpoint.Checkpoints, state: TrainState,
+         metrics: dict[str, float] | None = None) -> None:
+    """Starts writing a checkpoint, of a state that is the same in all processes."""
+    step = int(state.step)
+    check_copies(step, {"training state": state})
+    checkpoints.save(state, metrics)
+    distributed.progress(f"the checkpoint of step {step}")
+
+
+def check_copies(step: int, trees: dict[str, Any]) -> None:
+    if jax.process_count() > 1:
+        replicas.check(trees, step)
 
 
 def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config: ConfigDict,
