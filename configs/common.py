@@ -171,6 +171,16 @@ def get_config() -> ConfigDict:
     # or inputs are also split over the tensor axis, if that divides them and the heads.
     config.sharding = (*TENSOR_PARALLEL, (".*", "fsdp"))
 
+    # Of a run of many processes (docs/scale.md). Seconds until all of them have to be there.
+    config.processes = ConfigDict()
+    config.processes.start_timeout = 300
+    # The run ends when a process has given no sign of life for so many seconds: it was killed, its
+    # machine is gone, or it is frozen.
+    config.processes.lost_timeout = 60
+    # The run ends when no process has finished a step, a batch of an evaluation or a checkpoint for
+    # so many seconds, which have to be enough to compile the step: one of them hangs.
+    config.processes.hang_timeout = 1800
+
     # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also
     # a checkpoint, so that the best one is kept).
     config.log_every = 1

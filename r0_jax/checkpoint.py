@@ -10,21 +10,19 @@ Nothing is pickled.
 
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Shaped
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import lazy, mirror, orbax_errors, sealed_json
+from r0_jax import checksum, lazy, mirror, orbax_errors, sealed_json
 from r0_jax.errors import InputError
 from r0_jax.lazy import Lazy
 from r0_jax.mirror import AnyPath
@@ -93,7 +91,7 @@ class Checkpoints:
             "config_digest": self._digest,
             "metrics": {n: x if math.isfinite(x) else None for n, x in metrics.items()},
             "score": self._sign * value if math.isfinite(value) else None,
-            "checksums": _checksums(arrays),
+            "checksums": checksum.of_fields(arrays),
         })  # fmt: skip
         mirror.push(self._workdir)  # what was measured is there before its checkpoint
         with orbax_errors.one_line(self.folder):
@@ -361,40 +359,9 @@ def _unreadable(folder: AnyPath, error: Exception) -> Exception:
 
 
 def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    for field, checksum in _checksums(arrays).items():
-        if checksum != metadata["checksums"].get(field):
+    for field, found in checksum.of_fields(arrays).items():
+        if found != metadata["checksums"].get(field):
             raise DamagedError(f"its {field} are not what was written (checksums differ)")
-
-
-def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """{field of TrainState: a number that any changed bit changes}, the same on every mesh.
-
-    orbax protects its indices but not the array data: a flipped bit there is read as a number.
-    """
-    totals: dict[str, int] = {}
-    for name, x in arrays.items():
-        # Waits for each: of thousands in the queue, sums over many fake devices of few processors
-        # block each other for ever.
-        value = int(_checksum(x))
-        field = name.split(".")[0]
-        weight = zlib.crc32(name.encode()) | 1
-        totals[field] = (totals.get(field, 0) + value * weight) % 2**32
-    return totals
-
-
-@jax.jit
-def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    # Integer sums are exact in any order, so each device sums what it has. Odd weights that
-    # differ by position: a flipped bit and a swapped pair both show.
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(x.ndim)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        position += index * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _damaged(folder: AnyPath, error: DamagedError) -> str:

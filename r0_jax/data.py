@@ -294,33 +294,36 @@ def load(
     batch_size: int,
     seed: int,
     step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    of: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches `step`, `step + 1`, ... of a prepared dataset, forever.
 
-    The rows are an equal, contiguous part of the global batch of `batch_size`, which depends
-    only on (seed, step): not on the number of processes nor on where one starts. An epoch is a
-    permutation of all examples; the epochs follow each other without a gap, so a batch may hold
-    the end of one and the start of the next. Text columns are arrays of str.
+    The rows are these `parts` of `of` equal, contiguous parts of the global batch of
+    `batch_size`, which depends only on (seed, step): not on the number of processes nor on where
+    one starts. An epoch is a permutation of all examples; the epochs follow each other without a
+    gap, so a batch may hold the end of one and the start of the next. Text columns are arrays of
+    str.
     """
-    if batch_size % process_count:
-        raise InputError(
-            f"batch_size {batch_size} does not divide evenly among {process_count} processes"
-        )
+    if batch_size % of:
+        raise InputError(f"batch_size {batch_size} does not divide evenly into {of} parts")
     with _reading(folder):
         source = _open(folder).as_data_source(split=_SPLIT)
         source[0], source[len(source) - 1]  # a missing or cut file shows here, not in a thread
-    parts = (
+    all_parts = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()  # anew each epoch
         .repeat(2**31)  # forever; grain's own "forever" overflows with batches of one row
-        .batch(batch_size // process_count)
+        .batch(batch_size // of)
     )
-    mine = parts[process_index::process_count][step:]
-    # Indices are batched, not records: array_record reads a batch at once several times faster.
-    return iter(mine.map(lambda rows: _read(source, rows)).to_iter_dataset(_READ_OPTIONS))
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        # Indices are batched, not records: array_record reads a batch at once several times faster.
+        return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
+
+    steps = grain.MapDataset.range(step, 2**31).map(read)
+    return iter(steps.to_iter_dataset(_READ_OPTIONS))
 
 
 def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np.ndarray]:

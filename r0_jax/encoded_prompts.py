@@ -186,9 +186,9 @@ def columns_of(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:
 
 
 def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: int, step: int,
-            process_index: int, process_count: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of some columns of the training prompts, as of `data.load`."""
-    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+            parts: Sequence[int], of: int) -> Iterator[dict[str, np.ndarray]]:
+    """Parts of batches of some columns of the training prompts, as of `data.load`."""
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         named = _named(batch)
         yield {name: named[name] for name in columns}
 

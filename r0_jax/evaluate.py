@@ -92,7 +92,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         pipeline = families.load(fields.pipeline)
         scheduler = few_step.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
-                                   mesh=sharding.local_mesh()), pipeline.params)
+                                   mesh=sharding.global_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, mirror, train
+from r0_jax import cli, distributed, mirror, train
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:// or s3://; by "
@@ -16,10 +16,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:
 
 def main(argv: list[str]) -> int:
     del argv
-    train.enable_compilation_cache(_CONFIG.value)
     asked = _WORKDIR.value or Path("runs", cli.config_name())
-    with mirror.workdir(asked, training=True) as folder:
-        ended = train.train_and_evaluate(_CONFIG.value, folder)
+    with distributed.joined(_CONFIG.value):
+        train.enable_compilation_cache(_CONFIG.value)
+        with mirror.workdir(asked, training=True) as folder:
+            ended = train.train_and_evaluate(_CONFIG.value, folder)
     # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
     return 0 if ended else cli.STOPPED
 

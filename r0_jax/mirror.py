@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.progress import console
 from r0_jax.remote import Stamp
 
 AnyPath: TypeAlias = Path | epath.Path
@@ -65,7 +66,7 @@ def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
         mirror = _mirrors[folder] = _Mirror(url, folder, training)
         held.callback(mirror.close)
         _in_turn(mirror.pull, url)
-        remote.console.print(f"{url} is mirrored in {folder}", highlight=False, soft_wrap=True)
+        console.print(f"{url} is mirrored in {folder}", highlight=False, soft_wrap=True)
         try:
             yield folder
         except BaseException:
@@ -88,6 +89,11 @@ def share(workdir: str | os.PathLike) -> None:
     if (mirror := _mirrors.get(Path(workdir))) and jax.process_count() > 1:
         mirror.push()
         _in_turn(mirror.pull, mirror.url)
+
+
+def is_mirror(workdir: str | os.PathLike) -> bool:
+    """Whether a workdir is this machine's mirror of one in a store."""
+    return Path(workdir) in _mirrors
 
 
 def checkpoints(workdir: str | os.PathLike) -> AnyPath:

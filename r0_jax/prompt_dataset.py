@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import data, encoded_prompts
+from r0_jax import data, distributed, encoded_prompts
 from r0_jax.errors import InputError
 from r0_jax.images import write_bytes
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
@@ -63,18 +62,23 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
     if encoded is None:
         path = asked.prompts or config.data.prompts
         prompts = data.read_prompts(path)[:asked.num_prompts]
-        if kept and kept.is_file():
-            first = data.read_prompts(kept)
+        if kept:
+            first = distributed.of_first(lambda: _as_kept(prompts, kept))
             if first != prompts and path != config.data.prompts:  # which is told already
                 _warn_of_others(path)
             prompts = first
-        elif kept and jax.process_index() == 0:
-            write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
         return prompts, pipeline.tokenize(prompts), features(prompts, rewards)
     columns = encoded.evaluation(asked.prompts, asked.num_prompts)
     names = [f"features/{reward.name}" for reward in rewards if reward.text_features is not None]
     return (columns["prompt"].tolist(), {name: columns[name] for name in pipeline.embeds},
             {name: columns[name] for name in names})
+
+
+def _as_kept(prompts: list[str], kept: Path) -> list[str]:
+    if kept.is_file():
+        return data.read_prompts(kept)
+    write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
+    return prompts
 
 
 def _warn_of_others(path: str) -> None:
@@ -94,9 +98,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
 
 
-def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,
-            process_count: int):
-    """Batches from `step` on, without the prompts' text, as numpy arrays."""
-    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int],
+            of: int):
+    """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         del batch["prompt"]
         yield {name.replace("__", "/", 1): value for name, value in batch.items()}

@@ -22,10 +22,10 @@ from typing import Any, TypeAlias
 import fsspec
 from etils import epath
 from etils.epath import backend
-from rich.console import Console
 from rich.filesize import decimal
 
 from r0_jax.errors import InputError
+from r0_jax.progress import console
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where it is installed, it would be imported
 
@@ -34,7 +34,6 @@ _THREADS = 8  # files moved at once
 _TOLD_FROM = 10**7  # bytes: less is fetched in silence
 _NOT_OURS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".xml")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-console = Console(stderr=True)
 
 # Size, and time of change in microseconds: files are the same where both are, as for rsync.
 Stamp: TypeAlias = tuple[int, int]

@@ -6,13 +6,16 @@ The same code runs on one chip, eight or a pod; only the mesh of the config chan
 propagates shardings through the networks, whose code does not mention them.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -71,6 +74,11 @@ def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
         return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
         within, [len(slices), 1, 1], devices, allow_split_physical_axes=True)
+
+
+def global_mesh() -> Mesh:
+    """All devices of all processes, for what has no mesh of its own in the config."""
+    return make_mesh({"data": -1})
 
 
 def local_mesh() -> Mesh:
@@ -166,11 +174,64 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int) -> None:
         )
 
 
-def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """This process's rows (a tree of numpy arrays) as its part of the global batch."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+def local_parts(split: NamedSharding) -> tuple[list[int], int]:
+    """Which of how many equal parts of a batch the devices of this process hold, in order.
+
+    Another process holds the same where an axis that does not split the batch lies across both.
+    """
+    rows = split.mesh.size  # any number that splits
+    size = split.shard_shape((rows,))[0]
+    held = split.addressable_devices_indices_map((rows,)).values()
+    return sorted({part.indices(rows)[0] // size for (part,) in held}), rows // size
+
+
+def put_batch(batch: Any, split: NamedSharding) -> Any:
+    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) as its share of
+    the global batch."""
+    parts, count = local_parts(split)
+
+    def put(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(parts)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start = parts.index(index[0].indices(size * count)[0] // size) * size
+            return x[start:start + size]
+
+        return jax.make_array_from_callback((size * count, *x.shape[1:]), split, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """jit of function(params, *batch) whose result every process sees whole; the rows of the batch
+    are split over `mesh` where its parts of a batch divide them (see `divisible`)."""
+
+    @jax.jit
+    def run(params: Any, *batch: Any) -> Any:
+        if len(jax.tree.leaves(batch)[0]) % batch_parts(mesh) == 0:
+            batch = lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        return lax.with_sharding_constraint(function(params, *batch), replicated(mesh))
+
+    return run
+
+
+def divisible(size: int, mesh: Mesh) -> int:
+    """`size` rows, and as many more as let the devices split them."""
+    parts = batch_parts(mesh)
+    return -(-size // parts) * parts
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Whether any process calls this with True, which all do; not waited for."""
+    mesh = global_mesh()
+    here = np.full(jax.local_device_count(), flag)
+    flags = jax.make_array_from_process_local_data(batch_sharding(mesh), here)
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
 def _pair(rule: Any) -> tuple[str, str]:
