@@ -1,12 +1,29 @@
 """The one base of all recipes: every field, explained. Recipes are small overrides of it.
 
-Fields are changed on the command line as `--config.field=value`; an unknown one is refused.
+Fields are changed on the command line as `--config.field=value`; an unknown one is refused. Paths
+may also be in gs:// or s3:// (docs/remote_paths.md).
 """
 
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 
+# A layer that is split by its outputs (queries, keys, values; the first of a feed-forward) is
+# followed by one that is split by its inputs: what is between them never leaves its device. Of
+# adapters the half is split that touches the split side.
+TENSOR_PARALLEL = (
+    # T5.
+    (r".*\.SelfAttention\.([qkv]\.kernel|relative_attention_bias\.embedding)", "column"),
+    (r".*\.SelfAttention\.o\.kernel", "row"),
+    (r".*\.DenseReluDense\.wi(_[01])?\.kernel", "column"),
+    (r".*\.DenseReluDense\.wo\.kernel", "row"),
+    # Stable Diffusion 3's transformer; UNets say down_blocks... first.
+    (r"transformer_blocks\..*\.attn2?\.(to_[qkv]|add_[qkv]_proj)(\.lora_B)?\.(kernel|bias)",
+     "column"),
+    (r"transformer_blocks\..*\.attn2?\.(to_out\.0|to_add_out)(\.lora_A)?\.kernel", "row"),
+    (r"transformer_blocks\..*\.ff(_context)?\.net\.0\.proj(\.lora_B)?\.(kernel|bias)", "column"),
+    (r"transformer_blocks\..*\.ff(_context)?\.net\.2(\.lora_A)?\.kernel", "row"),
+)
 VARIANTS = ("r0plus", "full", "dryrun")  # of the recipes of real models
 
 
@@ -41,8 +58,9 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # Samples a step over all devices and microbatches.
     config.batch_size = 32
-    # Microbatches a step; gradients are averaged, which equals the large batch exactly.
-    config.accumulation = 1
+    # Samples that a device computes at once; 0: all of its share. A larger share is cut into
+    # microbatches whose gradients are averaged, which equals the large batch exactly.
+    config.device_batch = 0
     # Decay of the average of the trained parameters that is evaluated and exported.
     config.ema_decay = 0.99
     # The run stops when this many steps in a row had gradients that are not finite.
@@ -144,11 +162,26 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.mesh = ConfigDict()
-    # Devices that split the batch only, and devices that split the weights too; -1 is the rest.
+    # Devices that split the batch only, devices that split the batch and the weights, and devices
+    # that split the heads and the feed-forward layers of a sample; the batch is a multiple of data
+    # x fsdp. -1 is the rest.
     config.mesh.data = -1
     config.mesh.fsdp = 1
-    # (regular expression on whole dotted names, "fsdp" or "replicate"); the first match counts.
-    config.sharding = ((".*", "fsdp"),)
+    config.mesh.tensor = 1
+    # (regular expression on whole dotted names, strategy); the first match counts. "fsdp": split
+    # over the fsdp axis; "replicate": whole on every device; "column", "row": the layer's outputs
+    # or inputs are also split over the tensor axis, if that divides them and the heads.
+    config.sharding = (*TENSOR_PARALLEL, (".*", "fsdp"))
+
+    # Of a run of many processes (docs/scale.md). Seconds until all of them have to be there.
+    config.processes = ConfigDict()
+    config.processes.start_timeout = 300
+    # The run ends when a process has given no sign of life for so many seconds: it was killed, its
+    # machine is gone, or it is frozen.
+    config.processes.lost_timeout = 60
+    # The run ends when no process has finished a step, a batch of an evaluation or a checkpoint for
+    # so many seconds, which have to be enough to compile the step: one of them hangs.
+    config.processes.hang_timeout = 1800
 
     # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also
     # a checkpoint, so that the best one is kept).
@@ -228,7 +261,7 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.pretrained = str(folder / "pipeline")
     config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
     config.dtype = "float32"
-    config.steps, config.batch_size, config.accumulation = 4, 4, 2
+    config.steps, config.batch_size, config.device_batch = 4, 4, 2
     config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
     config.eval.num_prompts, config.eval.grid = 4, 4
     config.test.num_prompts, config.test.batch_size, config.test.base_steps = 4, 4, 3

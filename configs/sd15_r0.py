@@ -11,7 +11,7 @@ Weights:   stable-diffusion-v1-5 in diffusers' format (any fine-tune of it will 
            "Rewards"), clip_score openai/clip-vit-large-patch14 as published; and, never trained
            on, --config.heldout_rewards.pickscore.path, yuvalkirstain/PickScore_v1.
 Hardware:  one accelerator of 24 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of devices x accumulation.
+           must be a multiple of the devices (data x fsdp).
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 1.7 GB, VAE and text 0.4 GB,
            HPS and PickScore 2.0 GB each, ImageReward and CLIP-L 0.9 GB each: 8 GB. Adapters of
            rank 32: 6.4 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.1 GB.
@@ -58,7 +58,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
     config.steps = 1000
     config.batch_size = 32
-    config.accumulation = 8
+    config.device_batch = 4
     # TDM-R1's adapters, of the same authors: rank 32, alpha 64, learning rate 3e-4.
     config.lora.rank, config.lora.alpha = 32, 64.0
     config.optimizer.learning_rate = 3e-4

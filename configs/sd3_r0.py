@@ -10,7 +10,7 @@ Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log 
            its share of the prompt is then zeros, as in stock diffusers. And the reward models of
            sd15_r0.py.
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of devices x accumulation.
+           must be a multiple of the devices (data x fsdp).
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
            CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 5.8 GB: 12 or 21 GB. Adapters of
            rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
@@ -37,7 +37,7 @@ from configs import common, sd15_r0
 def get_config(variants: str = "") -> ConfigDict:
     config = sd15_r0.get_config()
     config.family = "StableDiffusion3Pipeline"
-    config.accumulation = 16
+    config.device_batch = 2
     # All projections of the joint attention, of image and text.
     config.lora.targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     config.test.base_steps, config.test.guidance_scale = 28, 7.0

@@ -8,7 +8,7 @@ Variants:  sdxl_r0.py:r0plus, :full, :dryrun, or several with commas. The dry ru
 Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 files will do), and
            the reward models of sd15_r0.py.
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of devices x accumulation.
+           must be a multiple of the devices (data x fsdp).
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
            encoders 1.6 GB, reward models 5.8 GB: 13 GB. Adapters of rank 32: 46 M parameters x
            16 bytes (float32: parameter, EMA, two moments): 0.7 GB. Activations of 2 images: about
@@ -32,7 +32,7 @@ from configs import common, sd15_r0
 def get_config(variants: str = "") -> ConfigDict:
     config = sd15_r0.get_config()
     config.family = "StableDiffusionXLPipeline"
-    config.accumulation = 16
+    config.device_batch = 2
     config.test.guidance_scale = 5.0
     config.test.batch_size = 4
     return common.apply_variants(config, variants, "StableDiffusionXLPipeline")

@@ -3,30 +3,29 @@
     W/checkpoints/<step>/state      the TrainState as one flat dict of dotted names (orbax)
     W/checkpoints/<step>/metrics    JSON: step, config digest, held-out metrics, checksums
 
-A folder gets its name <step> by a rename when all of it is written, so that what a killed run
-leaves behind is never taken for a checkpoint. Nothing is pickled.
+A folder gets its name <step> by a rename when all of it is written, or, in gs://, where nothing is
+renamed, orbax's mark, so that what a killed run leaves behind is never taken for a checkpoint.
+Nothing is pickled.
 """
 
-import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Shaped
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import lazy, orbax_errors
+from r0_jax import checksum, lazy, mirror, orbax_errors, sealed_json
 from r0_jax.errors import InputError
 from r0_jax.lazy import Lazy
+from r0_jax.mirror import AnyPath
 from r0_jax.train_state import TrainState
 
 _GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
@@ -53,7 +52,7 @@ class Checkpoints:
         config_digest: str = "",
     ):
         orbax_errors.tell_once()
-        self.folder = Path(workdir).resolve() / "checkpoints"
+        self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
         self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         self._digest = config_digest
         for step in steps(workdir):  # orbax would stop at a file of its own that is no JSON
@@ -87,13 +86,14 @@ class Checkpoints:
             return False
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         value = metrics.get(self._best_metric, math.nan)
-        metadata = {
+        metadata = sealed_json.seal({
             "step": step,
             "config_digest": self._digest,
             "metrics": {n: x if math.isfinite(x) else None for n, x in metrics.items()},
             "score": self._sign * value if math.isfinite(value) else None,
-            "checksums": _checksums(arrays),
-        }
+            "checksums": checksum.of_fields(arrays),
+        })  # fmt: skip
+        mirror.push(self._workdir)  # what was measured is there before its checkpoint
         with orbax_errors.one_line(self.folder):
             self._manager.save(
                 step,
@@ -101,6 +101,7 @@ class Checkpoints:
                 metrics=metadata,
                 force=True,  # this step, whatever orbax thinks of the interval
             )
+        mirror.push_checkpoint(self._workdir, step)
         return True
 
     def wait(self) -> None:
@@ -122,8 +123,8 @@ class Checkpoints:
         fit are InputErrors.
         """
         if step is not None:
-            return _restore(self.folder, find_step(self.folder.parent, step), target)
-        for newest in reversed(steps(self.folder.parent)):
+            return _restore(self.folder, find_step(self._workdir, step), target)
+        for newest in reversed(steps(self._workdir)):
             try:
                 return _read_state(self.folder / str(newest), target)
             except DamagedError as error:
@@ -153,16 +154,17 @@ class Checkpoints:
 
 def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
-    folder = Path(workdir) / "checkpoints"
+    folder = mirror.checkpoints(workdir)
     there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir()
+                  and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
 
 
 def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
     """The step asked for, the newest one by default; InputError where there is none."""
     there = steps(workdir)
     if not there:
-        raise InputError(f"{Path(workdir) / 'checkpoints'} holds no checkpoint; check --workdir")
+        raise InputError(f"{mirror.checkpoints(workdir)} holds no checkpoint; check --workdir")
     if step == "best":
         scores = {step: _metadata_or_nothing(workdir, step).get("score") for step in there}
         scored = [(score, step) for step, score in scores.items() if score is not None]
@@ -182,12 +184,16 @@ def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
 
     Raises DamagedError.
     """
-    path = Path(workdir) / "checkpoints" / str(step) / "metrics" / "metrics"
+    return _read_metadata(mirror.checkpoints(workdir) / str(step))
+
+
+def _read_metadata(folder: AnyPath) -> dict[str, Any]:
+    path = folder / "metrics" / "metrics"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
             raise ValueError("fields are missing")
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedError(f"{path}: {error}") from None
     return metadata
 
@@ -215,7 +221,8 @@ def open_params(
     Raises InputError where the checkpoint is missing or damaged.
     """
     step = find_step(workdir, step)
-    folder = Path(workdir).resolve() / "checkpoints" / str(step)
+    mirror.pull_checkpoint(workdir, step)
+    folder = mirror.checkpoints(workdir) / str(step)
     try:
         metadata = read_metadata(workdir, step)
         stored = {name: x for name, x in _stored_shapes(folder).items()
@@ -241,7 +248,7 @@ class _Reader(Mapping[str, np.ndarray]):
     """Some arrays of a checkpoint, in the order of their names and read by groups when they are
     looked up: a call of orbax opens all of its indices. Looking up raises DamagedError."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+    def __init__(self, folder: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]):
         self._folder = folder
         self._group_of: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
         self._held: dict[str, np.ndarray] = {}
@@ -283,18 +290,18 @@ def _metadata_or_nothing(workdir: str | os.PathLike, step: int) -> dict[str, Any
         return {}
 
 
-def _restore(folder: Path, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     try:
         return _read_state(folder / str(step), target)
     except DamagedError as error:
         raise InputError(_damaged(folder / str(step), error) + "; name another step") from None
 
 
-def _read_state(folder: Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     wanted = _flatten(target)
     if any(x.sharding is None for x in wanted.values()):
         raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
-    metadata = read_metadata(folder.parents[1], int(folder.name))
+    metadata = _read_metadata(folder)
     stored = _stored_shapes(folder)
     differs = [
         f"{name} is {_describe(stored.get(name))} there and {_describe(wanted.get(name))} here"
@@ -317,15 +324,15 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
     return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
-def _stored_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
     except Exception as error:  # whatever orbax trips over
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
 
 
-def _read(folder: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """jax Arrays where a target has a sharding, numpy arrays where it has none."""
     args = ocp.args.PyTreeRestore(
         item=targets,
@@ -339,51 +346,29 @@ def _read(folder: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, A
     except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
         raise
     except Exception as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> Exception:
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(folder, Path):
+        return DamagedError(said)
+    # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
+    return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
+                      "again, or remove it to go on from the one before")
 
 
 def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    for field, checksum in _checksums(arrays).items():
-        if checksum != metadata["checksums"].get(field):
+    for field, found in checksum.of_fields(arrays).items():
+        if found != metadata["checksums"].get(field):
             raise DamagedError(f"its {field} are not what was written (checksums differ)")
 
 
-def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """{field of TrainState: a number that any changed bit changes}, the same on every mesh.
-
-    orbax protects its indices but not the array data: a flipped bit there is read as a number.
-    """
-    totals: dict[str, int] = {}
-    for name, x in arrays.items():
-        # Waits for each: of thousands in the queue, sums over many fake devices of few processors
-        # block each other for ever.
-        value = int(_checksum(x))
-        field = name.split(".")[0]
-        weight = zlib.crc32(name.encode()) | 1
-        totals[field] = (totals.get(field, 0) + value * weight) % 2**32
-    return totals
-
-
-@jax.jit
-def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    # Integer sums are exact in any order, so each device sums what it has. Odd weights that
-    # differ by position: a flipped bit and a swapped pair both show.
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(x.ndim)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        position += index * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
-
-
-def _damaged(folder: Path, error: DamagedError) -> str:
+def _damaged(folder: AnyPath, error: DamagedError) -> str:
     return f"checkpoint {folder} is damaged ({str(error).splitlines()[0][:200]})"
 
 
-def _set_aside(folder: Path, error: DamagedError) -> None:
+def _set_aside(folder: AnyPath, error: DamagedError) -> None:
     if jax.process_count() > 1:  # the others may have read their parts well and would go on alone
         raise InputError(_damaged(folder, error) + "; move it away and start again")
     aside = folder.with_name(folder.name + ".damaged")

@@ -21,8 +21,10 @@ from r0_jax.errors import InputError
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists --config under the program that defines it
 
-USER_ERROR = 2  # exit status, as argparse and most Unix tools have it
+BUG = 1  # exit status, as Python has it
+USER_ERROR = 2  # as argparse and most Unix tools have it
 INTERRUPTED = 130  # 128 + SIGINT
+STOPPED = 75  # sysexits' "try again": by a SIGTERM, before the end
 
 _DISK_ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
@@ -46,14 +48,21 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     warnings.showwarning = _show_warning
     try:
         app.run(main, flags_parser=_parse_flags)
-    except InputError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if message := _disk_problem(error):
-            _fail(message)
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = explain(error)
+        if line is not None:
+            print(f"error: {line}", file=sys.stderr)
+        elif status != INTERRUPTED:
+            raise
+        sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """The exit status, and the line that says what a user can do; None of Ctrl-C and of bugs."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, None
+    line = str(error) if isinstance(error, InputError) else _disk_problem(error)
+    return (BUG, None) if line is None else (USER_ERROR, " ".join(line.splitlines()))
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:
@@ -78,11 +87,6 @@ def config_name() -> str:
     configs/sdxl_r0.py:r0plus."""
     path, *argument = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
     return re.sub(r"[^\w.-]+", "_", "_".join([Path(path).stem, *argument]))
-
-
-def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
-    sys.exit(USER_ERROR)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

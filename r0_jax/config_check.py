@@ -32,7 +32,8 @@ RANGES = {
     "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
     "regularizers.feature.least": (0, 1), "regularizers.feature.most": (0, 1),
     "regularizers.guidance.least": (0, 1), "regularizers.guidance.most": (0, 1),
-    "regularizers.guidance.scale": (0, math.inf),
+    "regularizers.guidance.scale": (0, math.inf), "processes.start_timeout": (1, math.inf),
+    "processes.lost_timeout": (1, math.inf), "processes.hang_timeout": (1, math.inf),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from jaxtyping import Shaped
 from tokenizers.pre_tokenizers import ByteLevel
 
-from r0_jax import cli, convert
+from r0_jax import cli, convert, remote
 from r0_jax.errors import InputError
 from r0_jax.images import write_bytes
 from r0_jax.models import chinese_clip, open_clip
@@ -277,9 +277,9 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--architecture={name}: {given.reward} is published as "
                              f"{', '.join(architectures)}")
         fields = architectures[name]
-    out = Path(given.out)
-    convert_reward(given.reward, Path(given.checkpoint), out,
-                   Path(given.tokenizer) if given.tokenizer else None, fields)
+    out = remote.output(given.out)
+    convert_reward(given.reward, remote.local(given.checkpoint), out,
+                   remote.local(given.tokenizer) if given.tokenizer else None, fields)
     print(f"{given.reward} is in {out}")
 
 

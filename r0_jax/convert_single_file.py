@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 from safetensors import SafetensorError
 
-from r0_jax import cli
+from r0_jax import cli, remote
 from r0_jax.errors import InputError
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
@@ -235,8 +235,8 @@ def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    family = convert_single_file(Path(given.checkpoint), Path(given.out),
-                                 Path(given.config) if given.config else None)
+    family = convert_single_file(remote.local(given.checkpoint), remote.output(given.out),
+                                 remote.local(given.config) if given.config else None)
     print(f"{given.out} is {describe(family)}")
 
 

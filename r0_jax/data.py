@@ -2,6 +2,7 @@
 (seed, step)."""
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r0_jax import remote
 from r0_jax.errors import InputError
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a JSON object, a column or a feature, in order
@@ -35,7 +37,7 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     the first). Raises `InputError` that names the line; where prompts are `numbered`, by images,
     also for a blank one between others, which would shift them.
     """
-    path = Path(path)
+    path = remote.local(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if not path.is_dir() and path.suffix not in _READERS:
@@ -176,10 +178,17 @@ def _pick_name(names: Sequence[str] | Mapping[str, Any], where: Any, kind: str) 
 
 
 class Summary(NamedTuple):
-    """How many examples a prepared dataset has, and how many different prompts."""
+    """How many examples a prepared dataset has, how many different prompts, and the `digest` of
+    them all, in order."""
 
     examples: int
     distinct_prompts: int
+    digest: str
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """16 characters that are others for other prompts, or another order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) -> None:
@@ -228,7 +237,8 @@ class _Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(distinct_prompts=len(set(self._examples["prompt"]))),
+            metadata=tfds.core.MetadataDict(distinct_prompts=len(set(self._examples["prompt"])),
+                                            digest=digest(self._examples["prompt"])),
             disable_shuffling=True,  # grain shuffles on reading
         )
 
@@ -253,7 +263,8 @@ def is_ours(folder: str | Path) -> bool:
 def describe(folder: str | Path) -> Summary:
     """Counts of a prepared dataset."""
     info = _open(folder).info
-    return Summary(info.splits[_SPLIT].num_examples, info.metadata["distinct_prompts"])
+    return Summary(info.splits[_SPLIT].num_examples, info.metadata["distinct_prompts"],
+                   info.metadata.get("digest", ""))
 
 
 def open_info(folder: str | Path) -> tfds.core.DatasetInfo:
@@ -283,33 +294,36 @@ def load(
     batch_size: int,
     seed: int,
     step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    of: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches `step`, `step + 1`, ... of a prepared dataset, forever.
 
-    The rows are an equal, contiguous part of the global batch of `batch_size`, which depends
-    only on (seed, step): not on the number of processes nor on where one starts. An epoch is a
-    permutation of all examples; the epochs follow each other without a gap, so a batch may hold
-    the end of one and the start of the next. Text columns are arrays of str.
+    The rows are these `parts` of `of` equal, contiguous parts of the global batch of
+    `batch_size`, which depends only on (seed, step): not on the number of processes nor on where
+    one starts. An epoch is a permutation of all examples; the epochs follow each other without a
+    gap, so a batch may hold the end of one and the start of the next. Text columns are arrays of
+    str.
     """
-    if batch_size % process_count:
-        raise InputError(
-            f"batch_size {batch_size} does not divide evenly among {process_count} processes"
-        )
+    if batch_size % of:
+        raise InputError(f"batch_size {batch_size} does not divide evenly into {of} parts")
     with _reading(folder):
         source = _open(folder).as_data_source(split=_SPLIT)
         source[0], source[len(source) - 1]  # a missing or cut file shows here, not in a thread
-    parts = (
+    all_parts = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()  # anew each epoch
         .repeat(2**31)  # forever; grain's own "forever" overflows with batches of one row
-        .batch(batch_size // process_count)
+        .batch(batch_size // of)
     )
-    mine = parts[process_index::process_count][step:]
-    # Indices are batched, not records: array_record reads a batch at once several times faster.
-    return iter(mine.map(lambda rows: _read(source, rows)).to_iter_dataset(_READ_OPTIONS))
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        # Indices are batched, not records: array_record reads a batch at once several times faster.
+        return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
+
+    steps = grain.MapDataset.range(step, 2**31).map(read)
+    return iter(steps.to_iter_dataset(_READ_OPTIONS))
 
 
 def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np.ndarray]:

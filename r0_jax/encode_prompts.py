@@ -31,6 +31,7 @@ from r0_jax import (
     encoded_prompts,
     lazy,
     record_shards,
+    remote,
     rewards,
     sharding,
     train,
@@ -87,7 +88,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices, as far as they divide a batch.
-    where = (sharding.batch_sharding(mesh) if batch_size % mesh.size == 0
+    where = (sharding.batch_sharding(mesh) if batch_size % sharding.batch_parts(mesh) == 0
              else sharding.replicated(mesh))
 
     @jax.jit
@@ -215,7 +216,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--process={process} must be below --processes={processes}")
     config_check.check_config(config)
     train.enable_compilation_cache(config)
-    out = Path(fields.out)
+    out = remote.output(fields.out)
     check_writable(out)
     complete = encode(config, out, dtype=fields.dtype, batch_size=fields.batch_size,
                       shard_prompts=fields.shard_prompts, process=process, processes=processes)

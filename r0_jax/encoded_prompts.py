@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
-from r0_jax import data, record_shards
+from r0_jax import data, record_shards, remote
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
 from r0_jax.network import fingerprint
@@ -148,7 +148,7 @@ class EncodedPrompts:
 
 def open_folder(folder: str | Path) -> EncodedPrompts:
     """A finished dataset; InputError for another one, or one that is incomplete or damaged."""
-    folder = Path(folder)
+    folder = remote.local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}, the encoded prompts, is not a folder; {_HELP}")
     if not data.is_prepared(folder) and any(folder.glob(f"{record_shards.NAME}-*")):
@@ -186,9 +186,9 @@ def columns_of(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:
 
 
 def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: int, step: int,
-            process_index: int, process_count: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of some columns of the training prompts, as of `data.load`."""
-    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+            parts: Sequence[int], of: int) -> Iterator[dict[str, np.ndarray]]:
+    """Parts of batches of some columns of the training prompts, as of `data.load`."""
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         named = _named(batch)
         yield {name: named[name] for name in columns}
 

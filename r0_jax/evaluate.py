@@ -4,14 +4,16 @@
     python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
+import contextlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from configs import common
-from r0_jax import cli, few_step, report, run, sharding
+from r0_jax import cli, few_step, mirror, remote, report, run, sharding
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
 from r0_jax.models import attention_backend
@@ -43,11 +45,18 @@ def main(argv: list[str]) -> None:
     fields = flags.FLAGS
     if (fields.workdir is None) == (fields.pipeline is None):
         raise InputError("give either --workdir=W or --pipeline=DIR")
-    if fields.workdir is not None:
+    with contextlib.nullcontext() if fields.workdir is None else mirror.workdir(
+            fields.workdir) as folder:
+        evaluate(fields, folder)
+
+
+def evaluate(fields: Any, workdir: Path | None) -> None:
+    """What the flags ask for, of the run in `workdir` or of --pipeline."""
+    if workdir is not None:
         if fields.out or fields.overwrite:
             raise InputError("--out and --overwrite go with --pipeline, not with --workdir, where "
                              "the table lies in the folder of the run")
-        folder, config = Path(fields.workdir), run.read_config(Path(fields.workdir))
+        folder, config = workdir, run.read_config(workdir)
         pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
     else:
         from configs import shapes_r0  # the recipe of the world says what is measured
@@ -56,7 +65,7 @@ def main(argv: list[str]) -> None:
             raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
         if not fields.out:
             raise InputError("--pipeline needs --out=DIR for eval.json and the images")
-        folder, config = Path(fields.out), shapes_r0.get_config()
+        folder, config = remote.output(fields.out), shapes_r0.get_config()
         pretrained = config.pretrained
         _check_free(folder, fields.overwrite)
     if not isinstance(config.get("test"), ConfigDict):
@@ -72,7 +81,7 @@ def main(argv: list[str]) -> None:
         config.seed = config.seed if fields.seed is None else fields.seed
     if not config.test.prompts:
         raise InputError("the run's config has no test.prompts: give --prompts=FILE")
-    if fields.workdir is not None:
+    if workdir is not None:
         try:
             attention_backend.check(config.attention, config.dtype)
         except InputError as problem:  # it was trained on another machine
@@ -83,12 +92,12 @@ def main(argv: list[str]) -> None:
         pipeline = families.load(fields.pipeline)
         scheduler = few_step.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
-                                   mesh=sharding.local_mesh()), pipeline.params)
+                                   mesh=sharding.global_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)
     print(f"written: {folder / 'eval.json'}")
-    if fields.workdir is not None:
+    if workdir is not None:
         print(f"report: {report.write_report(folder)}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from absl import flags
 
-from r0_jax import cli, comfyui, convert, kohya, lora, model_card
+from r0_jax import cli, comfyui, convert, kohya, lora, mirror, model_card, remote
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
 from r0_jax.pipelines.folder import mend_sample_size, read_index
@@ -219,11 +219,12 @@ def _move(building: Path, out: Path) -> None:
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
-    step = export(
-        Path(fields.workdir), Path(fields.out), fields.format, step=fields.step, ema=fields.ema,
-        dtype=fields.dtype, overwrite=fields.overwrite, pretrained=fields.pretrained,
-        base_model=fields.base_model,
-    )
+    with mirror.workdir(fields.workdir) as folder:
+        step = export(
+            folder, remote.output(fields.out), fields.format, step=fields.step, ema=fields.ema,
+            dtype=fields.dtype, overwrite=fields.overwrite, pretrained=fields.pretrained,
+            base_model=fields.base_model,
+        )
     print(f"step {step} of {fields.workdir} is in {fields.out} ({fields.format})")
 
 

@@ -57,8 +57,8 @@ def sample_latents(
 class ImageSampler:
     """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once.
 
-    With a `mesh`, on which the parameters live then, a batch that its devices divide is split over
-    them.
+    With a `mesh`, on which the parameters live then, a batch that its data and fsdp axes divide is
+    split over them, and every process sees all images.
     """
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
@@ -68,24 +68,16 @@ class ImageSampler:
 
         empty = jax.tree.map(jnp.asarray, pipeline.empty) if self.guided else {}
 
-        @jax.jit
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
-            split = mesh is not None and len(noise) % mesh.size == 0
-            if split:
-                tokens, noise, keys = lax.with_sharding_constraint(
-                    (tokens, noise, keys), sharding.batch_sharding(mesh))
             conditioning = pipeline.encode_prompt(params, tokens)
             negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
                         else None)
             latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part],
                                      noise * scheduler.init_noise_sigma, conditioning, negative,
                                      guidance_scale, keys, eta)
-            images = pipeline.decode(params["vae"], latents)
-            # Every process of a pod sees all of them.
-            return (lax.with_sharding_constraint(images, sharding.replicated(mesh)) if split
-                    else images)
+            return pipeline.decode(params["vae"], latents)
 
-        self._run = run
+        self._run = sharding.spread(run, mesh) if mesh else jax.jit(run)
 
     def __call__(self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
                  ) -> Float[Array, "b h w 3"]:

@@ -7,18 +7,22 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, train
+from r0_jax import cli, distributed, mirror, train
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, by default runs/ and the name "
-                               "of the config with its argument")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:// or s3://; by "
+                               "default runs/ and the name of the config with its argument")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     del argv
-    train.enable_compilation_cache(_CONFIG.value)
-    train.train_and_evaluate(_CONFIG.value,
-                             Path(_WORKDIR.value or Path("runs", cli.config_name())))
+    asked = _WORKDIR.value or Path("runs", cli.config_name())
+    with distributed.joined(_CONFIG.value):
+        train.enable_compilation_cache(_CONFIG.value)
+        with mirror.workdir(asked, training=True) as folder:
+            ended = train.train_and_evaluate(_CONFIG.value, folder)
+    # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
+    return 0 if ended else cli.STOPPED
 
 
 if __name__ == "__main__":

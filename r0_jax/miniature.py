@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from r0_jax import convert
+from r0_jax import convert, remote
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import ChineseCLIPConfig, ChineseCLIPModel
 from r0_jax.models.clip import CLIPConfig, CLIPModel
@@ -134,8 +134,7 @@ def kept_reward(kind: str, seed: int) -> Path:
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # another code, another one
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "r0_jax").expanduser()
-    folder = cache / "miniatures" / f"{name}-{code}"
+    folder = remote.cache() / "miniatures" / f"{name}-{code}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from r0_jax import comfyui, few_step, report
+from r0_jax import comfyui, few_step, remote, report
 from r0_jax.checkpoint import read_metadata
 from r0_jax.errors import InputError
 from r0_jax.models.config import read_json
@@ -191,4 +191,5 @@ def base_model(run: Run) -> str:
     for parent in path.parents:  # the Hub's cache: models--owner--name/snapshots/<commit>
         if match := re.fullmatch(r"models--(.+?)--(.+)", parent.name):
             return f"{match[1]}/{match[2]}"
-    return path.name if path.is_absolute() else path.as_posix()
+    moved = path.is_absolute() or remote.url_of(path)
+    return path.name if moved else path.as_posix()

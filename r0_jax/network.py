@@ -33,12 +33,14 @@ class Network:
       shapes: shape and dtype of every parameter, keyed by dotted name in JAX layout.
       config: the parsed config that the module was built from.
       attention: what computes its attention.
+      heads: of each module that attends, by its dotted name.
     """
 
     graphdef: nnx.GraphDef
     shapes: Shapes
     config: Any
     attention: attention_backend.Backend = attention_backend.XLA
+    heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
@@ -46,7 +48,9 @@ class Network:
         module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
         graphdef, state = nnx.split(module)
         shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
-        return cls(graphdef, shapes, module.config)
+        heads = {_name(path): part.heads for path, part in nnx.iter_modules(module)
+                 if hasattr(part, "heads")}
+        return cls(graphdef, shapes, module.config, heads=heads)
 
     def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
         """Applies the module's `__call__`."""

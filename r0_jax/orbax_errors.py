@@ -7,19 +7,25 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import logging
 
+from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.mirror import AnyPath
 
 
 @contextlib.contextmanager
-def one_line(folder: Path) -> Iterator[None]:
-    """Turns what the disk refuses while a checkpoint is written to `folder` into InputError."""
+def one_line(folder: AnyPath) -> Iterator[None]:
+    """Turns what the disk or the store refuses while a checkpoint is written to `folder` into
+    InputError."""
+    url = remote.url_of(folder)
     try:
-        yield
+        with remote.told(url) if url else contextlib.nullcontext():
+            yield
+    except InputError:
+        raise
     except Exception as error:
         code = getattr(error, "errno", None)
         if found := re.search(r"os_error_code='(\d+)'", str(error)):

@@ -5,10 +5,11 @@ Nothing of it is on a device: `train` places it and runs it, `plan` only compile
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -50,11 +51,13 @@ class Program:
     @functools.cached_property
     def frozen_sharding(self) -> dict[str, Any]:
         """Where each leaf of `frozen` is to live."""
-        def of(params: Params) -> dict[str, NamedSharding]:
+        def of(params: Params, heads: Mapping[str, int] | None = None) -> dict[str, NamedSharding]:
             shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-            return sharding.param_sharding(shapes, self.mesh, self.config.sharding)
+            return sharding.param_sharding(shapes, self.mesh, self.config.sharding, heads)
 
-        networks = {part: of(params) for part, params in self.frozen.items()
+        heads = {part: network.heads for part, network in self.pipeline.networks.items()}
+        heads["base"] = heads[self.pipeline.generator_part]
+        networks = {part: of(params, heads.get(part)) for part, params in self.frozen.items()
                     if part not in ("rewards", "empty")}
         return networks | {
             "rewards": {name: of(params) for name, params in self.frozen["rewards"].items()},
@@ -69,8 +72,9 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shapes of the state, with their sharding: optimizer and EMA follow their parameter."""
         shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
+        heads = self.pipeline.networks[self.pipeline.generator_part].heads
         return sharding.with_sharding(
-            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding))
+            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding, heads))
 
     @functools.cached_property
     def state_sharding(self) -> TrainState:
@@ -80,8 +84,12 @@ class Program:
     def abstract(self) -> tuple[TrainState, dict[str, Any], dict[str, Any], Any]:
         """Shapes of what `step` takes, with their sharding."""
         split, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        columns = {name: (ids.shape[1:], ids.dtype)
-                   for name, ids in self.pipeline.tokenize([""]).items()}
+        if "text_encoder" in self.pipeline.networks:
+            columns = {name: (ids.shape[1:], ids.dtype)
+                       for name, ids in self.pipeline.tokenize([""]).items()}
+        else:  # encoded before, and here of as many tokens as CLIP reads
+            columns = {name: (tuple(size or 77 for size in shape), jnp.bfloat16)
+                       for name, shape in self.pipeline.embed_shapes.items()}
         for reward in self.objective.rewards:
             if reward.text_features is not None:
                 columns[f"features/{reward.name}"] = ((reward.width,), reward.features_dtype)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+console = Console(stderr=True)  # quiet in all processes but the first
+
 _SECONDS = 10.0  # between lines where there is no terminal
 
 

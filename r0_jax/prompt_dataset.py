@@ -1,5 +1,6 @@
 """Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import data, encoded_prompts
+from r0_jax import data, distributed, encoded_prompts
 from r0_jax.errors import InputError
+from r0_jax.images import write_bytes
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.rewards.reward import Reward
 
@@ -30,9 +32,13 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
 def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Reward],
             heldout: Sequence[Reward] = ()) -> data.Summary:
     """Makes the dataset in `folder`, unless it is there from before; returns its size. Warns of
-    rewards, those held out too, that do not read some prompts to their end."""
-    if not data.is_prepared(folder):
-        prompts = data.read_prompts(path)
+    rewards, those held out too, that do not read some prompts to their end, and of prompts that
+    are not those of before: a run goes on as it began."""
+    prompts = data.read_prompts(path)
+    if data.is_prepared(folder):
+        if data.digest(prompts) != data.describe(folder).digest:
+            _warn_of_others(path)
+    else:
         for reward in (*rewards, *heldout):
             if share := reward.truncated_share(prompts):
                 warnings.warn(f"the reward {reward.name} does not read the end of {share:.0%} of "
@@ -44,19 +50,40 @@ def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Rewar
     return data.describe(folder)
 
 
-def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Sequence[Reward]
-               ) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
+def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Sequence[Reward],
+               kept: Path | None = None) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
     """The first num_prompts of the config's "eval" or "test" prompts, what `encode_prompt` takes
-    of them, and the rewards' features."""
+    of them, and the rewards' features.
+
+    A run's first start leaves the prompts in the file `kept`, and all others take them from there:
+    its evaluations are of the same prompts to its end."""
     asked = config[section]
     encoded = encoded_prompts.open_of(config)
     if encoded is None:
-        prompts = data.read_prompts(asked.prompts or config.data.prompts)[:asked.num_prompts]
+        path = asked.prompts or config.data.prompts
+        prompts = data.read_prompts(path)[:asked.num_prompts]
+        if kept:
+            first = distributed.of_first(lambda: _as_kept(prompts, kept))
+            if first != prompts and path != config.data.prompts:  # which is told already
+                _warn_of_others(path)
+            prompts = first
         return prompts, pipeline.tokenize(prompts), features(prompts, rewards)
     columns = encoded.evaluation(asked.prompts, asked.num_prompts)
     names = [f"features/{reward.name}" for reward in rewards if reward.text_features is not None]
     return (columns["prompt"].tolist(), {name: columns[name] for name in pipeline.embeds},
             {name: columns[name] for name in names})
+
+
+def _as_kept(prompts: list[str], kept: Path) -> list[str]:
+    if kept.is_file():
+        return data.read_prompts(kept)
+    write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
+    return prompts
+
+
+def _warn_of_others(path: str) -> None:
+    warnings.warn(f"{path} is not what it was when this run began: it goes on with the prompts of "
+                  "then; to train on those of now give another --workdir", stacklevel=3)
 
 
 def remove(folder: Path) -> None:
@@ -71,9 +98,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
 
 
-def batches(folder: Path, batch_size: int, seed: int, step: int, process_index: int,
-            process_count: int):
-    """Batches from `step` on, without the prompts' text, as numpy arrays."""
-    for batch in data.load(folder, batch_size, seed, step, process_index, process_count):
+def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int],
+            of: int):
+    """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
+    for batch in data.load(folder, batch_size, seed, step, parts, of):
         del batch["prompt"]
         yield {name.replace("__", "/", 1): value for name, value in batch.items()}

@@ -6,6 +6,7 @@
 A killed one continues with the same command.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import checkpoint, cli, images, report, run, train, workdir
+from r0_jax import checkpoint, cli, images, mirror, remote, report, run, train, workdir
 from r0_jax.errors import InputError
 
 _CONFIG = cli.define_config()
@@ -47,7 +48,16 @@ def main(argv: list[str]) -> None:
     if not config.test.prompts:
         raise InputError("the config has no test.prompts to measure with")
     train.enable_compilation_cache(config)
-    folders = [Path(_WORKDIR.value) / f"seed_{seed}" for seed in _SEED.value]
+    out = remote.output(_OUT.value)
+    with contextlib.ExitStack() as held:
+        root = _WORKDIR.value.rstrip("/")
+        folders = [held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
+                   for seed in _SEED.value]
+        run_all(config, folders, out)
+
+
+def run_all(config: ConfigDict, folders: Sequence[Path], out: Path) -> None:
+    """Trains what is not there yet, a folder a seed, and writes the page."""
     for seed, folder in zip(_SEED.value, folders, strict=True):
         console.rule(str(folder))
         with config.unlocked():
@@ -56,7 +66,6 @@ def main(argv: list[str]) -> None:
             return
     evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
                    for folder in folders]
-    out = Path(_OUT.value)
     prompts = write_picture(folders[0], out.with_suffix(".png"))
     images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")

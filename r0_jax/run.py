@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
 from configs import common
-from r0_jax import checkpoint, few_step, lazy
+from r0_jax import checkpoint, few_step, lazy, remote
 from r0_jax.errors import InputError
 from r0_jax.generator import Generator
 from r0_jax.lazy import Lazy
@@ -128,7 +128,7 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
 def find_pretrained(workdir: Path, config: ConfigDict,
                     pretrained: str | os.PathLike | None = None) -> Path:
     """The folder of the pretrained pipeline; InputError if the config's has moved."""
-    folder = Path(pretrained or config.pretrained)
+    folder = remote.local(pretrained or config.pretrained)
     if not folder.is_dir() and not pretrained:
         raise InputError(f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
                          "it is now with --pretrained=DIR")

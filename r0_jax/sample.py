@@ -21,7 +21,18 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import cli, data, encoded_prompts, few_step, images, lazy, sampler, sharding
+from r0_jax import (
+    cli,
+    data,
+    encoded_prompts,
+    few_step,
+    images,
+    lazy,
+    mirror,
+    remote,
+    sampler,
+    sharding,
+)
 from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.inference import ImageSampler
@@ -186,7 +197,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--sigmas goes with --pipeline: a run is sampled on its own grid")
     if fields.pipeline is not None and (fields.step or fields.pretrained):
         raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
-    out = Path(fields.out)
+    out = remote.output(fields.out)
     earlier = _earlier(out)
     if earlier and not fields.overwrite:
         raise InputError(f"{out} holds images already ({earlier[0].name}); choose another --out or "
@@ -204,14 +215,16 @@ def main(argv: list[str]) -> None:
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
         source = from_pipeline(fields.pipeline, steps, sigmas, encoded)
     else:
-        source = from_run(
-            fields.workdir, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
+        with mirror.workdir(fields.workdir) as folder:
+            source = from_run(
+                folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
     text = {"seed": fields.seed, "num_inference_steps": len(source.scheduler.timesteps),
             "guidance_scale": fields.guidance_scale, "eta": fields.eta}
     latents = None
     if fields.latents is not None:
-        latents = read_latents(fields.latents, (len(prompts), *source.pipeline.latent_shape))
+        latents = read_latents(remote.local(fields.latents),
+                               (len(prompts), *source.pipeline.latent_shape))
         text["latents"] = Path(fields.latents).name
     batches = draw(
         source, prompts, guidance_scale=fields.guidance_scale, eta=fields.eta, seed=fields.seed,

@@ -23,7 +23,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from r0_jax import cli, data, images, lazy, rewards, statistics
+from r0_jax import cli, data, images, lazy, remote, rewards, statistics
 from r0_jax.errors import InputError
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
@@ -237,12 +237,12 @@ def main(argv: list[str]) -> None:
                if not given[name].value]
     if missing:
         raise InputError(f"missing {' and '.join(missing)} (see --help), or --check=...")
-    out = Path(given.out)
+    out = remote.output(given.out)
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
     prompts = data.read_prompts(given.prompts, numbered=True)
-    items, problems = pair(Path(given.images), prompts)
+    items, problems = pair(remote.local(given.images), prompts)
     if said := doubt(items):
         print(f"warning: {said}", file=console.file)
     found = load_rewards(given.rewards, given.dtype)

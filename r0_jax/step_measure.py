@@ -24,7 +24,7 @@ def measure(config: ConfigDict, name: str) -> Plan:
         raise InputError("--topology=local: JAX finds no accelerator here; use --topology=cpu")
     config_check.check_config(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    sharding.check_batch(config.batch_size, mesh, config.accumulation)
+    sharding.microbatches(config.batch_size, config.device_batch, mesh)
     built = step_plan.load(config, mesh)
     begin = time.perf_counter()
     traced = built.step.trace(*built.abstract)

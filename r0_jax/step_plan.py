@@ -21,7 +21,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from r0_jax import blank, config_check, hlo_cost, jaxpr_cost, program, rewards, sharding
+from r0_jax import (
+    blank,
+    config_check,
+    encoded_prompts,
+    hlo_cost,
+    jaxpr_cost,
+    program,
+    rewards,
+    sharding,
+)
 from r0_jax.errors import InputError
 from r0_jax.pipelines import families
 from r0_jax.program import Program
@@ -84,8 +93,11 @@ def filled(config: ConfigDict) -> Iterator[ConfigDict]:
 
 def load(config: ConfigDict, mesh: Mesh) -> Program:
     """The config's program; whether its rewards are sound is for the training to say."""
-    text = not config.data.encoded
+    encoded = encoded_prompts.open_of(config)
+    text = encoded is None
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=text)
+    if encoded is not None:
+        pipeline = encoded.attach(pipeline)
     trained_on = [rewards.load(name, entry, config.dtype, text)
                   for name, entry in config.rewards.items()]
     return program.build(config, mesh, pipeline, trained_on)
@@ -95,7 +107,7 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     """Compiles the step of a config for the devices of a slice."""
     config_check.check_config(config, devices[0])
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    sharding.check_batch(config.batch_size, mesh, config.accumulation)
+    sharding.microbatches(config.batch_size, config.device_batch, mesh)
     built = load(config, mesh)
     begin = time.perf_counter()
     traced = built.step.trace(*built.abstract)
@@ -178,10 +190,9 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
                       sum(kinds[kind] - size for kind, size in split.items())))
     if config.remat != "blocks":
         found.append(("--config.remat=blocks", None))
-    share = config.batch_size // config.accumulation // built.mesh.size
-    if share > 1:
-        found.append((f"--config.accumulation={config.accumulation * share}",
-                      kinds["activations"] * (1 - 1 / share)))
+    share = config.batch_size // sharding.batch_parts(built.mesh)
+    if (at_once := min(config.device_batch or share, share)) > 1:
+        found.append(("--config.device_batch=1", kinds["activations"] * (1 - 1 / at_once)))
     if not config.data.encoded:
         text = sum(size for kind, size in kinds.items() if kind.startswith("frozen text"))
         found.append(("prompts encoded before (r0_jax.encode_prompts)", text))

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from r0_jax import (
     data,
+    distributed,
     encoded_prompts,
     few_step,
     images,
@@ -31,6 +31,7 @@ from r0_jax.inference import ImageSampler
 from r0_jax.models import attention_backend
 from r0_jax.network import Params
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
+from r0_jax.progress import console
 from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
 from r0_jax.rewards.tower import normalize
@@ -38,7 +39,6 @@ from r0_jax.shapes import world
 from r0_jax.validation import draw, fixed_noise, score
 
 SHOWN = 12  # prompts whose images go into the report
-console = Console(stderr=True)
 
 
 class Model(NamedTuple):
@@ -102,15 +102,18 @@ class Testbed:
         """{metric: {"value", "ci95"}} and the images of the prompts."""
         test, shape = self.config.test, self.pipeline.latent_shape
         noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
-        drawn, seconds = timed_draw(model, self.tokens, noise, keys, test.batch_size)
+        mesh = sharding.global_mesh()
+        batch_size = sharding.divisible(test.batch_size, mesh)
+        drawn, seconds = timed_draw(model, self.tokens, noise, keys, batch_size)
 
         found: dict[str, Any] = {}
         if test.world == "shapes":
             found |= world.judge_metrics(drawn, self.prompts)
         for reward in self.rewards + self.heldout:
             features = self.features.get(f"features/{reward.name}")
-            scores = score(jax.jit(reward.score), lazy.place(reward.params), drawn, features,
-                           test.batch_size)
+            scores = score(sharding.spread(reward.score, mesh),
+                           lazy.place(reward.params, sharding.replicated(mesh)), drawn, features,
+                           batch_size)
             name = f"reward/{reward.name}"
             if reward.name == test.features:
                 name = "heldout_clip_score"
@@ -118,13 +121,14 @@ class Testbed:
                 name = f"reward/heldout: {reward.name}"
             found[name] = statistics.mean_ci(scores)
         if self.image_features is not None:
-            found |= self._feature_metrics(model, drawn)
+            found |= self._feature_metrics(model, drawn, batch_size)
         calls = model.sampler.network_calls
         found["network_calls"] = {"value": calls, "ci95": [calls, calls]}
         found["seconds_per_image"] = statistics.mean_ci(seconds)
         return found, drawn
 
-    def _feature_metrics(self, model: Model, drawn: np.ndarray) -> dict[str, Any]:
+    def _feature_metrics(self, model: Model, drawn: np.ndarray, batch_size: int
+                         ) -> dict[str, Any]:
         test = self.config.test
         found = {}
         if test.world == "shapes":
@@ -136,7 +140,7 @@ class Testbed:
         rows = np.repeat(np.arange(count), each)
         noise, keys = fixed_noise(self.config.seed + 1, len(rows), self.pipeline.latent_shape)
         several = draw(model.sampler, model.params, take(self.tokens, rows), noise, keys,
-                       test.batch_size)
+                       batch_size)
         features = self.image_features(several).reshape(count, each, -1)
         found["diversity"] = statistics.mean_ci(statistics.diversity(features))
         return found
@@ -163,23 +167,27 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
         return None
     entry = config.heldout_rewards[config.test.features]
     network, params, _, prepare, *_ = tower.load(entry.path, config.dtype, text=False)
-    params = lazy.place(params)
-    encode = jax.jit(lambda params, x, _: normalize(
-        network.apply(params, "image_features", prepare(x).astype(config.dtype))))
-    return lambda x: score(encode, params, x, None, config.test.batch_size)
+    mesh = sharding.global_mesh()
+    params = lazy.place(params, sharding.replicated(mesh))
+    encode = sharding.spread(lambda params, x, _: normalize(
+        network.apply(params, "image_features", prepare(x).astype(config.dtype))), mesh)
+    batch_size = sharding.divisible(config.test.batch_size, mesh)
+    return lambda x: score(encode, params, x, None, batch_size)
 
 
 def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, Any]:
-    """Measures the three models of a finished run; writes eval.json and samples/eval/."""
+    """Measures the three models of a finished run, on the devices of all processes together;
+    process 0 writes eval.json and samples/eval/."""
     encoded = encoded_prompts.open_of(config)
     opened = run.open_run(folder, config.pretrained, text=encoded is None)
-    pipeline, chosen = opened.pipeline, run.choose_step(folder, step)
+    pipeline = opened.pipeline
+    chosen = distributed.of_first(lambda: run.choose_step(folder, step))
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
-    mesh = sharding.local_mesh()
+    mesh = sharding.global_mesh()
     pipeline = pipeline.attending(attention_backend.Backend(
         attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh))
     few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
@@ -203,16 +211,24 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
                              "seed": testbed.config.seed, **facts,
                              "test": testbed.config.test.to_dict()}
     files: dict[str, list[str]] = {}
-    everywhere = sharding.replicated(sharding.local_mesh())
+    everywhere = sharding.replicated(sharding.global_mesh())
     for name, model in models.items():
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
         placed = model._replace(params=lazy.place(model.params, everywhere, testbed.config.dtype))
         table["models"][name], drawn = testbed.measure(placed)
         del placed  # before the next one is on the devices
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
-        for i, file in enumerate(files[name]):
-            images.save_png(folder / "samples" / "eval" / file, drawn[i],
-                            {"prompt": testbed.prompts[i]})
+        if jax.process_index() == 0:
+            for i, file in enumerate(files[name]):
+                images.save_png(folder / "samples" / "eval" / file, drawn[i],
+                                {"prompt": testbed.prompts[i]})
+    if jax.process_index() == 0:
+        _write(folder, testbed, table, files)
+    return table
+
+
+def _write(folder: Path, testbed: Testbed, table: dict[str, Any], files: dict[str, list[str]]
+           ) -> None:
     lines = [json.dumps({"index": i, "prompt": prompt,
                          "files": {name: paths[i] for name, paths in files.items()}},
                         ensure_ascii=False)
@@ -221,7 +237,6 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
                        ("\n".join(lines) + "\n").encode("utf-8"))
     text = json.dumps(finite(table), indent=1, allow_nan=False)
     images.write_bytes(folder / "eval.json", text.encode("utf-8"))
-    return table
 
 
 def finite(value: Any) -> Any:

@@ -8,27 +8,30 @@ import functools
 import itertools
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from r0_jax import (
     checkpoint,
     config_check,
     data,
+    distributed,
     encoded_prompts,
     host_memory,
     lazy,
+    mirror,
     program,
     prompt_dataset,
+    remote,
+    replicas,
     report,
     rewards,
     schedulers,
@@ -41,14 +44,12 @@ from r0_jax.encoded_prompts import EncodedPrompts
 from r0_jax.errors import InputError
 from r0_jax.metrics import MetricWriter, Throughput
 from r0_jax.pipelines import families
-from r0_jax.progress import TrainingProgress
+from r0_jax.progress import TrainingProgress, console
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
 from r0_jax.stop_signal import Stopped, StopSignal
 from r0_jax.train_state import TrainState
 from r0_jax.validation import Validation
-
-console = Console(stderr=True)
 
 
 def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
@@ -59,22 +60,26 @@ def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
             if not _train(config, folder, stop, held):
                 return False
             # What training held on the devices is gone by now.
+            table = testbed.evaluate_run(folder, config) if config.test.prompts else None
             if jax.process_index() == 0:
-                if config.test.prompts:
-                    report.print_table(testbed.evaluate_run(folder, config))
+                if table is not None:
+                    report.print_table(table)
                 print(f"report: {report.write_report(folder)}")
             return True
         except Stopped:
+            distributed.end_all("was asked to stop, and all stop; what was trained is saved: the "
+                                "same command continues")
             console.print("stopped; what was trained is saved: the same command continues")
             return False
 
 
 def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.ExitStack) -> bool:
     """Whether it came to its end; `held` keeps the folder from other runs."""
+    workdir.check_same_everywhere(config)
     config_check.check_config(config)
     testbed.check(config.test, config.heldout_rewards)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    sharding.check_batch(config.batch_size, mesh, config.accumulation)
+    sharding.microbatches(config.batch_size, config.device_batch, mesh)
 
     # Pretrained models; their weights stay in the files.
     encoded = encoded_prompts.open_of(config)  # then no text encoder is needed
@@ -94,23 +99,19 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     built = program.build(config, mesh, pipeline, trained_on)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
-    held.enter_context(workdir.alone(folder))
-    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
-        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
-                         "steps, or give another --workdir")
-    config_digest = workdir.check_same_run(folder, config)
-    started = bool(checkpoint.steps(folder))
-    if not started:
-        prompt_dataset.remove(folder / "prompts")  # of another config
+    started, config_digest = distributed.of_first(lambda: open_folder(config, folder, held))
+    if not mirror.is_mirror(folder):  # of which each machine has its own
+        workdir.check_shared(folder)
     if encoded is None:
-        summary = prompt_dataset.prepare(config.data.prompts, folder / "prompts", pipeline,
-                                         trained_on, heldout)
-        counted = f"{summary.examples} prompts, {summary.distinct_prompts} of them distinct"
+        examples, distinct, _ = distributed.of_first(lambda: prompt_dataset.prepare(
+            config.data.prompts, folder / "prompts", pipeline, trained_on, heldout))
+        counted = f"{examples} prompts, {distinct} of them distinct"
         read = functools.partial(prompt_dataset.batches, folder / "prompts")
     else:
         counted = f"{encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
         read = functools.partial(encoded_prompts.batches, encoded.folder,
                                  encoded_prompts.columns_of(pipeline, trained_on))
+    mirror.share(folder)
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
     frozen = lazy.place(built.frozen, built.frozen_sharding)
@@ -134,15 +135,27 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
                         checkpoints, stop)
 
 
+def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) -> tuple[bool, str]:
+    """Whether the run in the folder goes on, and the digest of its config; one process does this
+    for all."""
+    held.enter_context(workdir.alone(folder))
+    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
+        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
+                         "steps, or give another --workdir")
+    config_digest = workdir.check_same_run(folder, config)
+    started = bool(checkpoint.steps(folder))
+    if not started:
+        prompt_dataset.remove(folder / "prompts")  # of another config
+        (folder / "eval_prompts.json").unlink(missing_ok=True)
+    return started, config_digest
+
+
 def enable_compilation_cache(config: ConfigDict) -> None:
     """Compiled programs are kept on disk: a run that continues starts in seconds."""
-    cache = config.compilation_cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"),
-                                             "r0_jax")
-    try:
-        cache = Path(cache).expanduser()
-    except RuntimeError:  # a user without a home, as in containers
-        cache = Path(tempfile.gettempdir(), "r0_jax")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    asked = config.compilation_cache
+    if asked and not remote.url_of(asked):  # which JAX reaches by itself
+        asked = os.path.expanduser(asked)
+    jax.config.update("jax_compilation_cache_dir", asked or str(remote.cache()))
 
 
 def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:
@@ -179,6 +192,8 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
          checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile."""
     step = first = int(state.step)
+    if resumed:
+        console.print(f"continues from step {first}", highlight=False)
     early = EarlyStop(config.best_metric, config.early_stop, folder, first if resumed else -1)
     batches = batches_from(first)
     key = jax.random.key(config.seed)
@@ -193,7 +208,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 values, sheet = validation(state.ema_params, step)
                 writer.write(step, metrics | values)
                 writer.write_images(step, {"samples": sheet})
-                checkpoints.save(state, values)
+                save(checkpoints, state, values)
                 early.add(values.get(config.best_metric, math.nan))
 
         def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
@@ -224,8 +239,11 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             if compiled is None:
                 compiled = step_fn.lower(state, frozen, batch, key).compile()
                 host_memory.give_back()  # before the step allocates its own
+            distributed.progress(f"the batch of step {step + 1}")
             state, metrics = compiled(state, frozen, batch, key)
             step += 1
+            if step == first + 1:
+                check_copies(step, {"training state": state, "frozen weights": frozen})
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
@@ -234,7 +252,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                 pending = None
             elif step % config.checkpoint_every == 0:
                 log(pending, step)
-                checkpoints.save(state)
+                save(checkpoints, state)
                 pending = None
         if pending is not None:
             log(pending, step)
@@ -242,16 +260,30 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             console.print(f"ended at step {step}: in {early.since} evaluations {early.metric} did "
                           f"not exceed {early.best:.4g}", highlight=False)
         if stopped := stop.requested():
-            checkpoints.save(state)
+            save(checkpoints, state)
             checkpoints.wait()
             console.print(f"stopped at step {step}, which is saved: the same command continues")
     return not stopped
+
+
+def save(checkpoints: checkpoint.Checkpoints, state: TrainState,
+         metrics: dict[str, float] | None = None) -> None:
+    """Starts writing a checkpoint, of a state that is the same in all processes."""
+    step = int(state.step)
+    check_copies(step, {"training state": state})
+    checkpoints.save(state, metrics)
+    distributed.progress(f"the checkpoint of step {step}")
+
+
+def check_copies(step: int, trees: dict[str, Any]) -> None:
+    if jax.process_count() > 1:
+        replicas.check(trees, step)
 
 
 def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config: ConfigDict,
                    mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
-    for batch in read(config.batch_size, config.seed, step, jax.process_index(),
-                      jax.process_count()):
+    parts, count = sharding.local_parts(split)
+    for batch in read(config.batch_size, config.seed, step, parts, count):
         yield sharding.put_batch(batch, split)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from r0_jax import optim, reward_spread, stacks
+from r0_jax import optim, reward_spread, sharding, stacks
 from r0_jax.objective import SQUARE, Metrics, Objective
 from r0_jax.train_state import TrainState
 
@@ -22,11 +22,12 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
                     config: ConfigDict, mesh: Mesh) -> TrainStep:
     """(state, frozen, batch, key) -> (state, metrics); pure, to be jitted with shardings.
 
-    `batch` is the global one. It is cut into `config.accumulation` microbatches whose gradients
-    are averaged; every random draw belongs to a sample, so that this equals one large batch.
+    `batch` is the global one. It is cut into microbatches of `config.device_batch` samples a
+    device, whose gradients are averaged; every random draw belongs to a sample, so that this
+    equals one large batch.
     """
-    count = config.accumulation
-    over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+    count = sharding.microbatches(config.batch_size, config.device_batch, mesh)
+    over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
 
     def train_step(state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array],
                    key: jax.Array) -> tuple[TrainState, Metrics]:

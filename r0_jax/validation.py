@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from r0_jax import few_step, hacking, images, lazy, prompt_dataset
+from r0_jax import distributed, few_step, hacking, images, lazy, prompt_dataset, sharding
 from r0_jax.generator import Generator
 from r0_jax.inference import ImageSampler
 from r0_jax.network import Params
@@ -28,14 +28,15 @@ class Validation:
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout = rewards, heldout
         self.prompts, self.tokens, self.features = prompt_dataset.evaluation(
-            config, "eval", pipeline, rewards)
+            config, "eval", pipeline, rewards, folder / "eval_prompts.json")
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
         grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
         self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
-        self.scores = {r.name: jax.jit(r.score) for r in rewards}
+        self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
+        self.batch, self.everywhere = sharding.divisible(_BATCH, mesh), sharding.replicated(mesh)
         self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
 
     def __call__(self, params: dict[str, jax.Array], step: int
@@ -50,9 +51,9 @@ class Validation:
         for reward in self.rewards:
             features = self.features.get(f"features/{reward.name}")
             params = self.frozen["rewards"].get(reward.name)
-            if params is None:  # held out: on a device for only this long
-                params = lazy.place(reward.params)
-            scores = score(self.scores[reward.name], params, drawn, features, _BATCH)
+            if params is None:  # held out: on the devices for only this long
+                params = lazy.place(reward.params, self.everywhere)
+            scores = score(self.scores[reward.name], params, drawn, features, self.batch)
             del params
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
@@ -64,7 +65,7 @@ class Validation:
 
     def _draw(self, weights: Params) -> np.ndarray:
         parts = {**self.frozen, self.part: weights}
-        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, _BATCH)
+        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch)
 
     def _signs(self, drawn: np.ndarray) -> dict[str, float]:
         return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
@@ -86,6 +87,7 @@ def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np
         count = min(batch_size, len(noise) - start)
         batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
         drawn.append(np.asarray(batch)[:count])
+        distributed.progress("a batch of images")
     return np.concatenate(drawn)
 
 
@@ -98,4 +100,5 @@ def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_
         count = min(batch_size, len(drawn) - start)
         batch = None if features is None else features[rows]
         found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
+        distributed.progress("a batch of scores")
     return np.concatenate(found)

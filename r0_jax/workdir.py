@@ -5,14 +5,14 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint
+from r0_jax import checkpoint, distributed
 from r0_jax.errors import InputError
 from r0_jax.images import write_bytes
 
@@ -21,9 +21,11 @@ from r0_jax.images import write_bytes
 # without a decay of the learning rate towards it.
 HARMLESS = frozenset(
     {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
-     "mesh", "accumulation", "sharding", "attention", "remat", "scan_blocks", "keep_checkpoints",
-     "max_skipped_in_a_row", "early_stop", "test", "compilation_cache"}
+     "mesh", "device_batch", "sharding", "attention", "remat", "scan_blocks", "keep_checkpoints",
+     "max_skipped_in_a_row", "early_stop", "test", "compilation_cache", "processes"}
 )  # fmt: skip
+
+_SEEN = 60.0  # seconds after which a file of one machine is seen by all others on NFS
 
 
 def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
@@ -50,19 +52,44 @@ def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
             )
     elif path.exists() and "rewards" not in _read(path):
         raise InputError(f"{path} is not the config of a run: give another --workdir")
-    if jax.process_index() == 0:
-        write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
+    write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
     matters = {name: value for name, value in here.items() if _matters(name, here)}
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same_everywhere(config: ConfigDict) -> None:
+    """InputError in a process whose config is not that of process 0."""
+    here = dict(_fields(json.loads(json.dumps(config.to_dict()))))
+    there = dict(_fields(distributed.of_first(config.to_dict)))
+    for name in sorted(here.keys() | there.keys()):
+        if _show(here, name) != _show(there, name):
+            raise InputError(f"{name} is {_show(here, name)} in this process and "
+                             f"{_show(there, name)} in process 0: start all with the same flags")
+
+
+def check_shared(workdir: Path) -> None:
+    """InputError in a process that does not see the workdir of process 0, for whom it is made."""
+    path = workdir / ".shared"
+
+    def write() -> str:
+        token = os.urandom(8).hex()
+        write_bytes(path, token.encode())
+        return token
+
+    token, deadline = distributed.of_first(write), time.monotonic() + _SEEN
+    while not (path.is_file() and path.read_bytes() == token.encode()):
+        if time.monotonic() > deadline:
+            raise InputError(f"{workdir} is not the folder that process 0 has under this name: "
+                             "give a --workdir on a file system that all processes share")
+        time.sleep(0.2)
+    distributed.together()
+    distributed.of_first(lambda: path.unlink(missing_ok=True))
 
 
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of a workdir, as far as its file system can; a killed run holds nothing.
     InputError where another one is at work in it."""
-    if jax.process_index() != 0:
-        yield
-        return
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("ab") as file:
         try:

@@ -130,15 +130,15 @@ def toy_networks(config: ToyConfig) -> dict[str, Network]:
     }
 
 
-def real_networks() -> dict[str, Network]:
+def real_networks(width: int = 4) -> dict[str, Network]:
     """The project's own networks, at their smallest."""
     unet = UNet2DConditionConfig.from_json({
-        "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [4],
+        "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [width],
         "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"],
         "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
         "cross_attention_dim": EMBED})  # fmt: skip
     vae = AutoencoderKLConfig.from_json({
-        "sample_size": 4, "block_out_channels": [4], "latent_channels": 4, "norm_num_groups": 2,
+        "sample_size": 4, "block_out_channels": [width], "latent_channels": 4, "norm_num_groups": 2,
         "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1,
         "up_block_types": ["UpDecoderBlock2D"], "scaling_factor": 0.5})  # fmt: skip
     text = CLIPTextConfig.from_json({
@@ -248,10 +248,11 @@ def _program(objective: Objective):
 
 
 def make(changes: dict[str, Any] | None = None, toy: ToyConfig | None = ToyConfig(),  # noqa: B008
-         prediction_type: str = "epsilon", rewards: list[Reward] | None = None) -> World:
-    """A world of toy networks; of the real ones if `toy` is None."""
+         prediction_type: str = "epsilon", rewards: list[Reward] | None = None,
+         width: int = 4) -> World:
+    """A world of toy networks; of the real ones, `width` channels wide, if `toy` is None."""
     settings = config(changes)
-    networks = real_networks() if toy is None else toy_networks(toy)
+    networks = real_networks(width) if toy is None else toy_networks(toy)
     params = {part: random_params(network, seed)
               for seed, (part, network) in enumerate(networks.items())}
     rewards = REWARDS if rewards is None else rewards

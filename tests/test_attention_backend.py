@@ -95,10 +95,11 @@ def test_splash_in_bfloat16():
                  output_and_gradients(attention_backend.XLA, arrays), 2e-2)
 
 
-@pytest.mark.parametrize("batch", [8, 1])
-def test_splash_is_split_over_the_batch(batch):
+@pytest.mark.parametrize("batch, shape", [
+    (8, {"data": 2, "fsdp": 2}), (1, {"data": 2, "fsdp": 2}), (8, {"data": 2, "tensor": 2})])
+def test_splash_is_split_over_the_batch(batch, shape):
     """8 samples over 4 devices; one alone is computed by each of them."""
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    mesh = sharding.make_mesh(shape, jax.devices()[:4])
     arrays = inputs(batch, 5, 7, 16)
     mask = jnp.asarray(np.random.default_rng(1).random((batch, 7)) < 0.7).at[:, 0].set(True)
     expected = output_and_gradients(attention_backend.XLA, arrays, mask=mask)

@@ -230,7 +230,9 @@ def test_prepare_keeps_every_value_and_dtype(folder):
 
 
 def test_describe_counts_duplicates_once(folder):
-    assert data.describe(folder) == data.Summary(examples=23, distinct_prompts=20)
+    digest = data.digest(columns()["prompt"])
+    assert data.describe(folder) == data.Summary(23, 20, digest)
+    assert digest != data.digest(columns()["prompt"][::-1])
 
 
 def test_prepare_prints_nothing(tmp_path, capfd):
@@ -322,7 +324,7 @@ def test_starting_at_a_step_equals_skipping_to_it(folder, step):
 def test_processes_hold_consecutive_parts_of_the_global_batch(folder, process_count):
     whole = take(folder, 6, batch_size=12, seed=3, step=2)
     parts = [
-        take(folder, 6, batch_size=12, seed=3, step=2, process_index=i, process_count=process_count)
+        take(folder, 6, batch_size=12, seed=3, step=2, parts=[i], of=process_count)
         for i in range(process_count)
     ]
     for step, batch in enumerate(whole):
@@ -331,9 +333,17 @@ def test_processes_hold_consecutive_parts_of_the_global_batch(folder, process_co
             np.testing.assert_array_equal(joined, batch[name])
 
 
+def test_a_process_may_hold_parts_that_are_not_neighbours(folder):
+    whole = take(folder, 3, batch_size=12, seed=3, step=2)
+    mine = take(folder, 3, batch_size=12, seed=3, step=2, parts=[0, 2], of=4)
+    for step, batch in enumerate(mine):
+        rows = [0, 1, 2, 6, 7, 8]
+        assert all((batch[name] == whole[step][name][rows]).all() for name in batch)
+
+
 def test_uneven_split_among_processes_is_refused(folder):
-    with pytest.raises(InputError, match="batch_size 12 does not divide evenly among 5 processes"):
-        data.load(folder, batch_size=12, seed=0, process_count=5)
+    with pytest.raises(InputError, match="batch_size 12 does not divide evenly into 5 parts"):
+        data.load(folder, batch_size=12, seed=0, of=5)
 
 
 def test_batch_larger_than_the_dataset_repeats_it(folder):

@@ -56,7 +56,7 @@ def own_copy(name, folder):
     miniature.write(folder / "pipeline", config.family, **changes)
     config.pretrained = str(folder / "pipeline")
     config.sampler.num_steps = config.objective.grad_steps = 1
-    config.batch_size, config.accumulation, config.eval.num_prompts = 8, 1, 3
+    config.batch_size, config.eval.num_prompts = 8, 3
     return config
 
 
@@ -97,7 +97,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     pipeline = families.load(config.pretrained)
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
     prompt_dataset.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
-    where = (config.batch_size, config.seed, 0, 0, 1)
+    where = (config.batch_size, config.seed, 0, [0], 1)
     expected, metrics = first_loss(config, pipeline,
                                    prompt_dataset.batches(tmp_path / "prompts", *where))
     assert metrics["penalty/guidance"] > 0  # which asks for the empty prompt
@@ -283,7 +283,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert read.keys() == made.keys() and read["ids"].dtype == np.int32
     for name, value in made.items():
         np.testing.assert_array_equal(read[name], value)
-    batch = next(encoded_prompts.batches(found.folder, ["prompt_embeds"], 4, 0, 0, 0, 1))
+    batch = next(encoded_prompts.batches(found.folder, ["prompt_embeds"], 4, 0, 0, [0], 1))
     assert batch.keys() == {"prompt_embeds"} and batch["prompt_embeds"].shape == (4, 7, 40)
 
 

@@ -125,7 +125,7 @@ def test_a_killed_run_continues(world, tmp_path):
     assert measured(workdir) == measured(world / "whole")
 
 
-def test_sigterm_saves_and_ends_well(world, tmp_path):
+def test_sigterm_saves_and_ends_as_what_is_to_be_started_again(world, tmp_path):
     workdir = tmp_path / "w"
     process = subprocess.Popen(command(world, workdir, "--config.steps=100000"), cwd=ROOT,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -134,7 +134,7 @@ def test_sigterm_saves_and_ends_well(world, tmp_path):
              and "train/loss" in (workdir / "metrics.jsonl").read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 75, stderr
     last = max(line["step"] for line in measured(workdir))
     assert max(checkpoints(workdir)) == last
     assert f"stopped at step {last}" in stderr
@@ -180,7 +180,7 @@ def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
 
 @pytest.mark.parametrize(("flags", "named"), [
     (["--config.lora.rnak=3"], "lora.rank"),
-    (["--config.batch_size=7", "--config.accumulation=2"], "batch_size=7"),
+    (["--config.batch_size=7", "--config.device_batch=2"], "batch_size=7"),
     (["--config.pretrained=/nowhere"], "/nowhere"),
     (["--config.data.prompts=/nowhere.txt"], "/nowhere.txt"),
     (["--config.objective.method=r1"], "r0plus"),

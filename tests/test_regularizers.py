@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,23 +22,27 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), (*shape,))
 
 
-def base(latents, timesteps, prompted):
+def base(latents, timesteps, prompted=True):
     """A network's output: it depends on all it is told."""
     time = timesteps[:, None, None, None] / 700
     return jnp.sin(1.7 * latents[..., ::-1] + time + (0.8 if prompted else -0.4))
+
+
+def base_pair(latents, timesteps):
+    return base(latents, timesteps), base(latents, timesteps, prompted=False)
 
 
 def base_features(latents, timesteps):
     return jnp.cos(latents[:, :, :2] * 2 + timesteps[:, None, None, None] / 300)
 
 
-def context(x0=None, prediction_type="epsilon", base=base, batch=B):
+def context(x0=None, prediction_type="epsilon", base_pair=base_pair, batch=B):
     at = sampler.Trajectory(normal(0, 8, *SHAPE)[:batch], jnp.full(batch, 499.0),
                             jnp.float32(ALPHAS[499]), jnp.float32(SIGMAS[499]),
                             normal(1, 8, *SHAPE)[:batch] if x0 is None else x0)
     config = SCHEDULER | {"prediction_type": prediction_type}
-    return Context(at, sample_keys(batch), base, base_features, lambda: jnp.float32(7.0),
-                   few_step.noise_levels(config))
+    return Context(at, sample_keys(batch), base, base_pair, base_features,
+                   lambda: jnp.float32(7.0), few_step.noise_levels(config))
 
 
 def clean(output, latents, alpha, sigma, prediction_type):
@@ -61,7 +67,7 @@ def test_weight_is_the_squared_distance():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_output_is_the_distance_to_the_bases_x0_at_the_same_input(prediction_type):
     at = context().trajectory
-    output = base(at.latents, at.timesteps, True)
+    output = base(at.latents, at.timesteps)
     reference = clean(output, at.latents, ALPHAS[499], SIGMAS[499], prediction_type)
     expected = np.mean((at.x0 - reference) ** 2)
     found = penalties.output(context(prediction_type=prediction_type), options())
@@ -72,8 +78,7 @@ def gradient(penalty, **fields):
     """Of a penalty with respect to x0, and to the base's latents."""
     def value(x0, latents):
         made = context(x0)
-        moved = Context(made.trajectory._replace(latents=latents), made.keys, made.base,
-                        made.base_features, made.squared_distance, made.table)
+        moved = dataclasses.replace(made, trajectory=made.trajectory._replace(latents=latents))
         return penalty(moved, options(**fields))
 
     made = context()
@@ -123,8 +128,8 @@ def test_guidance_is_the_formula(prediction_type):
     made = context(prediction_type=prediction_type)
     x0 = np.asarray(made.trajectory.x0)
     latents, timesteps, alpha, sigma = renoised(x0, 0.02, 0.98, 200, made.keys)
-    cond, uncond = (clean(base(latents, timesteps, prompted), latents, alpha, sigma,
-                          prediction_type) for prompted in (True, False))
+    cond, uncond = (clean(output, latents, alpha, sigma, prediction_type)
+                    for output in base_pair(latents, timesteps))
     total = 0
     for a, b in zip(np.asarray(cond), np.asarray(uncond), strict=True):
         pull = 3.5 * (a - b)  # target - x0
@@ -137,9 +142,9 @@ def test_guidance_moves_x0_towards_the_prompt():
     made = context()
     to_x0, _ = gradient(penalties.guidance)
     latents, timesteps, alpha, sigma = renoised(made.trajectory.x0, 0.02, 0.98, 200, made.keys)
-    direction = np.asarray(clean(base(latents, timesteps, True), latents, alpha, sigma, "epsilon")
-                           - clean(base(latents, timesteps, False), latents, alpha, sigma,
-                                   "epsilon"))  # fmt: skip
+    cond, uncond = (clean(output, latents, alpha, sigma, "epsilon")
+                    for output in base_pair(latents, timesteps))
+    direction = np.asarray(cond - uncond)
     for step, along in zip(-to_x0, direction, strict=True):
         cosine = np.sum(step * along) / (np.linalg.norm(step) * np.linalg.norm(along))
         assert cosine > 0.9999
@@ -149,14 +154,13 @@ def test_guidance_moves_x0_towards_the_prompt():
 
 
 def test_guidance_of_a_base_that_ignores_the_prompt_is_nothing():
-    deaf = context(base=lambda latents, timesteps, prompted: base(latents, timesteps, True))
+    deaf = context(base_pair=lambda latents, timesteps: (base(latents, timesteps),) * 2)
     assert penalties.guidance(deaf, options()) == 0
 
 
 def test_renoising_levels_are_spread_between_their_bounds():
     made = context(batch=8)
-    keys = sample_keys(2000)
-    many = Context(made.trajectory, keys, base, base_features, made.squared_distance, made.table)
+    many = dataclasses.replace(made, keys=sample_keys(2000))
     x0 = jnp.broadcast_to(normal(3, 1, 1, 1, 2), (2000, 1, 1, 2))
     noised = many.renoise(x0, (0.2, 0.7), 100)
     timesteps = np.asarray(noised.timesteps)
@@ -181,6 +185,6 @@ def test_penalties_are_means_over_samples():
             at = made.trajectory
             part = at._replace(latents=at.latents[rows], timesteps=at.timesteps[rows],
                                x0=at.x0[rows])
-            halves.append(penalty(Context(part, made.keys[rows], base, base_features,
-                                          made.squared_distance, made.table), options()))
+            half = dataclasses.replace(made, trajectory=part, keys=made.keys[rows])
+            halves.append(penalty(half, options()))
         np.testing.assert_allclose(whole, sum(halves) / 2, rtol=1e-5, err_msg=name)

@@ -108,11 +108,20 @@ def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == text
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    digest = workdir.check_same_run(tmp_path / "a", config())
-    monkeypatch.setattr("jax.process_index", lambda: 1)
-    assert workdir.check_same_run(tmp_path / "b", config()) == digest
-    assert not (tmp_path / "b").exists()
+def test_processes_with_other_flags_or_another_disk_are_told(tmp_path, monkeypatch):
+    workdir.check_same_everywhere(config())  # alone
+    tmp_path.mkdir(exist_ok=True)
+    workdir.check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    first = config().to_dict() | {"steps": 123456}
+    monkeypatch.setattr("r0_jax.distributed.of_first", lambda make: first)
+    with pytest.raises(InputError, match=f"steps is {config().steps} in this process and 123456"):
+        workdir.check_same_everywhere(config())
+    monkeypatch.setattr("r0_jax.distributed.of_first", lambda make: "a token of process 0")
+    monkeypatch.setattr(workdir, "_SEEN", 0)
+    with pytest.raises(InputError, match="on a file system that all processes share"):
+        workdir.check_shared(tmp_path)
 
 
 def test_a_config_that_is_a_folder_or_too_deep_is_named(tmp_path):

@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from r0_jax import sharding
 from r0_jax.errors import InputError
 
 NAMES = ("xla", "cudnn", "splash")
@@ -34,7 +35,7 @@ class Backend:
 
     Attributes:
       name: one of `NAMES`.
-      mesh: of splash, a kernel for one device: each batch is split over all axes of this mesh.
+      mesh: of splash, a kernel for one device: samples and heads are split over this mesh.
       interpret: run splash's kernel on any platform, slowly; for tests.
     """
 
@@ -150,10 +151,13 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
 
     if mesh is None or mesh.size == 1:
         return of_one_device(query, key, value, *masks)
-    # A batch that does not divide, such as the one empty prompt, is computed by every device.
-    spec = PartitionSpec(mesh.axis_names if len(query) % mesh.size == 0 else None)
-    return jax.shard_map(of_one_device, mesh=mesh, in_specs=spec, out_specs=spec,
-                         check_vma=False)(query, key, value, *masks)
+    # What does not divide, such as the one empty prompt, is computed by every device.
+    batch = sharding.BATCH_AXES if len(query) % sharding.batch_parts(mesh) == 0 else None
+    heads = "tensor" if query.shape[2] % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(batch, None, heads)  # [B, T, n, C]
+    return jax.shard_map(
+        of_one_device, mesh=mesh, in_specs=(spec,) * 3 + (PartitionSpec(batch),) * len(masks),
+        out_specs=spec, check_vma=False)(query, key, value, *masks)
 
 
 def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret):

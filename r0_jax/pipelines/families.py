@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from r0_jax.pipelines.folder import FAMILIES, describe, read_index
@@ -38,7 +39,7 @@ def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: 
     Raises:
       InputError: it is of another family, or a part is missing or broken.
     """
-    folder = Path(folder)
+    folder = remote.local(folder)
     found = read_index(folder)["_class_name"]
     if family and found != family:
         raise InputError(f"this folder is {describe(found)}, the config is for {describe(family)}: "
@@ -51,7 +52,7 @@ def check_there(folder: str, family: str) -> None:
     if family and family not in FAMILIES:
         raise InputError(f"family={family!r} is unknown; known: {', '.join(FAMILIES)}, or '' for "
                          "any of them")
-    if (Path(folder) / "model_index.json").is_file() and folder:
+    if folder and remote.has_file(folder, "model_index.json"):
         return
     problem = f"{folder} holds no model_index.json" if folder else "pretrained is not set"
     wanted = describe(family) if family else "a supported family"

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from r0_jax import convert
+from r0_jax import convert, remote
 from r0_jax.errors import InputError
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from r0_jax.models.config import read_json
@@ -45,7 +45,7 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
 
     Raises InputError for a folder of anything else, or made for other latents than the pipeline's.
     """
-    folder = Path(folder)
+    folder = remote.local(folder)
     fields = read_json(folder / "config.json")
     if fields.get("_class_name") != "AutoencoderTiny":
         raise InputError(f"objective.decoder={folder} is of class {fields.get('_class_name')}, not "

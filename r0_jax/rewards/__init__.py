@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from r0_jax import convert
+from r0_jax import convert, remote
 from r0_jax.errors import InputError
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.preprocess import RESIZES
@@ -56,7 +56,7 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
 
 def _check_converted(name: str, entry: ConfigDict) -> None:
     """InputError that gives the command, where an entry leads to a file as it was published."""
-    path, out = Path(entry.path), "--tokenizer=PATH --out=FOLDER"
+    path, out = remote.local(entry.path), "--tokenizer=PATH --out=FOLDER"
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a folder of transformers or open_clip, or"

@@ -1,13 +1,12 @@
 """The LAION aesthetic predictor: an MLP on normalized CLIP image features."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax import convert
+from r0_jax import convert, remote
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.network import Network, Params
 from r0_jax.rewards import tower
@@ -26,7 +25,8 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     prepare = dataclasses.replace(found.prepare, corner="round", resize=entry.resize)
     clip = found.network
     head = Network.abstract(lambda rngs: ScoreMLP(found.width, rngs=rngs))
-    path = Path(entry.head) if entry.head else Path(entry.path) / HEAD
+    path = remote.local(entry.head or entry.path)
+    path = path if entry.head else path / HEAD
     head_params = convert.open_params([path], head, "float32")
 
     def score(params: Params, images: Float[Array, "b h w 3"],

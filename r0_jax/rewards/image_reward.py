@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from r0_jax import convert
+from r0_jax import convert, remote
 from r0_jax.errors import InputError
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.config import read_json
@@ -28,7 +28,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     first self-attention could be computed: less than 0.2 % of a score's arithmetic, for 768 times
     the memory a prompt.
     """
-    folder = Path(entry.path)
+    folder = remote.local(entry.path)
     config = ImageRewardConfig.from_json(_config(folder))
     network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
     params = convert.open_params(convert.find_files(folder, "model"), network, "float32")

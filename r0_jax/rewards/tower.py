@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from r0_jax import convert, lazy
+from r0_jax import convert, lazy, remote
 from r0_jax.errors import InputError
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
@@ -81,7 +81,7 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower
     Without `text` neither the text tower nor its tokenizer is read or needs to be there.
     Raises InputError for what is missing, half downloaded, or of another kind.
     """
-    folder = Path(folder)
+    folder = remote.local(folder)
     if not (folder / "config.json").is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
         return _load_open_clip(folder, dtype, text)
     fields = read_json(folder / "config.json")

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# One run on a TPU pod slice, or on several, by gcloud's queued resources:
+#
+#   export TPU_NAME=r0 TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16
+#   launch/tpu_pod.sh create wait copy install run -- \
+#     --config=configs/sdxl_r0.py --workdir=gs://bucket/runs/sdxl --config.pretrained=gs://...
+#   launch/tpu_pod.sh logs        # of the first worker, until Ctrl-C; the run goes on without it
+#   launch/tpu_pod.sh stop        # saves and ends; `run` with the same flags continues
+#   launch/tpu_pod.sh delete
+#
+# Several actions are done one after the other. --dry-run in front prints their commands instead.
+# What stands after -- are the flags of r0_jax.main.
+#
+# Environment, besides gcloud's own project:
+#   TPU_NAME    of the queued resource
+#   TPU_ZONE    zone
+#   TPU_TYPE    accelerator type: v4-*, v5litepod-*, v5p-*, v6e-*
+#   TPU_SLICES  slices (1): more than one are joined by the data center's network (mesh.data)
+#   TPU_SPOT    yes: cheaper, and may be taken away at any time; delete, create and run again then
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
+  exit 2
+}
+
+do_run() { # or say
+  local word words=()
+  [[ -n $dry_run ]] || { "$@"; return; }
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@%,-]+$ ]] || word=${word@Q}
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
+runtime() { # the VM image of a type of TPU
+  case $TPU_TYPE in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo "error: TPU_TYPE=$TPU_TYPE is none of v4-*, v5litepod-*, v5p-*, v6e-*" >&2; exit 2 ;;
+  esac
+}
+
+slices() { # the names of the slices' VMs
+  if ((slices == 1)); then
+    echo "$TPU_NAME"
+  else
+    seq -f "$TPU_NAME-%g" 0 $((slices - 1))
+  fi
+}
+
+on_every_worker() {
+  local name
+  for name in $(slices); do
+    do_run gcloud compute tpus tpu-vm ssh "$name" --zone="$TPU_ZONE" --worker=all --command="$1"
+  done
+}
+
+create() {
+  local image options
+  image=$(runtime)
+  if ((slices == 1)); then
+    options=(--node-id="$TPU_NAME")
+  else
+    options=(--node-prefix="$TPU_NAME" --node-count="$slices")
+  fi
+  [[ ${TPU_SPOT-} != yes ]] || options+=(--spot)
+  do_run gcloud compute tpus queued-resources create "$TPU_NAME" --zone="$TPU_ZONE" \
+    --accelerator-type="$TPU_TYPE" --runtime-version="$image" "${options[@]}"
+}
+
+wait_until_active() {
+  local state
+  local ask=(gcloud compute tpus queued-resources describe "$TPU_NAME" --zone="$TPU_ZONE"
+    "--format=value(state.state)")
+  [[ -z $dry_run ]] || { do_run "${ask[@]}"; return; }
+  while state=$("${ask[@]}"); do
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING)
+        echo "error: $TPU_NAME is $state: delete it and create it anew" >&2
+        exit 1
+        ;;
+    esac
+    echo "$(date +%T) $TPU_NAME is $state"
+    sleep 30
+  done
+  exit 1 # gcloud has said why
+}
+
+copy() { # what git knows, as it is now
+  local archive=${TMPDIR:-/tmp}/r0_jax-$TPU_NAME.tar.gz name
+  do_run bash -c "git ls-files -z | tar --null --files-from=- -czf $(printf %q "$archive")"
+  for name in $(slices); do
+    do_run gcloud compute tpus tpu-vm scp "$archive" "$name:r0_jax.tar.gz" --zone="$TPU_ZONE" \
+      --worker=all
+  done
+  on_every_worker "mkdir -p r0_jax && tar -xzf r0_jax.tar.gz -C r0_jax"
+}
+
+install() { # the VM's own Python is 3.10; uv brings another one
+  on_every_worker "cd r0_jax && python3 -m pip install --quiet --user uv \
+&& ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv \
+&& ~/.local/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
+}
+
+run() { # in the background: it outlives the connection
+  local flags
+  ((${#flags_of_run[@]})) || { echo "error: run needs -- --config=... --workdir=..." >&2; exit 2; }
+  printf -v flags '%q ' "${flags_of_run[@]}"
+  on_every_worker "cd r0_jax; nohup .venv/bin/python -m r0_jax.main $flags\
+>> ~/r0_jax.log 2>&1 < /dev/null & echo \$! > ~/r0_jax.pid"
+}
+
+logs() {
+  local first
+  read -r first < <(slices)
+  do_run gcloud compute tpus tpu-vm ssh "$first" --zone="$TPU_ZONE" --worker=0 \
+    --command="tail -n 50 -f r0_jax.log"
+}
+
+stop() { # SIGTERM, and until all have saved
+  # Whoever is told first tells the others: there may be nothing left to kill.
+  on_every_worker "pid=\$(cat r0_jax.pid); kill -TERM \$pid; tail --pid=\$pid -f /dev/null"
+}
+
+delete() {
+  do_run gcloud compute tpus queued-resources delete "$TPU_NAME" --zone="$TPU_ZONE" --force --quiet
+}
+
+dry_run=''
+actions=()
+flags_of_run=()
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --) shift; flags_of_run=("$@"); break ;;
+    create | copy | install | run | logs | stop | delete) actions+=("$1") ;;
+    wait) actions+=(wait_until_active) ;;
+    *) usage ;;
+  esac
+  shift
+done
+((${#actions[@]})) || usage
+slices=${TPU_SLICES:-1}
+: "${TPU_NAME:?must be set}" "${TPU_ZONE:?must be set}" "${TPU_TYPE:?must be set}"
+for action in "${actions[@]}"; do
+  "$action"
+done

@@ -1,0 +1,138 @@
+"""Real processes on this machine, started by launch/local.py: together, and when one goes wrong."""
+
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from dry_runs import ROOT, environment
+from process_program import STEPS, TROUBLED
+from test_main import RECIPE, checkpoints, measured
+
+from r0_jax import checkpoint, data
+
+TROUBLES = ("input", "bug", "asked", "killed", "frozen", "hangs", "differ", "absent")
+
+
+def launch(processes, *command, grace=60):
+    return subprocess.Popen(
+        [sys.executable, "launch/local.py", f"--processes={processes}", f"--grace={grace}", "--",
+         *map(str, command)], cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """All troubles at once: they mostly wait."""
+    folder = tmp_path_factory.mktemp("troubles")
+    programs = {trouble: launch(2, "tests/process_program.py", trouble, folder / trouble,
+                                grace=20 if trouble == "frozen" else 60)
+                for trouble in TROUBLES}
+    yield programs
+    for program in programs.values():
+        program.kill()
+        program.communicate()
+
+
+def ended(program):
+    """Status, and what it said on standard output and error."""
+    out, err = program.communicate(timeout=300)
+    return program.returncode, out, err
+
+
+@pytest.mark.parametrize(("trouble", "status", "said"), [
+    ("input", 2, ["[1] error: bad weights on this host",
+                  "[0] error: process 1 of 2: bad weights on this host"]),
+    ("bug", 1, ["[1] RuntimeError: a bug", "[0] error: process 1 of 2: RuntimeError: a bug"]),
+    ("asked", 75, ["[0] process 1 of 2: was asked to stop"]),
+    ("killed", 128 + signal.SIGKILL, ["[0] error: process 1 of 2 gave no sign of life for 8 s",
+                                      "process 1 of 2 was ended by SIGKILL"]),
+    ("frozen", 1, ["[0] error: process 1 of 2 gave no sign of life for 8 s",
+                   "the others did not end within 20 s: they are stopped"]),
+    ("hangs", 1, [f"[{i}] error: process 1 of 2 stands still for 6 s, after the batch of step "
+                  f"{TROUBLED - 1}" for i in range(2)]),
+    ("differ", 2, [f"error: at step {TROUBLED} the copy of the sum in processes 0 and 1 of 2 "
+                   "differs from the others'"]),
+    ("absent", 2, ["[0] error: not all 2 processes came together within 5 s"]),
+])
+def test_a_process_in_trouble_ends_all_with_a_line(started, trouble, status, said):
+    found, out, err = ended(started[trouble])
+    assert found == status, err
+    for line in said:
+        assert line in err, err
+    assert ("Traceback" in err) == (trouble == "bug"), err
+    assert f"step {STEPS} " not in out
+
+
+def test_four_processes_share_the_batches_and_agree(tmp_path):
+    status, out, err = ended(launch(4, "tests/process_program.py", "none", tmp_path))
+    assert status == 0 and not err, err
+    rows = {}
+    for process, step, numbers in re.findall(r"^\[(\d)\] step (\d) rows (.*)$", out, re.MULTILINE):
+        rows[int(step), int(process)] = [int(number) for number in numbers.split()]
+    whole = data.load(tmp_path / "prompts", 32, 0)
+    for step, batch in enumerate(itertools.islice(whole, STEPS), start=1):
+        shared = itertools.chain.from_iterable(rows[step, i] for i in range(4))
+        assert batch["number"].tolist() == list(shared)
+    sums = re.findall(r"sum (\d+)", out)
+    assert len(sums) == 4 * STEPS and len(set(sums)) == STEPS
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path):
+    program = launch(2, "tests/process_program.py", "endless", tmp_path)
+    for line in program.stdout:
+        if "step 5 " in line:
+            break
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    subprocess.run(["kill", "-TERM", children[1]], check=True)
+    status, out, err = ended(program)
+    stopped = re.findall(r"^\[\d\] stopped at step (\d+)$", out, re.MULTILINE)
+    assert status == 0 and len(stopped) == 2 and len(set(stopped)) == 1, out + err
+
+
+def test_two_processes_killed_and_started_again_equal_one(tmp_path):
+    tiny.stable_diffusion(tmp_path / "sd", seed=0)
+    tiny.clip(tmp_path / "clip", seed=1)
+    lines = [f"a red circle {i}" for i in range(9)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path), steps=8))
+    command = ["-m", "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
+               "--config.processes.lost_timeout=8"]
+    alone = subprocess.Popen([sys.executable, *command, f"--workdir={tmp_path / 'one'}"], cwd=ROOT,
+                             env=environment(), text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    program = launch(2, *command, f"--workdir={tmp_path / 'two'}")
+    there = tmp_path / "two" / "checkpoints"
+    deadline = time.monotonic() + 400
+    while not (there.is_dir() and max(checkpoints(tmp_path / "two"), default=0) >= 1):
+        assert program.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    subprocess.run(["kill", "-KILL", children[1]], check=True)
+    status, _, err = ended(program)
+    assert status == 128 + signal.SIGKILL and "Traceback" not in err, err
+    assert "[0] error: process 1 of 2 gave no sign of life" in err
+    assert ended(alone)[0] == 0
+
+    assert max(checkpoints(tmp_path / "two")) < 8  # there is something left to do
+    status, out, err = ended(launch(2, *command, f"--workdir={tmp_path / 'two'}"))
+    assert status == 0, err
+    assert [line for line in (out + err).splitlines() if line.startswith("[1]")] == []
+    one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
+    for field in ("params", "ema_params"):
+        expected, _ = checkpoint.load_params(tmp_path / "one", field)
+        found, _ = checkpoint.load_params(tmp_path / "two", field)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == 8
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 2  # one a start
