@@ -98,15 +98,15 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
             trips = _TRIPS.search(one.text)
             total.add(of(called[0]), float(trips[1]) if trips else while_trips)
         elif one.opcode == "conditional":
-            total.add(max((of(name) for name in called), key=lambda c: c.hbm_bytes), 1)
+            total.add(max((of(name) for name in called), key=lambda c: c.hbm_bytes), 1.0)
         elif one.opcode == "call":
-            total.add(of(called[0]), 1)
+            total.add(of(called[0]), 1.0)
         elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
             fused = computations.get(called[0]) if one.opcode == "fusion" and called else None
             total.hbm_bytes += _moved(one, instructions, fused)
             for inner in [one, *(fused or {}).values()]:
                 if kind := _collective(inner.opcode):
-                    total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1)
+                    total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1.0)
     return total
 
 

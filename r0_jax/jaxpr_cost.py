@@ -19,7 +19,7 @@ def flops(jaxpr: core.Jaxpr, while_trips: float = 1.0) -> float:
     `while_trips` is how often each `while` with a length that is not known goes round on average.
     Of a `cond` the costliest branch counts.
     """
-    return sum(_of(eqn, while_trips) for eqn in jaxpr.eqns)
+    return float(sum(_of(eqn, while_trips) for eqn in jaxpr.eqns))
 
 
 def _of(eqn: Any, trips: float) -> float:
@@ -43,7 +43,7 @@ def _of(eqn: Any, trips: float) -> float:
         return params["mesh"].size * sum(inner)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * sum(inner)
-    return sum(inner)
+    return float(sum(inner))
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

@@ -1,0 +1,97 @@
+"""FLOPs from the jaxpr, bytes from the HLO: against what can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from r0_jax import hlo_cost, jaxpr_cost, sharding
+from r0_jax.models import attention_backend
+
+
+def flops(f, *shapes: tuple[int, ...], trips: float = 1.0) -> float:
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jaxpr_cost.flops(jax.make_jaxpr(f)(*args).jaxpr, trips)
+
+
+def square(x):
+    return x @ x
+
+
+def test_matrix_products_and_convolutions():
+    assert flops(jnp.matmul, (5, 6), (6, 7)) == 2 * 5 * 6 * 7
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 5, 6), (3, 6, 7)) == 3 * 420
+
+    def conv(x, kernel, groups=1):
+        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", feature_group_count=groups,
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(conv, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
+    assert flops(lambda x, k: conv(x, k, 2), (2, 8, 8, 4), (3, 3, 2, 6)) == (
+        2 * (2 * 4 * 4 * 6) * (3 * 3 * 2))
+
+
+def test_loops_count_as_often_as_they_go_round():
+    once = 2 * 8**3
+    assert flops(lambda x: lax.scan(lambda c, _: (square(c), None), x, length=5)[0], (8, 8)) == (
+        5 * once)
+    assert flops(lambda x: lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, c: square(c), x), (8, 8),
+                 trips=1.5) == 1.5 * once
+    assert flops(lambda x: lax.cond(x[0, 0] > 0, square, lambda x: x, x), (8, 8)) == once
+
+
+def test_what_is_computed_again_counts_again():
+    def loss(f):
+        return jax.grad(lambda x: jnp.sum(f(x)))
+
+    def twice(x):
+        return jnp.tanh(square(jnp.tanh(square(x))))
+
+    assert flops(loss(jax.checkpoint(twice)), (8, 8)) > flops(loss(twice), (8, 8))
+
+
+def test_kernels_and_what_runs_on_each_device():
+    backend = attention_backend.Backend("splash", sharding.make_mesh({"data": 8}), interpret=True)
+
+    def attend(q):
+        with attention_backend.use(backend):
+            return attention_backend.attend(q, q, q, scale=1.0)
+
+    # Two products of [128, 128] with 128 channels (of 8, filled up), for each of 8 samples.
+    assert flops(attend, (8, 128, 1, 8)) == 8 * 2 * (2 * 128**3)
+
+
+def cost(f, *args, trips: float = 1.0, **options) -> hlo_cost.Cost:
+    return hlo_cost.cost(jax.jit(f, **options).lower(*args).compile().as_text(), trips)
+
+
+def test_bytes_of_a_loop_count_as_often_as_it_goes_round():
+    x = jnp.ones((256, 256))
+
+    def once(c):
+        return jnp.sort(c + 1, axis=0)
+
+    few = cost(lambda x: lax.fori_loop(0, 10, lambda _, c: once(c), x), x).hbm_bytes
+    many = cost(lambda x: lax.fori_loop(0, 100, lambda _, c: once(c), x), x).hbm_bytes
+    assert 8 < many / few < 10.1
+    by_length = cost(lambda x, n: lax.fori_loop(0, n, lambda _, c: once(c), x), x, 3, trips=100.0)
+    assert by_length.hbm_bytes == pytest.approx(many, rel=0.05)
+
+
+def test_of_a_stack_only_the_slice_is_read():
+    stack = jnp.ones((50, 128, 128))
+    looped = cost(lambda x, s: lax.scan(lambda c, w: (jnp.sort(c + w, axis=0), None), x, s)[0],
+                  jnp.ones((128, 128)), stack).hbm_bytes
+    assert looped < 50 * 10 * 128 * 128 * 4  # and not 50 times all of it
+
+
+def test_what_a_chip_sends():
+    mesh = sharding.make_mesh({"data": 8})
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x = jax.device_put(np.ones((8, 1000), np.float32), split)
+    gathered = cost(lambda x: x * 2, x, out_shardings=whole).collective_bytes
+    assert gathered == {"all-gather": 7 * 4000}
+    summed = cost(lambda x: jnp.sum(x, axis=0), x, out_shardings=whole).collective_bytes
+    assert summed == {"all-reduce": pytest.approx(2 * 7 / 8 * 4000)}
