@@ -212,4 +212,4 @@ def _needed(said: str) -> float | None:
 
 
 def _shard_bytes(x: jax.ShapeDtypeStruct) -> float:
-    return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    return float(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize)

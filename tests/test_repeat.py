@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from step_world import FAST
 
 from r0_jax import sharding
 from r0_jax.models import repeat
 from r0_jax.models.repeat import Repeat
-from step_world import FAST
 
 
 class Block(nnx.Module):

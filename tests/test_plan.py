@@ -1,0 +1,116 @@
+"""`python -m r0_jax.plan` as a user runs it, on recipes in miniature."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import sd15_r0
+from r0_jax import sharding, step_plan
+from r0_jax.errors import InputError
+from r0_jax.step_plan import Plan
+
+ROOT = Path(__file__).parent.parent
+libtpu = pytest.mark.skipif(
+    "not __import__('importlib.util').util.find_spec('libtpu')",
+    reason="the TPU compiler is in requirements-tpu.txt")
+
+
+def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment.pop("JAX_PLATFORMS", None)
+    return subprocess.run(
+        [sys.executable, "-m", "r0_jax.plan", f"--config=configs/{recipe}", *flags],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_measured_on_this_machine():
+    ended = run("--topology=cpu", "--json", "--config.mesh.fsdp=2", "--config.mesh.data=1")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)  # and nothing else
+    assert set(found) == {field.name for field in dataclasses.fields(Plan)}
+    assert found["chips"] == 2 and found["fits"] is True
+    assert found["measured_seconds_per_step"] > 0 and found["bound_by"] is None
+    assert found["predicted_images_per_sec"] == pytest.approx(
+        4 / found["measured_seconds_per_step"])
+    assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
+    assert found["peak_bytes_per_chip"] == pytest.approx(sum(found["bytes_per_chip"].values()))
+
+
+@libtpu
+def test_compiled_for_a_slice_that_is_not_there():
+    ended = run("--topology=v5e-4", "--json")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["chips"] == 4 and found["fits"] is True
+    assert found["bytes_accessed"] > 0 and found["collective_bytes"] > 0
+    assert found["bound_by"] == max(found["seconds"], key=found["seconds"].get)
+    assert 0 < found["predicted_mfu"] < 1
+    said = run("--topology=v5e-4").stdout
+    assert "fits" in said and "bound by" in said and "compiled in" in said
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--topology=v7-8"], "--topology=v7-8 is unknown"),
+    (["--topology=cpu", "--config.batch_size=3"], "batch_size=3 does not split over 2 device(s)"),
+    (["--topology=local"], "JAX finds no accelerator here"),
+    ([], "topology"),
+])
+def test_wrong_flags_give_one_line(flags, said):
+    ended = run(*flags)
+    assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
+    assert not ended.stdout
+
+
+def test_without_weights_and_without_a_family():
+    config = sd15_r0.get_config()
+    config.family = ""
+    with pytest.raises(InputError, match="nothing to plan"), step_plan.filled(config):
+        pass
+
+
+@pytest.fixture
+def full() -> ConfigDict:
+    return sd15_r0.get_config("dryrun,full")
+
+
+def test_what_is_suggested(full):
+    """Of what a config does not do yet, the cheapest first."""
+    mesh = sharding.make_mesh({"data": -1}, jax.devices())
+    full.batch_size, full.device_batch, full.remat = 16, 2, "calls"
+    with step_plan.filled(full) as config:
+        built = step_plan.load(config, mesh)
+        kinds = step_plan.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
+        found = step_plan.suggest(config, built, kinds, 2.0**30)
+    starts = ["--config.mesh.data=1 --config.mesh.fsdp=8", "--config.remat=blocks",
+              "--config.device_batch=1: 4.0 GiB of 1.0", "prompts encoded before",
+              "--config.objective.decoder", "adapters instead of all weights"]
+    assert len(found) == len(starts)
+    assert all(map(str.startswith, found, starts))
+
+
+def test_memory_by_kind_is_that_of_the_arrays(full):
+    """With the state and frozen weights split over 8 devices, each has the share it says."""
+    mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
+    with step_plan.filled(full) as config:
+        config.batch_size = 8
+        built = step_plan.load(config, mesh)
+        kinds = step_plan.bytes_by_kind(built)
+        state = jax.jit(built.init, out_shardings=built.state_sharding)(
+            {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()})
+    held = sum(shard.data.nbytes for x in jax.tree.leaves((state.params, state.ema_params))
+               for shard in x.addressable_shards if shard.device == jax.devices()[3])
+    assert kinds["parameters"] + kinds["ema"] == held
+
+
+def test_what_the_compiler_says_when_memory_runs_out():
+    said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (18.32G) exceeds available HBM (15.75G).")
+    assert step_plan._needed(said) == 18.32 * 2**30
+    assert step_plan._needed("INTERNAL: something else") is None
