@@ -101,10 +101,10 @@ copy() { # what git knows, as it is now
   on_every_worker "mkdir -p r0_jax && tar -xzf r0_jax.tar.gz -C r0_jax"
 }
 
-install() { # the VM's own Python is 3.10; uv brings another one
+install() { # the VM's own Python is 3.10; uv brings another one. gcsfs: paths in gs://
   on_every_worker "cd r0_jax && python3 -m pip install --quiet --user uv \
 && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv \
-&& ~/.local/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
+&& ~/.local/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt gcsfs"
 }
 
 run() { # in the background: it outlives the connection

@@ -155,7 +155,7 @@ def test_a_pipeline_and_outputs(store, tmp_path):  # noqa: F811
 
 def test_a_local_workdir_stays_what_it_is(tmp_path):
     with mirror.workdir(tmp_path / "w", training=True) as folder:
-        assert folder == tmp_path / "w" and not folder.exists()
+        assert folder == tmp_path / "w" and not folder.exists() and not mirror.is_mirror(folder)
         assert mirror.checkpoints(folder) == tmp_path.resolve() / "w" / "checkpoints"
         mirror.push(folder)
 
@@ -164,7 +164,7 @@ def test_a_local_workdir_stays_what_it_is(tmp_path):
 def test_a_mirror_is_pushed_and_pulled(store, tmp_path, monkeypatch, url):  # noqa: F811
     there = store / "bucket/runs/w"
     with mirror.workdir(url, training=True) as folder:
-        assert folder.name == "w" and not any(folder.iterdir())
+        assert folder.name == "w" and not any(folder.iterdir()) and mirror.is_mirror(folder)
         write(folder, **{"metrics.jsonl": "1\n", "prompts__a": "x", "prompts.tmp__a": "x",
                          ".lock": ""})
         mirror.push(folder)

@@ -12,10 +12,8 @@ from dry_runs import cache  # noqa: F401 (a fixture)
 from step_world import FAST, assert_close
 
 from configs import sd3_r0
-from r0_jax import optim, prompt_dataset, sharding, train, train_state
-from r0_jax.generator import Generator
+from r0_jax import lazy, program, prompt_dataset, sharding, train
 from r0_jax.miniature import PROMPTS
-from r0_jax.objective import Objective
 from r0_jax.pipelines import families
 from r0_jax.train_step import make_train_step
 
@@ -49,26 +47,19 @@ def of_mmdit_and_t5() -> Start:
         config.rewards = {"hps_v2_1": config.rewards.hps_v2_1}
     pipeline = families.load(config.pretrained, config.dtype, config.family)
     rewards = train.load_rewards(config.rewards, pipeline, config, None, trained=True)
-    network = pipeline.networks[pipeline.generator_part]
-    generator = Generator(0, 1.0, "", config.dtype, pipeline.fixed)
-    objective = Objective(pipeline, generator, rewards, config)
-    optimizer = optim.make_optimizer(config)
     prompts = (PROMPTS * 8)[:8]
     batch = pipeline.tokenize(prompts) | prompt_dataset.features(prompts, rewards)
 
     def start(mesh):
-        frozen = train.place_frozen(pipeline, rewards, None, mesh, config)
-
-        def init(base):
-            return train_state.init(generator.init(KEY, base, network.shapes), optimizer)
-
-        specs = sharding.state_sharding(jax.eval_shape(init, frozen["base"]), mesh,
-                                        config.sharding, network.heads)
-        step = jax.jit(make_train_step(objective, optimizer, config, mesh),
-                       out_shardings=(specs, sharding.replicated(mesh)), compiler_options=FAST)
+        built = program.build(config, mesh, pipeline, rewards)
+        frozen = lazy.place(built.frozen, built.frozen_sharding)
+        state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
+        # As `built.step`, which gives the state's memory away and compiles longer.
+        step = jax.jit(make_train_step(built.objective, built.optimizer, config, mesh),
+                       out_shardings=(built.state_sharding, sharding.replicated(mesh)),
+                       compiler_options=FAST)
         put = sharding.put_batch(batch, sharding.batch_sharding(mesh))
-        return (frozen, jax.jit(init, out_shardings=specs)(frozen["base"]),
-                lambda state, frozen: step(state, frozen, put, KEY))
+        return frozen, state, lambda state, frozen: step(state, frozen, put, KEY)
 
     return start
 
