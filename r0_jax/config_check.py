@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import common
@@ -37,7 +36,7 @@ RANGES = {
 }  # fmt: skip
 
 
-def check_config(config: ConfigDict, device: jax.Device | None = None) -> None:
+def check_config(config: ConfigDict, device: Any = None) -> None:
     """InputError for values that no later check would name, where the config is to run on `device`,
     by default on this machine."""
     check_fields(config)

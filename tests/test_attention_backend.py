@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def device(platform, version="", capability=None):
 
 
 @pytest.mark.parametrize("name, dtype, there, said", [
-    ("flash", "float32", device("cpu"), "'flash' is unknown; use 'xla', 'cudnn', 'splash'"),
+    ("flash", "float32", device("cpu"), "'flash' is unknown; use 'auto', 'xla', 'cudnn', 'splash'"),
     ("cudnn", "bfloat16", device("cpu"), "needs an NVIDIA GPU, but JAX computes on cpu here"),
     ("cudnn", "bfloat16", device("gpu", "rocm 6"), "needs an NVIDIA GPU"),
     ("cudnn", "bfloat16", device("gpu", "cuda 12", "7.5"), "8.0 or newer, but Tesla has 7.5"),
@@ -257,3 +258,22 @@ def test_cudnn_equals_xla_on_a_gpu():
     for name, (by_cudnn, errors) in found.items():
         assert by_cudnn == CUDNN_CASES[name][-1], name
         assert max(errors) < 2e-2 and all(map(math.isfinite, errors)), (name, errors)
+
+
+class _Device(NamedTuple):
+    platform: str
+    device_kind: str = "some chip"
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("tpu", "splash"), ("cpu", "xla")])
+def test_auto_is_what_suits_the_device(platform, expected):
+    assert attention_backend.resolve("auto", "bfloat16", _Device(platform)) == expected
+    assert attention_backend.resolve("xla", "bfloat16", _Device(platform)) == "xla"
+
+
+def test_a_backend_is_checked_for_the_device_that_is_planned_for():
+    attention_backend.check("splash", "bfloat16", _Device("tpu"))
+    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
+        attention_backend.check("cudnn", "bfloat16", _Device("tpu"))
+    with pytest.raises(InputError, match="use 'auto', 'xla'"):
+        attention_backend.check("flash", "float32")

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def use(backend: Backend) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def resolve(name: str, dtype: str, device: jax.Device) -> str:
+def resolve(name: str, dtype: str, device: Any) -> str:
     """The backend that a config's `attention` stands for, for networks in `dtype` on a device."""
     if name != AUTO:
         return name
@@ -71,7 +72,7 @@ def resolve(name: str, dtype: str, device: jax.Device) -> str:
     return "cudnn"
 
 
-def check(name: str, dtype: str, device: jax.Device | None = None) -> None:
+def check(name: str, dtype: str, device: Any = None) -> None:
     """InputError unless the backend is one that the device (this machine's first one by default)
     has, for networks in `dtype`."""
     if name not in (*NAMES, AUTO):
@@ -79,7 +80,8 @@ def check(name: str, dtype: str, device: jax.Device | None = None) -> None:
                          f"{', '.join(map(repr, (AUTO, *NAMES)))}")
     device = jax.devices()[0] if device is None else device
     if name == "cudnn":
-        if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        client = getattr(device, "client", None)  # none of a topology that is not there
+        if "cuda" not in getattr(client, "platform_version", ""):
             raise InputError("attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
                              f"{device.platform} here: use 'xla'")
         if float(device.compute_capability) < 8:
