@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-from dry_runs import ROOT, environment
+from fault_world import ROOT, World, environment, measured
 from process_program import STEPS, TROUBLED
-from test_main import RECIPE, checkpoints, measured
 
 from r0_jax import checkpoint, data
 
@@ -24,7 +22,7 @@ TROUBLES = ("input", "bug", "asked", "killed", "frozen", "hangs", "differ", "abs
 def launch(processes, *command, grace=60):
     return subprocess.Popen(
         [sys.executable, "launch/local.py", f"--processes={processes}", f"--grace={grace}", "--",
-         *map(str, command)], cwd=ROOT, env=environment(), text=True,
+         *map(str, command)], cwd=ROOT, env=environment(1), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -98,20 +96,14 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 def test_two_processes_killed_and_started_again_equal_one(tmp_path):
-    tiny.stable_diffusion(tmp_path / "sd", seed=0)
-    tiny.clip(tmp_path / "clip", seed=1)
-    lines = [f"a red circle {i}" for i in range(9)]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path), steps=8))
+    steps = 30
+    world = World(tmp_path, steps)
     command = ["-m", "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
-               "--config.processes.lost_timeout=8"]
-    alone = subprocess.Popen([sys.executable, *command, f"--workdir={tmp_path / 'one'}"], cwd=ROOT,
-                             env=environment(), text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-    program = launch(2, *command, f"--workdir={tmp_path / 'two'}")
-    there = tmp_path / "two" / "checkpoints"
+               "--config.processes.lost_timeout=8", "--config.tensorboard=true",
+               f"--workdir={tmp_path / 'two'}"]
+    program = launch(2, *command)
     deadline = time.monotonic() + 400
-    while not (there.is_dir() and max(checkpoints(tmp_path / "two"), default=0) >= 1):
+    while not checkpoint.steps(tmp_path / "two"):
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
@@ -119,20 +111,19 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     status, _, err = ended(program)
     assert status == 128 + signal.SIGKILL and "Traceback" not in err, err
     assert "[0] error: process 1 of 2 gave no sign of life" in err
-    assert ended(alone)[0] == 0
 
-    assert max(checkpoints(tmp_path / "two")) < 8  # there is something left to do
-    status, out, err = ended(launch(2, *command, f"--workdir={tmp_path / 'two'}"))
+    assert max(checkpoint.steps(tmp_path / "two")) < steps  # there is something left to do
+    status, out, err = ended(launch(2, *command))
     assert status == 0, err
     assert [line for line in (out + err).splitlines() if line.startswith("[1]")] == []
-    one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
+    one, two = measured(world.whole), measured(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for ours, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
     for field in ("params", "ema_params"):
-        expected, _ = checkpoint.load_params(tmp_path / "one", field)
+        expected, _ = checkpoint.load_params(world.whole, field)
         found, _ = checkpoint.load_params(tmp_path / "two", field)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == 8
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == steps
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 2  # one a start
