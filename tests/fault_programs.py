@@ -131,7 +131,8 @@ def harm(checkpoint: Path, rng: random.Random, number: int) -> tuple[str, str]:
 
     Mostly it is one that is read: a process leaves many others, from before they were merged.
     """
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    found = sorted(path for path in checkpoint.rglob("*")
+                   if path.is_file() and path.stat().st_size)
     read = [path for path in found if "ocdbt.process_0" not in path.parts]
     path = rng.choice(read if rng.random() < 0.8 else found)
     how, size = HARMS[number % len(HARMS)], path.stat().st_size
