@@ -7,9 +7,15 @@ import pytest
 from flax import nnx
 from step_world import FAST
 
-from r0_jax import sharding
+from r0_jax import miniature, sharding
 from r0_jax.models import repeat
+from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from r0_jax.models.repeat import Repeat
+from r0_jax.models.t5 import T5Config, T5EncoderModel
+from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
+from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from r0_jax.network import Network
 
 
 class Block(nnx.Module):
@@ -87,3 +93,53 @@ def test_split_parameters_are_gathered_and_not_the_samples():
 
     text = compiled(sharding.replicated(mesh))
     assert "all-gather" in text and "all-reduce" not in text
+
+
+NETWORKS = {
+    "unet": (lambda rngs: UNet2DConditionModel(UNet2DConditionConfig.from_json(
+        miniature.XL_UNET | {"transformer_layers_per_block": [1, 3]}), rngs=rngs),
+        lambda key: (normal(key, 2, 8, 8, 4), jnp.full(2, 500.0), normal(key, 2, 5, 40),
+                     normal(key, 2, 12), jnp.ones((2, 6), jnp.int32)), "__call__"),
+    "mmdit": (lambda rngs: SD3Transformer2DModel(SD3Transformer2DConfig.from_json(
+        miniature.TRANSFORMER | {"num_layers": 4}), rngs=rngs),
+        lambda key: (normal(key, 2, 8, 8, 16), jnp.full(2, 500.0), normal(key, 2, 5, 40),
+                     normal(key, 2, 20)), "__call__"),
+    "t5": (lambda rngs: T5EncoderModel(T5Config.from_json(
+        miniature.T5 | {"num_layers": 4, "vocab_size": 50}), rngs=rngs),
+        lambda key: (jax.random.randint(key, (2, 6), 0, 50),), "__call__"),
+    "clip": (lambda rngs: CLIPTextModelWithProjection(CLIPTextConfig.from_json(
+        miniature.BIG_CLIP_TEXT | {"num_hidden_layers": 4, "vocab_size": 50}), rngs=rngs),
+        lambda key: (jax.random.randint(key, (2, 6), 0, 50),), "__call__"),
+    "vae": (lambda rngs: AutoencoderKL(AutoencoderKLConfig.from_json(
+        miniature.VAE | {"layers_per_block": 2}), rngs=rngs),
+        lambda key: (normal(key, 2, 8, 8, 4),), "decode"),
+}
+
+
+def normal(key: jax.Array, *shape: int) -> jax.Array:
+    return jax.random.normal(key, shape)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_the_same_as_loops(name):
+    constructor, inputs, method = NETWORKS[name]
+    network = Network.abstract(constructor)
+    params = miniature.random_params(network, 0)
+
+    def loss(params, choice, *inputs):
+        with repeat.use(choice):
+            outputs = network.apply(params, method, *inputs)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(outputs))
+
+    def run(choice):
+        step = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=FAST)
+        traced = step.trace(params, choice, *inputs(jax.random.key(3)))
+        return str(traced.jaxpr), traced.lower().compile()(params, *inputs(jax.random.key(3)))
+
+    text, (value, grads) = run(Repeat(scan=True, remat=True))
+    plain, (expected, expected_grads) = run(repeat.PLAIN)
+    assert text.count("scan[") > plain.count("scan[")
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    for key, gradient in expected_grads.items():
+        np.testing.assert_allclose(grads[key], gradient, rtol=1e-3,
+                                   atol=1e-4 * np.abs(gradient).max() + 1e-5, err_msg=key)
