@@ -11,7 +11,7 @@ Weights:   stable-diffusion-v1-5 in diffusers' format (any fine-tune of it will 
            "Rewards"), clip_score openai/clip-vit-large-patch14 as published; and, never trained
            on, --config.heldout_rewards.pickscore.path, yuvalkirstain/PickScore_v1.
 Hardware:  one accelerator of 24 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of the devices (data x fsdp).
+           must be a multiple of the devices (data x fsdp). docs/scale.md has TPU slices, planned.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 1.7 GB, VAE and text 0.4 GB,
            HPS and PickScore 2.0 GB each, ImageReward and CLIP-L 0.9 GB each: 8 GB. Adapters of
            rank 32: 6.4 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.1 GB.
