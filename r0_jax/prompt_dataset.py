@@ -34,9 +34,10 @@ def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Rewar
     """Makes the dataset in `folder`, unless it is there from before; returns its size. Warns of
     rewards, those held out too, that do not read some prompts to their end, and of prompts that
     are not those of before: a run goes on as it began."""
-    prompts = data.read_prompts(path)
-    if data.is_prepared(folder):
-        if data.digest(prompts) != data.describe(folder).digest:
+    there = data.is_prepared(folder)
+    prompts = _read(path, there)
+    if there:
+        if prompts is None or data.digest(prompts) != data.describe(folder).digest:
             _warn_of_others(path)
     else:
         for reward in (*rewards, *heldout):
@@ -61,7 +62,8 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
     encoded = encoded_prompts.open_of(config)
     if encoded is None:
         path = asked.prompts or config.data.prompts
-        prompts = data.read_prompts(path)[:asked.num_prompts]
+        prompts = _read(path, kept is not None and kept.is_file())
+        prompts = prompts and prompts[:asked.num_prompts]
         if kept:
             first = distributed.of_first(lambda: _as_kept(prompts, kept))
             if first != prompts and path != config.data.prompts:  # which is told already
@@ -74,7 +76,17 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
             {name: columns[name] for name in names})
 
 
-def _as_kept(prompts: list[str], kept: Path) -> list[str]:
+def _read(path: str, may_be_gone: bool) -> list[str] | None:
+    """The prompts of a file; None where it cannot be read any more and need not be."""
+    try:
+        return data.read_prompts(path)
+    except InputError:
+        if may_be_gone:
+            return None
+        raise
+
+
+def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
     if kept.is_file():
         return data.read_prompts(kept)
     write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())

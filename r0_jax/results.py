@@ -42,7 +42,7 @@ _TARGETS = [
 console = Console(stderr=True)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     del argv
     config = _CONFIG.value
     if not config.test.prompts:
@@ -53,22 +53,24 @@ def main(argv: list[str]) -> None:
         root = _WORKDIR.value.rstrip("/")
         folders = [held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
                    for seed in _SEED.value]
-        run_all(config, folders, out)
+        return 0 if run_all(config, folders, out) else cli.STOPPED
 
 
-def run_all(config: ConfigDict, folders: Sequence[Path], out: Path) -> None:
-    """Trains what is not there yet, a folder a seed, and writes the page."""
+def run_all(config: ConfigDict, folders: Sequence[Path], out: Path) -> bool:
+    """Trains what is not there yet, a folder a seed, and writes the page; False where it was told
+    to stop."""
     for seed, folder in zip(_SEED.value, folders, strict=True):
         console.rule(str(folder))
         with config.unlocked():
             config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
         if not measured(folder, config) and not train.train_and_evaluate(config, folder):
-            return
+            return False
     evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
                    for folder in folders]
     prompts = write_picture(folders[0], out.with_suffix(".png"))
     images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
+    return True
 
 
 def measured(folder: Path, config: ConfigDict) -> bool:

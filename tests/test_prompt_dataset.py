@@ -53,6 +53,9 @@ def test_prompts_edited_after_the_first_start_are_told_and_not_used(tmp_path):
     summary, prompts, [said] = start()
     assert (summary, prompts) == first[:2]
     assert f"{file} is not what it was when this run began: it goes on with the prompts of" in said
+    file.unlink()
+    summary, prompts, [said] = start()
+    assert (summary, prompts) == first[:2] and "is not what it was" in said
 
     # Prompts of the evaluations in a file of their own.
     config.eval.prompts = str(tmp_path / "other.txt")
