@@ -50,9 +50,14 @@ def fit(loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     average, opt_state = params, optimizer.init(params)
     start = time.monotonic()
+    metrics = {}
     for step, batch in zip(range(config.steps), batches, strict=False):
         batch = jax.device_put(batch, by_sample)
-        params, average, opt_state, metrics = update(params, average, opt_state, batch, step)
+        ahead = update(params, average, opt_state, batch, step)
+        # One step ahead and no more: sums over many fake devices of few processors, queued by the
+        # hundred, block each other for ever.
+        jax.block_until_ready(metrics)
+        params, average, opt_state, metrics = ahead
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             seconds = time.monotonic() - start
             left = seconds / (step + 1) * (config.steps - step - 1)
