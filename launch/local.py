@@ -21,6 +21,7 @@ import time
 from typing import IO
 
 _POLL = 0.1  # seconds
+_printing = threading.Lock()  # or lines of two processes become one
 
 
 def main() -> int:
@@ -102,7 +103,9 @@ def _print(process: int, stream: IO[bytes], out: IO[str]) -> None:
     for line in stream:
         if not line.startswith(b"[Gloo] Rank"):  # which it says to standard output, unasked
             text = line.decode("utf-8", "replace").rstrip("\n")
-            print(f"[{process}] {text}", file=out, flush=True)
+            with _printing:
+                out.write(f"[{process}] {text}\n")
+                out.flush()
 
 
 def _send(processes: list[subprocess.Popen], number: int) -> None:
