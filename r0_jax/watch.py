@@ -30,6 +30,7 @@ class Watch:
         self._every = min(5.0, lost_timeout / 8)
         self._leaving = threading.Lock()  # whoever has it says why, and nobody else
         self._stopped = False
+        self._threads: list[threading.Thread] = []
         self._count, self._done, self._moved = 0, "the start", None
         # Seconds that this process was awake for: what it cannot have seen it does not miss.
         self._clock = 0.0
@@ -40,11 +41,16 @@ class Watch:
 
     def start(self) -> None:
         for task in (self._listen, self._judge):
-            threading.Thread(target=task, name=f"r0_jax{task.__name__}", daemon=True).start()
+            thread = threading.Thread(target=task, name=f"r0_jax{task.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def stop(self) -> None:
-        """From here on nobody is missed."""
+        """From here on nobody is missed. Waits for the threads: one that is within JAX's service
+        when Python ends aborts the process."""
         self._stopped = True
+        for thread in self._threads:
+            thread.join(self._every + 2)
 
     def progress(self, done: str) -> None:
         """Something came to its end here, such as "step 12". From the first time on it is missed if
@@ -83,7 +89,7 @@ class Watch:
     def _wait(self) -> str | None:
         """The verdict, if it comes before the next sign of life is due."""
         try:
-            return self._client.blocking_key_value_get(_FAILED, int(1000 * self._every))
+            return self._client.blocking_key_value_get(_FAILED, int(1000 * min(self._every, 1)))
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
