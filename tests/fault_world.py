@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,6 +109,9 @@ class World:
         return found
 
 
+_SAID = tempfile.TemporaryDirectory(prefix="faults-said-")  # not on a disk that is to be full
+
+
 class Process(subprocess.Popen):
     """A run whose standard error is kept in a file, so that no pipe fills up.
 
@@ -117,8 +121,7 @@ class Process(subprocess.Popen):
 
     def __init__(self, command: list[str], workdir: Path, env: dict[str, str], **popen: Any):
         self.workdir = workdir
-        self._said = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.stderr")
-        self._said.parent.mkdir(parents=True, exist_ok=True)
+        self._said = Path(_SAID.name, f"{workdir.name}.{time.monotonic_ns()}")
         popen = {"stdout": subprocess.DEVNULL} | popen
         with self._said.open("wb") as file:
             super().__init__(command, cwd=ROOT, env=env, stderr=file, **popen)
