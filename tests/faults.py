@@ -259,7 +259,8 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 wrong.append(f"{steps} were there, {checkpoint.steps(workdir)} are left")
             else:
                 failed += 1
-                where[re.search(r"/run/(\w+)", errors[0])[1]] += 1
+                place = re.search(r"/run/(\w+)", errors[0])
+                where[place[1] if place else "the run's folder"] += 1
             if number % 4 == 3 or number == counts.disks - 1:  # room again, for some steps
                 process = disk.start_with_room(world, workdir)
                 fault_world.in_training(process, random.Random(number), 0)
