@@ -18,6 +18,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)="
                      r"\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 # These move nothing by themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -95,8 +96,7 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
         called = [name.strip("% ") for group in _CALLED.findall(one.text)
                   for name in group.split(",")]
         if one.opcode == "while":
-            trips = _TRIPS.search(one.text)
-            total.add(of(called[0]), float(trips[1]) if trips else while_trips)
+            total.add(of(called[0]), _trips(one, computations, while_trips))
         elif one.opcode == "conditional":
             total.add(max((of(name) for name in called), key=lambda c: c.hbm_bytes), 1.0)
         elif one.opcode == "call":
@@ -108,6 +108,18 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
                 if kind := _collective(inner.opcode):
                     total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1.0)
     return total
+
+
+def _trips(loop: _Instruction, computations, otherwise: float) -> float:
+    """How often a loop goes round: as a CPU's or GPU's compiler says, or, as JAX's loops count from
+    0, up to the one constant that its condition compares with."""
+    if said := _TRIPS.search(loop.text):
+        return float(said[1])
+    condition = computations[_CONDITION.search(loop.text)[1]].values()
+    bounds = [one.text for one in condition if one.opcode == "constant"]
+    if len(bounds) == 1 and any("direction=LT" in one.text for one in condition):
+        return float(re.match(r"\d+", bounds[0])[0])
+    return otherwise
 
 
 def _moved(one: _Instruction, instructions, fused) -> float:
@@ -171,7 +183,7 @@ def _group(text: str) -> int:
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     return 1

@@ -95,3 +95,38 @@ def test_what_a_chip_sends():
     assert gathered == {"all-gather": 7 * 4000}
     summed = cost(lambda x: jnp.sum(x, axis=0), x, out_shardings=whole).collective_bytes
     assert summed == {"all-reduce": pytest.approx(2 * 7 / 8 * 4000)}
+
+
+TPU_LOOP = """
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(10)
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %gte = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%gte, %constant.1), direction=LT
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8,4]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
+  %g = f32[64,4]{1,0:T(8,128)S(1)} all-gather(%x), GROUPS, dimensions={0}
+  %y = f32[8,4]{1,0:T(8,128)} slice(%g), slice={[0:8], [0:4]}
+  ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%i, %y)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%zero, %x)
+  %while.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%cond, body=%body
+  ROOT %out = f32[8,4]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
+}
+""".replace("GROUPS", "channel_id=1, replica_groups=mesh['a'=1,'b'=8,'c'=32], "
+            "device_ids=([32,8]T(1,0)) {'b'}")
+
+
+def test_a_tpus_program_says_less():
+    """Its loops do not say how often they go round, arrays in VMEM move nothing through HBM."""
+    found = hlo_cost.cost(TPU_LOOP)
+    assert found.collective_bytes == {"all-gather": 10 * 7 * 8 * 4 * 4}
+    assert found.hbm_bytes == 10 * 8 * 4 * 4  # the slice's result
