@@ -42,7 +42,7 @@ parity: install-dev
 	  tests/test_full_width.py -m "full_width or not full_width" \
 	  --parity-report=docs/parity.md
 
-# Runs killed, stopped, starved of disk and damaged, about a hundred of them, in 15 to 20 minutes on
+# Runs killed, stopped, starved of disk and damaged, about a hundred of them, in about half an hour on
 # two cores; prints the counts and writes docs/faults.md. Without root no disk is mounted: files are
 # limited in size instead.
 faults: install-dev
