@@ -1,7 +1,7 @@
 """The small trained arrays of a transformer's blocks, one array for all blocks.
 
-Written one by one, an optimizer over the 1,120 factors of SDXL's adapters is more than half of the
-program, to compile as to launch. Inside the jitted step those of a transformer's blocks are
+Written one by one, an optimizer over the 1,120 factors of SDXL's adapters is much of the program,
+to compile as to launch. Inside the jitted step those of a transformer's blocks are
 therefore one array, under their name with `*` for the block's number; everything else sees them one
 by one.
 """

@@ -155,7 +155,7 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
 
 def expected_trips(config: ConfigDict) -> float:
     """Of the one loop whose length is drawn: the calls of R0+ that come before the graded one."""
-    return (config.sampler.num_steps - 1) / 2 if config.objective.method == "r0plus" else 0.0
+    return (config.sampler.num_steps - 1) / 2 if config.objective.method == "r0plus" else 1.0
 
 
 def model_flops(config: ConfigDict, built: Program, trips: float) -> float:
@@ -183,10 +183,13 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
     """What would make it fit, the cheapest first, with what each spares a chip."""
     chips = built.mesh.size
     found = []
-    if built.mesh.shape["fsdp"] < chips:
-        whole = sharding.make_mesh({"data": 1, "fsdp": chips}, list(built.mesh.devices.flat))
+    devices = list(built.mesh.devices.flat)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # which fsdp stays in
+    fsdp = chips // slices
+    if built.mesh.shape["fsdp"] < fsdp:
+        whole = sharding.make_mesh({"data": slices, "fsdp": fsdp}, devices)
         split = bytes_by_kind(program.build(config, whole, built.pipeline, built.objective.rewards))
-        found.append((f"--config.mesh.data=1 --config.mesh.fsdp={chips}",
+        found.append((f"--config.mesh.data={slices} --config.mesh.fsdp={fsdp}",
                       sum(kinds[kind] - size for kind, size in split.items())))
     if config.remat != "blocks":
         found.append(("--config.remat=blocks", None))
