@@ -75,7 +75,7 @@ def test_remat_keeps_inputs_only():
     assert residuals(Repeat(remat=True)) < 0.7 * residuals(repeat.PLAIN)
 
 
-def test_split_parameters_are_gathered_and_not_the_samples():
+def test_split_parameters_are_gathered_by_each_block():
     mesh = sharding.make_mesh({"fsdp": 8})
     split = sharding.batch_sharding(mesh)
     graphdef, state = nnx.split(nnx.List(blocks()[:3]))
@@ -85,14 +85,16 @@ def test_split_parameters_are_gathered_and_not_the_samples():
             made = nnx.merge(graphdef, state)
             return repeat.repeat(made, lambda block, x: block(x, 0.3), x)
 
-    def compiled(gathered) -> str:
-        placed = jax.tree.map(lambda leaf: jax.device_put(leaf, split), state)
-        x = jax.device_put(jnp.ones((8, 8)), split)
-        return jax.jit(f, static_argnums=2, out_shardings=split, compiler_options=FAST).lower(
-            placed, x, gathered).compile().as_text()
-
-    text = compiled(sharding.replicated(mesh))
-    assert "all-gather" in text and "all-reduce" not in text
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, split), state)
+    x = jax.device_put(jnp.ones((8, 8)), split)
+    traced = {gathered: jax.jit(f, static_argnums=2, out_shardings=split,
+                                compiler_options=FAST).trace(placed, x, gathered)
+              for gathered in (None, sharding.replicated(mesh))}
+    asked = [str(one.jaxpr).count("sharding_constraint[") for one in traced.values()]
+    assert asked == [0, 4]  # of a block's kernels and biases, where the loop's body begins
+    plain, gathered = (one.lower().compile() for one in traced.values())
+    assert "all-gather" in gathered.as_text() and "all-reduce" not in gathered.as_text()
+    np.testing.assert_allclose(gathered(placed, x), plain(placed, x), rtol=1e-6)
 
 
 NETWORKS = {
