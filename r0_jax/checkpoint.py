@@ -8,6 +8,8 @@ renamed, orbax's mark, so that what a killed run leaves behind is never taken fo
 Nothing is pickled.
 """
 
+import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,7 @@ from absl import logging
 from jaxtyping import Shaped
 from orbax.checkpoint import checkpoint_managers
 
-from r0_jax import checksum, lazy, mirror, orbax_errors, sealed_json
+from r0_jax import checksum, distributed, lazy, mirror, orbax_errors, sealed_json
 from r0_jax.errors import InputError
 from r0_jax.lazy import Lazy
 from r0_jax.mirror import AnyPath
@@ -55,11 +57,7 @@ class Checkpoints:
         self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
         self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         self._digest = config_digest
-        for step in steps(workdir):  # orbax would stop at a file of its own that is no JSON
-            try:
-                read_metadata(workdir, step)
-            except DamagedError as error:
-                _set_aside(self.folder / str(step), error)
+        distributed.of_first(self._set_aside_unreadable)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
@@ -124,13 +122,24 @@ class Checkpoints:
         """
         if step is not None:
             return _restore(self.folder, find_step(self._workdir, step), target)
-        for newest in reversed(steps(self._workdir)):
+        for newest in reversed(distributed.of_first(lambda: steps(self._workdir))):
+            folder = self.folder / str(newest)
             try:
-                return _read_state(self.folder / str(newest), target)
+                if jax.process_count() > 1:  # where all have to come to the same verdict
+                    _verify_together(folder)
+                return _read_state(folder, target)
             except DamagedError as error:
-                _set_aside(self.folder / str(newest), error)
-                self._manager.reload()
+                damage = str(error)  # of which `error` is gone below
+            distributed.of_first(functools.partial(_set_aside, folder, damage))
+            self._manager.reload()
         raise InputError(f"no checkpoint in {self.folder} can be read; give another --workdir")
+
+    def _set_aside_unreadable(self) -> None:
+        for step in steps(self._workdir):  # orbax would stop at a file of its own that is no JSON
+            try:
+                read_metadata(self._workdir, step)
+            except DamagedError as error:
+                _set_aside(self.folder / str(step), str(error))
 
     def close(self) -> None:
         """Waits for the save in progress; raises InputError if it failed. May be called again."""
@@ -228,16 +237,16 @@ def open_params(
         stored = {name: x for name, x in _stored_shapes(folder).items()
                   if name.startswith(field + ".")}
         reader = _Reader(folder, stored)
-        _verify(reader, metadata)
+        _verify(checksum.of_fields(reader), metadata)
     except DamagedError as error:
-        raise InputError(_damaged(folder, error) + "; name another step") from None
+        raise InputError(_damaged(folder, str(error)) + "; name another step") from None
 
     def leaf(name: str) -> Lazy:
         def value() -> np.ndarray:
             try:
                 return reader[name]
             except DamagedError as error:  # since it was checked
-                raise InputError(_damaged(folder, error) + "; name another step") from None
+                raise InputError(_damaged(folder, str(error)) + "; name another step") from None
 
         return lazy.computed(stored[name].shape, stored[name].dtype, value)
 
@@ -294,7 +303,7 @@ def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState
     try:
         return _read_state(folder / str(step), target)
     except DamagedError as error:
-        raise InputError(_damaged(folder / str(step), error) + "; name another step") from None
+        raise InputError(_damaged(folder / str(step), str(error)) + "; name another step") from None
 
 
 def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -315,7 +324,7 @@ def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[s
             "use the config it was made with or give another --workdir"
         )
     arrays = _read(folder, wanted)
-    _verify(arrays, metadata)
+    _verify(checksum.of_fields(arrays), metadata)
     leaves = [arrays[name] for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
 
@@ -341,8 +350,9 @@ def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str
     )
     orbax_errors.tell_once()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder / "state", args=args)
+        # Not by a Checkpointer, in which all processes wait for each other.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.restore(folder / "state", args=args)
     except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
         raise
     except Exception as error:
@@ -358,19 +368,34 @@ def _unreadable(folder: AnyPath, error: Exception) -> Exception:
                       "again, or remove it to go on from the one before")
 
 
-def _verify(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    for field, found in checksum.of_fields(arrays).items():
+def _verify(checksums: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
+    for field, found in checksums.items():
         if found != metadata["checksums"].get(field):
             raise DamagedError(f"its {field} are not what was written (checksums differ)")
 
 
-def _damaged(folder: AnyPath, error: DamagedError) -> str:
-    return f"checkpoint {folder} is damaged ({str(error).splitlines()[0][:200]})"
+def _verify_together(folder: AnyPath) -> None:
+    """Each of many processes reads its share of the arrays; DamagedError in all of them where one
+    cannot, or where the whole is not what was written."""
+    sums, damage = {}, None
+    try:
+        metadata = _read_metadata(folder)
+        share = sorted(_stored_shapes(folder).items())[jax.process_index()::jax.process_count()]
+        sums = checksum.of_fields(_Reader(folder, dict(share)))
+    except DamagedError as error:
+        damage = str(error)
+    found = distributed.of_all([sums, damage])
+    for _, damage in found:
+        if damage is not None:
+            raise DamagedError(damage)
+    _verify(checksum.added([sums for sums, _ in found]), metadata)
 
 
-def _set_aside(folder: AnyPath, error: DamagedError) -> None:
-    if jax.process_count() > 1:  # the others may have read their parts well and would go on alone
-        raise InputError(_damaged(folder, error) + "; move it away and start again")
+def _damaged(folder: AnyPath, damage: str) -> str:
+    return f"checkpoint {folder} is damaged ({damage.splitlines()[0][:200]})"
+
+
+def _set_aside(folder: AnyPath, damage: str) -> None:
     aside = folder.with_name(folder.name + ".damaged")
     while aside.exists():
         aside = aside.with_name(aside.name + "~")
@@ -378,6 +403,6 @@ def _set_aside(folder: AnyPath, error: DamagedError) -> None:
         folder.rename(aside)
     except OSError as failed:
         raise InputError(
-            f"{_damaged(folder, error)} and cannot be moved away: {failed.strerror}"
+            f"{_damaged(folder, damage)} and cannot be moved away: {failed.strerror}"
         ) from None
-    logging.warning("%s; it is now %s, and the one before is used", _damaged(folder, error), aside)
+    logging.warning("%s; it is now %s, and the one before is used", _damaged(folder, damage), aside)

@@ -39,6 +39,12 @@ def started(tmp_path_factory):
         program.communicate()
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def ended(program):
     """Status, and what it said on standard output and error."""
     out, err = program.communicate(timeout=300)
@@ -96,6 +102,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 def test_two_processes_killed_and_started_again_equal_one(tmp_path):
+    """The second time with weights split over the processes, and the newest checkpoint damaged."""
     steps = 30
     world = World(tmp_path, steps)
     command = ["-m", "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
@@ -103,7 +110,7 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
                f"--workdir={tmp_path / 'two'}"]
     program = launch(2, *command)
     deadline = time.monotonic() + 400
-    while not checkpoint.steps(tmp_path / "two"):
+    while len(checkpoint.steps(tmp_path / "two")) < 2:
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
@@ -112,9 +119,14 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     assert status == 128 + signal.SIGKILL and "Traceback" not in err, err
     assert "[0] error: process 1 of 2 gave no sign of life" in err
 
-    assert max(checkpoint.steps(tmp_path / "two")) < steps  # there is something left to do
-    status, out, err = ended(launch(2, *command))
+    before, newest = checkpoint.steps(tmp_path / "two")[-2:]
+    assert newest < steps  # there is something left to do
+    folder = tmp_path / "two" / "checkpoints" / str(newest)
+    flip_a_bit(max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
+    status, out, err = ended(launch(2, *command, "--config.mesh.data=1", "--config.mesh.fsdp=2"))
     assert status == 0, err
+    assert f"checkpoint {folder} is damaged" in err and f"{newest}.damaged" in err, err
+    assert f"[0] continues from step {before}" in out + err
     assert [line for line in (out + err).splitlines() if line.startswith("[1]")] == []
     one, two = measured(world.whole), measured(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
