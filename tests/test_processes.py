@@ -105,10 +105,9 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     """The second time with weights split over the processes, and the newest checkpoint damaged."""
     steps = 30
     world = World(tmp_path, steps)
-    command = ["-m", "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
-               "--config.processes.lost_timeout=8", "--config.tensorboard=true",
-               f"--workdir={tmp_path / 'two'}"]
-    program = launch(2, *command)
+    flags = [f"--config={tmp_path / 'recipe.py'}", "--config.processes.lost_timeout=8",
+             "--config.tensorboard=true", f"--workdir={tmp_path / 'two'}"]
+    program = launch(2, "-m", "r0_jax.main", *flags)
     deadline = time.monotonic() + 400
     while len(checkpoint.steps(tmp_path / "two")) < 2:
         assert program.poll() is None and time.monotonic() < deadline
@@ -123,7 +122,8 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     assert newest < steps  # there is something left to do
     folder = tmp_path / "two" / "checkpoints" / str(newest)
     flip_a_bit(max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
-    status, out, err = ended(launch(2, *command, "--config.mesh.data=1", "--config.mesh.fsdp=2"))
+    status, out, err = ended(launch(2, "-m", "fault_programs", "train", *flags,  # splits them all
+                                    "--config.mesh.data=1", "--config.mesh.fsdp=2"))
     assert status == 0, err
     assert f"checkpoint {folder} is damaged" in err and f"{newest}.damaged" in err, err
     assert f"[0] continues from step {before}" in out + err
