@@ -10,6 +10,7 @@ Nothing is pickled.
 
 import contextlib
 import functools
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from r0_jax import checksum, distributed, lazy, mirror, orbax_errors, sealed_json
 from r0_jax.errors import InputError
+from r0_jax.images import write_bytes
 from r0_jax.lazy import Lazy
 from r0_jax.mirror import AnyPath
 from r0_jax.train_state import TrainState
@@ -40,7 +42,7 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a run that is training: the newest `keep`, and the best one.
 
-    Best is the highest `best_metric` (the lowest for best_mode 'min') among those saved with it.
+    Best is the highest `best_metric` (the lowest for best_mode 'min') among those that got it.
     To be used by one run at a time, as a context manager or with `close()`, which wait for the
     save in progress. Readers of a run that may be going on use `load_params`.
     """
@@ -72,7 +74,7 @@ class Checkpoints:
         with orbax_errors.one_line(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState, metrics: Mapping[str, SupportsFloat] | None = None) -> bool:
+    def save(self, state: TrainState) -> bool:
         """Starts writing `state`; False if its step is there already.
 
         Returns when the arrays are copied off the devices, so that they may be donated next.
@@ -82,13 +84,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        value = metrics.get(self._best_metric, math.nan)
         metadata = sealed_json.seal({
             "step": step,
             "config_digest": self._digest,
-            "metrics": {n: x if math.isfinite(x) else None for n, x in metrics.items()},
-            "score": self._sign * value if math.isfinite(value) else None,
+            "metrics": {},
+            "score": None,
             "checksums": checksum.of_fields(arrays),
         })  # fmt: skip
         mirror.push(self._workdir)  # what was measured is there before its checkpoint
@@ -101,6 +101,34 @@ class Checkpoints:
             )
         mirror.push_checkpoint(self._workdir, step)
         return True
+
+    def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """What was measured of a checkpoint since it was begun, by which it may be the best one.
+
+        Waits for the save in progress. All processes call it.
+        """
+        self.wait()
+        metrics = {name: float(value) for name, value in metrics.items()}
+        distributed.of_first(functools.partial(self._write_metrics, step, metrics))
+        with orbax_errors.one_line(self.folder):
+            self._manager.reload()
+        mirror.push(self._workdir)
+
+    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        folder = self.folder / str(step)
+        try:
+            metadata = _read_metadata(folder)
+        except DamagedError as error:  # since it was written
+            raise InputError(_damaged(folder, str(error))) from None
+        value = metrics.get(self._best_metric, math.nan)
+        metadata["metrics"] = {n: x if math.isfinite(x) else None for n, x in metrics.items()}
+        metadata["score"] = self._sign * value if math.isfinite(value) else None
+        path, text = _metadata_file(folder), json.dumps(sealed_json.seal(metadata))
+        if isinstance(path, Path):
+            write_bytes(path, text.encode())
+        else:  # a store's objects are replaced whole
+            with orbax_errors.one_line(self.folder):
+                path.write_text(text)
 
     def wait(self) -> None:
         """Returns when the save in progress is on disk; raises InputError if it failed."""
@@ -197,7 +225,7 @@ def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
 
 
 def _read_metadata(folder: AnyPath) -> dict[str, Any]:
-    path = folder / "metrics" / "metrics"
+    path = _metadata_file(folder)
     try:
         metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
@@ -205,6 +233,10 @@ def _read_metadata(folder: AnyPath) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(f"{path}: {error}") from None
     return metadata
+
+
+def _metadata_file(folder: AnyPath) -> AnyPath:
+    return folder / "metrics" / "metrics"
 
 
 def load_params(

@@ -47,6 +47,11 @@ class StopSignal:
         finally:
             self._deferred = False
 
+    def check(self) -> None:
+        """Raises Stopped where one is requested; within `deferred`, for what may stay undone."""
+        if self.requested():
+            raise Stopped
+
     def requested(self) -> bool:
         """With many processes whether one was asked before the last call: the answer travels
         behind the step that is being computed, which nobody waits for here. All call it equally

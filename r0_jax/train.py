@@ -123,14 +123,17 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     with checkpoints:
         # 1. A checkpoint in the run's folder: continue from the newest whole one.
         # 2. None: start from the pretrained weights.
+        measured = False
         if started:
-            state, _ = checkpoints.restore(built.abstract_state)
+            state, metadata = checkpoints.restore(built.abstract_state)
+            measured = bool(metadata["metrics"])
         else:
             state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         validation = Validation(config, folder, built.pipeline, built.generator,
-                                trained_on + heldout, frozen, {r.name for r in heldout}, mesh)
+                                trained_on + heldout, frozen, {r.name for r in heldout}, mesh,
+                                stop.check)
         with stop.deferred():
-            return loop(config, folder, state, started, built.step, frozen,
+            return loop(config, folder, state, started, measured, built.step, frozen,
                         functools.partial(device_batches, read, config, mesh), validation,
                         checkpoints, stop)
 
@@ -187,14 +190,19 @@ def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
     return loaded
 
 
-def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, step_fn, frozen,
-         batches_from: Callable[[int], Iterator[dict[str, jax.Array]]], validation: Validation,
-         checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
-    """Runs the remaining steps; False if a SIGTERM came meanwhile."""
+def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, measured: bool,
+         step_fn, frozen, batches_from: Callable[[int], Iterator[dict[str, jax.Array]]],
+         validation: Validation, checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
+    """Runs the remaining steps; False if a SIGTERM came meanwhile.
+
+    `measured`: whether the checkpoint that the run continues from was evaluated.
+    """
     step = first = int(state.step)
     if resumed:
         console.print(f"continues from step {first}", highlight=False)
-    early = EarlyStop(config.best_metric, config.early_stop, folder, first if resumed else -1)
+    # Values of a checkpoint that does not have them yet are to come again.
+    known = first if measured else first - 1
+    early = EarlyStop(config.best_metric, config.early_stop, folder, known if resumed else -1)
     batches = batches_from(first)
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
@@ -202,13 +210,20 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
                           resume_step=first if resumed else -1)
     with writer, TrainingProgress(config.steps, first, console) as progress:
 
-        def evaluate_and_save(metrics: dict[str, float]) -> None:
-            # A step's metrics are on disk before its checkpoint: a kill in between loses none.
+        def is_measured(step: int) -> bool:
+            return step % config.eval_every == 0 or step == config.steps
+
+        def measure() -> None:
+            # A checkpoint that is being written meanwhile: whatever ends this costs no training,
+            # and the next start makes up for it.
             with timing.paused():
-                values, sheet = validation(state.ema_params, step)
-                writer.write(step, metrics | values)
+                try:
+                    values, sheet = validation(state.ema_params, step)
+                except Stopped:
+                    return
+                writer.write(step, values)
                 writer.write_images(step, {"samples": sheet})
-                save(checkpoints, state, values)
+                checkpoints.add_metrics(step, values)
                 early.add(values.get(config.best_metric, math.nan))
 
         def fetch(metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
@@ -227,11 +242,13 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
 
         def log(metrics: dict[str, jax.Array], step: int) -> None:
             values = fetch(metrics, step)
-            if step % config.log_every == 0:
+            if step % config.log_every == 0 or is_measured(step):
                 writer.write(step, values)
 
         if not resumed:
-            evaluate_and_save({})
+            save(checkpoints, state)
+        if not measured and is_measured(step):
+            measure()
         compiled = None
         pending = None  # metrics of the step before, fetched while this one runs
         while step < config.steps and not early.due and not stop.requested():
@@ -247,13 +264,13 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
             if pending is not None:
                 log(pending, step - 1)
             pending = metrics
-            if step % config.eval_every == 0 or step == config.steps:
-                evaluate_and_save(fetch(pending, step))
-                pending = None
-            elif step % config.checkpoint_every == 0:
+            if is_measured(step) or step % config.checkpoint_every == 0:
+                # Metrics are on disk before their checkpoint: a kill in between loses none.
                 log(pending, step)
                 save(checkpoints, state)
                 pending = None
+            if is_measured(step):
+                measure()
         if pending is not None:
             log(pending, step)
         if early.due:
@@ -266,12 +283,11 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, ste
     return not stopped
 
 
-def save(checkpoints: checkpoint.Checkpoints, state: TrainState,
-         metrics: dict[str, float] | None = None) -> None:
+def save(checkpoints: checkpoint.Checkpoints, state: TrainState) -> None:
     """Starts writing a checkpoint, of a state that is the same in all processes."""
     step = int(state.step)
     check_copies(step, {"training state": state})
-    checkpoints.save(state, metrics)
+    checkpoints.save(state)
     distributed.progress(f"the checkpoint of step {step}")
 
 

@@ -1,5 +1,6 @@
 """During training: rewards, held-out ones too, of the averaged generator on fixed noise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ class Validation:
 
     def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
                  generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
-                 heldout: set[str], mesh: Mesh):
+                 heldout: set[str], mesh: Mesh, check: Callable[[], None]):
+        """`check` is called between batches, and may raise what ends the measurement."""
         self.config, self.folder, self.frozen = config, folder, frozen
-        self.rewards, self.heldout = rewards, heldout
+        self.rewards, self.heldout, self.check = rewards, heldout, check
         self.prompts, self.tokens, self.features = prompt_dataset.evaluation(
             config, "eval", pipeline, rewards, folder / "eval_prompts.json")
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
@@ -53,7 +55,8 @@ class Validation:
             params = self.frozen["rewards"].get(reward.name)
             if params is None:  # held out: on the devices for only this long
                 params = lazy.place(reward.params, self.everywhere)
-            scores = score(self.scores[reward.name], params, drawn, features, self.batch)
+            scores = score(self.scores[reward.name], params, drawn, features, self.batch,
+                           self.check)
             del params
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
@@ -65,7 +68,8 @@ class Validation:
 
     def _draw(self, weights: Params) -> np.ndarray:
         parts = {**self.frozen, self.part: weights}
-        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch)
+        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch,
+                    self.check)
 
     def _signs(self, drawn: np.ndarray) -> dict[str, float]:
         return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
@@ -79,7 +83,7 @@ def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarr
 
 
 def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np.ndarray,
-         keys: jax.Array, batch_size: int) -> np.ndarray:
+         keys: jax.Array, batch_size: int, check: Callable[[], None] = lambda: None) -> np.ndarray:
     """Images [N, h, w, 3] in [0, 1]; the last batch is filled up, so that one program does."""
     drawn = []
     for start in range(0, len(noise), batch_size):
@@ -88,11 +92,12 @@ def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np
         batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
         drawn.append(np.asarray(batch)[:count])
         distributed.progress("a batch of images")
+        check()
     return np.concatenate(drawn)
 
 
-def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_size: int
-          ) -> np.ndarray:
+def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_size: int,
+          check: Callable[[], None] = lambda: None) -> np.ndarray:
     """One reward's scores [N] of images [N, h, w, 3]."""
     found = []
     for start in range(0, len(drawn), batch_size):
@@ -101,4 +106,5 @@ def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_
         batch = None if features is None else features[rows]
         found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
         distributed.progress("a batch of scores")
+        check()
     return np.concatenate(found)

@@ -221,9 +221,12 @@ def last_logged(workdir: Path, process: Process | None = None) -> int:
 
 
 def measured(workdir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's numbers."""
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")}
-            for line in lines(workdir)]
+    """metrics.jsonl without the clock's numbers, all of a step in one."""
+    found: dict[int, dict] = {}
+    for line in lines(workdir):
+        found.setdefault(line["step"], {}).update(
+            {name: value for name, value in line.items() if not name.startswith("perf/")})
+    return list(found.values())
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:

@@ -99,7 +99,8 @@ def saved(state, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpoints(workdir, config_digest="abc") as checkpoints:
         checkpoints.save(at(state, 10))
-        checkpoints.save(at(state, 20), {"heldout/clip": jnp.float32(0.5), "bad": float("nan")})
+        checkpoints.save(at(state, 20))
+        checkpoints.add_metrics(20, {"heldout/clip": jnp.float32(0.5), "bad": float("nan")})
     return workdir
 
 
@@ -155,16 +156,18 @@ def test_keeps_the_newest_and_the_best(tmp_path, small):
     scores = [0.1, 0.9, 0.3, None, float("nan"), 0.2]
     with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
         for step, score in enumerate(scores):
-            metrics = {} if score is None else {"heldout/clip": score}
-            assert checkpoints.save(at(small, step), metrics)
-            assert not checkpoints.save(at(small, step), metrics)  # there already
+            assert checkpoints.save(at(small, step))
+            assert not checkpoints.save(at(small, step))  # there already
+            if score is not None:
+                checkpoints.add_metrics(step, {"heldout/clip": score})
         checkpoints.wait()
     assert checkpoint.steps(tmp_path) == [1, 4, 5]
     assert checkpoint.find_step(tmp_path, "best") == 1
     # A later run knows the best one of the former.
     with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
-        checkpoints.save(at(small, 6), {"heldout/clip": 0.8})
-        checkpoints.save(at(small, 7), {"heldout/clip": 1.0})
+        for step, score in ((6, 0.8), (7, 1.0)):
+            checkpoints.save(at(small, step))
+            checkpoints.add_metrics(step, {"heldout/clip": score})
         checkpoints.save(at(small, 8))
         checkpoints.save(at(small, 9))
         checkpoints.wait()
@@ -176,7 +179,8 @@ def test_keeps_the_newest_and_the_best(tmp_path, small):
 def test_best_may_be_the_lowest_and_may_be_unknown(tmp_path, saved, small):
     with Checkpoints(tmp_path, keep=1, best_metric="fd", best_mode="min") as checkpoints:
         for step, score in enumerate([3.0, 1.0, 2.0]):
-            checkpoints.save(at(small, step), {"fd": score})
+            checkpoints.save(at(small, step))
+            checkpoints.add_metrics(step, {"fd": score})
     assert checkpoint.steps(tmp_path) == [1, 2]
     assert checkpoint.find_step(tmp_path, "best") == 1
     with pytest.raises(InputError, match="leave the step out"):

@@ -71,7 +71,9 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
             )  # fmt: skip
             state = train_state.init(params, optax.sgd(0.0))
             state = state._replace(step=jnp.int32(step), ema_params=ema_params)
-            checkpoints.save(state, None if score is None else {"heldout/pickscore": score})
+            checkpoints.save(state)
+            if score is not None:
+                checkpoints.add_metrics(step, {"heldout/pickscore": score})
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,8 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
         with checkpoint.Checkpoints(folder, keep=1, best_metric="heldout/x") as checkpoints:
             for step in (1, 2, 3):
                 write(folder, **{"metrics.jsonl": f"{step}\n"})
-                checkpoints.save(small_state(step), {"heldout/x": -step})
+                checkpoints.save(small_state(step))
+                checkpoints.add_metrics(step, {"heldout/x": -step})
                 checkpoints.wait()
                 # What is measured up to a checkpoint is there before it.
                 assert (there / "metrics.jsonl").read_text() == f"{step}\n"
