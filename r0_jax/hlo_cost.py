@@ -23,19 +23,25 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 # These move nothing by themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "domain"}
+# Of a send to the same chips of other slices: those slices, and what it is a part of.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*'
+                             r'_xla_megascale_transfer_type="(\w+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass
 class Cost:
     """Of one chip and one run. `hbm_bytes` are read or written; `collective_bytes` is what it sends
-    to other chips, by kind, as a ring sends it."""
+    to other chips of its slice, by kind, and `dcn_bytes` what it sends to other slices, both as a
+    ring sends it."""
 
     hbm_bytes: float = 0.0
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    dcn_bytes: float = 0.0
 
     def add(self, other: "Cost", times: float) -> None:
         self.hbm_bytes += times * other.hbm_bytes
+        self.dcn_bytes += times * other.dcn_bytes
         for kind, value in other.collective_bytes.items():
             self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + times * value
 
@@ -107,6 +113,8 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
             for inner in [one, *(fused or {}).values()]:
                 if kind := _collective(inner.opcode):
                     total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1.0)
+                elif inner.opcode == "send":
+                    total.dcn_bytes += _sent_to_slices(inner, fused or instructions)
     return total
 
 
@@ -167,14 +175,30 @@ def _collective(opcode: str) -> str | None:
 
 
 def _sent(one: _Instruction, kind: str, instructions) -> float:
-    size = sum(_bytes(instructions[name].shape, anywhere=True) for name in one.operands
-               if name in instructions)
+    size = _given(one, instructions)
     if kind == "collective-permute":
         return size
-    count = _group(one.text)
-    if kind == "all-gather":  # each chip sends its part to all others
-        return size * (count - 1)
-    return size * (count - 1) / count * (2 if kind == "all-reduce" else 1)
+    return size * _rounds(kind, _group(one.text))
+
+
+def _given(one: _Instruction, instructions) -> float:
+    """Bytes of all operands, wherever they lie."""
+    return sum(_bytes(instructions[name].shape, anywhere=True) for name in one.operands
+               if name in instructions)
+
+
+def _rounds(kind: str, count: int) -> float:
+    """How often a ring of so many sends what each of them puts in."""
+    if kind == "all-gather":  # each sends its part to all others
+        return count - 1.0
+    return (count - 1) / count * (2 if kind == "all-reduce" else 1)
+
+
+def _sent_to_slices(one: _Instruction, instructions) -> float:
+    if not (match := _BETWEEN_SLICES.search(one.text)):  # to the host
+        return 0.0
+    kind, size = match[2].lower().replace("_", "-"), _given(one, instructions)
+    return size * _rounds(kind, match[1].count(",") + 1) if kind in _COLLECTIVES[:-1] else size
 
 
 def _group(text: str) -> int:

@@ -66,7 +66,9 @@ def print_plan(found: Plan) -> None:
                   f"{found.model_flops_per_step / 1e12:,.1f} without what is computed twice")
     if found.seconds:
         console.print(f"{found.bytes_accessed / 1e9:,.1f} GB through a chip's memory, "
-                      f"{found.collective_bytes / 1e9:,.2f} GB sent by a chip")
+                      f"{found.collective_bytes / 1e9:,.2f} GB sent by a chip"
+                      + (f", and {found.dcn_bytes / 1e9:,.2f} GB to other slices"
+                         if found.dcn_bytes else ""))
         bounds = ", ".join(f"{kind} {1e3 * value:,.0f} ms" for kind, value in found.seconds.items())
         console.print(f"a step takes at least: {bounds}; bound by {found.bound_by}")
         console.print(f"at most {found.predicted_images_per_sec:,.1f} images/s, "

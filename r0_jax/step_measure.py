@@ -56,7 +56,7 @@ def measure(config: ConfigDict, name: str) -> Plan:
         topology=name, chips=mesh.size, batch_size=config.batch_size, fits=peak <= limit,
         peak_bytes_per_chip=peak, hbm_bytes_per_chip=limit, bytes_per_chip=kinds,
         flops_per_step=executed, model_flops_per_step=model, bytes_accessed=None,
-        collective_bytes=None, collective_bytes_by_kind=None, seconds=None,
+        collective_bytes=None, collective_bytes_by_kind=None, dcn_bytes=None, seconds=None,
         measured_seconds_per_step=seconds, bound_by=None,
         predicted_images_per_sec=config.batch_size / seconds, predicted_mfu=None,
         trace_seconds=middle - begin, compile_seconds=end - middle,

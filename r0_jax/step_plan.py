@@ -55,6 +55,7 @@ class Plan:
     bytes_accessed: float | None
     collective_bytes: float | None
     collective_bytes_by_kind: dict[str, float] | None
+    dcn_bytes: float | None
     seconds: dict[str, float] | None
     measured_seconds_per_step: float | None
     bound_by: str | None
@@ -136,6 +137,8 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
         "compute": executed / mesh.size / chip.flops,
         "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth}
+    if costs and costs.dcn_bytes and chip.dcn_bandwidth:
+        seconds["dcn"] = costs.dcn_bytes / chip.dcn_bandwidth
     longest = seconds and max(seconds.values())
     return Plan(
         topology=name, chips=mesh.size, batch_size=config.batch_size, fits=fits,
@@ -143,7 +146,8 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
         flops_per_step=executed, model_flops_per_step=model,
         bytes_accessed=costs and costs.hbm_bytes,
         collective_bytes=costs and sum(costs.collective_bytes.values()),
-        collective_bytes_by_kind=costs and costs.collective_bytes, seconds=seconds,
+        collective_bytes_by_kind=costs and costs.collective_bytes,
+        dcn_bytes=costs and costs.dcn_bytes, seconds=seconds,
         measured_seconds_per_step=None,
         bound_by=seconds and max(seconds, key=seconds.get),
         predicted_images_per_sec=longest and config.batch_size / longest,

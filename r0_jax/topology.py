@@ -1,6 +1,7 @@
 """TPU slices by name, whether or not they are there: shapes for the compiler, and what a chip does.
 
 Figures of a chip are those of Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
+A chip's share of the network between slices is what its host has, over the host's chips.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ class Chip:
       flops: a second, of bfloat16 matrix products.
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that a chip sends to its neighbours, all links together.
+      dcn_bandwidth: bytes a second to other slices; None where it is not published.
       cores: how many the slice's name counts for one chip.
     """
 
@@ -34,14 +36,15 @@ class Chip:
     flops: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    dcn_bandwidth: float | None
     cores: int
 
 
 CHIPS = {
-    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228 * _GB, 300 * _GB, cores=2),
-    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819 * _GB, 200 * _GB, cores=1),
-    "v5p": Chip("v5p", 95.74 * 2**30, 459e12, 2765 * _GB, 600 * _GB, cores=2),
-    "v6e": Chip("v6e", 31.25 * 2**30, 918e12, 1638 * _GB, 400 * _GB, cores=1),
+    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228 * _GB, 300 * _GB, None, cores=2),
+    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819 * _GB, 200 * _GB, 3.125 * _GB, cores=1),
+    "v5p": Chip("v5p", 95.74 * 2**30, 459e12, 2765 * _GB, 600 * _GB, 6.25 * _GB, cores=2),
+    "v6e": Chip("v6e", 31.25 * 2**30, 918e12, 1638 * _GB, 400 * _GB, 12.5 * _GB, cores=1),
 }
 # Chips of a slice -> its shape, where a chip has neighbours in two dimensions and in three.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

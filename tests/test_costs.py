@@ -125,6 +125,27 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
             "device_ids=([32,8]T(1,0)) {'b'}")
 
 
+TPU_SLICES = """
+ENTRY %main (x: f32[256,1024]) -> f32[256,1024] {
+  %x = f32[256,1024]{1,0:T(8,128)S(1)} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[256,1024]{1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), TARGET
+  %send-done = token[] send-done(%send), is_host_transfer=true
+  %recv = (f32[256,1024]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), TARGET
+  %recv-done = (f32[256,1024]{1,0:T(8,128)}, token[]) recv-done(%recv)
+  ROOT %y = f32[256,1024]{1,0:T(8,128)} get-tuple-element(%recv-done), index=0
+}
+""".replace("TARGET", 'frontend_attributes={_xla_megascale_reduce_operation="SUM",'
+            '_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="KIND"}')
+
+
+@pytest.mark.parametrize(("kind", "times"), [
+    ("ALL_REDUCE", 1.5), ("ALL_GATHER", 3), ("REDUCE_SCATTER", 0.75), ("ONE_TO_ONE", 1)])
+def test_what_a_chip_sends_to_other_slices(kind, times):
+    found = hlo_cost.cost(TPU_SLICES.replace("KIND", kind))
+    assert found.dcn_bytes == times * 256 * 1024 * 4 and found.collective_bytes == {}
+
+
 def test_a_tpus_program_says_less():
     """Its loops do not say how often they go round, arrays in VMEM move nothing through HBM."""
     found = hlo_cost.cost(TPU_LOOP)

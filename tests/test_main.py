@@ -72,10 +72,12 @@ def environment() -> dict[str, str]:
 
 
 def measured(workdir: Path) -> list[dict]:
-    """metrics.jsonl without the clock's numbers."""
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
-            for line in lines]
+    """metrics.jsonl without the clock's numbers, all of a step in one."""
+    found: dict[int, dict] = {}
+    for line in map(json.loads, (workdir / "metrics.jsonl").read_text("utf-8").splitlines()):
+        found.setdefault(line["step"], {}).update(
+            {k: v for k, v in line.items() if not k.startswith("perf/")})
+    return list(found.values())
 
 
 def checkpoints(workdir: Path) -> list[int]:

@@ -52,8 +52,10 @@ def test_compiled_for_a_slice_that_is_not_there():
     assert found["bytes_accessed"] > 0 and found["collective_bytes"] > 0
     assert found["bound_by"] == max(found["seconds"], key=found["seconds"].get)
     assert 0 < found["predicted_mfu"] < 1
-    said = run("--topology=v5e-4").stdout
+    assert found["dcn_bytes"] == 0 and "dcn" not in found["seconds"]
+    said = run("--topology=2xv5e-4", "--config.batch_size=8", "--config.mesh.fsdp=4").stdout
     assert "fits" in said and "bound by" in said and "compiled in" in said
+    assert "GB to other slices" in said and ", dcn " in said
 
 
 @pytest.mark.parametrize(("flags", "said"), [
