@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fast_xla
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Programs that run a few times are not worth optimizing.
-FAST = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_parallel_codegen_split_count=1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,5 +30,5 @@ def command(module, *arguments):
 
 
 def environment():
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                         "XLA_FLAGS": fast_xla.FLAGS}

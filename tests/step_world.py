@@ -30,8 +30,6 @@ from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
 from r0_jax.train_step import make_train_step
 
-# Of XLA: programs that run once are not worth optimizing.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 TOKENS, WORDS, EMBED = 6, 50, 8
 SCHEDULER = {  # of Stable Diffusion 1.5
     "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
@@ -232,7 +230,7 @@ class World(NamedTuple):
         state = train_state.init(self.params(), optimizer, spread_of)
         specs = sharding.state_sharding(jax.eval_shape(lambda: state), mesh, self.config.sharding)
         step = jax.jit(make_train_step(self.objective, optimizer, self.config, mesh),
-                       out_shardings=(specs, sharding.replicated(mesh)), compiler_options=FAST)
+                       out_shardings=(specs, sharding.replicated(mesh)))
         frozen = place(self.frozen, mesh, self.config)
         split = sharding.batch_sharding(mesh)
 
@@ -244,7 +242,7 @@ class World(NamedTuple):
 
 @functools.cache
 def _program(objective: Objective):
-    return jax.jit(jax.value_and_grad(objective.loss, has_aux=True), compiler_options=FAST)
+    return jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
 
 
 def make(changes: dict[str, Any] | None = None, toy: ToyConfig | None = ToyConfig(),  # noqa: B008

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import fast_xla
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -441,7 +442,8 @@ def commands(module, calls):
     """[(exit status, stdout, stderr)] of one command with each of several lists of arguments."""
     result = subprocess.run(
         [sys.executable, "-c", COMMANDS, module, json.dumps([[str(x) for x in c] for c in calls])],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": fast_xla.FLAGS}, capture_output=True,
+        text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_xla
 import pytest
 import tiny
 
@@ -67,8 +68,8 @@ def start(world: Path, workdir: Path, *flags: str) -> subprocess.CompletedProces
 
 
 def environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": fast_xla.FLAGS}
 
 
 def measured(workdir: Path) -> list[dict]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import step_world
-from step_world import FAST, REWARDS, ToyConfig, assert_close, batch, sample_keys
+from step_world import REWARDS, ToyConfig, assert_close, batch, sample_keys
 
 from r0_jax import objective, reward_gradient, sampler
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -89,7 +89,7 @@ def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_t
                              "sampler.random_eta": False}, prediction_type=prediction_type)
     params = world.params()
     (_, metrics), grads = world.value_and_grad(params, batch(B), last=3)
-    expected = jax.jit(jax.grad(lambda p: written_anew(p, world, 0.6)), compiler_options=FAST)
+    expected = jax.jit(jax.grad(lambda p: written_anew(p, world, 0.6)))
     assert_close(grads, expected(params), 2e-4 if prediction_type == "epsilon" else 2e-5)
     images = jax.jit(lambda p: drawn_images(world, p, 0.6))(params)
     for reward in REWARDS:

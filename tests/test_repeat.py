@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from step_world import FAST
 
 from r0_jax import miniature, sharding
 from r0_jax.models import repeat
@@ -40,7 +39,7 @@ def run(choice: Repeat):
             return jnp.sum(repeat.repeat(made, lambda block, x: block(x, shift), x) ** 2)
 
     x = jax.random.normal(jax.random.key(1), (8, 8))
-    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=FAST).trace(
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(
         state, x, jnp.float32(0.3))
     return traced, traced.lower().compile()(state, x, jnp.float32(0.3))
 
@@ -87,8 +86,7 @@ def test_split_parameters_are_gathered_by_each_block():
 
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, split), state)
     x = jax.device_put(jnp.ones((8, 8)), split)
-    traced = {gathered: jax.jit(f, static_argnums=2, out_shardings=split,
-                                compiler_options=FAST).trace(placed, x, gathered)
+    traced = {gathered: jax.jit(f, static_argnums=2, out_shardings=split).trace(placed, x, gathered)
               for gathered in (None, sharding.replicated(mesh))}
     asked = [str(one.jaxpr).count("sharding_constraint[") for one in traced.values()]
     assert asked == [0, 4]  # of a block's kernels and biases, where the loop's body begins
@@ -134,7 +132,7 @@ def test_networks_are_the_same_as_loops(name):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(outputs))
 
     def run(choice):
-        step = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=FAST)
+        step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
         traced = step.trace(params, choice, *inputs(jax.random.key(3)))
         return str(traced.jaxpr), traced.lower().compile()(params, *inputs(jax.random.key(3)))
 

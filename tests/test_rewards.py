@@ -13,7 +13,6 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from step_world import FAST
 from test_models_rewards import OPEN_CLIP
 from test_preprocess import in_torch, noise
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -58,13 +57,13 @@ def reward(folder):
 
 def score(reward, images, features):
     params = lazy.place(reward.params)
-    return jax.jit(reward.score, compiler_options=FAST)(params, jnp.asarray(images), features)
+    return jax.jit(reward.score)(params, jnp.asarray(images), features)
 
 
 def scores_and_gradient(reward, images, features):
     features = features if features is None else jnp.asarray(features)
     compiled = jax.jit(lambda params, images: value_and_gradient(
-        lambda x: reward.score(params, x, features), images), compiler_options=FAST)
+        lambda x: reward.score(params, x, features), images))
     return compiled(lazy.place(reward.params), jnp.asarray(images))
 
 

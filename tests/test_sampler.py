@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_world import FAST
 
 from r0_jax import few_step, sampler, schedulers
 
@@ -39,7 +38,7 @@ def trajectory(theta, frozen, grid, last, grad_steps, eta):
                            random_eta=False, eta=eta)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "grad_steps"), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnames=("grid", "grad_steps"))
 def rollout(grid, last, grad_steps):
     return trajectory(1.3, 1.3, grid, last, grad_steps, eta=0.0)
 
@@ -86,7 +85,7 @@ def test_only_the_steps_needed_are_run():
         jax.debug.callback(lambda t: calls.append(int(t)), timesteps[0])
         return network(1.3, latents, timesteps)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @functools.partial(jax.jit)
     def run(last):
         return sampler.rollout(counted, counted, few_steps(), start(), keys(), last=last,
                                grad_steps=1, random_eta=False, eta=0.0).x0
@@ -134,7 +133,7 @@ def run(size, random_eta, eta=0.0):
     denoise = functools.partial(network, 1.3)
     found = jax.jit(functools.partial(
         sampler.rollout, denoise, denoise, few_steps(), last=3, grad_steps=2,
-        random_eta=random_eta, eta=eta), compiler_options=FAST)(start(size), keys(size))
+        random_eta=random_eta, eta=eta))(start(size), keys(size))
     jax.block_until_ready(found)
     jax.effects_barrier()
     return found
@@ -202,9 +201,9 @@ def test_gradient_flows_through_the_last_steps_only(last, grad_steps):
     def ours(theta, frozen, last):
         return jnp.sum(trajectory(theta, frozen, grid, last, grad_steps, eta).x0 ** 2)
 
-    compiled = jax.jit(jax.value_and_grad(ours, (0, 1)), compiler_options=FAST)
+    compiled = jax.jit(jax.value_and_grad(ours, (0, 1)))
     value, (gradient, frozen) = compiled(theta, theta, last)  # traced, as in R0+
-    compiled = jax.jit(jax.value_and_grad(unrolled), compiler_options=FAST)
+    compiled = jax.jit(jax.value_and_grad(unrolled))
     expected, expected_gradient = compiled(theta)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4)

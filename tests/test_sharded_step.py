@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import step_world
 from dry_runs import cache  # noqa: F401 (a fixture)
-from step_world import FAST, assert_close
+from step_world import assert_close
 
 from configs import sd3_r0
 from r0_jax import lazy, program, prompt_dataset, sharding, train
@@ -56,8 +56,7 @@ def of_mmdit_and_t5() -> Start:
         state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         # As `built.step`, which gives the state's memory away and compiles longer.
         step = jax.jit(make_train_step(built.objective, built.optimizer, config, mesh),
-                       out_shardings=(built.state_sharding, sharding.replicated(mesh)),
-                       compiler_options=FAST)
+                       out_shardings=(built.state_sharding, sharding.replicated(mesh)))
         put = sharding.put_batch(batch, sharding.batch_sharding(mesh))
         return frozen, state, lambda state, frozen: step(state, frozen, put, KEY)
 

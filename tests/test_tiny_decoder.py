@@ -14,7 +14,7 @@ import step_world
 import tiny
 import torch
 from diffusers import AutoencoderTiny as TorchTiny
-from step_world import FAST, assert_close, batch
+from step_world import assert_close, batch
 
 from r0_jax import lazy, miniature
 from r0_jax.errors import InputError
@@ -138,7 +138,7 @@ def test_training_raises_what_the_rewards_see_through_it(worlds):
     """Steps along the gradient, which the VAE, left out of the program, has no part in."""
     world = worlds[1]
     frozen = {name: value for name, value in world.frozen.items() if name != "vae"}
-    step = jax.jit(jax.value_and_grad(world.objective.loss, has_aux=True), compiler_options=FAST)
+    step = jax.jit(jax.value_and_grad(world.objective.loss, has_aux=True))
     params, keys = world.params(), step_world.sample_keys(4)
     rewards = []
     for _ in range(4):

@@ -155,7 +155,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
     frozen = jax.tree.map(jnp.array, full.frozen)
     state = jax.jit(init)(frozen["base"])  # as the loop makes it
     step = jax.jit(make_train_step(full.objective, optimizer, full.config, mesh),
-                   donate_argnums=0, compiler_options=step_world.FAST)
+                   donate_argnums=0)
     donated = state.params["conv_out.kernel"]
     state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch(8)), KEY)
     assert donated.is_deleted()
