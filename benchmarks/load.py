@@ -55,8 +55,8 @@ GB = 1e9
 def define_flags() -> None:
     flags.DEFINE_string("folder", tempfile.gettempdir(), "where files are made, and deleted")
     flags.DEFINE_string("out", None, "Markdown file whose section is written")
-    flags.DEFINE_string("config", str(ROOT / "tests/data/configs/sdxl-base-1.0-unet.json"),
-                        "of the UNet")
+    flags.DEFINE_string("config", str(
+        ROOT / "r0_jax/published/stable_diffusion_xl/unet/config.json"), "of the UNet")
     flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
     flags.DEFINE_string("task", "", "of the processes that this one starts")
 

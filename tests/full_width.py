@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
+from published import config_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "runs" / "parity"
@@ -88,10 +89,6 @@ def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
         if key.endswith("SelfAttention.q.weight"):
             value /= 8  # T5 trains without the scale of its scores
     return value
-
-
-def config_of(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "tests" / "data" / "configs" / f"{name}.json").read_text("utf-8"))
 
 
 def _network(path: str, config: str, fields: Callable[[], dict]) -> Callable[[], Any]:
@@ -213,7 +210,7 @@ def _aesthetic_there():
     from torch import nn
 
     return nn.ModuleDict({"clip": _transformers("CLIPModel", lambda: config_of(
-        "clip-vit-large-patch14"))(), "head": torch_twins.score_mlp(768)})
+        "clip_score"))(), "head": torch_twins.score_mlp(768)})
 
 
 def _aesthetic_here():
@@ -226,7 +223,7 @@ def _aesthetic_here():
 
     class Aesthetic(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.config = CLIPConfig.from_json(config_of("clip-vit-large-patch14"))
+            self.config = CLIPConfig.from_json(config_of("clip_score"))
             self.clip = CLIPModel(self.config, rngs=rngs)
             self.head = ScoreMLP(768, rngs=rngs)
 
@@ -242,7 +239,7 @@ REWARDS = {
     "open_clip_vit_l": _open_clip("ViT-L-14"),
     "open_clip_vit_bigg": _open_clip("ViT-bigG-14"),
     "pickscore_clip_h": _clip("pickscore"),
-    "clip_l": _clip("clip-vit-large-patch14"),
+    "clip_l": _clip("clip_score"),
     "chinese_clip_b": _cn_clip("ViT-B-16"),
     "chinese_clip_l": _cn_clip("ViT-L-14"),
     "chinese_clip_h": _cn_clip("ViT-H-14"),
@@ -358,35 +355,36 @@ def _unet(name: str, inputs: Callable[[], tuple], there=_unet_there, here=_unet_
 LAST = ("last_hidden_state", "last_hidden_state")
 
 GENERATORS = {
-    "sd15_unet": _unet("sd-v1-5-unet",
+    "sd15_unet": _unet("stable_diffusion/unet",
                        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768))),
     "lcm_unet": _unet("lcm-dreamshaper-v7-unet", lambda: (
         normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)), _lcm_there, _lcm_here),
-    "sdxl_unet": _unet("sdxl-base-1.0-unet", lambda: (
+    "sdxl_unet": _unet("stable_diffusion_xl/unet", lambda: (
         normal(0, 1, 16, 16, 4), normal(1, 1, 77, 2048), normal(2, 1, 1280))),
     "sd3_transformer": Case(
         "diffusers", _diffusers("SD3Transformer2DModel",
-                                lambda: config_of("sd3-medium-transformer")),
+                                lambda: config_of("stable_diffusion_3/transformer")),
         _network("transformer_sd3.SD3Transformer2DModel", "SD3Transformer2DConfig",
-                 lambda: config_of("sd3-medium-transformer")),
+                 lambda: config_of("stable_diffusion_3/transformer")),
         lambda: (normal(0, 1, 16, 16, 16), normal(1, 1, 154, 4096), normal(2, 1, 2048)),
         _sd3_there, _sd3_here),
-    "sd_vae": _autoencoder("AutoencoderKL", lambda: config_of("sd-v1-5-vae"), 4),
-    "sd3_vae": _autoencoder("AutoencoderKL", lambda: config_of("sd-v1-5-vae") | SD3_VAE, 16),
+    "sd_vae": _autoencoder("AutoencoderKL", lambda: config_of("stable_diffusion/vae"), 4),
+    "sd3_vae": _autoencoder("AutoencoderKL",
+                            lambda: config_of("stable_diffusion/vae") | SD3_VAE, 16),
     "taesd": _autoencoder("AutoencoderTiny", lambda: config_of("taesd"), 4,
                           gradient=1e-2),  # rounding decides a few of its ReLUs
     "taesd3": _autoencoder("AutoencoderTiny", lambda: config_of("taesd3"), 16),
     "clip_l_text": _text("CLIPTextModel", "clip.CLIPTextModel", "CLIPTextConfig",
-                         lambda: config_of("sd-v1-5-text_encoder"), 49408,
+                         lambda: config_of("stable_diffusion/text_encoder"), 49408,
                          (LAST, ("pooled", "pooler_output"))),
     "clip_bigg_text": _text("CLIPTextModelWithProjection", "clip.CLIPTextModelWithProjection",
                             "CLIPTextConfig", lambda: BIG_G_TEXT, 49408,
                             (LAST, ("pooled", "text_embeds"))),
     "taiyi_bert": _text("BertModel", "bert.BertModel", "BertConfig",
-                        lambda: config_of("taiyi-text_encoder"), 21128,
+                        lambda: config_of("taiyi/text_encoder"), 21128,
                         (LAST, ("pooled", "pooler_output"))),
     "t5_xxl": _text("T5EncoderModel", "t5.T5EncoderModel", "T5Config",
-                    lambda: config_of("sd3-medium-text_encoder_3"), 32128,
+                    lambda: config_of("stable_diffusion_3/text_encoder_3"), 32128,
                     (("", "last_hidden_state"),)),
 }
 CASES = REWARDS | GENERATORS

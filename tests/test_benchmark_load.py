@@ -1,10 +1,12 @@
 """What a benchmark of minutes and gigabytes works on."""
 
+from published import config_of
+
 from benchmarks import load
 
 
 def test_what_is_exported_has_the_size_of_sdxl_and_is_there_once():
-    fields = load.read_json(load.ROOT / "tests/data/configs/sdxl-base-1.0-unet.json")
+    fields = config_of("stable_diffusion_xl/unet")
     shapes = load.network(fields).shapes
     assert load.size(shapes, 1) == 2_567_463_684
     where = load.split(shapes)

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from published import config_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -94,19 +95,20 @@ def test_the_rule(name, key, shape, file_shape):
 
 
 MANIFESTS = {  # of the published files -> the config published with them
-    "sd15_unet": ("sd-v1-5-unet", NETWORKS["UNet2DConditionModel"][0]),
-    "sd15_vae_fp32_oldnames": ("sd-v1-5-vae", NETWORKS["AutoencoderKL"][0]),
-    "clip_l_text_hub": ("sd-v1-5-text_encoder", NETWORKS["CLIPTextModel"][0]),
-    "clip_l_hf": ("clip-vit-large-patch14",
+    "sd15_unet": ("stable_diffusion/unet", NETWORKS["UNet2DConditionModel"][0]),
+    "sd15_vae_fp32_oldnames": ("stable_diffusion/vae", NETWORKS["AutoencoderKL"][0]),
+    "clip_l_text_hub": ("stable_diffusion/text_encoder", NETWORKS["CLIPTextModel"][0]),
+    "clip_l_hf": ("clip_score",
                   lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs)),
-    "sdxl_unet": ("sdxl-base-1.0-unet", NETWORKS["UNet2DConditionModel"][0]),
-    "sdxl_vae": ("sdxl-base-1.0-vae", NETWORKS["AutoencoderKL"][0]),
-    "sdxl_text_encoder_2": ("sdxl-base-1.0-text_encoder_2",
+    "sdxl_unet": ("stable_diffusion_xl/unet", NETWORKS["UNet2DConditionModel"][0]),
+    "sdxl_vae": ("stable_diffusion_xl/vae", NETWORKS["AutoencoderKL"][0]),
+    "sdxl_text_encoder_2": ("stable_diffusion_xl/text_encoder_2",
                             NETWORKS["CLIPTextModelWithProjection"][0]),
-    "sd3_vae": ("sd3-medium-vae", NETWORKS["AutoencoderKL"][0]),
-    "sd3_text_encoder": ("sd3-medium-text_encoder", NETWORKS["CLIPTextModelWithProjection"][0]),
-    "t5xxl_encoder": ("sd3-medium-text_encoder_3", NETWORKS["T5EncoderModel"][0]),
-    "taiyi_bert_text_encoder": ("taiyi-text_encoder", NETWORKS["BertModel"][0]),
+    "sd3_vae": ("stable_diffusion_3/vae", NETWORKS["AutoencoderKL"][0]),
+    "sd3_text_encoder": ("stable_diffusion_3/text_encoder",
+                         NETWORKS["CLIPTextModelWithProjection"][0]),
+    "t5xxl_encoder": ("stable_diffusion_3/text_encoder_3", NETWORKS["T5EncoderModel"][0]),
+    "taiyi_bert_text_encoder": ("taiyi/text_encoder", NETWORKS["BertModel"][0]),
 }
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
              ".proj_attn.": ".to_out.0."}
@@ -115,7 +117,7 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_names_and_shapes_are_those_of_the_published_file(manifest):
     config, build = MANIFESTS[manifest]
-    fields = read_json(DATA / "configs" / f"{config}.json")
+    fields = config_of(config)
     network = Network.abstract(lambda rngs: build(fields, rngs))
     published = read_json(DATA / "keys" / f"{manifest}.json")
     expected = {}

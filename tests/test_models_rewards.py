@@ -13,6 +13,7 @@ import torch
 import torch_twins
 import transformers
 from parity import normal
+from published import config_of
 
 from r0_jax import convert
 from r0_jax.errors import InputError
@@ -48,12 +49,8 @@ def network_of(kind, config_class, fields):
     return Network.abstract(lambda rngs: kind(config, rngs=rngs))
 
 
-def published(name):
+def keys_of(name):
     return json.loads((DATA / "keys" / f"{name}.json").read_text("utf-8"))["keys"]
-
-
-def config_of(name):
-    return json.loads((DATA / "configs" / f"{name}.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize(("manifest", "network", "prefix"), [
@@ -78,7 +75,7 @@ def config_of(name):
 def test_names_and_shapes_of_the_published_file(manifest, network, prefix):
     ours = {convert.to_key(name): convert.file_shape(name, struct.shape)
             for name, struct in network().shapes.items()}
-    theirs = {key.removeprefix(prefix): tuple(shape) for key, shape in published(manifest).items()
+    theirs = {key.removeprefix(prefix): tuple(shape) for key, shape in keys_of(manifest).items()
               if not key.endswith("position_ids")}
     assert ours == theirs
 

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings as TorchEmbeddings
 from diffusers.models.embeddings import PatchEmbed as TorchPatchEmbed
 from parity import normal
+from published import config_of
 
 from r0_jax import convert
 from r0_jax.errors import InputError
@@ -224,7 +225,7 @@ def test_the_table_of_positions_gets_no_gradient(tmp_path):
 
 
 def test_names_and_shapes_are_those_of_the_published_file():
-    network = abstract(read_json(DATA / "configs" / "sd3-medium-transformer.json"))
+    network = abstract(config_of("stable_diffusion_3/transformer"))
     published = read_json(DATA / "keys" / "sd3_transformer.json")
     assert file_shapes(network) == {k: tuple(v) for k, v in published["keys"].items()}
     assert sum(x.size for x in network.shapes.values()) == published["_num_elements"]

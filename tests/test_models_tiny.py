@@ -14,6 +14,7 @@ import tiny
 from diffusers import AutoencoderTiny as TorchTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock as TorchBlock
 from parity import normal
+from published import config_of
 
 from r0_jax import convert
 from r0_jax.errors import InputError
@@ -101,7 +102,7 @@ def test_the_call_reconstructs(tmp_path):
 @pytest.mark.parametrize("config, manifest", [
     ("taesd", "taesd_diffusers"), ("taesdxl", "taesd_diffusers"), ("taesd3", "taesd3_diffusers")])
 def test_names_and_shapes_are_those_of_the_published_file(config, manifest):
-    network = abstract(read_json(DATA / "configs" / f"{config}.json"))
+    network = abstract(config_of(config))
     published = read_json(DATA / "keys" / f"{manifest}.json")
     ours = {}
     for name, struct in network.shapes.items():

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from parity import normal
+from published import config_of
 
 from r0_jax import convert
 from r0_jax.models.config import read_json
@@ -197,7 +198,7 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_embedded_guidance_adds_one_key_to_the_published_file():
     """LCM's UNet is that of Stable Diffusion 1.5 and one projection more."""
-    network = network_of(read_json(DATA / "configs" / "lcm-dreamshaper-v7-unet.json"))
+    network = network_of(config_of("lcm-dreamshaper-v7-unet"))
     published = set(read_json(DATA / "keys" / "sd15_unet.json")["keys"])
     assert ({convert.to_key(name) for name in network.shapes} - published
             == {"time_embedding.cond_proj.weight"})

@@ -5,13 +5,13 @@ import os
 
 import pytest
 from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
+from published import config_of
 from test_export import commands
 
 from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
 from r0_jax import convert, lora, miniature, rewards
 from r0_jax.errors import InputError
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from r0_jax.models.config import read_json
 from r0_jax.network import Network
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
@@ -119,12 +119,11 @@ def test_variants_change_what_they_say_and_combine(name):
 
 
 @pytest.mark.parametrize("name, folder, count", [
-    ("sd15", "sd-v1-5-unet", 128), ("sdxl", "sdxl-base-1.0-unet", 560),
-    ("sd3", "sd3-medium-transformer", 191)])
+    ("sd15", "stable_diffusion/unet", 128), ("sdxl", "stable_diffusion_xl/unet", 560),
+    ("sd3", "stable_diffusion_3/transformer", 191)])
 def test_adapters_are_on_the_layers_that_the_published_sets_name(name, folder, count):
     """The attention of both UNets; of SD3 diffusers' DreamBooth set, whose last block lacks one."""
-    path = ROOT / "tests" / "data" / "configs" / f"{folder}.json"
-    fields = read_json(path)
+    fields = config_of(folder)
     build, _ = NETWORKS[fields["_class_name"]]
     shapes = Network.abstract(lambda rngs: build(fields, rngs)).shapes
     assert len(lora.targets(shapes, RECIPES[name].get_config().lora.targets)) == count

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from published import config_of
 
 from configs import common
 from r0_jax import sharding, train_state
 from r0_jax.errors import InputError
-from r0_jax.models.config import read_json
 from r0_jax.network import Network
 from r0_jax.pipelines.folder import NETWORKS
 
@@ -178,19 +177,19 @@ def test_tensor_splits_outputs_and_inputs_and_fsdp_the_other_axis():
     }
 
 
-def published(name):
-    fields = read_json(Path(__file__).parent / "data" / "configs" / f"{name}.json")
+def network_of(name):
+    fields = config_of(name)
     build, _ = NETWORKS[fields.get("_class_name") or fields["architectures"][0]]
     return Network.abstract(lambda rngs: build(fields, rngs))
 
 
 @pytest.mark.parametrize("name, tensor, split", [
-    ("sd3-medium-transformer", 4, 0.62), ("sd3-medium-transformer", 5, 0),
-    ("sd3-medium-text_encoder_3", 4, 0.97), ("sd-v1-5-unet", 4, 0), ("sd3-medium-vae", 4, 0),
-    ("sd-v1-5-text_encoder", 4, 0)])
+    ("stable_diffusion_3/transformer", 4, 0.62), ("stable_diffusion_3/transformer", 5, 0),
+    ("stable_diffusion_3/text_encoder_3", 4, 0.97), ("stable_diffusion/unet", 4, 0),
+    ("stable_diffusion_3/vae", 4, 0), ("stable_diffusion/text_encoder", 4, 0)])
 def test_the_configs_rules_split_the_attention_of_t5_and_the_mmdit(name, tensor, split):
     """`split`: the share of weights. What the heads do not divide is as without tensor."""
-    network, rules = published(name), common.get_config().sharding
+    network, rules = network_of(name), common.get_config().sharding
     devices = jax.devices()[:tensor]
     found, plain = (
         {name: s.spec for name, s in sharding.param_sharding(

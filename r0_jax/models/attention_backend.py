@@ -7,10 +7,7 @@ channels or a text encoder's mask under cuDNN, T5's bias under splash), that lay
 XLA.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from r0_jax import sharding
 from r0_jax.errors import InputError
+from r0_jax.models.choice import Choice
 
 NAMES = ("xla", "cudnn", "splash")
 AUTO = "auto"  # stands for the one of them that a device does best
@@ -46,17 +44,8 @@ class Backend:
 
 
 XLA = Backend()
-_chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("attention backend", default=XLA)
-
-
-@contextlib.contextmanager
-def use(backend: Backend) -> Iterator[None]:
-    """Makes it the backend of every `attend` that is traced meanwhile."""
-    token = _chosen.set(backend)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+_chosen = Choice("attention backend", XLA)
+use = _chosen.use  # makes a backend that of every `attend` that is traced meanwhile
 
 
 def resolve(name: str, dtype: str, device: Any) -> str:

@@ -7,12 +7,10 @@ pass, which then computes the block a second time. The choice belongs to the pro
 traced: the training step and sampling each make theirs (`use`).
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Sharding
+
+from r0_jax.models.choice import Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +40,8 @@ class Repeat:
 
 
 PLAIN = Repeat()
-_chosen: contextvars.ContextVar[Repeat] = contextvars.ContextVar("repeat", default=PLAIN)
-
-
-@contextlib.contextmanager
-def use(choice: Repeat) -> Iterator[None]:
-    """Makes it the choice of every `repeat` that is traced meanwhile."""
-    token = _chosen.set(choice)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+_chosen = Choice("repeat", PLAIN)
+use = _chosen.use  # makes a choice that of every `repeat` that is traced meanwhile
 
 
 def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any], x: Any) -> Any:
