@@ -38,7 +38,7 @@ test: install-dev
 # Writes down what the tests against PyTorch measure: docs/parity.md. Networks at full width, 24 GiB
 # at most, one after another; what runs/parity holds of them already is not measured again.
 parity: install-dev
-	XLA_FLAGS= $(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline*.py \
+	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline*.py \
 	  tests/test_full_width.py -m "full_width or not full_width" \
 	  --parity-report=docs/parity.md
 

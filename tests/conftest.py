@@ -5,9 +5,7 @@ import os
 import fast_xla
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", fast_xla.FLAGS) + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = f"{fast_xla.FLAGS} --xla_force_host_platform_device_count=8"
 
 import jax
 from jaxtyping import install_import_hook

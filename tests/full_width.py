@@ -438,7 +438,7 @@ def in_jax(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | N
     """The same in float32; in bfloat16 for rewards, else None; and the number of parameters."""
     import jax
     import jax.numpy as jnp
-    from parity import COMPILE_QUICKLY
+    from fast_xla import OPTIONS
 
     from r0_jax import convert
 
@@ -453,7 +453,7 @@ def in_jax(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | N
 
     # Unoptimized, the gradient of a vision tower's patches takes minutes; the denoising networks
     # take minutes to optimize.
-    @jax.jit(compiler_options=COMPILE_QUICKLY if case.keeps is None else None)
+    @jax.jit(compiler_options=OPTIONS if case.keeps is None else None)
     def run(params, floats):
         def forward(values):
             whole = list(inputs)
@@ -538,7 +538,8 @@ def measure(name: str) -> dict[str, Any]:
     folder, measured = RESULTS / "running", {"fingerprint": fingerprint()}
     folder.mkdir(parents=True, exist_ok=True)
     for which in ("torch", "jax"):
-        subprocess.run([sys.executable, __file__, name, f"--side={which}"], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, __file__, name, f"--side={which}"], check=True, cwd=ROOT,
+                       env=os.environ | {"XLA_FLAGS": ""})
         measured |= json.loads((folder / f"{name}.{which}.json").read_text())
     for path in folder.glob(f"{name}.*"):
         path.unlink()

@@ -18,10 +18,6 @@ from r0_jax.network import Network, Params, Shapes
 # approximation would pass for GELU.
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
-# A fifth of the time to compile; results differ by rounding only.
-COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False,
-                   "xla_cpu_parallel_codegen_split_count": 1}
-
 
 class Measurement(NamedTuple):
     """One comparison: the largest difference as a share of the largest element."""
@@ -93,7 +89,7 @@ def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarra
     weights = [random.standard_normal(to_jax(x).shape, np.float32) for x in expected]
     sum((x * to_torch(w)).sum() for x, w in zip(expected, weights, strict=True)).backward()
 
-    @jax.jit(compiler_options=COMPILE_QUICKLY)
+    @jax.jit
     def run(params, inputs, weights):
         inputs = list(inputs)
         floats = [i for i, x in enumerate(inputs) if x.dtype == np.float32]

@@ -158,8 +158,7 @@ def test_mid_features_are_told_as_much(tmp_path):
     with torch.no_grad():
         module(parity.to_torch(latents), torch.tensor(TIMESTEPS), torch.tensor(prompt_embeds),
                **as_diffusers_says({k: torch.tensor(v) for k, v in conditions.items()}))
-    run = jax.jit(lambda *args, **kwargs: network.apply(params, "mid_features", *args, **kwargs),
-                  compiler_options=parity.COMPILE_QUICKLY)
+    run = jax.jit(lambda *args, **kwargs: network.apply(params, "mid_features", *args, **kwargs))
     parity.assert_close(run(latents, TIMESTEPS, prompt_embeds, **conditions),
                         parity.to_jax(features[0]), parity.OUTPUT)
 

@@ -112,7 +112,7 @@ def test_the_log_variance_is_clipped_and_the_call_reconstructs_from_the_mean():
         posterior = module.encode(parity.to_torch(images)).latent_dist
         expected = module.decode(posterior.mean).sample
 
-    @jax.jit(compiler_options=parity.COMPILE_QUICKLY)
+    @jax.jit
     def run(params, images):
         return network.apply(params, "encode", images)[1], network(params, images)
 
@@ -131,7 +131,7 @@ def test_bfloat16():
         return network.apply(params, "decode", latents)
 
     args = params, jnp.asarray(latents, jnp.bfloat16)
-    output = jax.jit(decode, compiler_options=parity.COMPILE_QUICKLY)(*args)
+    output = jax.jit(decode)(*args)
     assert output.dtype == jnp.bfloat16
     expected = module.decode(parity.to_torch(latents)).sample
     parity.assert_close(output.astype(jnp.float32), parity.to_jax(expected), 1e-1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import warnings
@@ -70,12 +69,6 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
-@pytest.fixture
-def compile_quickly(monkeypatch):
-    quickly = functools.partial(jax.jit, compiler_options=parity.COMPILE_QUICKLY)
-    monkeypatch.setattr(jax, "jit", quickly)
-
-
 # --- part by part ----------------------------------------------------------------------------
 
 
@@ -113,7 +106,7 @@ def test_tokens_are_padded_to_the_length_of_the_tokenizer(pipeline, copy, length
     assert other.tokenize(["a red square"])["input_ids"].shape == (1, expected)
 
 
-def test_encode_prompt(pipeline, stock, compile_quickly):
+def test_encode_prompt(pipeline, stock):
     expected = stock.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     params = lazy.place(pipeline.params)
     conditioning = jax.jit(pipeline.encode_prompt)(params, pipeline.tokenize(PROMPTS))
@@ -121,7 +114,7 @@ def test_encode_prompt(pipeline, stock, compile_quickly):
     parity.assert_close(conditioning["prompt_embeds"], parity.to_jax(expected), parity.OUTPUT)
 
 
-def test_denoise_and_features(pipeline, stock, compile_quickly):
+def test_denoise_and_features(pipeline, stock):
     prompt_embeds = parity.normal(1, len(PROMPTS), 5, 16)
     timesteps = np.array([0, 1, 500.5, 999], np.float32)
     features = []
@@ -143,7 +136,7 @@ def test_denoise_and_features(pipeline, stock, compile_quickly):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, parity.OUTPUT), (jnp.bfloat16, 1e-1)])
-def test_decode(pipeline, stock, compile_quickly, dtype, tolerance):
+def test_decode(pipeline, stock, dtype, tolerance):
     latents = stock.vae.config.scaling_factor * parity.to_torch(LATENTS)
     decoded = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
     expected = stock.image_processor.postprocess(decoded.detach(), output_type="np")
@@ -164,7 +157,7 @@ def with_config(pipeline, part, **fields):
     return dataclasses.replace(pipeline, networks=pipeline.networks | {part: network})
 
 
-def test_decode_scales_and_does_not_shift(pipeline, stock, compile_quickly):
+def test_decode_scales_and_does_not_shift(pipeline, stock):
     """Of the two fields of a VAE's config the stock pipeline of this family reads one."""
     other = with_config(pipeline, "vae", scaling_factor=2.0, shift_factor=0.5)
     vae = diffusers.AutoencoderKL.from_config(stock.vae.config, scaling_factor=2.0,
@@ -216,7 +209,7 @@ SCHEDULERS = {
     ("sd15", 4, 5.0), ("ddim_leading", 4, 1.0), ("ddim_trailing_v", 3, 5.0),
     ("euler", 4, 1.0), ("euler_leading_v", 3, 3.0)])
 def test_images_are_those_of_the_stock_pipeline(
-        pipeline, stock, compile_quickly, name, steps, guidance_scale):
+        pipeline, stock, name, steps, guidance_scale):
     config = SCHEDULERS[name]
     kind = getattr(diffusers, config["_class_name"])
     with warnings.catch_warnings():

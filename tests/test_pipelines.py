@@ -65,12 +65,6 @@ def stock(folders):
     return load
 
 
-@pytest.fixture
-def compile_quickly(monkeypatch):
-    quickly = functools.partial(jax.jit, compiler_options=parity.COMPILE_QUICKLY)
-    monkeypatch.setattr(jax, "jit", quickly)
-
-
 def noise_of(pipeline):
     return parity.normal(0, len(PROMPTS), *pipeline.latent_shape)
 
@@ -96,7 +90,7 @@ def assert_same_images(found, expected):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, compile_quickly, name):
+def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)
 
     @jax.jit
@@ -129,7 +123,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, compile_q
     ("sdxl", 5, 5.0), ("sdxl", 4, 1.0), ("sd3", 5, 7.0), ("sd3", 4, 1.0),
     ("sd3_without_t5", 4, 3.0), ("taiyi", 4, 5.0)])
 def test_images_are_those_of_the_stock_pipeline(
-        loaded, stock, compile_quickly, name, steps, guidance_scale):
+        loaded, stock, name, steps, guidance_scale):
     pipeline = loaded(name)
     expected = theirs(stock(name), noise_of(pipeline), steps, guidance_scale)
     scheduler = schedulers.from_config(pipeline.scheduler_config, steps)
@@ -137,7 +131,7 @@ def test_images_are_those_of_the_stock_pipeline(
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, compile_quickly, name):
+def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)
     config = few_step.scheduler_config(pipeline.scheduler_config, 4)
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -155,7 +149,7 @@ def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, compile
         np.testing.assert_allclose(stretched.sigmas, grid.sigmas, atol=1e-6)
 
 
-def test_an_empty_prompt_may_be_encoded_instead_of_zeros(folders, tmp_path, compile_quickly):
+def test_an_empty_prompt_may_be_encoded_instead_of_zeros(folders, tmp_path):
     folder = shutil.copytree(folders / "sdxl", tmp_path / "sdxl")
     edit(folder / "model_index.json", force_zeros_for_empty_prompt=False)
     pipeline = stable_diffusion_xl.load(folder)
@@ -208,7 +202,7 @@ def test_attention_of_every_part_is_computed_by_the_chosen_backend(loaded, name)
     assert by_splash(lambda p: splash.decode(p, noise), pipeline.params["vae"])
     assert not by_splash(predict(pipeline), pipeline.params)
     params = lazy.place(pipeline.params)
-    found, expected = (jax.jit(predict(p), compiler_options=parity.COMPILE_QUICKLY)(params)
+    found, expected = (jax.jit(predict(p))(params)
                        for p in (splash, pipeline))
     parity.assert_close(found, expected, 1e-5)
 

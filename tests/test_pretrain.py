@@ -1,11 +1,9 @@
 """The pretraining of the embedded world: its data, its loop, and each stage from end to end."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
@@ -168,9 +166,7 @@ def tiny_config(stage: str) -> ConfigDict:
     return config
 
 
-def test_every_stage_makes_what_the_next_one_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "jit", functools.partial(
-        jax.jit, compiler_options=parity.COMPILE_QUICKLY))
+def test_every_stage_makes_what_the_next_one_needs(tmp_path):
     for stage, train in STAGES.items():
         train(tiny_config(stage), tmp_path)
     pipeline = stable_diffusion.load(tmp_path / "pipeline")
