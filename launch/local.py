@@ -9,6 +9,8 @@ are passed on.
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import shlex
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import IO
 
 _POLL = 0.1  # seconds
@@ -40,7 +43,8 @@ def main() -> int:
                  for command, added in zip(commands, environments, strict=True)]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _send(processes, number))
-    printers = [threading.Thread(target=_print, args=(i, stream, out))
+    unheard = functools.partial(_send, processes, signal.SIGTERM)
+    printers = [threading.Thread(target=_print, args=(i, stream, out, unheard))
                 for i, process in enumerate(processes)
                 for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))]
     for printer in printers:
@@ -48,6 +52,11 @@ def main() -> int:
     status = _wait(processes, flags.grace)
     for printer in printers:
         printer.join()
+    for out in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            out.flush()
+            continue
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # for Python's own last flush
     return status
 
 
@@ -99,13 +108,18 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _print(process: int, stream: IO[bytes], out: IO[str]) -> None:
-    for line in stream:
-        if not line.startswith(b"[Gloo] Rank"):  # which it says to standard output, unasked
+def _print(process: int, stream: IO[bytes], out: IO[str], unheard: Callable[[], None]) -> None:
+    heard = True
+    for line in stream:  # to its end, or the process would wait for ever
+        if heard and not line.startswith(b"[Gloo] Rank"):  # said to standard output, unasked
             text = line.decode("utf-8", "replace").rstrip("\n")
-            with _printing:
-                out.write(f"[{process}] {text}\n")
-                out.flush()
+            try:
+                with _printing:
+                    out.write(f"[{process}] {text}\n")
+                    out.flush()
+            except BrokenPipeError:
+                heard = False
+                unheard()
 
 
 def _send(processes: list[subprocess.Popen], number: int) -> None:

@@ -18,9 +18,10 @@
 #   TPU_SLICES  slices (1): more than one are joined by the data center's network (mesh.data)
 #   TPU_SPOT    yes: cheaper, and may be taken away at any time; delete, create and run again then
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 usage() {
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' launch/tpu_pod.sh >&2
   exit 2
 }
 
@@ -93,7 +94,7 @@ wait_until_active() {
 
 copy() { # what git knows, as it is now
   local archive=${TMPDIR:-/tmp}/r0_jax-$TPU_NAME.tar.gz name
-  do_run bash -c "git ls-files -z | tar --null --files-from=- -czf $(printf %q "$archive")"
+  do_run bash -o pipefail -c "git ls-files -z | tar --null --files-from=- -czf $(printf %q "$archive")"
   for name in $(slices); do
     do_run gcloud compute tpus tpu-vm scp "$archive" "$name:r0_jax.tar.gz" --zone="$TPU_ZONE" \
       --worker=all
@@ -146,7 +147,10 @@ while (($#)); do
 done
 ((${#actions[@]})) || usage
 slices=${TPU_SLICES:-1}
-: "${TPU_NAME:?must be set}" "${TPU_ZONE:?must be set}" "${TPU_TYPE:?must be set}"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: TPU_SLICES=$slices is no number from 1 on" >&2; exit 2; }
+for name in TPU_NAME TPU_ZONE TPU_TYPE; do
+  [[ -n ${!name-} ]] || { echo "error: $name is not set (see the head of $0)" >&2; exit 2; }
+done
 for action in "${actions[@]}"; do
   "$action"
 done

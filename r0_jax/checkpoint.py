@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ from r0_jax.lazy import Lazy
 from r0_jax.mirror import AnyPath
 from r0_jax.train_state import TrainState
 
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_NONE = "no checkpoint in {} can be read: bring one back, or give another --workdir"
 _GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
 
 
@@ -160,7 +163,7 @@ class Checkpoints:
                 damage = str(error)  # of which `error` is gone below
             distributed.of_first(functools.partial(_set_aside, folder, damage))
             self._manager.reload()
-        raise InputError(f"no checkpoint in {self.folder} can be read; give another --workdir")
+        raise InputError(_NONE.format(self.folder))
 
     def _set_aside_unreadable(self) -> None:
         for step in steps(self._workdir):  # orbax would stop at a file of its own that is no JSON
@@ -193,8 +196,18 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
     folder = mirror.checkpoints(workdir)
     there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if path.name.isdecimal() and path.is_dir()
+    return sorted(int(path.name) for path in there if _STEP.fullmatch(path.name) and path.is_dir()
                   and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
+
+
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Whether a run has left checkpoints there; InputError where all that it left are damaged."""
+    if steps(workdir):
+        return True
+    folder = mirror.checkpoints(workdir)
+    if folder.is_dir() and any(".damaged" in path.name for path in folder.iterdir()):
+        raise InputError(_NONE.format(folder))
+    return False
 
 
 def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
@@ -230,7 +243,8 @@ def _read_metadata(folder: AnyPath) -> dict[str, Any]:
         metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
             raise ValueError("fields are missing")
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError,
+            RecursionError) as error:
         raise DamagedError(f"{path}: {error}") from None
     return metadata
 
@@ -437,4 +451,5 @@ def _set_aside(folder: AnyPath, damage: str) -> None:
         raise InputError(
             f"{_damaged(folder, damage)} and cannot be moved away: {failed.strerror}"
         ) from None
-    logging.warning("%s; it is now %s, and the one before is used", _damaged(folder, damage), aside)
+    logging.warning("%s; it is now %s, and the newest of the others is used",
+                    _damaged(folder, damage), aside)

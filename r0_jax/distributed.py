@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from r0_jax import cli
 from r0_jax.errors import InputError
 from r0_jax.progress import console
+from r0_jax.stop_signal import Stopped
 from r0_jax.watch import Watch
 
 T = TypeVar("T")
@@ -224,6 +225,10 @@ def joined(config: ConfigDict) -> Iterator[None]:
     try:
         yield
         together()
+    except Stopped:
+        _watch.fail(cli.STOPPED, "was asked to stop, and all stop; what was trained is saved: the "
+                                 "same command continues")
+        _exit(cli.STOPPED, None)
     except BaseException as error:
         _leave(error, _watch)
     _watch.stop()
@@ -234,14 +239,6 @@ def progress(done: str) -> None:
     """Something came to its end, such as "step 12": see `Watch.progress`."""
     if _watch is not None:
         _watch.progress(done)
-
-
-def end_all(message: str) -> None:
-    """Ends all processes, to be started again, with this message to the others; alone it only
-    returns."""
-    if _watch is not None:
-        _watch.fail(cli.STOPPED, message)
-        _exit(cli.STOPPED, None)
 
 
 def of_first(make: Callable[[], T]) -> T:

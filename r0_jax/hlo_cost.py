@@ -7,7 +7,6 @@ counted as often as it runs: a loop as often as the compiler knows it to, or as 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
          "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
@@ -109,7 +108,7 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
             total.add(of(called[0]), 1.0)
         elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
             fused = computations.get(called[0]) if one.opcode == "fusion" and called else None
-            total.hbm_bytes += _moved(one, instructions, fused)
+            total.hbm_bytes += _moved(one, instructions, computations, fused)
             for inner in [one, *(fused or {}).values()]:
                 if kind := _collective(inner.opcode):
                     total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1.0)
@@ -130,11 +129,13 @@ def _trips(loop: _Instruction, computations, otherwise: float) -> float:
     return otherwise
 
 
-def _moved(one: _Instruction, instructions, fused) -> float:
+def _moved(one: _Instruction, instructions, computations, fused) -> float:
     """Bytes of HBM that an instruction reads and writes. What lies in the chip's own fast memory
     moves none; of an operand that is only sliced, and a result that is written into another, the
     slice counts."""
-    if one.opcode == "dynamic-slice":
+    if one.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in one.text:
+        return 0.0
+    if one.opcode in ("dynamic-slice", "slice"):
         return 2 * _bytes(one.shape)
     if one.opcode == "dynamic-update-slice":
         return 2 * _bytes(instructions[one.operands[1]].shape)
@@ -142,23 +143,61 @@ def _moved(one: _Instruction, instructions, fused) -> float:
             for name in one.operands]
     written = _bytes(one.shape)
     if fused is not None:
-        read = [min(whole, part) for whole, part in zip(read, _parts(fused), strict=False)]
-        root = next((x for x in fused.values() if x.is_root), None)
-        if root is not None and root.opcode == "dynamic-update-slice":
-            written = min(written, _bytes(fused[root.operands[1]].shape))
+        read = [min(whole, _read(_parameter(fused, i).name, fused, computations))
+                for i, whole in enumerate(read)]
+        written = min(written, _written(_root(fused), one.shape, fused, computations))
     return sum(read) + written
 
 
-def _parts(fused) -> Iterator[float]:
-    """What is read of each parameter of a fusion, in order."""
-    parameters = [x for x in fused.values() if x.opcode == "parameter"]
-    for parameter in sorted(parameters, key=lambda x: int(re.match(r"\d+", x.text)[0])):
-        users = [x for x in fused.values() if parameter.name in x.operands]
-        sliced = [_bytes(x.shape, anywhere=True) for x in users if x.opcode in
-                  ("dynamic-slice", "slice") and x.operands[0] == parameter.name]
-        into = [x for x in users if x.opcode == "dynamic-update-slice"
-                and x.operands[0] == parameter.name]
-        yield sum(sliced) if len(sliced) + len(into) == len(users) else math.inf
+def _parameter(computation, number: int) -> _Instruction:
+    return next(x for x in computation.values()
+                if x.opcode == "parameter" and x.text.startswith(f"{number})"))
+
+
+def _root(computation) -> _Instruction:
+    return next(x for x in computation.values() if x.is_root)
+
+
+def _called(one: _Instruction, computations):
+    return computations[_CALLED.search(one.text)[1].strip("%")]
+
+
+def _read(name: str, computation, computations) -> float:
+    """Bytes that a fusion reads of a value: infinite where it is not only sliced, here or in a
+    fusion within."""
+    total = 0.0
+    for user in computation.values():
+        for i, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.opcode in ("dynamic-slice", "slice") and i == 0:
+                total += _bytes(user.shape, anywhere=True)
+            elif user.opcode == "fusion":
+                inner = _called(user, computations)
+                total += _read(_parameter(inner, i).name, inner, computations)
+            elif user.opcode == "bitcast" and not user.is_root:
+                total += _read(user.name, computation, computations)
+            elif user.opcode != "dynamic-update-slice" or i != 0:  # of which nothing is read
+                return math.inf
+    return total
+
+
+def _written(one: _Instruction, shape: str, computation, computations) -> float:
+    """Bytes that a fusion writes of a result that has this shape outside of it."""
+    if one.opcode == "dynamic-update-slice":
+        return _bytes(computation[one.operands[1]].shape, anywhere=True)
+    if one.opcode == "bitcast" and one.operands[0] in computation:
+        return _written(computation[one.operands[0]], shape, computation, computations)
+    if one.opcode == "fusion":
+        inner = _called(one, computations)
+        return _written(_root(inner), shape, inner, computations)
+    if one.opcode == "tuple":
+        parts = [match[0] for match in _ARRAY.finditer(shape)]
+        if len(parts) == len(one.operands):
+            return sum(min(_bytes(part), _written(computation[name], part, computation,
+                                                  computations))
+                       for part, name in zip(parts, one.operands, strict=True))
+    return math.inf
 
 
 def _bytes(shape: str, anywhere: bool = False) -> float:

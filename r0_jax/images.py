@@ -181,6 +181,11 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
     return [*result[: lines - 1], last.rstrip() + "…"]
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one under which `write_bytes` has not finished."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes the whole file or none of it, making its folder; a full disk is an InputError."""
     path = Path(path)

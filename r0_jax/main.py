@@ -8,6 +8,8 @@ from pathlib import Path
 from absl import flags
 
 from r0_jax import cli, distributed, mirror, train
+from r0_jax.progress import console
+from r0_jax.stop_signal import Stopped, StopSignal
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:// or s3://; by "
@@ -17,10 +19,15 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:
 def main(argv: list[str]) -> int:
     del argv
     asked = _WORKDIR.value or Path("runs", cli.config_name())
-    with distributed.joined(_CONFIG.value):
-        train.enable_compilation_cache(_CONFIG.value)
-        with mirror.workdir(asked, training=True) as folder:
-            ended = train.train_and_evaluate(_CONFIG.value, folder)
+    try:
+        with StopSignal() as stop, distributed.joined(_CONFIG.value):
+            train.enable_compilation_cache(_CONFIG.value)
+            with mirror.workdir(asked, training=True) as folder:
+                ended = train.train_and_evaluate(_CONFIG.value, folder, stop)
+                stop.defer()  # what the store has not got yet
+    except Stopped:
+        console.print("stopped; what was trained is saved: the same command continues")
+        ended = False
     # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
     return 0 if ended else cli.STOPPED
 

@@ -36,11 +36,13 @@ class MetricWriter:
         tensorboard: bool = True,
         wandb: bool = False,
         resume_step: int | None = None,
+        evaluated: bool = True,
     ):
         """Opens the files for appending.
 
-        With `resume_step` everything a former run wrote after that step is dropped first (0: the
-        run starts anew), so that no step is there twice. Half a line, left by a kill, goes too.
+        With `resume_step` everything a former run wrote after that step is dropped first (-1: the
+        run starts anew), so that nothing is there twice; where that step is not `evaluated`, what
+        an evaluation of it wrote, too. Half a line, left by a kill, goes as well.
         """
         self.path = Path(workdir) / "metrics.jsonl"
         self._file = self._events = self._wandb = None
@@ -50,7 +52,8 @@ class MetricWriter:
             self._wandb = _start_wandb(self.path.parent)
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _repair(self.path, resume_step)
+            _repair(self.path, math.inf if resume_step is None else float(resume_step),
+                    evaluated)
             self._file = _open(self.path)
             if tensorboard:
                 self._events = _TensorBoard(self.path.parent / "tensorboard", resume_step)
@@ -225,13 +228,19 @@ def _append(file: io.FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _repair(path: Path, last_step: int | None) -> None:
-    """Drops lines after `last_step` and what is not a whole line, all or nothing."""
-    last_step = math.inf if last_step is None else last_step
+def _repair(path: Path, last_step: float, evaluated: bool) -> None:
+    """Drops lines after `last_step` and what is not a whole line, all or nothing; also of
+    `last_step` the lines of an evaluation, unless it is `evaluated`."""
     if not path.exists():
         return
+
+    def is_kept(line: bytes) -> bool:
+        step = _step(line)
+        return step < last_step or (step == last_step and (
+            evaluated or any(name.startswith("train/") for name in json.loads(line))))
+
     old = path.read_bytes()
-    lines = [line for line in old.split(b"\n") if _step(line) <= last_step]
+    lines = [line for line in old.split(b"\n") if is_kept(line)]
     new = b"".join(line + b"\n" for line in lines)
     if new != old:
         write_bytes(path, new)

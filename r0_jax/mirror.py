@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from r0_jax import remote
+from r0_jax import images, remote
 from r0_jax.errors import InputError
 from r0_jax.progress import console
 from r0_jax.remote import Stamp
@@ -171,24 +171,28 @@ class _Mirror:
             changed = {name: stamp for name in here if _step(name) not in steps
                        and (stamp := remote.stamp_of(self.folder / name))
                        and stamp != self.same.get(name)}
-            self._upload(changed)
+            there = self._upload(changed)
             self._delete(gone)
-            if changed:
-                self._note_times(changed)
+            if there:
+                self._note_times({name: changed[name] for name in there})
 
-    def _upload(self, names: Mapping[str, Stamp]) -> None:
-        """First what is no checkpoint, so that no checkpoint is there before what was measured up
-        to it; then checkpoints; then what makes them such."""
+    def _upload(self, names: Mapping[str, Stamp]) -> set[str]:
+        """The names of what was still there. First goes what is no checkpoint, so that none is
+        there before what was measured up to it; then checkpoints; then what makes them such."""
+        done = set()
+
         def put(name: str) -> None:
             path = self.folder / name
             try:
                 remote.store(self.url).put_file(str(path), remote.below(self.url, name))
+                done.add(name)
             except FileNotFoundError:
                 if path.exists():  # else it was deleted since
                     raise
 
         for kind in (0, 1, 2):
             remote.in_parallel(put, [name for name in names if _kind(name) == kind])
+        return done
 
     def _delete(self, names: set[str]) -> None:
         def remove(name: str) -> None:
@@ -227,6 +231,8 @@ class _Mirror:
 
     def _is_mirrored(self, name: str) -> bool:
         parts = name.split("/")
+        if images.is_temporary(parts[-1]):
+            return False
         if parts[0] == "checkpoints":
             return self.has_checkpoints and _step(name) is not None
         return parts[0] not in _MADE_ANEW and not any(part.startswith(".") for part in parts)

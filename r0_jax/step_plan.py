@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -118,23 +120,24 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     lowered = traced.lower(lowering_platforms=("tpu",))
     middle = time.perf_counter()
     kinds = bytes_by_kind(built)
+    beside = unused_bytes(traced.jaxpr.jaxpr, built)
     try:
         compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as error:
-        if (peak := _needed(str(error))) is None:
+        if (needed := _needed(str(error))) is None:
             raise
-        compiled, costs = None, None
+        compiled, costs, peak = None, None, needed + beside
     else:
         memory = compiled.memory_analysis()
         # Not temp_size_in_bytes, which counts what never lives at once.
-        peak = float(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes)
+        peak = float(memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) + beside
         kinds["code"] = float(memory.generated_code_size_in_bytes)
         costs = hlo_cost.cost(compiled.as_text(), trips)
     end = time.perf_counter()
     kinds["activations"] = peak - sum(kinds.values())
     fits = compiled is not None and peak <= chip.hbm_bytes
     seconds = None if costs is None else {
-        "compute": executed / mesh.size / chip.flops,
+        "compute": executed * repeated(built) / mesh.size / chip.flops,
         "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth}
     if costs and costs.dcn_bytes and chip.dcn_bandwidth:
@@ -181,6 +184,22 @@ def bytes_by_kind(built: Program) -> dict[str, float]:
              "batch": batch}
     return {kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree))))
             for kind, tree in kinds.items()}
+
+
+def unused_bytes(step: Jaxpr, built: Program) -> float:
+    """Of a chip: weights that lie there while the step runs, which takes them but does not look at
+    them, and which the compiler leaves out: text towers whose features were computed before."""
+    _, used = partial_eval.dce_jaxpr(step, [True] * len(step.outvars))
+    leaves = jax.tree.leaves(built.abstract)
+    return float(sum(_shard_bytes(x) for x, is_used in zip(leaves, used, strict=True)
+                     if not is_used))
+
+
+def repeated(built: Program) -> int:
+    """How many chips do the same: those of one `tensor`, unless it splits the generator."""
+    weights = jax.tree.leaves(built.abstract_frozen["base"])
+    split = any("tensor" in jax.tree.leaves(tuple(x.sharding.spec)) for x in weights)
+    return 1 if split else built.mesh.shape["tensor"]
 
 
 def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: float) -> list[str]:

@@ -11,7 +11,7 @@ from r0_jax import sharding
 
 
 class Stopped(BaseException):
-    """A SIGTERM came while nothing was to be saved.
+    """A SIGTERM came while nothing was to be saved: what was trained is saved already.
 
     As KeyboardInterrupt is, no Exception: it may come inside of any call, and whoever asks there
     what is wrong with a file or a reward would take it for the answer.
@@ -20,10 +20,14 @@ class Stopped(BaseException):
 
 class StopSignal:
     """What a SIGTERM does: raise Stopped at once, or, inside `deferred`, make `requested` true on
-    all processes at the same step. A context manager."""
+    all processes at the same step. A context manager.
+
+    Attributes:
+      came: whether one came to this process.
+    """
 
     def __init__(self):
-        self._came = self._deferred = False
+        self.came = self._deferred = False
         self._asked: jax.Array | None = None  # the answer of all processes, of the last time
 
     def __enter__(self) -> "StopSignal":
@@ -35,9 +39,13 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         del number, frame
-        self._came = True
-        if not self._deferred:
+        again, self.came = self.came, True
+        if not self._deferred and not again:  # what the first one began is not broken off
             raise Stopped
+
+    def defer(self) -> None:
+        """From here on a SIGTERM is only noted."""
+        self._deferred = True
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -57,7 +65,7 @@ class StopSignal:
         behind the step that is being computed, which nobody waits for here. All call it equally
         often."""
         if jax.process_count() == 1:
-            return self._came
+            return self.came
         # Preemption may reach one host first: stop together, or collectives wait for ever.
-        before, self._asked = self._asked, sharding.any_process(self._came)
+        before, self._asked = self._asked, sharding.any_process(self.came)
         return before is not None and bool(np.asarray(before))

@@ -52,25 +52,20 @@ from r0_jax.train_state import TrainState
 from r0_jax.validation import Validation
 
 
-def train_and_evaluate(config: ConfigDict, folder: Path) -> bool:
+def train_and_evaluate(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
     """Trains to `config.steps`, continuing from the newest checkpoint in `folder` if there is one;
-    then makes the table and the report. A SIGTERM saves and returns False."""
-    with StopSignal() as stop, contextlib.ExitStack() as held:
-        try:
-            if not _train(config, folder, stop, held):
-                return False
-            # What training held on the devices is gone by now.
-            table = testbed.evaluate_run(folder, config) if config.test.prompts else None
-            if jax.process_index() == 0:
-                if table is not None:
-                    report.print_table(table)
-                print(f"report: {report.write_report(folder)}")
-            return True
-        except Stopped:
-            distributed.end_all("was asked to stop, and all stop; what was trained is saved: the "
-                                "same command continues")
-            console.print("stopped; what was trained is saved: the same command continues")
+    then makes the table and the report. A SIGTERM in training saves and returns False, at any other
+    time it raises Stopped."""
+    with contextlib.ExitStack() as held:
+        if not _train(config, folder, stop, held):
             return False
+        # What training held on the devices is gone by now.
+        table = testbed.evaluate_run(folder, config) if config.test.prompts else None
+        if jax.process_index() == 0:
+            if table is not None:
+                report.print_table(table)
+            print(f"report: {report.write_report(folder)}")
+        return True
 
 
 def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.ExitStack) -> bool:
@@ -133,9 +128,12 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
                                 trained_on + heldout, frozen, {r.name for r in heldout}, mesh,
                                 stop.check)
         with stop.deferred():
-            return loop(config, folder, state, started, measured, built.step, frozen,
-                        functools.partial(device_batches, read, config, mesh), validation,
-                        checkpoints, stop)
+            ended = loop(config, folder, state, started, measured, built.step, frozen,
+                         functools.partial(device_batches, read, config, mesh), validation,
+                         checkpoints, stop)
+    if ended and stop.came:  # too late for the loop
+        raise Stopped
+    return ended
 
 
 def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) -> tuple[bool, str]:
@@ -146,7 +144,7 @@ def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) ->
         raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
                          "steps, or give another --workdir")
     config_digest = workdir.check_same_run(folder, config)
-    started = bool(checkpoint.steps(folder))
+    started = checkpoint.is_begun(folder)
     if not started:
         prompt_dataset.remove(folder / "prompts")  # of another config
         (folder / "eval_prompts.json").unlink(missing_ok=True)
@@ -207,7 +205,7 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, mea
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
     writer = MetricWriter(folder, config.tensorboard, config.wandb,
-                          resume_step=first if resumed else -1)
+                          resume_step=first if resumed else -1, evaluated=measured)
     with writer, TrainingProgress(config.steps, first, console) as progress:
 
         def is_measured(step: int) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from configs import common
 from r0_jax import data, distributed, replicas, sharding
 from r0_jax.errors import InputError
-from r0_jax.stop_signal import StopSignal
+from r0_jax.stop_signal import Stopped, StopSignal
 
 STEPS, TROUBLED = 6, 3
 
@@ -73,7 +73,7 @@ def make(trouble: str) -> None:
     if trouble == "bug":
         raise RuntimeError("a bug")
     if trouble == "asked":
-        distributed.end_all("was asked to stop")
+        raise Stopped
     if trouble == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if trouble == "frozen":

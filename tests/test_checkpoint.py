@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fast_xla
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +90,7 @@ def run(program, *arguments):
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", header + program, *map(str, arguments)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_xla.FLAGS},
     )  # fmt: skip
 
 
@@ -241,6 +242,11 @@ def arrays(step):
     return [path for path in files(step / "state") if path.stat().st_size > 10_000]
 
 
+def replace(path, text):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir() if text is None else path.write_text(text, "utf-8")
+
+
 HARM = {
     # Of each KiB: a reader of one field does not see a bit in another, and their order in a file
     # is orbax's own.
@@ -252,6 +258,9 @@ HARM = {
     "half the names": lambda step: os.truncate(step / "state" / "_METADATA", 300),
     "another number": lambda step: change(step / "metrics" / "metrics", "0.5", "0.7"),
     "half the metadata": lambda step: os.truncate(step / "metrics" / "metrics", 30),
+    "a folder for the metadata": lambda step: replace(step / "metrics" / "metrics", None),
+    "a file for its folder": lambda step: replace(step / "metrics", "x"),
+    "metadata without an end": lambda step: replace(step / "metrics" / "metrics", "[" * 100_000),
     "nothing": lambda step: [shutil.rmtree(f) for f in step.iterdir() if f.is_dir()],
 }
 
@@ -298,6 +307,14 @@ def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
         with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
             checkpoints.restore(target(1))
     assert checkpoint.steps(copied) == []
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read: bring one back"):
+        checkpoint.is_begun(copied)  # which another start would not begin anew
+
+
+def test_what_is_not_named_as_a_step_is_none(copied):
+    for name in ("0030", "\N{ARABIC-INDIC DIGIT FOUR}", "40.damaged"):
+        shutil.copytree(copied / "checkpoints" / "20", copied / "checkpoints" / name)
+    assert checkpoint.steps(copied) == [10, 20] and checkpoint.is_begun(copied)
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path, state):

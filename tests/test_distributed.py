@@ -1,5 +1,6 @@
 """Which environments make a process one of many, without starting any."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_what_the_launcher_would_run():
     for process, line in enumerate(result.stdout.splitlines()):
         assert f"JAX_PROCESS_ID={process} " in line and "JAX_NUM_PROCESSES=2 " in line
         assert "JAX_NUM_CPU_DEVICES=4" in line and "-m r0_jax.main '--config=a b.py'" in line
+
+
+def test_the_launcher_ends_when_nobody_reads_what_it_prints():
+    command = [sys.executable, "launch/local.py", "--processes=2", "--", "-c",
+               "while True: print(0)"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as run:
+        assert run.stdout.readline() in ("[0] 0\n", "[1] 0\n")
+        run.stdout.close()
+        assert run.wait(timeout=60) == 128 + signal.SIGTERM
+        assert "Traceback" not in run.stderr.read()
 
 
 def launch(*flags):

@@ -33,12 +33,12 @@ def test_shell_scripts_pass_shellcheck(script):
 
 
 def start(script, *arguments, path=None, **env):
-    """Runs a script with `path` before all other programs."""
+    """Runs a script, wherever that is, with `path` before all other programs."""
     env = os.environ | env
     if path is not None:
         env["PATH"] = f"{path}:{env['PATH']}"
-    return subprocess.run(["bash", script, *arguments], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=60)
+    return subprocess.run(["bash", script, *arguments], cwd=ROOT / "tests", env=env,
+                          capture_output=True, text=True, timeout=60)
 
 
 def program(folder, name, body):
@@ -97,11 +97,13 @@ def test_several_slices_are_made_at_once_and_started_one_after_the_other():
 @pytest.mark.parametrize("arguments, env, said", [
     ([], {}, "TPU_SLICES  slices"), (["start"], {}, "launch/tpu_pod.sh create wait"),
     (["create"], {"TPU_TYPE": "h100"}, "TPU_TYPE=h100 is none of v4-*"),
-    (["create"], {"TPU_NAME": ""}, "TPU_NAME: must be set"),
+    (["create"], {"TPU_NAME": ""}, "error: TPU_NAME is not set"),
+    (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is no number from 1 on"),
+    (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is no number from 1 on"),
     (["run"], {}, "run needs -- --config=")])
 def test_what_is_missing_is_said(arguments, env, said):
     result = pod(*arguments, **env)
-    assert result.returncode != 0 and said in result.stderr and result.stdout == ""
+    assert result.returncode == 2 and said in result.stderr and result.stdout == ""
 
 
 @pytest.mark.parametrize("says, status", [
@@ -160,16 +162,17 @@ def test_sbatch_knows_the_options():
 
 def test_slurms_dry_run_prints_the_line_of_srun(tmp_path):
     program(tmp_path, "srun", "exit 1")
-    result = start(SLURM, "--dry-run", *RUN, path=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert shlex.split(result.stdout) == [
-        "srun", "--kill-on-bad-exit=1", ".venv/bin/python", "-m", "r0_jax.main", *RUN]
+    for arguments in (["--dry-run", *RUN], [*RUN, "--dry-run"]):
+        result = start(SLURM, *arguments, path=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert shlex.split(result.stdout) == [
+            "srun", "--kill-on-bad-exit=1", ".venv/bin/python", "-m", "r0_jax.main", *RUN]
 
 
 def test_slurms_script_is_for_sbatch():
     env = {"SLURM_SUBMIT_DIR": ""}
     result = start(SLURM, *RUN, **env)
-    assert result.returncode != 0 and "submit this file with sbatch" in result.stderr
+    assert result.returncode == 2 and "error: submit this file with sbatch" in result.stderr
 
 
 @pytest.mark.parametrize("sent, ends, status, requeued", [
@@ -205,8 +208,12 @@ def jobset(text=None):
     return yaml.safe_load(JOBSET.read_text("utf-8") if text is None else text)
 
 
+def job_of(found):
+    return found["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
 def pod_of(found):
-    return found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    return job_of(found)["template"]["spec"]
 
 
 def test_the_jobset_follows_its_schema():
@@ -215,6 +222,8 @@ def test_the_jobset_follows_its_schema():
     jsonschema.validate(found, SCHEMA)
     typing_errors = [
         lambda x: x["spec"]["failurePolicy"].update(maxRestart=1),
+        lambda x: x["spec"]["failurePolicy"]["rules"][0].update(action="FailJob"),
+        lambda x: job_of(x)["podFailurePolicy"]["rules"][0].pop("onExitCodes"),
         lambda x: x["spec"]["replicatedJobs"][0].update(name="Slice_0"),
         lambda x: pod_of(x).pop("restartPolicy"),
         lambda x: pod_of(x)["nodeSelector"].update({"cloud.google.com/gke-spot": True}),
@@ -228,7 +237,7 @@ def test_the_jobset_follows_its_schema():
 
 def test_the_jobsets_topology_is_that_of_its_hosts():
     found = jobset()
-    job, spec = found["spec"]["replicatedJobs"][0]["template"]["spec"], pod_of(found)
+    job, spec = job_of(found), pod_of(found)
     rows, columns = spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     [container] = spec["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
@@ -267,7 +276,8 @@ def test_the_jobset_for_gpus_names_its_first_pod():
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.suffix)
 def test_a_container_is_built_of_what_is_there(file):
-    lines = [line.split(maxsplit=1) for line in file.read_text("utf-8").splitlines()
+    text = file.read_text("utf-8").replace("\\\n", "")
+    lines = [line.split(maxsplit=1) for line in text.splitlines()
              if line and not line.startswith("#")]
     assert {word for word, _ in lines} <= {"FROM", "WORKDIR", "COPY", "RUN", "ENTRYPOINT"}
     [base] = [rest for word, rest in lines if word == "FROM"]
@@ -280,4 +290,5 @@ def test_a_container_is_built_of_what_is_there(file):
         asked = re.findall(r"^-r (\S+)", (ROOT / name).read_text("utf-8"), re.MULTILINE)
         assert set(asked) <= set(copied)
     [entry] = [json.loads(rest) for word, rest in lines if word == "ENTRYPOINT"]
-    assert entry == ["python", "-m", "r0_jax.main"] and {"r0_jax", "configs"} <= set(copied)
+    assert entry == ["tini", "--", "python", "-m", "r0_jax.main"]
+    assert {"r0_jax", "configs"} <= set(copied)

@@ -73,6 +73,17 @@ def test_resume_drops_what_came_after_and_half_a_line(tmp_path):
         assert read(tmp_path) == []
 
 
+def test_resume_drops_an_evaluation_that_comes_again(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in (0, 2):
+            writer.write(step, {"train/loss": step})
+            writer.write(step, {"heldout/x": step, "hacking/contrast": 1})
+    for evaluated in (True, False):
+        with MetricWriter(tmp_path, tensorboard=False, resume_step=2, evaluated=evaluated):
+            assert [line.get("heldout/x") for line in read(tmp_path)] == (
+                [None, 0, None, 2] if evaluated else [None, 0, None])
+
+
 def test_without_resume_step_all_whole_lines_stay(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 7, "x": 1}\n{"step": 8, "x": 2}\n{"step": 9, \xe9')

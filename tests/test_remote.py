@@ -242,6 +242,18 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
         assert {name.split("/")[1] for name in files(there) if "checkpoints" in name} == {"2"}
 
 
+def test_a_file_that_is_being_written_is_no_file_of_a_checkpoint(store):  # noqa: F811
+    """Seen once and gone, it would take its checkpoint for one that is being deleted."""
+    with mirror.workdir("s3://bucket/w", training=True) as folder:
+        write(folder, **{"checkpoints__1__metrics__metrics": "{}", "checkpoints__1__state__a": "x",
+                         "checkpoints__1__metrics__.metrics.7.tmp": "{"})
+        mirror.push(folder)
+        (folder / "checkpoints/1/metrics/.metrics.7.tmp").unlink()
+        mirror.push(folder)
+    assert set(files(store / "bucket/w")) == {"checkpoints/1/metrics/metrics",
+                                              "checkpoints/1/state/a"}
+
+
 def small_state(step: int):
     params = {"a.kernel": jnp.arange(6.0).reshape(2, 3) + step, "b.bias": jnp.ones(3)}
     state = train_state.init(params, optax.sgd(1e-2))

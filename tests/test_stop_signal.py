@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from r0_jax import checkpoint, miniature, train, validation
+from r0_jax.stop_signal import StopSignal
 
 
 def config_in(folder) -> ConfigDict:
@@ -42,13 +43,14 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_start_evaluates(tmp_path, m
         return draw(*args)
 
     monkeypatch.setattr(validation, "draw", draw_and_stop)
-    assert not train.train_and_evaluate(config, folder)
+    with StopSignal() as stop:
+        assert not train.train_and_evaluate(config, folder, stop)
     assert len(drawn) == 3 and checkpoint.steps(folder) == [0, 2]
     assert checkpoint.read_metadata(folder, 2)["metrics"] == {}
     evaluated = [line["step"] for line in measured(folder) if "heldout/blueness" in line]
     assert evaluated == [0] and measured(folder)[-1].keys() >= {"train/loss"}
 
-    assert train.train_and_evaluate(config, folder)
+    assert train.train_and_evaluate(config, folder, StopSignal())
     lines = measured(folder)
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "heldout/blueness" in line] == [0, 2, 4]
