@@ -3,10 +3,13 @@
     python -m benchmarks.scale --out=docs/scale.md
 
 compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt), one after the other: two to five minutes each on two cores. What
-runs/scale holds already is not compiled again; --only=sdxl compiles rows whose name has that in it.
+(requirements-tpu.txt), one after the other: two to five minutes each on two cores, full fine-tuning
+five to fifteen. What runs/scale holds already is not compiled again: empty it after a change of the
+step or of what counts it. --only=sdxl compiles rows whose name has that in it.
 """
 
+import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -18,7 +21,9 @@ from absl import flags
 
 from benchmarks import measure
 from r0_jax import cli
+from r0_jax.errors import InputError
 from r0_jax.images import write_bytes
+from r0_jax.step_plan import Plan
 
 _OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
 _ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")
@@ -56,21 +61,39 @@ def rows() -> list[Row]:
 
 def main(argv: list[str]) -> None:
     del argv
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
+    failed = []
     for row in rows():
-        path = _RESULTS / f"{row.name}.json"
-        if _ONLY.value in row.name and not path.exists():
+        if _ONLY.value in row.name and not _read(row):
             print(row.name, flush=True)
             ended = subprocess.run([sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
                                    stdout=subprocess.PIPE, check=False)
             if ended.returncode == 0:
-                write_bytes(path, ended.stdout)
+                write_bytes(_path(row), ended.stdout)
+            else:
+                failed.append(row.name)
     measure.publish(_OUT.value, "## What fits, and what bounds it", document())
+    if failed:
+        raise InputError(f"not compiled, see above: {', '.join(failed)}")
+
+
+def _path(row: Row) -> Path:
+    return _RESULTS / f"{row.name}.json"
+
+
+def _read(row: Row) -> dict[str, Any] | None:
+    """What was found of a row; None where there is nothing, or half of it, or of another `plan`."""
+    try:
+        found = json.loads(_path(row).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if set(found) == {field.name for field in dataclasses.fields(Plan)} else None
 
 
 def document() -> str:
     """The tables of what was compiled."""
-    found = {row.name: json.loads((_RESULTS / f"{row.name}.json").read_text("utf-8"))
-             for row in rows() if (_RESULTS / f"{row.name}.json").exists()}
+    found = {row.name: read for row in rows() if (read := _read(row))}
     lines = ["| | | slice | a chip holds, GiB | fits | TFLOP a step | HBM, GB | sent, GB | "
              "bound by | images/s | MFU | compiled, s | host, GB |",
              "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|"]

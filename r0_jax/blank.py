@@ -39,24 +39,38 @@ _DECODERS = {"StableDiffusionPipeline": "taesd", "StableDiffusionXLPipeline": "t
              "StableDiffusion3Pipeline": "taesd3"}
 
 
-def write_pipeline(folder: Path, family: str) -> None:
-    """Writes a diffusers folder of a class of diffusers; its tokenizers know few words, and pad to
-    the published lengths."""
-    shutil.copytree(_PUBLISHED / _PIPELINES[family], folder)
+def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
+    """Writes a diffusers folder of a class of diffusers, of which it returns the published name;
+    its tokenizers know few words, and pad to the published lengths. `chinese`: of Stable Diffusion
+    1.x it is Taiyi."""
+    name = _PIPELINES[family]
+    shutil.copytree(_PUBLISHED / name, folder)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    if chinese and family == "StableDiffusionPipeline":
+        name = "taiyi"
+        shutil.copytree(_PUBLISHED / name, folder, dirs_exist_ok=True)
+        index |= {"text_encoder": ["transformers", "BertModel"],
+                  "tokenizer": ["transformers", "BertTokenizer"]}
+        (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
     for part, (library, kind) in _parts(index).items():
         if kind in NETWORKS:
             build, stem = NETWORKS[kind]
             fields = json.loads((folder / part / "config.json").read_text("utf-8"))
             _write_zeros(folder / part / f"{stem}.safetensors",
                          Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs)))
+        elif kind == "BertTokenizer":
+            fields = _read(folder / "text_encoder" / "config.json")
+            miniature.write_tokenizer(folder / part, kind, "[PAD]",
+                                      fields["max_position_embeddings"], fields["vocab_size"])
         elif library == "transformers" and part.startswith("tokenizer"):
             pad = "<pad>" if kind.startswith("T5") else miniature.EOS
             miniature.write_tokenizer(folder / part, kind, pad, length=77)
+    return name
 
 
-def write_reward(folder: Path, kind: str) -> None:
-    """Writes a folder of a type of reward that has one; InputError for any other."""
+def write_reward(folder: Path, kind: str) -> str:
+    """Writes a folder of a type of reward that has one, and returns the published name; InputError
+    for any other."""
     if kind not in _REWARDS:
         raise InputError(f"a reward of type {kind!r} has no published size: give it a path")
     shutil.copytree(_PUBLISHED / _REWARDS[kind], folder)
@@ -72,14 +86,17 @@ def write_reward(folder: Path, kind: str) -> None:
     if kind == "aesthetic":
         _write_zeros(folder / aesthetic.HEAD, Network.abstract(
             lambda rngs: ScoreMLP(network.config.projection_dim, rngs=rngs)))
+    return kind
 
 
-def write_decoder(folder: Path, family: str) -> None:
-    """Writes the folder of the tiny autoencoder that belongs to a family's latents."""
+def write_decoder(folder: Path, family: str) -> str:
+    """Writes the folder of the tiny autoencoder that belongs to a family's latents, and returns the
+    published name."""
     shutil.copytree(_PUBLISHED / _DECODERS[family], folder)
     config = AutoencoderTinyConfig.from_json(_read(folder / "config.json"))
     _write_zeros(folder / "diffusion_pytorch_model.safetensors",
                  Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs)))
+    return _DECODERS[family]
 
 
 def _tower(folder: Path, kind: str):

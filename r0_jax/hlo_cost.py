@@ -136,7 +136,8 @@ def _moved(one: _Instruction, instructions, computations, fused) -> float:
     if one.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in one.text:
         return 0.0
     if one.opcode in ("dynamic-slice", "slice"):
-        return 2 * _bytes(one.shape)
+        whole = _bytes(instructions[one.operands[0]].shape)
+        return min(whole, _bytes(one.shape, anywhere=True)) + _bytes(one.shape)
     if one.opcode == "dynamic-update-slice":
         return 2 * _bytes(instructions[one.operands[1]].shape)
     read = [_bytes(instructions[name].shape) if name in instructions else 0.0

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -25,11 +24,14 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.train_state import TrainState
 from r0_jax.train_step import make_train_step
 
+Columns = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> shape of a row, dtype
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Attributes:
       frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
+      columns: shape and dtype of what a prompt is in a batch, where prompts were encoded before.
     """
 
     config: ConfigDict
@@ -39,6 +41,12 @@ class Program:
     objective: Objective
     optimizer: optax.GradientTransformation
     frozen: dict[str, Any]
+    columns: Columns | None
+
+    def changed(self, *, config: ConfigDict | None = None, mesh: Mesh | None = None) -> "Program":
+        """The same networks and rewards by another config or on another mesh."""
+        return build(config or self.config, mesh or self.mesh, self.pipeline,
+                     self.objective.rewards, self.columns)
 
     def init(self, base: Params) -> TrainState:
         """The state before the first step."""
@@ -84,15 +92,14 @@ class Program:
     def abstract(self) -> tuple[TrainState, dict[str, Any], dict[str, Any], Any]:
         """Shapes of what `step` takes, with their sharding."""
         split, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        if "text_encoder" in self.pipeline.networks:
+        columns = self.columns
+        if columns is None:
             columns = {name: (ids.shape[1:], ids.dtype)
                        for name, ids in self.pipeline.tokenize([""]).items()}
-        else:  # encoded before, and here of as many tokens as CLIP reads
-            columns = {name: (tuple(size or 77 for size in shape), jnp.bfloat16)
-                       for name, shape in self.pipeline.embed_shapes.items()}
-        for reward in self.objective.rewards:
-            if reward.text_features is not None:
-                columns[f"features/{reward.name}"] = ((reward.width,), reward.features_dtype)
+            for reward in self.objective.rewards:
+                if reward.text_features is not None:
+                    width = reward.width or reward.text_features(reward.params, [""]).shape[1]
+                    columns[f"features/{reward.name}"] = ((width,), reward.features_dtype)
         batch = {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=split)
                  for name, (shape, dtype) in columns.items()}
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -107,7 +114,8 @@ class Program:
                        donate_argnums=0)
 
 
-def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[Reward]) -> Program:
+def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[Reward],
+          columns: Columns | None = None) -> Program:
     """The program of a config, of a pipeline and of rewards that were loaded.
 
     Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
@@ -130,4 +138,5 @@ def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[
     objective = Objective(pipeline, generator, rewards, config, decoder,
                           gathered=sharding.replicated(mesh) if split else None)
     return Program(config, mesh, pipeline, generator, objective,
-                   optim.make_optimizer(config, config.regularizers.langevin.weight), frozen)
+                   optim.make_optimizer(config, config.regularizers.langevin.weight), frozen,
+                   columns)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import config_check, jaxpr_cost, lazy, sharding, step_plan
 from r0_jax.errors import InputError
+from r0_jax.program import Program
 from r0_jax.step_plan import Plan
 
 _STEPS = 5  # that are timed, after one that is not
@@ -35,6 +36,32 @@ def measure(config: ConfigDict, name: str) -> Plan:
     compiled = traced.lower().compile()
     end = time.perf_counter()
 
+    kinds = step_plan.bytes_by_kind(built)
+    kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
+    peak = sum(kinds.values())
+    seconds = None
+    if peak <= limit:  # or the operating system ends this process and others
+        try:
+            seconds = _seconds_per_step(built, compiled)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+    fits = seconds is not None
+    return Plan(
+        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=fits,
+        peak_bytes_per_chip=peak, hbm_bytes_per_chip=limit, bytes_per_chip=kinds,
+        flops_per_step=executed, model_flops_per_step=model, bytes_accessed=None,
+        collective_bytes=None, collective_bytes_by_kind=None, dcn_bytes=None, seconds=None,
+        measured_seconds_per_step=seconds, bound_by=None,
+        predicted_images_per_sec=config.batch_size / seconds if fits else None, predicted_mfu=None,
+        trace_seconds=middle - begin, compile_seconds=end - middle,
+        host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        suggestions=[] if fits else step_plan.suggest(config, built, kinds, peak - limit))
+
+
+def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:
     frozen = lazy.place(built.frozen, built.frozen_sharding)
     state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
     batch = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding),
@@ -45,19 +72,4 @@ def measure(config: ConfigDict, name: str) -> Plan:
         state, metrics = compiled(state, frozen, batch, jax.random.key(0))
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[1:])
-
-    kinds = step_plan.bytes_by_kind(built)
-    kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
-    peak = sum(kinds.values())
-    return Plan(
-        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=peak <= limit,
-        peak_bytes_per_chip=peak, hbm_bytes_per_chip=limit, bytes_per_chip=kinds,
-        flops_per_step=executed, model_flops_per_step=model, bytes_accessed=None,
-        collective_bytes=None, collective_bytes_by_kind=None, dcn_bytes=None, seconds=None,
-        measured_seconds_per_step=seconds, bound_by=None,
-        predicted_images_per_sec=config.batch_size / seconds, predicted_mfu=None,
-        trace_seconds=middle - begin, compile_seconds=end - middle,
-        host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, suggestions=[])
+    return statistics.median(times[1:])

@@ -30,12 +30,14 @@ from r0_jax import (
     hlo_cost,
     jaxpr_cost,
     program,
+    remote,
     rewards,
     sharding,
 )
-from r0_jax.errors import InputError
 from r0_jax.pipelines import families
+from r0_jax.pipelines.folder import read_index
 from r0_jax.program import Program
+from r0_jax.progress import console
 from r0_jax.topology import Chip
 
 _GIB = 2**30
@@ -72,26 +74,37 @@ class Plan:
 @contextlib.contextmanager
 def filled(config: ConfigDict) -> Iterator[ConfigDict]:
     """The config with weights of zeros, of the published sizes, in place of what is not set or not
-    there: they lie in a temporary folder that takes no room."""
-    config = copy.deepcopy(config)
+    there, which a line on standard error names: they lie in a temporary folder that takes no
+    room."""
+    families.check_family(config.family)
+    config, missing = copy.deepcopy(config), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        if not config.pretrained:
-            if not config.family:
-                raise InputError("neither pretrained nor family is set: there is nothing to plan")
-            blank.write_pipeline(root / "pipeline", config.family)
+        if config.family and not _is_there(config.pretrained):
+            # A reward that reads Chinese goes with a pipeline that does.
+            chinese = any(entry.type == "chinese_clip" for entry in config.rewards.values())
+            missing.append(blank.write_pipeline(root / "pipeline", config.family, chinese))
             config.pretrained = str(root / "pipeline")
-        if config.objective.decoder and not Path(config.objective.decoder).exists():
-            blank.write_decoder(root / "decoder", config.family)
+        families.check_there(config.pretrained, config.family)
+        if config.objective.decoder and not _is_there(config.objective.decoder):
+            family = read_index(remote.local(config.pretrained))["_class_name"]
+            missing.append(blank.write_decoder(root / "decoder", family))
             config.objective.decoder = str(root / "decoder")
         for reward, entry in config.rewards.items():
-            if entry.path and not Path(entry.path).exists():
-                blank.write_reward(root / reward, entry.type)
+            if entry.type != "function" and not _is_there(entry.path):
+                missing.append(blank.write_reward(root / reward, entry.type))
                 entry.path, entry.head = str(root / reward), ""
+        if missing:
+            console.print(f"not there, planned with the published sizes: {', '.join(missing)}",
+                          highlight=False, soft_wrap=True)
         if not (config.data.prompts or config.data.encoded):
             (root / "prompts.txt").write_text("a prompt\n", encoding="utf-8")
             config.data.prompts = str(root / "prompts.txt")
         yield config
+
+
+def _is_there(path: str) -> bool:
+    return bool(path) and (remote.url_of(path) is not None or Path(path).exists())
 
 
 def load(config: ConfigDict, mesh: Mesh) -> Program:
@@ -99,11 +112,17 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     encoded = encoded_prompts.open_of(config)
     text = encoded is None
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=text)
-    if encoded is not None:
-        pipeline = encoded.attach(pipeline)
     trained_on = [rewards.load(name, entry, config.dtype, text)
                   for name, entry in config.rewards.items()]
-    return program.build(config, mesh, pipeline, trained_on)
+    if encoded is None:
+        return program.build(config, mesh, pipeline, trained_on)
+    pipeline = encoded.attach(pipeline)
+    for reward in trained_on:
+        if reward.text_features is not None:
+            encoded.check_reward(reward, config.rewards[reward.name])
+    columns = {name: encoded.schema[name]
+               for name in encoded_prompts.columns_of(pipeline, trained_on)}
+    return program.build(config, mesh, pipeline, trained_on, columns)
 
 
 def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effort: float) -> Plan:
@@ -169,7 +188,7 @@ def model_flops(config: ConfigDict, built: Program, trips: float) -> float:
     """Operations of a step that computes nothing twice and fills no tiles."""
     plain = copy.deepcopy(config)
     plain.remat, plain.attention = "none", "xla"
-    other = program.build(plain, built.mesh, built.pipeline, built.objective.rewards)
+    other = built.changed(config=plain)
     return jaxpr_cost.flops(other.step.trace(*other.abstract).jaxpr.jaxpr, trips)
 
 
@@ -208,10 +227,11 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
     found = []
     devices = list(built.mesh.devices.flat)
     slices = len({getattr(device, "slice_index", 0) for device in devices})  # which fsdp stays in
-    fsdp = chips // slices
-    if built.mesh.shape["fsdp"] < fsdp:
-        whole = sharding.make_mesh({"data": slices, "fsdp": fsdp}, devices)
-        split = bytes_by_kind(program.build(config, whole, built.pipeline, built.objective.rewards))
+    tensor = built.mesh.shape["tensor"]
+    fsdp = chips // slices // tensor
+    if built.mesh.shape["fsdp"] < fsdp and config.batch_size % (slices * fsdp) == 0:
+        whole = sharding.make_mesh({"data": slices, "fsdp": fsdp, "tensor": tensor}, devices)
+        split = bytes_by_kind(built.changed(mesh=whole))
         found.append((f"--config.mesh.data={slices} --config.mesh.fsdp={fsdp}",
                       sum(kinds[kind] - size for kind, size in split.items())))
     if config.remat != "blocks":
@@ -227,6 +247,11 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
     if not config.lora.rank:
         found.append(("adapters instead of all weights (--config.lora.rank=32)",
                       kinds["parameters"] + kinds["ema"] + kinds["optimizer"]))
+    if tensor == share == 1 and fsdp % 2 == 0:
+        pairs = sharding.make_mesh({"data": slices, "fsdp": fsdp // 2, "tensor": 2}, devices)
+        if repeated(built.changed(mesh=pairs)) == 1:
+            found.append((f"two chips a sample (--config.mesh.data={slices} --config.mesh.fsdp="
+                          f"{fsdp // 2} --config.mesh.tensor=2 --config.device_batch=1)", None))
     return [what if saved is None else f"{what}: {saved / _GIB:.1f} GiB of {over / _GIB:.1f}"
             for what, saved in found]
 

@@ -58,7 +58,8 @@ def find(name: str) -> tuple[Chip, list[Any]]:
 
     Raises InputError for a name that is unknown, and where libtpu is not installed.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(v\d[ep]?)-(\d+)", name)
+    plain = name.replace("v5litepod-", "v5e-")  # as gcloud has it
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(v\d[ep]?)-(\d+)", plain)
     if not match or match[2] not in CHIPS:
         raise InputError(f"--topology={name} is unknown: use a TPU slice such as v5e-16, v5p-8, "
                          f"v6e-8 or 2xv5e-16 (known chips: {', '.join(CHIPS)}), or cpu or local, "
@@ -67,7 +68,7 @@ def find(name: str) -> tuple[Chip, list[Any]]:
     count, rest = divmod(int(match[3]), chip.cores)
     if rest or count not in shapes:
         known = ", ".join(f"{chip.name}-{n * chip.cores}" for n in shapes)
-        raise InputError(f"--topology={name}: there is no such slice; there are {known}")
+        raise InputError(f"--topology={name} is not known here; known are {known}")
     return chip, _devices(chip, shapes[count], int(match[1] or 1))
 
 

@@ -28,6 +28,14 @@ def test_pipelines(tmp_path, family):
     assert on_disk < 5e6  # of gigabytes
 
 
+def test_taiyi(tmp_path):
+    assert blank.write_pipeline(tmp_path / "pipeline", "StableDiffusionPipeline", True) == "taiyi"
+    pipeline = families.load(tmp_path / "pipeline", "bfloat16")
+    assert pipeline.tokenize(["一个红色的圆"])["input_ids"].shape == (1, 512)
+    words = pipeline.params["text_encoder"]["embeddings.word_embeddings.embedding"]
+    assert words.shape == (21128, 768)
+
+
 @pytest.mark.parametrize("kind", ["hps_v2_1", "image_reward", "clip_score", "aesthetic",
                                   "pickscore", "chinese_clip"])
 def test_rewards(tmp_path, kind):

@@ -146,6 +146,50 @@ def test_what_a_chip_sends_to_other_slices(kind, times):
     assert found.dcn_bytes == times * 256 * 1024 * 4 and found.collective_bytes == {}
 
 
+NESTED = """
+%slice (p: bf16[20,8,4], i: s32[]) -> bf16[8,4] {
+  %p = bf16[20,8,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %d = bf16[1,8,4]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,4}
+  ROOT %b = bf16[8,4]{1,0:T(8,128)(2,1)} bitcast(%d)
+}
+
+%update (q: f32[20,8,4], v: f32[1,8,4], j: s32[]) -> f32[20,8,4] {
+  %q = f32[20,8,4]{2,1,0:T(8,128)} parameter(0)
+  %v = f32[1,8,4]{2,1,0:T(8,128)} parameter(1)
+  %j = s32[]{:T(128)} parameter(2)
+  ROOT %u = f32[20,8,4]{2,1,0:T(8,128)} dynamic-update-slice(%q, %v, %j)
+}
+
+%product (w: bf16[20,8,4], x: bf16[16,8], k: s32[]) -> (bf16[16,4], f32[160,4]) {
+  %w = bf16[20,8,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(1)
+  %k = s32[]{:T(128)} parameter(2)
+  %s = f32[20,8,4]{2,1,0:T(8,128)} parameter(3)
+  %y = f32[1,8,4]{2,1,0:T(8,128)} parameter(4)
+  %f = bf16[8,4]{1,0:T(8,128)(2,1)} fusion(%w, %k), kind=kLoop, calls=%slice
+  %c = bf16[16,4]{1,0:T(8,128)(2,1)} convolution(%x, %f), dim_labels=bf_io->bf
+  %g = f32[20,8,4]{2,1,0:T(8,128)} fusion(%s, %y, %k), kind=kLoop, calls=%update
+  %h = f32[160,4]{1,0:T(8,128)} bitcast(%g)
+  ROOT %r = (bf16[16,4]{1,0:T(8,128)(2,1)}, f32[160,4]{1,0:T(8,128)}) tuple(%c, %h)
+}
+
+ENTRY %main (w: bf16[20,8,4], x: bf16[16,8], k: s32[]) -> (bf16[16,4], f32[160,4]) {
+  %w = bf16[20,8,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %k = s32[]{:T(128)S(6)} parameter(2)
+  %y = f32[1,8,4]{2,1,0:T(8,128)} parameter(3)
+  %s = f32[20,8,4]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %z = (bf16[16,4]{1,0}, f32[160,4]{1,0}) fusion(%w, %x, %k, %s, %y), calls=%product
+}
+"""
+
+
+def test_of_what_fusions_within_fusions_slice_the_slice_counts():
+    """One of 20 matrices is read and one written; x lies in VMEM, nothing is in the new buffer."""
+    assert hlo_cost.cost(NESTED).hbm_bytes == 8 * 4 * 2 + 16 * 4 * 2 + 2 * 8 * 4 * 4
+
+
 def test_a_tpus_program_says_less():
     """Its loops do not say how often they go round, arrays in VMEM move nothing through HBM."""
     found = hlo_cost.cost(TPU_LOOP)

@@ -27,6 +27,8 @@ from r0_jax import (
     prompt_dataset,
     record_shards,
     rewards,
+    sharding,
+    step_plan,
     train,
 )
 from r0_jax.errors import InputError
@@ -114,6 +116,11 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         train.check_encoded(encoded, config)
         bare = encoded.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
+        batches = encoded_prompts.batches(tmp_path / dtype,
+                                          encoded_prompts.columns_of(bare, found), *where)
+        planned = step_plan.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
+        assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+            name: (x.shape, x.dtype) for name, x in next(batches).items()}
         batches = encoded_prompts.batches(tmp_path / dtype,
                                           encoded_prompts.columns_of(bare, found), *where)
         loss, others = first_loss(config, bare, batches)

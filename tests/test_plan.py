@@ -5,13 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from dry_runs import cache  # noqa: F401 (a fixture)
+from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
-from configs import sd15_r0
+from configs import common, sd3_r0, sd15_r0, taiyi_r0
 from r0_jax import sharding, step_plan
 from r0_jax.errors import InputError
 from r0_jax.step_plan import Plan
@@ -63,6 +68,7 @@ def test_compiled_for_a_slice_that_is_not_there():
     (["--topology=cpu", "--config.batch_size=3"], "batch_size=3 does not split over 2 device(s)"),
     (["--topology=local"], "JAX finds no accelerator here"),
     ([], "topology"),
+    (["--topology=cpu", "--config.family=Foo"], "family='Foo' is unknown"),
 ])
 def test_wrong_flags_give_one_line(flags, said):
     ended = run(*flags)
@@ -73,8 +79,65 @@ def test_wrong_flags_give_one_line(flags, said):
 def test_without_weights_and_without_a_family():
     config = sd15_r0.get_config()
     config.family = ""
-    with pytest.raises(InputError, match="nothing to plan"), step_plan.filled(config):
+    with pytest.raises(InputError, match="pretrained is not set"), step_plan.filled(config):
         pass
+
+
+def test_what_is_not_there_is_filled_in_and_named(cache, tmp_path, capsys):  # noqa: F811
+    config = taiyi_r0.get_config("dryrun")
+    there, config.family = config.pretrained, ""
+    config.objective.decoder = str(tmp_path / "nowhere")
+    config.rewards.chinese_clip.path = ""
+    with step_plan.filled(config) as filled:
+        assert filled.pretrained == there and filled.objective.decoder.endswith("decoder")
+        assert filled.rewards.chinese_clip.path and config.rewards.chinese_clip.path == ""
+    assert capsys.readouterr().err == (
+        "not there, planned with the published sizes: taesd, chinese_clip\n")
+
+
+def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # noqa: F811
+    def score(images, features):
+        return jnp.mean(images, axis=(1, 2, 3)) * features[:, 0]
+
+    module = types.ModuleType("with_features")
+    module.score, module.score_text_features = score, lambda prompts: np.ones(
+        (len(prompts), 5), np.float32)
+    monkeypatch.setitem(sys.modules, "with_features", module)
+    config = sd15_r0.get_config("dryrun")
+    with config.unlocked():
+        config.rewards.mine = common.reward_entry("function", function="with_features:score")
+    built = step_plan.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    assert built.abstract[2]["features/mine"].shape == (config.batch_size, 5)
+    # Which the step reads; the towers of text whose features came with the batch it does not.
+    trace = built.step.trace(*built.abstract)
+    _, used = partial_eval.dce_jaxpr(trace.jaxpr.jaxpr, [True] * len(trace.jaxpr.jaxpr.outvars))
+    unused = [jax.tree_util.keystr(path) for (path, _), is_used in zip(
+        jax.tree_util.tree_leaves_with_path(built.abstract), used, strict=True) if not is_used]
+    assert any("text_model" in name for name in unused)
+    assert not any("features" in name or ".params" in name for name in unused)
+    assert step_plan.unused_bytes(trace.jaxpr.jaxpr, built) > 0
+
+
+@pytest.mark.parametrize(("recipe", "count"), [(sd15_r0, 2), (sd3_r0, 1)])
+def test_chips_that_repeat_each_other(cache, recipe, count):  # noqa: F811
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    assert step_plan.repeated(step_plan.load(recipe.get_config("dryrun"), mesh)) == count
+
+
+def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
+    config = sd3_r0.get_config("dryrun")
+    config.batch_size = 8
+
+    def suggested(**sizes):
+        built = step_plan.load(config, sharding.make_mesh(sizes))
+        kinds = step_plan.bytes_by_kind(built) | {"activations": 1.0}
+        return step_plan.suggest(config, built, kinds, 1.0)
+
+    found = suggested(data=4, tensor=2)
+    assert found[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=4: ")
+    assert not any("two chips" in line for line in found)
+    assert any("--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.device_batch=1" in line
+               for line in suggested(fsdp=8))
 
 
 @pytest.fixture

@@ -47,11 +47,16 @@ def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: 
     return _LOAD[found](folder, dtype, text, images)
 
 
-def check_there(folder: str, family: str) -> None:
-    """InputError, with what to put where, if there is no pretrained pipeline yet."""
+def check_family(family: str) -> None:
+    """InputError for what is no family."""
     if family and family not in FAMILIES:
         raise InputError(f"family={family!r} is unknown; known: {', '.join(FAMILIES)}, or '' for "
                          "any of them")
+
+
+def check_there(folder: str, family: str) -> None:
+    """InputError, with what to put where, if there is no pretrained pipeline yet."""
+    check_family(family)
     if folder and remote.has_file(folder, "model_index.json"):
         return
     problem = f"{folder} holds no model_index.json" if folder else "pretrained is not set"
