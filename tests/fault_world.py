@@ -19,6 +19,7 @@ from r0_jax import checkpoint, miniature
 
 ROOT = Path(__file__).parents[1]
 INTERVAL = 2  # steps between checkpoints
+EVALUATED = 8  # steps between evaluations
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL, Kubernetes' default
 
 RECIPE = """
@@ -40,7 +41,8 @@ def get_config():
     config.lora.rank = 4
     config.optimizer.learning_rate = 1e-3
     config.steps, config.batch_size = {steps}, 8
-    config.checkpoint_every, config.eval_every, config.keep_checkpoints = {interval}, 8, 2
+    config.checkpoint_every, config.eval_every = {interval}, {evaluated}
+    config.keep_checkpoints = 2
     config.eval.num_prompts = config.eval.grid = 4
     config.best_metric = "heldout/blue"
     config.tensorboard = False
@@ -68,7 +70,8 @@ class World:
         prompts = miniature.PROMPTS + [f"{number} stars" for number in range(11)]
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         (folder / "recipe.py").write_text(
-            RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL), encoding="utf-8")
+            RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL,
+                          evaluated=EVALUATED), encoding="utf-8")
         self.run(folder / "compiled", "--config.steps=1").must_end_well()
         begin = time.monotonic()
         self.whole = folder / "whole"
@@ -175,6 +178,20 @@ def in_a_save(process: Process, rng: random.Random, seconds: float) -> None:
     def begun() -> bool:
         seen.update(unfinished(process.workdir) - before)
         return len(seen) >= wanted
+
+    _until(process, None, begun)
+    time.sleep(rng.uniform(0, 0.05))
+
+
+def in_an_evaluation(process: Process, rng: random.Random, seconds: float) -> None:
+    """Returns when one has just begun: the metrics of its step are written, and none of its own."""
+    del seconds
+    before = len(list(lines(process.workdir)))
+
+    def begun() -> bool:
+        found = list(lines(process.workdir))
+        return len(found) > before and found[-1]["step"] % EVALUATED == 0 and (
+            "train/loss" in found[-1])
 
     _until(process, None, begun)
     time.sleep(rng.uniform(0, 0.05))

@@ -122,7 +122,7 @@ class Kill(NamedTuple):
 
 
 MOMENTS = {"at any time": fault_world.anytime, "in training": fault_world.in_training,
-           "in a save": fault_world.in_a_save}
+           "in a save": fault_world.in_a_save, "in an evaluation": fault_world.in_an_evaluation}
 
 
 def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
