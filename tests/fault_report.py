@@ -36,8 +36,8 @@ def report(rows: list[Row], world: World, seed: int, minutes: float) -> str:
 What becomes of runs that are killed, stopped, starved of disk and damaged. Each is
 `python -m r0_jax.main` in a process of its own on a pipeline in miniature: {world.steps} steps, a
 checkpoint every {INTERVAL}, an evaluation every {EVALUATED}, one CPU device except where it says
-so. In the end parameters, their average, the optimizer's state, metrics and sample images of every run are
-compared to the bit with those of a run that nothing happened to.
+so. In the end parameters, their average, the optimizer's state, metrics and sample images of every
+run are compared to the bit with those of a run that nothing happened to.
 
 Made by `make faults` (`python tests/faults.py --report=docs/faults.md --seed={seed}`) on
 {datetime.date.today()}: {minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()},
