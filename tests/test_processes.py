@@ -103,7 +103,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     """The second time with weights split over the processes, and the newest checkpoint damaged."""
-    steps = 30
+    steps = 16
     world = World(tmp_path, steps)
     flags = [f"--config={tmp_path / 'recipe.py'}", "--config.processes.lost_timeout=8",
              "--config.tensorboard=true", f"--workdir={tmp_path / 'two'}"]
