@@ -52,6 +52,11 @@ class EncodedPrompts:
         """Some rows of a split, {column: array}, of which "prompt" is an array of str."""
         return _named(data.read(self.folder, split, rows))
 
+    def columns(self, names: Sequence[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of a row of some columns, as `read` and `batches` give them."""
+        return {name: (shape, _dtype_as_read(name, dtype))
+                for name in names for shape, dtype in [self.schema[name]]}
+
     def attach(self, pipeline: Pipeline) -> Pipeline:
         """A pipeline that was loaded without text encoders, with the embedding that guidance leads
         away from, if it is there.
@@ -357,9 +362,13 @@ def _on_disk(name: str) -> str:
 def _named(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns under their names; features in float32, as rewards take them."""
     named = {name.replace("__", "/", 1): value for name, value in columns.items()}
-    return {name: value.astype(np.float32)
-            if name.startswith("features/") and value.dtype in _FLOATS else value
+    return {name: value.astype(_dtype_as_read(name, value.dtype), copy=False)
             for name, value in named.items()}
+
+
+def _dtype_as_read(name: str, dtype: np.dtype) -> np.dtype:
+    is_wide = name.startswith("features/") and dtype in _FLOATS
+    return np.dtype(np.float32) if is_wide else dtype
 
 
 def _show(shape: Sequence[int | None]) -> str:

@@ -120,8 +120,7 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     for reward in trained_on:
         if reward.text_features is not None:
             encoded.check_reward(reward, config.rewards[reward.name])
-    columns = {name: encoded.schema[name]
-               for name in encoded_prompts.columns_of(pipeline, trained_on)}
+    columns = encoded.columns(encoded_prompts.columns_of(pipeline, trained_on))
     return program.build(config, mesh, pipeline, trained_on, columns)
 
 

@@ -194,7 +194,7 @@ def damages(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     if len(found) < counts.damages or "Traceback" in process.stderr:
         wrong.append(f"status {process.returncode}: "
                      f"{process.stderr[max(process.stderr.find('Traceback') - 500, 0):][:3000]}")
-    warned = process.stderr.count("and the one before is used")
+    warned = process.stderr.count("the newest of the others is used")
     if warned != outcomes["set aside"]:
         wrong.append(f"{outcomes['set aside']} set aside, but {warned} warnings")
     ways = ", ".join(f"{n} {how}" for how, n in Counter(x["how"] for x in found).items())
