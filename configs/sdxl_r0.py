@@ -9,7 +9,7 @@ Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 f
            the reward models of sd15_r0.py.
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of the devices (data x fsdp). On TPUs, planned and not run: :r0plus
-           with --config.mesh.data=1 --config.mesh.fsdp=16 holds 9.6 GiB a chip of v5e-16; see
+           with --config.mesh.data=1 --config.mesh.fsdp=16 holds 9.7 GiB a chip of v5e-16; see
            docs/scale.md, and `python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16`.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
            encoders 1.6 GB, reward models 5.8 GB: 13 GB. Adapters of rank 32: 46 M parameters x
