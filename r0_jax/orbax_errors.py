@@ -73,7 +73,8 @@ def _is_news(record: python_logging.LogRecord) -> bool:
     return error is None or not (
         _is_orbax(record.pathname)
         or any(_is_orbax(path) for path in _files(error))
-        or "os_error_code=" in str(error)  # tensorstore's: a future of it has no traceback
+        # tensorstore's: a future of it has no traceback
+        or any(mark in str(error) for mark in ("os_error_code=", "tensorstore_spec="))
     )
 
 

@@ -1,8 +1,12 @@
 """SIGTERM, which is how machines are taken back: what was trained is saved first."""
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,10 +36,21 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._before = signal.signal(signal.SIGTERM, self._note)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._again
         return self
 
     def __exit__(self, *exc: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
+        if sys.unraisablehook == self._again:
+            sys.unraisablehook = self._unraisable
+
+    def _again(self, event: Any) -> None:
+        """A signal that comes within a callback, of the garbage collector say, is lost there."""
+        if isinstance(event.exc_value, Stopped):
+            self.came = False
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            self._unraisable(event)
 
     def _note(self, number: int, frame: object) -> None:
         del number, frame

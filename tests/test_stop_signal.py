@@ -2,13 +2,15 @@
 
 import os
 import signal
+import time
 
+import pytest
 from fault_world import measured
 from ml_collections import ConfigDict
 
 from configs import common
 from r0_jax import checkpoint, miniature, train, validation
-from r0_jax.stop_signal import StopSignal
+from r0_jax.stop_signal import Stopped, StopSignal
 
 
 def config_in(folder) -> ConfigDict:
@@ -30,6 +32,19 @@ def config_in(folder) -> ConfigDict:
     config.steps, config.eval_every, config.eval.num_prompts, config.eval.grid = 4, 2, 4, 4
     config.best_metric, config.early_stop, config.tensorboard = "heldout/blueness", 9, False
     return config
+
+
+def test_sigterm_in_a_callback_comes_again(capfd):
+    """What is raised in one is swallowed."""
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), StopSignal():
+        dropped = Dropped()
+        del dropped
+        time.sleep(10)
+    assert "Stopped" not in capfd.readouterr().err
 
 
 def test_sigterm_in_an_evaluation_saves_and_the_next_start_evaluates(tmp_path, monkeypatch):
