@@ -9,7 +9,6 @@ are passed on.
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import re
@@ -53,10 +52,10 @@ def main() -> int:
     for printer in printers:
         printer.join()
     for out in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
+        try:
             out.flush()
-            continue
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # for Python's own last flush
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # for Python's own last flush
     return status
 
 
