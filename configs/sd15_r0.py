@@ -13,8 +13,9 @@ Weights:   stable-diffusion-v1-5 in diffusers' format (any fine-tune of it will 
 Hardware:  one accelerator of 24 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of the devices (data x fsdp). docs/scale.md has TPU slices, planned.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 1.7 GB, VAE and text 0.4 GB,
-           HPS and PickScore 2.0 GB each, ImageReward and CLIP-L 0.9 GB each: 8 GB. Adapters of
-           rank 32: 6.4 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.1 GB.
+           HPS 1.3 GB, ImageReward 0.9 GB, CLIP-L 0.6 GB (the text towers' features are computed
+           before), PickScore 1.3 GB, in evaluations only: 6 GB. Adapters of rank 32: 6.4 M
+           parameters x 16 bytes (float32: parameter, EMA, two moments): 0.1 GB.
            Activations of 4 images: about 2 GB an image, nearly all of it the VAE's decoder at
            512 px.
            With --config.objective.decoder=models/taesd (madebyollin/taesd) that is far less.

@@ -12,7 +12,7 @@ Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log 
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of the devices (data x fsdp). docs/scale.md has TPU slices, planned.
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
-           CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 5.8 GB: 12 or 21 GB. Adapters of
+           CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.1 GB: 10 or 20 GB. Adapters of
            rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
            Activations of 2 images: about 9 GB an image, most of it the VAE's decoder at 1024 px.
            Prompts encoded before (r0_jax.encode_prompts) spare all three text encoders; with

@@ -12,7 +12,7 @@ Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of 
            with --config.mesh.data=1 --config.mesh.fsdp=16 holds 9.7 GiB a chip of v5e-16; see
            docs/scale.md, and `python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16`.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
-           encoders 1.6 GB, reward models 5.8 GB: 13 GB. Adapters of rank 32: 46 M parameters x
+           encoders 1.6 GB, reward models 4.1 GB: 11 GB. Adapters of rank 32: 46 M parameters x
            16 bytes (float32: parameter, EMA, two moments): 0.7 GB. Activations of 2 images: about
            6 GB an image (planned), most of it the VAE's decoder at 1024 px, four times that at
            512 px.

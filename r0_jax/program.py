@@ -133,7 +133,8 @@ def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[
     parts |= {name: params for name, params in pipeline.params.items() if name != part}
     if decoder:
         parts["decoder"] = decoder.params
-    frozen = parts | {"rewards": {r.name: r.params for r in rewards}, "empty": pipeline.empty}
+    frozen = parts | {"rewards": {reward.name: reward.scoring_params for reward in rewards},
+                      "empty": pipeline.empty}
     split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
     objective = Objective(pipeline, generator, rewards, config, decoder,
                           gathered=sharding.replicated(mesh) if split else None)

@@ -206,7 +206,7 @@ def bytes_by_kind(built: Program) -> dict[str, float]:
 
 def unused_bytes(step: Jaxpr, built: Program) -> float:
     """Of a chip: weights that lie there while the step runs, which takes them but does not look at
-    them, and which the compiler leaves out: text towers whose features were computed before."""
+    them, and which the compiler leaves out: the VAE's encoder, text encoders' last layers."""
     _, used = partial_eval.dce_jaxpr(step, [True] * len(step.outvars))
     leaves = jax.tree.leaves(built.abstract)
     return float(sum(_shard_bytes(x) for x, is_used in zip(leaves, used, strict=True)

@@ -111,9 +111,9 @@ class Testbed:
             found |= world.judge_metrics(drawn, self.prompts)
         for reward in self.rewards + self.heldout:
             features = self.features.get(f"features/{reward.name}")
-            scores = score(sharding.spread(reward.score, mesh),
-                           lazy.place(reward.params, sharding.replicated(mesh)), drawn, features,
-                           batch_size)
+            params = lazy.place(reward.scoring_params, sharding.replicated(mesh))
+            scores = score(sharding.spread(reward.score, mesh), params, drawn, features, batch_size)
+            del params
             name = f"reward/{reward.name}"
             if reward.name == test.features:
                 name = "heldout_clip_score"
@@ -166,11 +166,11 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     if not config.test.features:
         return None
     entry = config.heldout_rewards[config.test.features]
-    network, params, _, prepare, *_ = tower.load(entry.path, config.dtype, text=False)
+    found = tower.load(entry.path, config.dtype, text=False)
     mesh = sharding.global_mesh()
-    params = lazy.place(params, sharding.replicated(mesh))
+    params = lazy.place(found.params, sharding.replicated(mesh))
     encode = sharding.spread(lambda params, x, _: normalize(
-        network.apply(params, "image_features", prepare(x).astype(config.dtype))), mesh)
+        found.sight.apply(params, "image_features", found.prepare(x).astype(config.dtype))), mesh)
     batch_size = sharding.divisible(config.test.batch_size, mesh)
     return lambda x: score(encode, params, x, None, batch_size)
 

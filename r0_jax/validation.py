@@ -54,7 +54,7 @@ class Validation:
             features = self.features.get(f"features/{reward.name}")
             params = self.frozen["rewards"].get(reward.name)
             if params is None:  # held out: on the devices for only this long
-                params = lazy.place(reward.params, self.everywhere)
+                params = lazy.place(reward.scoring_params, self.everywhere)
             scores = score(self.scores[reward.name], params, drawn, features, self.batch,
                            self.check)
             del params

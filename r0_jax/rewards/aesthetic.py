@@ -23,7 +23,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     found = tower.load(entry.path, dtype, text=False)
     # Published with OpenAI's own preprocessing, whichever library the folder is of.
     prepare = dataclasses.replace(found.prepare, corner="round", resize=entry.resize)
-    clip = found.network
+    clip = found.sight
     head = Network.abstract(lambda rngs: ScoreMLP(found.width, rngs=rngs))
     path = remote.local(entry.head or entry.path)
     path = path if entry.head else path / HEAD

@@ -41,11 +41,12 @@ def _tower(entry: ConfigDict, dtype: str, text: bool, **preprocess: str) -> Towe
 
 def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
     """The cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
-    network, prepare = found.network, found.prepare
+    sight, prepare = found.sight, found.prepare
 
     def score(params: Params, images: Float[Array, "b h w 3"],
               features: Float[Array, "b d"]) -> Float[Array, " b"]:
-        image = network.apply(params, "image_features", prepare(images).astype(found.dtype))
+        seen = {key: params[key] for key in sight.shapes}  # the text tower may be there or not
+        image = sight.apply(seen, "image_features", prepare(images).astype(found.dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
         if logit_scale:
             cosine = cosine * jnp.exp(params["logit_scale"])

@@ -29,8 +29,9 @@ class Reward:
       name: its name in the config and in every metric.
       params: frozen weights, passed back as an argument: `Lazy` ones, which `text_features` takes
         as they are and `score` when they are placed (`lazy.place`).
-      score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]. One image's score
-        must not depend on another's: gradients are normalized sample by sample.
+      score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]; of the params
+        `scoring_params` will do. One image's score must not depend on another's: gradients are
+        normalized sample by sample.
       text_features: (params, prompts) -> [N, D], computed once per prompt: float32 features, or
         int32 token ids where the network reads image and prompt together; None where the reward
         does not read the prompt (features is then None too).
@@ -73,11 +74,16 @@ class Reward:
         """The share of prompts that lose their end, 0 to 1; None where none can."""
         return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
 
+    @property
+    def scoring_params(self) -> Params:
+        """Of `params`, what `score` reads."""
+        return {name: value for name, value in self.params.items()
+                if name.split(".")[0] not in self.text_parts}
+
     def fingerprint(self) -> str:
         """By which the weights that score are known again, whatever dtype they are kept in and
         with or without the text tower; "" where there are none."""
-        kept = {name: value for name, value in self.params.items()
-                if name.split(".")[0] not in self.text_parts}
+        kept = self.scoring_params
         return fingerprint(kept) if kept else ""
 
     def renamed(self, name: str) -> "Reward":

@@ -33,6 +33,7 @@ class Tower(NamedTuple):
 
     Attributes:
       network: has the methods `image_features` and `text_features`.
+      sight: of the network, what `image_features` needs.
       params: `Lazy`, to be placed before they are computed with.
       tokenize: prompts -> token ids; None where the text tower was left out.
       prepare: images in [0, 1] -> what `image_features` takes.
@@ -42,6 +43,7 @@ class Tower(NamedTuple):
     """
 
     network: Network
+    sight: Network
     params: Params
     tokenize: Tokenize | None
     prepare: Preprocess
@@ -148,19 +150,18 @@ def _processor(folder: Path, image_size: int) -> Preprocess:
 
 def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
            tokenize: Tokenize | None, prepare: Preprocess, width: int) -> Tower:
-    left_out = () if tokenize else module.text_parts
-
-    def construct(rngs: nnx.Rngs) -> nnx.Module:
+    def seeing(rngs: nnx.Rngs) -> nnx.Module:
         built = module(config, rngs=rngs)
-        for part in left_out:
+        for part in module.text_parts:
             delattr(built, part)
         return built
 
-    network = Network.abstract(construct)
-    params = convert.open_params(files, network, "float32", left_out)
+    sight = Network.abstract(seeing)
+    network = Network.abstract(lambda rngs: module(config, rngs=rngs)) if tokenize else sight
+    params = convert.open_params(files, network, "float32", () if tokenize else module.text_parts)
     params = {name: value if name == "logit_scale" else value.astype(convert.DTYPES[dtype])
               for name, value in params.items()}
-    return Tower(network, params, tokenize, prepare, width, module.text_parts, dtype)
+    return Tower(network, sight, params, tokenize, prepare, width, module.text_parts, dtype)
 
 
 def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
