@@ -216,17 +216,22 @@ def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = N
     if not there:
         raise InputError(f"{mirror.checkpoints(workdir)} holds no checkpoint; check --workdir")
     if step == "best":
-        scores = {step: _metadata_or_nothing(workdir, step).get("score") for step in there}
-        scored = [(score, step) for step, score in scores.items() if score is not None]
-        if not scored:
+        measured = scores(workdir)
+        if not measured:
             raise InputError(
                 f"no checkpoint of {workdir} was saved with a held-out metric; leave the step out "
                 "to take the newest"
             )
-        return max(scored)[1]
+        return max(measured, key=lambda step: (measured[step], step))
     if step is not None and step not in there:
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {there}")
     return there[-1] if step is None else step
+
+
+def scores(workdir: str | os.PathLike) -> dict[int, float]:
+    """The held-out metric of the checkpoints that it was measured of, by step."""
+    found = {step: _metadata_or_nothing(workdir, step).get("score") for step in steps(workdir)}
+    return {step: score for step, score in found.items() if score is not None}
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:

@@ -176,7 +176,8 @@ def read_config(workdir: Path) -> ConfigDict:
 def choose_step(workdir: str | os.PathLike, step: str = "") -> int:
     """The step that a --step flag means: a number, "best", "latest", or "".
 
-    Best is by the held-out reward; "" is the best where that was measured, else the latest.
+    Best is by the held-out reward; "" is the best where that was measured after training began,
+    else the latest.
     Raises InputError for a folder without checkpoints and for a step that is not there.
     """
     read_config(Path(workdir))
@@ -188,7 +189,6 @@ def choose_step(workdir: str | os.PathLike, step: str = "") -> int:
         if not step.isdecimal():
             raise InputError(f"--step={step}: expected the number of a step, best or latest")
         return checkpoint.find_step(workdir, int(step))
-    try:
-        return checkpoint.find_step(workdir, "best")
-    except InputError:
-        return checkpoint.find_step(workdir)
+    # Step 0, the best of one, would be the base again.
+    trained = any(checkpoint.scores(workdir))
+    return checkpoint.find_step(workdir, "best" if trained else None)

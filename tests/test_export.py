@@ -319,6 +319,14 @@ def test_which_parameters_and_dtype(runs, tmp_path):
     assert choose_step(runs / "full") == 20  # none was measured
 
 
+@pytest.mark.parametrize(("scores", "chosen"), [
+    ({0: 0.5, 20: None}, 20),  # stopped before the first evaluation: not the base again
+    ({0: 0.5, 10: 0.25, 20: None}, 0), ({0: 0.1, 10: 0.5, 20: 0.4}, 10), ({0: 0.5}, 0)])
+def test_the_step_that_is_taken_by_default(pretrained, tmp_path, scores, chosen):
+    write_run(tmp_path / "run", pretrained, RANK, scores)
+    assert choose_step(tmp_path / "run") == chosen
+
+
 def card(folder):
     """The front matter, the snippet and the rest."""
     _, front, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
