@@ -15,7 +15,8 @@
 #   TPU_NAME    of the queued resource
 #   TPU_ZONE    zone
 #   TPU_TYPE    accelerator type: v4-*, v5litepod-*, v5p-*, v6e-*
-#   TPU_SLICES  slices (1): more than one are joined by the data center's network (mesh.data)
+#   TPU_SLICES  slices (1): more than one are joined by the data center's network (mesh.data); to
+#               be set for all actions
 #   TPU_SPOT    yes: cheaper, and may be taken away at any time; delete, create and run again then
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,10 +27,10 @@ usage() {
 }
 
 do_run() { # or say
-  local word words=()
+  local word words=() quote="'\\''"
   [[ -n $dry_run ]] || { "$@"; return; }
   for word; do
-    [[ $word =~ ^[A-Za-z0-9_./:=@%,-]+$ ]] || word=${word@Q}
+    [[ $word =~ ^[A-Za-z0-9_./:=@%,-]+$ ]] || word="'${word//\'/$quote}'"
     words+=("$word")
   done
   echo "${words[*]}"
@@ -92,9 +93,9 @@ wait_until_active() {
   exit 1 # gcloud has said why
 }
 
-copy() { # what git knows, as it is now
+copy() { # all but what git ignores, as it is now
   local archive=${TMPDIR:-/tmp}/r0_jax-$TPU_NAME.tar.gz name
-  do_run bash -o pipefail -c "git ls-files -z | tar --null --files-from=- -czf $(printf %q "$archive")"
+  do_run bash -o pipefail -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -czf $(printf %q "$archive")"
   for name in $(slices); do
     do_run gcloud compute tpus tpu-vm scp "$archive" "$name:r0_jax.tar.gz" --zone="$TPU_ZONE" \
       --worker=all
@@ -110,9 +111,12 @@ install() { # the VM's own Python is 3.10; uv brings another one. gcsfs: paths i
 
 run() { # in the background: it outlives the connection
   local flags
-  ((${#flags_of_run[@]})) || { echo "error: run needs -- --config=... --workdir=..." >&2; exit 2; }
   printf -v flags '%q ' "${flags_of_run[@]}"
-  on_every_worker "cd r0_jax; nohup .venv/bin/python -m r0_jax.main $flags\
+  on_every_worker "cd r0_jax && test -x .venv/bin/python \
+|| { echo 'error: copy and install come before run' >&2; exit 1; }; \
+! kill -0 \$(cat ~/r0_jax.pid 2> /dev/null) 2> /dev/null \
+|| { echo 'error: a run is going on here: stop it first' >&2; exit 1; }; \
+nohup .venv/bin/python -m r0_jax.main $flags\
 >> ~/r0_jax.log 2>&1 < /dev/null & echo \$! > ~/r0_jax.pid"
 }
 
@@ -151,6 +155,10 @@ slices=${TPU_SLICES:-1}
 for name in TPU_NAME TPU_ZONE TPU_TYPE; do
   [[ -n ${!name-} ]] || { echo "error: $name is not set (see the head of $0)" >&2; exit 2; }
 done
+if [[ " ${actions[*]} " == *" run "* ]] && ((!${#flags_of_run[@]})); then
+  echo "error: run needs -- --config=... --workdir=..." >&2
+  exit 2
+fi
 for action in "${actions[@]}"; do
   "$action"
 done

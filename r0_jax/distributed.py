@@ -45,6 +45,10 @@ _watch: Watch | None = None
 _calls = itertools.count()
 
 
+class ApartError(Exception):
+    """The others did not come. Not this process's mistake: a restart may do, so status 1, not 2."""
+
+
 class Place(NamedTuple):
     """Where a process stands among many; what is None is asked of the machine by JAX.
 
@@ -72,7 +76,7 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
     """
     scheduled = _slurm(env) or _open_mpi(env) or (_tpu(env) if tpu else None)
     given = {name: env[name] for name in (ADDRESS, PROCESSES, PROCESS) if env.get(name)}
-    if not given:
+    if not given and (scheduled in (None, Place()) or scheduled.address):
         return scheduled
     processes = _number(env, PROCESSES)
     if processes == 1:
@@ -88,6 +92,9 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
         return place
     names = {ADDRESS: place.address, PROCESSES: place.processes, PROCESS: place.process}
     if missing := [name for name, value in names.items() if value is None]:
+        if not given:
+            raise InputError(f"this is one of {place.processes} processes of mpirun, which does "
+                             f"not say where process 0 is: set {ADDRESS}=HOST:PORT for all")
         raise InputError(f"{' and '.join(given)} set, but not {' nor '.join(missing)}: set all of "
                          f"{ADDRESS}, {PROCESSES} and {PROCESS}, or none to run one process")
     if place.processes < 1:
@@ -144,12 +151,14 @@ def _one(env: Mapping[str, str], name: str) -> tuple[int, ...] | None:
 
 def _open_mpi(env: Mapping[str, str]) -> Place | None:
     processes = _number(env, "OMPI_COMM_WORLD_SIZE")
-    if "OMPI_MCA_orte_hnp_uri" not in env or (processes or 1) == 1:
+    if (processes or 1) == 1:
         return None
     from jax._src.clusters.ompi_cluster import OmpiCluster
 
-    with _environment(env):
-        address = OmpiCluster.get_coordinator_address(None, env.get(PORT))
+    address = None
+    if "OMPI_MCA_orte_hnp_uri" in env:  # of Open MPI 4; its successor does not say
+        with _environment(env):
+            address = OmpiCluster.get_coordinator_address(None, env.get(PORT))
     return Place(address, processes, _number(env, "OMPI_COMM_WORLD_RANK"),
                  _one(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
 
@@ -211,6 +220,8 @@ def joined(config: ConfigDict) -> Iterator[None]:
         alone = not _initialize(place, fields.start_timeout, fields.lost_timeout)
     except InputError as error:
         _exit(*cli.explain(error))
+    except ApartError as error:
+        _exit(cli.BUG, str(error))
     if alone or jax.process_count() == 1:
         yield
         return
@@ -281,7 +292,7 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         _await(place.address, start_timeout)
     # JAX's own notice of SIGTERM would take it from `StopSignal`.
     jax.config.update("jax_enable_preemption_service", False)
-    late = threading.Timer(start_timeout, lambda: _exit(cli.USER_ERROR, (
+    late = threading.Timer(start_timeout, lambda: _exit(cli.BUG, (
         f"not all {place.processes or ''} processes came together within {start_timeout} s: see "
         "what the others say, then start all of them again")))
     late.daemon = True
@@ -299,7 +310,7 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         raise InputError(f"the processes cannot be found: {error}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the processes cannot come together: {reason}; see what the others say, "
+        raise ApartError(f"the processes cannot come together: {reason}; see what the others say, "
                          "then start all of them again") from None
     finally:
         late.cancel()
@@ -315,7 +326,7 @@ def _await(address: str, seconds: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise InputError(f"process 0 does not answer at {address} within {seconds} s "
+                raise ApartError(f"process 0 does not answer at {address} within {seconds} s "
                                  f"({error}): start it, or correct {ADDRESS}") from None
         time.sleep(0.5)
 

@@ -110,7 +110,7 @@ def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
             fused = computations.get(called[0]) if one.opcode == "fusion" and called else None
             total.hbm_bytes += _moved(one, instructions, computations, fused)
             for inner in [one, *(fused or {}).values()]:
-                if kind := _collective(inner.opcode):
+                if kind := _collective(inner, fused or {}):
                     total.add(Cost(0.0, {kind: _sent(inner, kind, fused or instructions)}), 1.0)
                 elif inner.opcode == "send":
                     total.dcn_bytes += _sent_to_slices(inner, fused or instructions)
@@ -135,19 +135,29 @@ def _moved(one: _Instruction, instructions, computations, fused) -> float:
     slice counts."""
     if one.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in one.text:
         return 0.0
-    if one.opcode in ("dynamic-slice", "slice"):
+    result = _result(one)
+    if one.opcode in ("dynamic-slice", "slice", "slice-start"):
         whole = _bytes(instructions[one.operands[0]].shape)
-        return min(whole, _bytes(one.shape, anywhere=True)) + _bytes(one.shape)
+        return min(whole, _bytes(result, anywhere=True)) + _bytes(result)
     if one.opcode == "dynamic-update-slice":
         return 2 * _bytes(instructions[one.operands[1]].shape)
     read = [_bytes(instructions[name].shape) if name in instructions else 0.0
             for name in one.operands]
-    written = _bytes(one.shape)
+    written = _bytes(result)
     if fused is not None:
         read = [min(whole, _read(_parameter(fused, i).name, fused, computations))
                 for i, whole in enumerate(read)]
         written = min(written, _written(_root(fused), one.shape, fused, computations))
     return sum(read) + written
+
+
+def _result(one: _Instruction) -> str:
+    """The shape of what an instruction makes: the start of what ends later names its operands too,
+    before what it makes or, of a copy, behind."""
+    if not one.opcode.endswith("-start") or one.opcode == "all-reduce-start":
+        return one.shape
+    arrays, count = [match[0] for match in _ARRAY.finditer(one.shape)], len(one.operands)
+    return " ".join(arrays[:1] if one.opcode == "copy-start" else arrays[count:2 * count])
 
 
 def _parameter(computation, number: int) -> _Instruction:
@@ -210,8 +220,16 @@ def _bytes(shape: str, anywhere: bool = False) -> float:
     return total
 
 
-def _collective(opcode: str) -> str | None:
-    return next((kind for kind in _COLLECTIVES if opcode in (kind, f"{kind}-start")), None)
+def _collective(one: _Instruction, fused) -> str | None:
+    kind = next((kind for kind in _COLLECTIVES if one.opcode in (kind, f"{kind}-start")), None)
+    if kind == "all-reduce" and fused:
+        # A reduce-scatter, as the TPU's compiler writes it: nobody gets what others keep.
+        root = _root(fused)
+        while root.opcode == "bitcast" and root.operands[0] in fused:
+            root = fused[root.operands[0]]
+        if root.opcode == "dynamic-slice" and root.operands[0] == one.name:
+            return "reduce-scatter"
+    return kind
 
 
 def _sent(one: _Instruction, kind: str, instructions) -> float:

@@ -31,7 +31,9 @@ def _of(eqn: Any, trips: float) -> float:
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         outputs = params["dimension_numbers"].rhs_spec[0]
-        return 2.0 * eqn.outvars[0].aval.size * math.prod(kernel) / kernel[outputs]
+        # The gradient of a stride puts zeros between what it reads.
+        each = math.prod(kernel) / kernel[outputs] / math.prod(params["lhs_dilation"])
+        return 2.0 * eqn.outvars[0].aval.size * each
     inner = [flops(jaxpr, trips) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)

@@ -32,6 +32,14 @@ def test_matrix_products_and_convolutions():
     assert flops(lambda x, k: conv(x, k, 2), (2, 8, 8, 4), (3, 3, 2, 6)) == (
         2 * (2 * 4 * 4 * 6) * (3 * 3 * 2))
 
+    def patches(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (4, 4), "VALID",
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    once = 2 * (2 * 2 * 2 * 6) * (4 * 4 * 3)  # and as much for each gradient
+    assert flops(jax.grad(lambda x, k: jnp.sum(patches(x, k)**2), (0, 1)), (2, 8, 8, 3),
+                 (4, 4, 3, 6)) == 3 * once
+
 
 def test_loops_count_as_often_as_they_go_round():
     once = 2 * 8**3
@@ -144,6 +152,56 @@ ENTRY %main (x: f32[256,1024]) -> f32[256,1024] {
 def test_what_a_chip_sends_to_other_slices(kind, times):
     found = hlo_cost.cost(TPU_SLICES.replace("KIND", kind))
     assert found.dcn_bytes == times * 256 * 1024 * 4 and found.collective_bytes == {}
+
+
+PREFETCHED = """
+ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> bf16[8,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %y = bf16[64,8]{1,0} parameter(1)
+  %copy-start = (bf16[64,8]{1,0:S(1)}, bf16[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %slice-start = ((bf16[64,8]{1,0}), bf16[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%y), slice={[0:16], [0:8]}
+  %copy-done = bf16[64,8]{1,0:S(1)} copy-done(%copy-start)
+  %slice-done = bf16[16,8]{1,0:S(1)} slice-done(%slice-start)
+  %g = (bf16[64,8]{1,0}, bf16[128,8]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+  ROOT %z = bf16[8,8]{1,0:S(1)} fusion(%copy-done, %slice-done), kind=kCustom, calls=%nothing
+}
+
+%nothing (p: bf16[64,8], q: bf16[16,8]) -> bf16[8,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %q = bf16[16,8]{1,0} parameter(1)
+  ROOT %c = bf16[8,8]{1,0} convolution(%p, %q), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_what_is_fetched_ahead_is_read_once():
+    found = hlo_cost.cost(PREFETCHED)
+    # Into VMEM: all of x and a quarter of y. The gathered array is read and written in HBM.
+    assert found.hbm_bytes == 2 * 8 * (64 + 16 + 64 + 128)
+    assert found.collective_bytes == {"all-gather": 2 * 64 * 8}
+
+
+SCATTERED = """
+%scatter (p: bf16[64,8]) -> bf16[8,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %all-reduce.3 = bf16[64,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  %mine = bf16[8,8]{1,0} dynamic-slice(%all-reduce.3, %zero, %zero)
+  ROOT %b = bf16[8,8]{1,0} bitcast(%mine)
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[8,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  ROOT %y = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_a_sum_of_which_each_keeps_a_part_is_a_reduce_scatter():
+    found = hlo_cost.cost(SCATTERED).collective_bytes
+    assert found == {"reduce-scatter": 7 / 8 * 2 * 64 * 8}
+    kept = SCATTERED.replace("ROOT %b", "%b").replace("%zero = ", "ROOT %zero = ")
+    assert hlo_cost.cost(kept).collective_bytes == {"all-reduce": 2 * 7 / 8 * 2 * 64 * 8}
 
 
 NESTED = """

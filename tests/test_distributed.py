@@ -28,6 +28,7 @@ JOBSET = {"JOBSET_NAME": "r0", "REPLICATED_JOB_NAME": "workers", "JAX_NUM_PROCES
 MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
        "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MPI_5 = {name: value for name, value in MPI.items() if name != "OMPI_MCA_orte_hnp_uri"}
 GKE = {"TPU_WORKER_HOSTNAMES": "a-0.r0,a-1.r0", "TPU_WORKER_ID": "1"}
 
 
@@ -45,6 +46,7 @@ GKE = {"TPU_WORKER_HOSTNAMES": "a-0.r0,a-1.r0", "TPU_WORKER_ID": "1"}
     (FOUR_A_NODE | {"CUDA_VISIBLE_DEVICES": "3"}, Place(f"gpu1:{PORT}", 4, 2, (0,))),
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "login:1"}, Place("login:1", 4, 2, (0,))),
     (MPI, Place("10.96.0.1:62624", 2, 1, (1,))),
+    (MPI_5 | {"JAX_COORDINATOR_ADDRESS": "host0"}, Place("host0:8476", 2, 1, (1,))),
     (JOBSET, Place("r0-workers-0-0.r0:8476", 8, 5)),
 ])
 def test_one_of_many(env, place):
@@ -82,6 +84,7 @@ def test_tpus_are_asked_by_jax_itself():
     (GIVEN | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0 must be at least 1"),
     (GIVEN | {"JAX_COORDINATOR_ADDRESS": "a:99999"}, "is not host:port"),
     (GIVEN | {"JAX_COORDINATOR_ADDRESS": "a", "JAX_COORDINATOR_PORT": "x"}, "is not host:port"),
+    (MPI_5, "one of 2 processes of mpirun, which does not say where process 0 is"),
 ])
 def test_variables_that_do_not_fit_together(env, said):
     with pytest.raises(InputError, match=said):
@@ -102,7 +105,7 @@ def test_a_coordinator_that_does_not_answer():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(InputError, match=f"does not answer at 127.0.0.1:{port} within 1 s"):
+    with pytest.raises(distributed.ApartError, match=f"does not answer at 127.0.0.1:{port} within 1 s"):
         distributed._await(f"127.0.0.1:{port}", 1)
 
 

@@ -100,7 +100,7 @@ def test_several_slices_are_made_at_once_and_started_one_after_the_other():
     (["create"], {"TPU_NAME": ""}, "error: TPU_NAME is not set"),
     (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is no number from 1 on"),
     (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is no number from 1 on"),
-    (["run"], {}, "run needs -- --config=")])
+    (["create", "wait", "run"], {}, "run needs -- --config=")])
 def test_what_is_missing_is_said(arguments, env, said):
     result = pod(*arguments, **env)
     assert result.returncode == 2 and said in result.stderr and result.stdout == ""
@@ -122,6 +122,27 @@ def test_what_is_copied_is_what_runs(tmp_path):
         names = set(archive.getnames())
     assert {"r0_jax/main.py", "configs/sdxl_r0.py", "requirements.txt"} <= names
     assert not any(name.startswith(".venv") for name in names)
+
+
+def test_a_worker_runs_one_job_at_a_time(tmp_path):
+    """The commands that the workers get, run by a shell in a home of its own."""
+    home = tmp_path / "home"
+    (home / "r0_jax" / ".venv" / "bin").mkdir(parents=True)
+    program(tmp_path, "gcloud", f"""export HOME={home}; cd ~
+        for word; do [[ $word != --command=* ]] || bash -c "${{word#--command=}}"; done""")
+
+    def act(*actions):
+        return pod(*actions, "--", *RUN, path=tmp_path)
+
+    said = act("run")
+    assert said.returncode == 1 and "copy and install come before run" in said.stderr
+    program(home / "r0_jax" / ".venv" / "bin", "python", 'echo "$@"; exec sleep 60')
+    assert act("run").returncode == 0
+    said = act("run")
+    assert said.returncode == 1 and "a run is going on here: stop it first" in said.stderr
+    assert act("stop").returncode == act("run").returncode == act("stop").returncode == 0
+    lines = (home / "r0_jax.log").read_text("utf-8").splitlines()
+    assert lines.count(f"-m r0_jax.main {' '.join(RUN)}") == 2
 
 
 # --- SLURM ----------------------------------------------------------------------------------------
@@ -177,17 +198,23 @@ def test_slurms_script_is_for_sbatch():
 
 @pytest.mark.parametrize("sent, ends, status, requeued", [
     (None, 0, 0, False), (None, 2, 2, False),  # at its end; a bad config
+    (None, 1, 1, False),  # at once: it would only be repeated
+    (None, 75, 75, True),  # preempted: the tasks were told
     (signal.SIGUSR1, 75, 75, True),  # its time is over
+    (signal.SIGUSR1, 137, 137, True),  # and the last of the tasks did not end with the others
     (signal.SIGUSR1, 0, 0, False),  # and the run at its end
     (signal.SIGTERM, 75, 75, False)])  # cancelled
 def test_a_job_whose_time_is_over_saves_and_is_queued_again(tmp_path, sent, ends, status, requeued):
-    ready, queued = tmp_path / "ready", tmp_path / "queued"
-    stays = "" if sent is None else "while :; do sleep 0.05; done"
-    program(tmp_path, "srun", f"trap 'sleep 0.2; exit {ends}' TERM\ntouch {ready}\n{stays}\n"
-            f"exit {ends}")
+    """Among stand-ins: of srun, which kills its tasks at a SIGTERM, and of scancel, which signals
+    the tasks."""
+    ready, queued, told = (tmp_path / name for name in ("ready", "queued", "told"))
+    stays = "" if sent is None else f"until [[ -e {told} ]]; do sleep 0.05; done"
+    program(tmp_path, "srun", f"trap 'exit 137' TERM\n[[ $SRUN_CPUS_PER_TASK == 32 ]] || exit 3\n"
+            f"touch {ready}\n{stays}\nsleep 0.2\nexit {ends}")
+    program(tmp_path, "scancel", f'[[ "$*" == "--signal=TERM 7" ]] && touch {told}')
     program(tmp_path, "scontrol", f'echo "$@" > {queued}')
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-                        "SLURM_SUBMIT_DIR": str(ROOT)}
+                        "SLURM_CPUS_PER_TASK": "32", "SLURM_SUBMIT_DIR": str(ROOT)}
     job = subprocess.Popen(["bash", SLURM, *RUN], env=env)
     if sent is not None:
         until = time.monotonic() + 20
@@ -197,6 +224,18 @@ def test_a_job_whose_time_is_over_saves_and_is_queued_again(tmp_path, sent, ends
         job.send_signal(sent)
     assert job.wait(timeout=30) == status
     assert (queued.read_text() if queued.exists() else "") == ("requeue 7\n" if requeued else "")
+
+
+@pytest.mark.parametrize("after, requeued", [(601, True), (599, False)])
+def test_a_node_that_is_lost_late_costs_a_restart(tmp_path, after, requeued):
+    queued = tmp_path / "queued"
+    program(tmp_path, "srun", "exit 137")
+    program(tmp_path, "scontrol", f'echo "$@" > {queued}')
+    late = tmp_path / "late.sbatch"
+    late.write_text(SLURM.read_text("utf-8").replace("status=0\n", f"SECONDS={after} status=0\n", 1))
+    assert start(late, *RUN, path=tmp_path, SLURM_JOB_ID="7",
+                 SLURM_SUBMIT_DIR=str(ROOT)).returncode == 137
+    assert queued.exists() == requeued
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------

@@ -55,8 +55,13 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
 
 
 def _check_converted(name: str, entry: ConfigDict) -> None:
-    """InputError that gives the command, where an entry leads to a file as it was published."""
+    """InputError that gives the command, where an entry leads to nothing or to a file as it was
+    published."""
     path, out = remote.local(entry.path), "--tokenizer=PATH --out=FOLDER"
+    if not path.exists():
+        raise InputError(f"rewards.{name}.path = {entry.path!r} is not there: give the folder of "
+                         f"its {entry.type} model, which python -m r0_jax.convert_reward makes of "
+                         "a file as it was published (README, \"Rewards\")")
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a folder of transformers or open_clip, or"
