@@ -90,8 +90,8 @@ class EncodedPrompts:
             raise InputError(f"{self.folder} has no split {NEGATIVE!r}, the embedding of the empty "
                              f"prompt, which {needed_by} needs; {_HELP}")
 
-    def check_reward(self, reward: Reward, entry: Any) -> None:
-        """InputError if a reward's features of the prompts are not in it, or are another's."""
+    def check_features(self, reward: Reward) -> None:
+        """InputError if a reward's features of the prompts are not in it, or of another width."""
         if reward.text_features is None:
             return
         name = f"features/{reward.name}"
@@ -105,6 +105,12 @@ class EncodedPrompts:
         if len(shape) != 1 or reward.width not in (None, shape[0]):
             raise InputError(f"{self.folder}: {name} has shape {_show(shape)}, but the reward "
                              f"{reward.name} takes {_show((reward.width,))}")
+
+    def check_reward(self, reward: Reward, entry: Any) -> None:
+        """InputError if a reward's features of the prompts are not in it, or are another's."""
+        if reward.text_features is None:
+            return
+        self.check_features(reward)
         here, there = describe_reward(reward, entry), self._facts("rewards")
         if there.get(reward.name, here) != here:
             raise InputError(f"{self.folder}: the features of {reward.name} were made by a reward "

@@ -13,28 +13,32 @@ import jax
 from jax.extend import core
 
 
-def flops(jaxpr: core.Jaxpr, while_trips: float = 1.0) -> float:
+def flops(jaxpr: core.Jaxpr, while_trips: float = 1.0, repeated: int = 1) -> float:
     """Of one run of the whole program, over all devices.
 
     `while_trips` is how often each `while` with a length that is not known goes round on average.
-    Of a `cond` the costliest branch counts.
+    Of a `cond` the costliest branch counts. `repeated`: how many devices do the same, except for
+    what `shard_map` gives to each.
     """
-    return float(sum(_of(eqn, while_trips) for eqn in jaxpr.eqns))
+    return float(sum(_of(eqn, while_trips, repeated) for eqn in jaxpr.eqns))
 
 
-def _of(eqn: Any, trips: float) -> float:
+def _of(eqn: Any, trips: float, repeated: int) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
-        return 2.0 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        return repeated * 2.0 * eqn.outvars[0].aval.size * math.prod(
+            shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         outputs = params["dimension_numbers"].rhs_spec[0]
         # The gradient of a stride puts zeros between what it reads.
         each = math.prod(kernel) / kernel[outputs] / math.prod(params["lhs_dilation"])
-        return 2.0 * eqn.outvars[0].aval.size * each
-    inner = [flops(jaxpr, trips) for jaxpr in _jaxprs(params)]
+        return repeated * 2.0 * eqn.outvars[0].aval.size * each
+    if name == "shard_map":
+        repeated = 1
+    inner = [flops(jaxpr, trips, repeated) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "scan":

@@ -6,7 +6,6 @@ compiles the real training step with the real TPU compiler (requirements-tpu.txt
 has no TPU. `--topology=cpu` and `--topology=local` run it on this machine instead, and measure.
 """
 
-import contextlib
 import dataclasses
 import json
 
@@ -33,13 +32,11 @@ def main(argv: list[str]) -> None:
     del argv
     config, name = _CONFIG.value, _TOPOLOGY.value
     jax.config.update("jax_platforms", "cpu" if name != "local" else None)
-    with contextlib.ExitStack() as held:
-        config = held.enter_context(step_plan.filled(config))
-        if name in ("cpu", "local"):
-            found = step_measure.measure(config, name)
-        else:
-            chip, devices = topology.find(name)
-            found = step_plan.predict(config, name, chip, devices, _EFFORT.value)
+    here = name in ("cpu", "local")
+    chip, devices = (None, []) if here else topology.find(name)
+    with step_plan.filled(config) as config:
+        found = (step_measure.measure(config, name) if here else
+                 step_plan.predict(config, name, chip, devices, _EFFORT.value))
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(found)))
     else:

@@ -30,19 +30,23 @@ def measure(config: ConfigDict, name: str) -> Plan:
     begin = time.perf_counter()
     traced = built.step.trace(*built.abstract)
     trips = step_plan.expected_trips(config)
-    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips)
+    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips, step_plan.repeated(built))
     model = step_plan.model_flops(config, built, trips)
     middle = time.perf_counter()
-    compiled = traced.lower().compile()
-    end = time.perf_counter()
-
-    kinds = step_plan.bytes_by_kind(built)
-    kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
+    kinds, compiled = step_plan.bytes_by_kind(built), None
+    try:
+        compiled = traced.lower().compile()
+        kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows what does not fit
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        kinds["activations"] = (step_plan.needed(str(error)) or limit) - sum(kinds.values())
+    end = time.perf_counter()
     peak = sum(kinds.values())
     seconds = None
-    if peak <= limit:  # or the operating system ends this process and others
+    if compiled is not None and peak <= limit:  # or the system ends this process and others
         try:
             seconds = _seconds_per_step(built, compiled)
         except jax.errors.JaxRuntimeError as error:

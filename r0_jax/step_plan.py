@@ -117,9 +117,10 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     if encoded is None:
         return program.build(config, mesh, pipeline, trained_on)
     pipeline = encoded.attach(pipeline)
+    if config.regularizers.guidance.weight:
+        encoded.check_guidance("regularizers.guidance")
     for reward in trained_on:
-        if reward.text_features is not None:
-            encoded.check_reward(reward, config.rewards[reward.name])
+        encoded.check_features(reward)
     columns = encoded.columns(encoded_prompts.columns_of(pipeline, trained_on))
     return program.build(config, mesh, pipeline, trained_on, columns)
 
@@ -133,7 +134,7 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     begin = time.perf_counter()
     traced = built.step.trace(*built.abstract)
     trips = expected_trips(config)
-    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips)
+    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips, repeated(built))
     model = model_flops(config, built, trips)
     lowered = traced.lower(lowering_platforms=("tpu",))
     middle = time.perf_counter()
@@ -142,9 +143,9 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     try:
         compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as error:
-        if (needed := _needed(str(error))) is None:
+        if (said := needed(str(error))) is None:
             raise
-        compiled, costs, peak = None, None, needed + beside
+        compiled, costs, peak = None, None, said + beside
     else:
         memory = compiled.memory_analysis()
         # Not temp_size_in_bytes, which counts what never lives at once.
@@ -155,7 +156,7 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     kinds["activations"] = peak - sum(kinds.values())
     fits = compiled is not None and peak <= chip.hbm_bytes
     seconds = None if costs is None else {
-        "compute": executed * repeated(built) / mesh.size / chip.flops,
+        "compute": executed / mesh.size / chip.flops,
         "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth}
     if costs and costs.dcn_bytes and chip.dcn_bandwidth:
@@ -255,9 +256,10 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
             for what, saved in found]
 
 
-def _needed(said: str) -> float | None:
-    """What the compiler says that a chip needs, arguments included, where it ran out of memory."""
-    match = re.search(r"(?:HLO temporaries|Used) \(?([\d.]+)([KMG])", said)
+def needed(said: str) -> float | None:
+    """What the TPU's compiler says that a chip needs, arguments included, where it ran out of
+    memory; None where it says something else."""
+    match = re.search(r"(?:HLO temporaries \(?|Used )([\d.]+)([KMG])(?! of \S+ [sv]mem)", said)
     return match and float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
 
 

@@ -49,7 +49,7 @@ CHIPS = {
 # Chips of a slice -> its shape, where a chip has neighbours in two dimensions and in three.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
-          256: "4x8x8", 512: "8x8x8"}
+          256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 
 
 def find(name: str) -> tuple[Chip, list[Any]]:

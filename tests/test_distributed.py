@@ -105,7 +105,8 @@ def test_a_coordinator_that_does_not_answer():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(distributed.ApartError, match=f"does not answer at 127.0.0.1:{port} within 1 s"):
+    said = f"does not answer at 127.0.0.1:{port} within 1 s"
+    with pytest.raises(distributed.ApartError, match=said):
         distributed._await(f"127.0.0.1:{port}", 1)
 
 

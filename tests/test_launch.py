@@ -232,7 +232,8 @@ def test_a_node_that_is_lost_late_costs_a_restart(tmp_path, after, requeued):
     program(tmp_path, "srun", "exit 137")
     program(tmp_path, "scontrol", f'echo "$@" > {queued}')
     late = tmp_path / "late.sbatch"
-    late.write_text(SLURM.read_text("utf-8").replace("status=0\n", f"SECONDS={after} status=0\n", 1))
+    text = SLURM.read_text("utf-8").replace("status=0\n", f"SECONDS={after} status=0\n", 1)
+    late.write_text(text, encoding="utf-8")
     assert start(late, *RUN, path=tmp_path, SLURM_JOB_ID="7",
                  SLURM_SUBMIT_DIR=str(ROOT)).returncode == 137
     assert queued.exists() == requeued

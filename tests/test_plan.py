@@ -16,8 +16,8 @@ from dry_runs import cache  # noqa: F401 (a fixture)
 from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
-from configs import common, sd3_r0, sd15_r0, taiyi_r0
-from r0_jax import sharding, step_plan
+from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
+from r0_jax import encoded_prompts, sharding, step_plan
 from r0_jax.errors import InputError
 from r0_jax.step_plan import Plan
 
@@ -121,6 +121,29 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
     assert step_plan.unused_bytes(trace.jaxpr.jaxpr, built) > 0
 
 
+def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_path):  # noqa: F811
+    config, rng = sdxl_r0.get_config("dryrun"), np.random.default_rng(0)
+    shapes = {"prompt_embeds": (7, 40), "pooled_prompt_embeds": (12,), "features/hps_v2_1": (8,),
+              "features/clip_score": (8,)}
+    columns = {name: rng.standard_normal((2, *shape), np.float32)
+               for name, shape in shapes.items()}
+    negative = {name: columns[name][:1] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    columns |= {"prompt": ["a", "b"], "features/image_reward": np.ones((2, 35), np.int32)}
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    for name, given in (("with", negative), ("without", None)):
+        encoded_prompts.write(tmp_path / name, columns, negative=given)
+        file = tmp_path / name / "metadata.json"
+        other = {"weights": "0123456789abcdef", "function": ""}  # than those that stand in
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8"))
+                                   | {"rewards": {"clip_score": other}}), "utf-8")
+    config.data.encoded = str(tmp_path / "with")
+    built = step_plan.load(config, mesh)
+    assert built.abstract[2]["prompt_embeds"].shape == (config.batch_size, 7, 40)
+    config.data.encoded = str(tmp_path / "without")
+    with pytest.raises(InputError, match="no split 'negative', the embedding of the empty prompt"):
+        step_plan.load(config, mesh)
+
+
 @pytest.mark.parametrize(("recipe", "count"), [(sd15_r0, 2), (sd3_r0, 1)])
 def test_chips_that_repeat_each_other(cache, recipe, count):  # noqa: F811
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
@@ -180,5 +203,7 @@ def test_memory_by_kind_is_that_of_the_arrays(full):
 def test_what_the_compiler_says_when_memory_runs_out():
     said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (18.32G) exceeds available HBM (15.75G).")
-    assert step_plan._needed(said) == 18.32 * 2**30
-    assert step_plan._needed("INTERNAL: something else") is None
+    assert step_plan.needed(said) == 18.32 * 2**30
+    assert step_plan.needed("INTERNAL: something else") is None
+    assert step_plan.needed("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used "
+                            "19.01M of 16.00M vmem.") is None
