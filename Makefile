@@ -42,8 +42,8 @@ parity: install-dev
 	  tests/test_full_width.py -m "full_width or not full_width" \
 	  --parity-report=docs/parity.md
 
-# Runs killed, stopped, starved of disk and damaged, about a hundred of them, in about half an hour on
-# two cores; prints the counts and writes docs/faults.md. Without root no disk is mounted: files are
+# Runs killed, stopped, starved of disk and damaged, about a hundred of them, in a quarter of an
+# hour on two cores; prints the counts and writes docs/faults.md. Without root no disk is mounted: files are
 # limited in size instead.
 faults: install-dev
 	$(BIN)/python tests/faults.py --report=docs/faults.md

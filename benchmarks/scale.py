@@ -107,7 +107,8 @@ def document() -> str:
         text += (f"\n\nWeak scaling, SDXL LoRA R0+ with weights split over 8 chips: a chip sends "
                  f"{few / 1e9:.2f} GB a step among 8 chips and {many / 1e9:.2f} GB among 256, "
                  f"{many / few - 1:+.1%}.")
-    text += "\n\nOne image a chip; weights split over all chips of a slice. `-`: not known."
+    text += ("\n\nOne image a chip (recipes take 2 to 4 at once, unless --config.device_batch=1); "
+             "weights split over all chips of a slice. `-`: not known.")
     if len(found) < len(rows()):
         text += (f" {len(found)} of {len(rows())} programs were compiled so far: "
                  "`python -m benchmarks.scale --out=docs/scale.md` goes on.")

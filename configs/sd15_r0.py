@@ -24,7 +24,7 @@ Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 1.7 GB, VAE a
 Hours:     not measured; about half an hour on one H100 by this count: an image and step is 24
            TFLOP, and 32,000 of them at 40 % of its 989 TFLOP/s take 0.5 h. Of the 24, the UNet's
            four calls are 13 (0.8 each; again as they are rematerialized, and twice for the
-           gradient), guidance 1.6, the decoder 7.5, the rewards 1.9.
+           gradient), guidance 1.6, the decoder 7.5, the rewards 1.7.
 Numbers:   none measured here yet. The paper (25 guided steps -> 4 plain ones, Realistic-Vision):
            HPS v2.1 30.19 -> 33.70, aesthetic 5.87 -> 6.11, CLIP score 34.28 -> 32.13,
            ImageReward 0.81 -> 1.22. Weights of regularizers are those found on the embedded world

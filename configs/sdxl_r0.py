@@ -8,9 +8,10 @@ Variants:  sdxl_r0.py:r0plus, :full, :dryrun, or several with commas. The dry ru
 Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 files will do), and
            the reward models of sd15_r0.py.
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of the devices (data x fsdp). On TPUs, planned and not run: :r0plus
-           with --config.mesh.data=1 --config.mesh.fsdp=16 holds 9.7 GiB a chip of v5e-16; see
-           docs/scale.md, and `python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16`.
+           must be a multiple of the devices (data x fsdp). On TPUs, planned and not run: a chip of
+           v5e-16 needs --config.mesh.data=1 --config.mesh.fsdp=16 --config.device_batch=1, with
+           which :r0plus holds 9.7 GiB of its 15.75; see docs/scale.md, and
+           `python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16`.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
            encoders 1.6 GB, reward models 4.1 GB: 11 GB. Adapters of rank 32: 46 M parameters x
            16 bytes (float32: parameter, EMA, two moments): 0.7 GB. Activations of 2 images: about
@@ -18,10 +19,10 @@ Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0
            512 px.
            With --config.objective.decoder=models/taesdxl (madebyollin/taesdxl) that is far less.
            :full adds 2.57 G parameters x 20 bytes (the gradient too) = 51 GB: shard it with
-           --config.mesh.data=1 --config.mesh.fsdp=-1 (v5p-8, 4 chips: 20.8 GiB each, planned).
-Hours:     not measured; 3.4 on one H100, counted as in sd15_r0.py: an image and step is 155 TFLOP,
+           --config.mesh.data=1 --config.mesh.fsdp=-1 (v5p-8, 4 chips: 21.1 GiB each, planned).
+Hours:     not measured; 3.5 on one H100, counted as in sd15_r0.py: an image and step is 155 TFLOP,
            of which the UNet's four calls are 108 (6.8 each), guidance 13.5, the decoder 31.4 and
-           the rewards 1.9.
+           the rewards 1.7.
 Numbers:   none measured here yet, and the paper has none of SDXL. Weights of regularizers are
            those found on the embedded world (shapes_r0.py) and in sibling code, not searched at
            this size.

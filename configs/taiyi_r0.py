@@ -16,8 +16,9 @@ Weights:   IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 in diffusers' format
            clip_cn_vit-h-14.pt, under models/ or where --config.rewards.NAME.path and
            --config.heldout_rewards.heldout_chinese_clip.path say.
 Hardware:  one accelerator of 24 GB (estimated, not measured), as sd15_r0.py.
-Memory:    estimated from parameter counts: as sd15_r0.py, but reward models 3.6 GB (Chinese-CLIP
-           0.8 and 1.9, CLIP-L 0.9): 6 GB; prompts are 512 tokens here, not 77.
+Memory:    estimated from parameter counts: as sd15_r0.py, but reward models 2.5 GB (Chinese-CLIP
+           0.6, of the held-out one 1.3 in evaluations, CLIP-L 0.6): 4 GB; prompts are 512 tokens
+           here, not 77.
 Hours:     not measured; about half an hour on one H100, counted as in sd15_r0.py.
 Numbers:   none measured here, and the paper has none. English rewards cannot judge a Chinese
            prompt; Chinese-CLIP can, and so can one of your own (type "function").

@@ -54,8 +54,8 @@ so often that most of their time they are writing one.
 
 **What SIGTERM costs** is nothing, if the grace time ({GRACE:.0f} s in Kubernetes) is longer than a
 step and a save together. An evaluation is broken off, between its batches of 32 images, and made by
-the next start: the checkpoint is begun before it. SIGTERM comes to nothing while a program is being
-compiled, which is when nothing has changed since the last checkpoint.
+the next start: the checkpoint is begun before it. A SIGTERM during compilation saves
+nothing, and nothing is lost: no step was made since the last checkpoint.
 
 **Damage.** orbax protects its indices; of the arrays and of the metadata we keep checksums. A
 checkpoint that cannot be read or is not what was written becomes STEP.damaged, with a warning, and
