@@ -1,0 +1,90 @@
+"""How far the bytes that `plan` counts are from a run's, for which the compiler tries harder.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.compiler_effort --out=docs/scale.md
+
+compiles two parts of a training step for one TPU chip, each with its gradient, as `plan` does by
+default (--effort=-1) and as a run does (0). Nothing runs; needs requirements-tpu.txt.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import measure, tensor_parallel
+from configs import sdxl_r0
+from r0_jax import cli, hlo_cost, sharding, step_plan, topology
+from r0_jax.models import attention_backend
+from r0_jax.network import Params
+from r0_jax.pipelines import families
+
+_OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e-1", "a TPU of one chip")
+_SIZE = flags.DEFINE_integer("size", 512, "pixels a side that the decoder makes", lower_bound=64)
+_BLOCKS = flags.DEFINE_integer("blocks", 4, "of Stable Diffusion 3's transformer", lower_bound=1)
+
+# What is differentiated, its weights, and its other arguments.
+Part = tuple[Callable[..., jax.Array], Params, tuple[Any, ...]]
+
+
+def decoder() -> Part:
+    """SDXL's, which one image comes out of; and its gradient by the latents."""
+    with step_plan.filled(sdxl_r0.get_config()) as config:
+        pipeline = families.load(config.pretrained, config.dtype, config.family)
+    side = _SIZE.value // 8
+
+    def loss(vae: Params, latents: jax.Array) -> jax.Array:
+        return jnp.mean(pipeline.decode_unclipped(vae, latents) ** 2)
+
+    return jax.grad(loss, 1), pipeline.params["vae"], (
+        jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32),)
+
+
+def transformer() -> Part:
+    """A few blocks of Stable Diffusion 3's, of one image of 1024 px; and its gradients."""
+    mesh = sharding.make_mesh({}, topology.find(_TOPOLOGY.value)[1])
+    network, inputs = tensor_parallel.sd3(_BLOCKS.value, mesh, 1)
+    network = dataclasses.replace(network, attention=attention_backend.Backend("splash", mesh))
+
+    def loss(params: Params, *inputs: jax.Array) -> jax.Array:
+        return jnp.mean(jax.checkpoint(network)(params, *inputs).astype(jnp.float32) ** 2)
+
+    bf16 = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+            for name, x in network.shapes.items()}
+    return jax.grad(loss), bf16, tuple(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs)
+
+
+def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
+    chip, devices = topology.find(_TOPOLOGY.value)
+    where = sharding.replicated(sharding.make_mesh({}, devices))
+    step, params, inputs = part
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                        ({k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()},
+                         *inputs))
+    lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",))
+    begin = time.perf_counter()
+    compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
+    seconds = time.perf_counter() - begin
+    moved = hlo_cost.cost(compiled.as_text()).hbm_bytes
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    return (name, f"{effort:g}", f"{moved / 1e9:.1f}", f"{1e3 * moved / chip.hbm_bandwidth:.1f}",
+            f"{peak / 1e9:.2f}", f"{seconds:.0f}")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    parts = {f"SDXL's decoder, {_SIZE.value} px": decoder(),
+             f"{_BLOCKS.value} blocks of SD3's transformer": transformer()}
+    rows = [row(name, part, effort) for name, part in parts.items() for effort in (-1.0, 0.0)]
+    text = measure.table(("forward and gradient", "effort", "HBM, GB", "at least, ms", "peak, GB",
+                          "compiled, s"), rows)
+    measure.publish(_OUT.value, "### What the compiler's effort changes",
+                    f"{text}\n\n{_TOPOLOGY.value}. {measure.machine('jax', 'libtpu')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
