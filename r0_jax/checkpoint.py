@@ -45,7 +45,7 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a run that is training: the newest `keep`, and the best one.
 
-    Best is the highest `best_metric` (the lowest for best_mode 'min') among those that got it.
+    Best is the highest `best_metric` among those that got it.
     To be used by one run at a time, as a context manager or with `close()`, which wait for the
     save in progress. Readers of a run that may be going on use `load_params`.
     """
@@ -55,13 +55,11 @@ class Checkpoints:
         workdir: str | os.PathLike,
         keep: int = 3,
         best_metric: str | None = None,
-        best_mode: Literal["max", "min"] = "max",
         config_digest: str = "",
     ):
         orbax_errors.tell_once()
         self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
-        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
-        self._digest = config_digest
+        self._best_metric, self._digest = best_metric, config_digest
         distributed.of_first(self._set_aside_unreadable)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
@@ -72,7 +70,9 @@ class Checkpoints:
             ),
             # Otherwise a folder that cannot be made leaves a thread waiting for it: the error
             # comes late and the process does not end.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,
+                barrier_sync_fn=distributed.barrier if jax.process_count() > 1 else None),
         )
         with orbax_errors.one_line(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -85,7 +85,8 @@ class Checkpoints:
         """
         arrays = _flatten(state)
         step = int(state.step)
-        if step in self._manager.all_steps():
+        # Of one process: the others may see a shared folder as it was a moment ago.
+        if distributed.of_first(lambda: step in self._manager.all_steps()):
             return False
         metadata = sealed_json.seal({
             "step": step,
@@ -111,6 +112,7 @@ class Checkpoints:
         Waits for the save in progress. All processes call it.
         """
         self.wait()
+        mirror.push(self._workdir)  # a store has what was measured before it counts as such
         metrics = {name: float(value) for name, value in metrics.items()}
         distributed.of_first(functools.partial(self._write_metrics, step, metrics))
         with orbax_errors.one_line(self.folder):
@@ -125,7 +127,7 @@ class Checkpoints:
             raise InputError(_damaged(folder, str(error))) from None
         value = metrics.get(self._best_metric, math.nan)
         metadata["metrics"] = {n: x if math.isfinite(x) else None for n, x in metrics.items()}
-        metadata["score"] = self._sign * value if math.isfinite(value) else None
+        metadata["score"] = value if math.isfinite(value) else None
         path, text = _metadata_file(folder), json.dumps(sealed_json.seal(metadata))
         if isinstance(path, Path):
             write_bytes(path, text.encode())
@@ -195,9 +197,11 @@ class Checkpoints:
 def steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
     folder = mirror.checkpoints(workdir)
-    there = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if _STEP.fullmatch(path.name) and path.is_dir()
-                  and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
+    with orbax_errors.reached(folder):
+        there = folder.iterdir() if folder.is_dir() else ()
+        return sorted(int(path.name) for path in there
+                      if _STEP.fullmatch(path.name) and path.is_dir()
+                      and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
 
 
 def is_begun(workdir: str | os.PathLike) -> bool:
@@ -358,6 +362,20 @@ def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState
 
 
 def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """DamagedError in all processes where one cannot read it."""
+    arrays, metadata, damage = {}, {}, None
+    try:
+        arrays, metadata = _read_fitting(folder, target)
+    except DamagedError as error:
+        damage = str(error)
+    if told := [said for said in distributed.of_all(damage) if said is not None]:
+        raise DamagedError(told[0])
+    _verify(checksum.of_fields(arrays), metadata)
+    leaves = [arrays[name] for name in _flatten(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+
+
+def _read_fitting(folder: AnyPath, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     wanted = _flatten(target)
     if any(x.sharding is None for x in wanted.values()):
         raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
@@ -374,10 +392,7 @@ def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[s
             f"checkpoint {folder} does not fit this config: {differs[0]}{more}; "
             "use the config it was made with or give another --workdir"
         )
-    arrays = _read(folder, wanted)
-    _verify(checksum.of_fields(arrays), metadata)
-    leaves = [arrays[name] for name in wanted]
-    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+    return _read(folder, wanted), metadata
 
 
 def _describe(array: jax.ShapeDtypeStruct | None) -> str:
@@ -412,7 +427,7 @@ def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str
 
 def _unreadable(folder: AnyPath, error: Exception) -> Exception:
     said = f"{type(error).__name__}: {error}"
-    if isinstance(folder, Path):
+    if isinstance(folder, Path) and not orbax_errors.says_nothing_of_files(error):
         return DamagedError(said)
     # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
     return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, UnreachableError
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists --config under the program that defines it
@@ -62,7 +62,10 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, None
     line = str(error) if isinstance(error, InputError) else _disk_problem(error)
-    return (BUG, None) if line is None else (USER_ERROR, " ".join(line.splitlines()))
+    if line is None:
+        return BUG, None
+    status = BUG if isinstance(error, UnreachableError) else USER_ERROR
+    return status, " ".join(line.splitlines())
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:

@@ -222,18 +222,19 @@ def joined(config: ConfigDict) -> Iterator[None]:
         _exit(*cli.explain(error))
     except ApartError as error:
         _exit(cli.BUG, str(error))
-    if alone or jax.process_count() == 1:
+    known = jax._src.distributed.global_state  # without asking a device, which may not start
+    if alone or known.num_processes == 1:
         yield
         return
     global _watch
-    _watch = Watch(_client(), jax.process_index(), jax.process_count(), fields.lost_timeout,
+    _watch = Watch(_client(), known.process_id, known.num_processes, fields.lost_timeout,
                    fields.hang_timeout)
     _watch.start()
-    if jax.process_index() != 0:  # it says the same as process 0
-        warnings.simplefilter("ignore")
-        logging.set_verbosity(logging.ERROR)
-        console.quiet = True
     try:
+        if jax.process_index() != 0:  # it says the same as process 0
+            warnings.simplefilter("ignore")
+            logging.set_verbosity(logging.ERROR)
+            console.quiet = True
         yield
         together()
     except Stopped:
@@ -280,6 +281,13 @@ def together() -> None:
     """Returns when all processes are here."""
     if _watch is not None:
         _client().wait_at_barrier(f"r0_jax/together/{next(_calls)}", _WEEK)
+
+
+def barrier(*, key: str, timeout_ms: int) -> None:
+    """`together` as orbax asks for it; not for a process whose save has failed, for which nobody
+    will come: it would wait, and then say that instead of why."""
+    if sys.exc_info()[1] is None:
+        _client().wait_at_barrier(key, timeout_ms)
 
 
 def _client() -> Any:

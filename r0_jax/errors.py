@@ -6,3 +6,7 @@ class InputError(Exception):
 
     Entry points print it to stderr and exit with status 2; nothing else catches it.
     """
+
+
+class UnreachableError(InputError):
+    """An object store does not answer: as bad input, but with status 1, for a restart may do."""

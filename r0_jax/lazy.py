@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Shaped
 
+from r0_jax import distributed
+
 Index = tuple[slice, ...]  # one slice an axis, without steps
 
 
@@ -83,4 +85,6 @@ def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
         return np.asarray(read[part])  # of a scalar NumPy makes something else
 
     # Waits: transfers that lag behind would keep what they copy from.
-    return jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
+    placed = jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
+    distributed.progress("a tensor's place on the devices")
+    return placed

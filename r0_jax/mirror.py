@@ -162,8 +162,10 @@ class _Mirror:
         if jax.process_index() != 0:
             return
         with self._pushing, remote.told(self.url):
-            here = {name for path in self.folder.rglob("*") if path.is_file()
-                    and self._is_mirrored(name := path.relative_to(self.folder).as_posix())}
+            # Not rglob: orbax removes folders meanwhile, over which that stumbles.
+            here = {name for parent, _, files in os.walk(self.folder) for file in files
+                    if self._is_mirrored(
+                        name := Path(parent, file).relative_to(self.folder).as_posix())}
             gone = self.same.keys() - here if self.training else set()
             # A checkpoint goes as one: of what is just being deleted some files are there still.
             steps = {_step(name) for name in gone if self.same[name]} - {None}

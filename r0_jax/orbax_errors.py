@@ -1,6 +1,7 @@
 """What orbax says when the disk refuses: one line for a user instead of a page of tracebacks."""
 
 import contextlib
+import errno
 import functools
 import logging as python_logging
 import os
@@ -9,33 +10,57 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import logging
 
 from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.mirror import AnyPath
 
+_PASSING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+            errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
 
 @contextlib.contextmanager
 def one_line(folder: AnyPath) -> Iterator[None]:
     """Turns what the disk or the store refuses while a checkpoint is written to `folder` into
     InputError."""
-    url = remote.url_of(folder)
     try:
-        with remote.told(url) if url else contextlib.nullcontext():
+        with reached(folder):
             yield
     except InputError:
         raise
     except Exception as error:
-        code = getattr(error, "errno", None)
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            code = int(found[1])  # tensorstore says it only in the text of a ValueError
-        if code is None:
+        if (code := _code(error)) is None:
             raise
         raise InputError(
             f"cannot write a checkpoint to {folder}: {os.strerror(code).lower()}; those that are "
             "there are untouched; free space or give another --workdir"
         ) from None
+
+
+@contextlib.contextmanager
+def reached(folder: AnyPath) -> Iterator[None]:
+    """Turns what a store refuses into InputError; of a folder of this machine, nothing."""
+    lost = None
+    with remote.told(url) if (url := remote.url_of(folder)) else contextlib.nullcontext():
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:  # of another process, not of the store
+            lost = error
+    if lost is not None:
+        raise lost
+
+
+def says_nothing_of_files(error: Exception) -> bool:
+    """Whether a read failed for who asked or when, and may do another time."""
+    return isinstance(error, MemoryError) or _code(error) in _PASSING
+
+
+def _code(error: Exception) -> int | None:
+    """The system's number of an error, which tensorstore says only in the text of a ValueError."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 @functools.cache

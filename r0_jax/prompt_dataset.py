@@ -15,6 +15,8 @@ from r0_jax.images import write_bytes
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.rewards.reward import Reward
 
+_AT_ONCE = 8192  # prompts between two signs of life
+
 
 def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
     """"features/<reward>" float32 [N, D] of every prompt, for the rewards that read prompts."""
@@ -24,8 +26,12 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
     rows = np.asarray([row[prompt] for prompt in prompts])
     for reward in rewards:
         if reward.text_features is not None:
-            encoded = reward.text_features(reward.params, distinct)
-            found[f"features/{reward.name}"] = encoded[rows]
+            encoded = []
+            for start in range(0, len(distinct), _AT_ONCE):
+                encoded.append(reward.text_features(reward.params,
+                                                    distinct[start:start + _AT_ONCE]))
+                distributed.progress(f"features of prompts for {reward.name}")
+            found[f"features/{reward.name}"] = np.concatenate(encoded)[rows]
     return found
 
 

@@ -24,7 +24,8 @@ from etils import epath
 from etils.epath import backend
 from rich.filesize import decimal
 
-from r0_jax.errors import InputError
+from r0_jax import distributed
+from r0_jax.errors import InputError, UnreachableError
 from r0_jax.progress import console
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where it is installed, it would be imported
@@ -126,6 +127,7 @@ def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
             raise InputError(f"{below(url, name)} changed while it was fetched: try again")
         os.utime(part, ns=(changed * 1000, changed * 1000))
         os.replace(part, path)
+        distributed.progress(f"{path.name} was fetched")
 
     with told(url):
         in_parallel(get, missing)
@@ -213,21 +215,21 @@ def told(url: str) -> Iterator[None]:
     except Exception as error:  # botocore's, google.auth's and aiohttp's have no common base
         if isinstance(error, OSError) and error.filename and Path(error.filename).is_absolute():
             raise  # of this machine's disk
-        raise InputError(_refusal(url, error)) from None
+        raise _refusal(url, error) from None
 
 
-def _refusal(url: str, error: Exception) -> str:
+def _refusal(url: str, error: Exception) -> InputError:
     kind, text = type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200]
     if isinstance(error, FileNotFoundError):
-        return f"{url}: there is no such bucket or object ({text})"
+        return InputError(f"{url}: there is no such bucket or object ({text})")
     if re.search("credential|anonymous|401|unauthorized|token", f"{kind} {text}", re.IGNORECASE):
         advice = ("gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
                   if url.startswith("gs://") else
                   "aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        return f"{url}: no valid credentials ({text}): {advice}"
+        return InputError(f"{url}: no valid credentials ({text}): {advice}")
     if isinstance(error, PermissionError) or re.search("forbidden|403|denied", text, re.IGNORECASE):
-        return f"{url}: access is denied ({text})"
-    return f"{url} cannot be reached ({kind}: {text})"
+        return InputError(f"{url}: access is denied ({text})")
+    return UnreachableError(f"{url} cannot be reached ({kind}: {text})")
 
 
 # --- this machine --------------------------------------------------------------------------------

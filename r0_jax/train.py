@@ -114,7 +114,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     console.print(f"{trained:,} trained parameters", highlight=False)
 
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints,
-                                         config.best_metric or None, "max", config_digest)
+                                         config.best_metric or None, config_digest)
     with checkpoints:
         # 1. A checkpoint in the run's folder: continue from the newest whole one.
         # 2. None: start from the pretrained weights.

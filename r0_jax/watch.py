@@ -31,9 +31,9 @@ class Watch:
         self._leaving = threading.Lock()  # whoever has it says why, and nobody else
         self._stopped = False
         self._threads: list[threading.Thread] = []
-        self._count, self._done, self._moved = 0, "the start", None
         # Seconds that this process was awake for: what it cannot have seen it does not miss.
         self._clock = 0.0
+        self._count, self._done, self._moved = 0, "the start", 0.0
         self._answered = 0.0
         # Of each process: its last sign of life, and when it changed.
         self._signs: dict[int, tuple[list, float]] = {
@@ -53,8 +53,7 @@ class Watch:
             thread.join(self._every + 2)
 
     def progress(self, done: str) -> None:
-        """Something came to its end here, such as "step 12". From the first time on it is missed if
-        nothing more does: not before, since nobody knows how long preparing prompts takes."""
+        """Something came to its end here, such as "step 12". It is missed if nothing more does."""
         self._count, self._done, self._moved = self._count + 1, done, self._clock
 
     def fail(self, status: int, message: str) -> None:
@@ -119,7 +118,7 @@ class Watch:
         if lost:
             return (f"{self._name(lost)} gave no sign of life for {self._lost:g} s: killed, frozen "
                     f"or cut off; {_CONTINUE}")
-        if self._moved is None or self._clock - self._moved <= self._hang:
+        if self._clock - self._moved <= self._hang:
             return None
         counts = {i: sign[1] for i, (sign, _) in self._signs.items()}
         behind = [i for i, count in counts.items() if count < max(counts.values())]

@@ -90,8 +90,13 @@ def check_shared(workdir: Path) -> None:
 def alone(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of a workdir, as far as its file system can; a killed run holds nothing.
     InputError where another one is at work in it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("ab") as file:
+    with contextlib.ExitStack() as held:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((workdir / ".lock").open("ab"))
+        except OSError as error:
+            raise InputError(f"--workdir={workdir} cannot be written to ({error.strerror}): give "
+                             "another one") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -53,9 +53,9 @@ then does again one interval and the steps taken during the save. The runs here 
 so often that most of their time they are writing one.
 
 **What SIGTERM costs** is nothing, if the grace time ({GRACE:.0f} s in Kubernetes) is longer than a
-step and a save together. An evaluation is broken off, between its batches of 32 images, and made by
-the next start: the checkpoint is begun before it. A SIGTERM during compilation saves
-nothing, and nothing is lost: no step was made since the last checkpoint.
+step and two saves, the one that may be going on and the last. An evaluation is broken off, between
+its batches of 32 images, and made by the next start: the checkpoint is begun before it. A SIGTERM
+during compilation saves nothing, and nothing is lost: no step was made since the last checkpoint.
 
 **Damage.** orbax protects its indices; of the arrays and of the metadata we keep checksums. A
 checkpoint that cannot be read or is not what was written becomes STEP.damaged, with a warning, and

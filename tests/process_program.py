@@ -4,6 +4,7 @@
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs import common
-from r0_jax import data, distributed, replicas, sharding
+from r0_jax import checkpoint, data, distributed, replicas, sharding, train_state
 from r0_jax.errors import InputError
 from r0_jax.stop_signal import Stopped, StopSignal
 
@@ -25,16 +27,21 @@ def main(trouble: str, folder: Path) -> None:
     config = common.get_config()
     with config.unlocked():
         config.processes.lost_timeout = 8
-        config.processes.hang_timeout = 6 if trouble == "hangs" else 60
+        config.processes.hang_timeout = 6 if trouble in ("hangs", "stuck") else 60
         config.processes.start_timeout = 5 if trouble == "absent" else 60
     if trouble == "absent" and os.environ["JAX_PROCESS_ID"] == "1":
-        raise SystemExit(2)
+        raise SystemExit(0)
     with StopSignal() as stop, distributed.joined(config), stop.deferred():
-        steps(trouble, folder, stop)
+        if trouble in ("full", "unread"):
+            save_and_restore(trouble, folder)
+        else:
+            steps(trouble, folder, stop)
 
 
 def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
     mesh, me = sharding.global_mesh(), jax.process_index()
+    if trouble == "stuck" and me == 1:
+        time.sleep(1000)
     prompts = folder / "prompts"
     size = distributed.of_first(lambda: prepare(prompts))
     split = sharding.batch_sharding(mesh)
@@ -58,6 +65,34 @@ def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
             return
         if trouble == "endless":
             time.sleep(0.05)
+
+
+def save_and_restore(trouble: str, folder: Path) -> None:
+    """Two checkpoints, and one that the disk refuses to process 0, or process 1 cannot read."""
+    where = sharding.replicated(sharding.global_mesh())
+    params = {"a.kernel": jnp.arange(4096.0)}
+    start = jax.jit(lambda step: train_state.init(params, optax.sgd(1.0))._replace(step=step),
+                    out_shardings=where)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(start(jnp.int32(step)))
+        checkpoints.wait()
+        if trouble == "full":
+            if jax.process_index() == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            checkpoints.save(start(jnp.int32(3)))
+            checkpoints.wait()
+        read, failures = checkpoint._read, iter([trouble == "unread" and jax.process_index() == 1])
+
+        def once(folder: Path, wanted: dict) -> dict:
+            if all(x.sharding for x in wanted.values()) and next(failures, False):
+                raise checkpoint._unreadable(folder, ValueError("[os_error_code='5']"))
+            return read(folder, wanted)
+
+        checkpoint._read = once
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                              jax.eval_shape(start, jnp.int32(0)))
+        print(f"restored {int(checkpoints.restore(target)[0].step)}", flush=True)
 
 
 def prepare(prompts: Path) -> int:

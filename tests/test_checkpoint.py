@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -177,13 +178,7 @@ def test_keeps_the_newest_and_the_best(tmp_path, small):
     assert load_params(tmp_path, step="best")[1]["step"] == 7
 
 
-def test_best_may_be_the_lowest_and_may_be_unknown(tmp_path, saved, small):
-    with Checkpoints(tmp_path, keep=1, best_metric="fd", best_mode="min") as checkpoints:
-        for step, score in enumerate([3.0, 1.0, 2.0]):
-            checkpoints.save(at(small, step))
-            checkpoints.add_metrics(step, {"fd": score})
-    assert checkpoint.steps(tmp_path) == [1, 2]
-    assert checkpoint.find_step(tmp_path, "best") == 1
+def test_the_best_may_be_unknown(saved):
     with pytest.raises(InputError, match="leave the step out"):
         checkpoint.find_step(saved, "best")  # saved with no best_metric
 
@@ -295,6 +290,16 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
     with pytest.raises(Stopped), StopSignal(), Checkpoints(copied) as checkpoints:
         checkpoints.restore(target(1))
     assert checkpoint.steps(copied) == [10, 20]
+
+
+@pytest.mark.parametrize(("error", "is_damage"), [
+    (PermissionError(errno.EACCES, "no"), False), (MemoryError(), False),
+    (ValueError("PERMISSION_DENIED: [os_error_code='13']"), False),
+    (ValueError("[os_error_code='116']"), False),  # a stale handle of a network's file system
+    (ValueError("[os_error_code='5']"), True), (ValueError("out of bounds"), True)])
+def test_what_forbids_reading_is_no_damage(tmp_path, error, is_damage):
+    found = checkpoint._unreadable(tmp_path / "3", error)
+    assert type(found) is (checkpoint.DamagedError if is_damage else InputError)
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error(copied):

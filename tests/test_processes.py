@@ -16,7 +16,8 @@ from process_program import STEPS, TROUBLED
 
 from r0_jax import checkpoint, data
 
-TROUBLES = ("input", "bug", "asked", "killed", "frozen", "hangs", "differ", "absent")
+TROUBLES = ("input", "bug", "asked", "killed", "frozen", "hangs", "stuck", "differ", "absent",
+            "full", "unread")
 
 
 def launch(processes, *command, grace=60):
@@ -62,6 +63,9 @@ def ended(program):
                    "the others did not end within 20 s: they are stopped"]),
     ("hangs", 1, [f"[{i}] error: process 1 of 2 stands still for 6 s, after the batch of step "
                   f"{TROUBLED - 1}" for i in range(2)]),
+    ("stuck", 1, [" for 6 s, after the start"]),  # before anything was done
+    ("full", 2, ["[0] error: cannot write a checkpoint to ", "/checkpoints: file too large; those",
+                 "[1] error: process 0 of 2: cannot write a checkpoint to "]),
     ("differ", 2, [f"error: at step {TROUBLED} the copy of the sum in processes 0 and 1 of 2 "
                    "differs from the others'"]),
     ("absent", 1, ["[0] error: not all 2 processes came together within 5 s"]),
@@ -73,6 +77,13 @@ def test_a_process_in_trouble_ends_all_with_a_line(started, trouble, status, sai
         assert line in err, err
     assert ("Traceback" in err) == (trouble == "bug"), err
     assert f"step {STEPS} " not in out
+
+
+def test_what_one_process_cannot_read_is_read_by_none(started):
+    status, out, err = ended(started["unread"])
+    assert status == 0, err
+    assert re.findall(r"^\[\d\] restored (\d)$", out, re.MULTILINE) == ["1", "1"]
+    assert "checkpoints/2 is damaged" in err and "2.damaged" in err
 
 
 def test_four_processes_share_the_batches_and_agree(tmp_path):

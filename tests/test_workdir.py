@@ -143,3 +143,11 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
             pass
     with workdir.alone(folder):  # free again
         pass
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, name):
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(InputError, match=r"file.* cannot be written to"), workdir.alone(
+            tmp_path / name):
+        pass
