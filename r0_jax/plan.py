@@ -22,9 +22,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice such as v5e-16, v
                                 "v6e-8 or 2xv5e-16; or cpu, or local: this machine's accelerator",
                                 required=True)
 _JSON = flags.DEFINE_bool("json", False, "one JSON object on standard output")
-_EFFORT = flags.DEFINE_float("effort", -1.0, "of the compiler, from -1 (quick; memory and traffic "
-                             "are about those of a run) to 0 (as a run compiles, several times "
-                             "longer)", lower_bound=-1.0, upper_bound=0.0)
+_EFFORT = flags.DEFINE_float("effort", -1.0, "of the compiler, from -1 (quick; more goes through "
+                             "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
+                             "many times longer)", lower_bound=-1.0, upper_bound=0.0)
 _GIB = 2**30
 
 
@@ -68,7 +68,7 @@ def print_plan(found: Plan) -> None:
                          if found.dcn_bytes else ""))
         bounds = ", ".join(f"{kind} {1e3 * value:,.0f} ms" for kind, value in found.seconds.items())
         console.print(f"a step takes at least: {bounds}; bound by {found.bound_by}")
-        console.print(f"at most {found.predicted_images_per_sec:,.1f} images/s, "
+        console.print(f"by that {found.predicted_images_per_sec:,.1f} images/s, "
                       f"MFU {found.predicted_mfu:.0%}")
     elif found.measured_seconds_per_step:
         console.print(f"measured: {found.measured_seconds_per_step:.3g} s a step, "
