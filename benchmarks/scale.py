@@ -3,8 +3,8 @@
     python -m benchmarks.scale --out=docs/scale.md
 
 compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt), one after the other: two to five minutes each on two cores, full fine-tuning
-five to fifteen. What runs/scale holds already is not compiled again: empty it after a change of the
+(requirements-tpu.txt), one after the other: two to eight minutes each on two cores, two hours for
+all. What runs/scale holds already is not compiled again: empty it after a change of the
 step or of what counts it. --only=sdxl compiles rows whose name has that in it.
 """
 
