@@ -42,9 +42,10 @@ def train_preference(config: ConfigDict, out: Path) -> None:
     prompt. The other half went through the VAE, see `redraw`.
     """
     source = out / ("preference" if config.warm_start else "clip")
-    network, params, _, _, *_ = tower.load(source)
+    found = tower.load(source)
+    network = found.network
     fields = read_json(source / "config.json")
-    params = _resize_positions(lazy.place(params), fields["vision_config"], config.image_size)
+    params = _resize_positions(lazy.place(found.params), fields["vision_config"], config.image_size)
     prepare = Preprocess(config.image_size)
     tokenizer = load_tokenizer(source)
 
@@ -135,13 +136,13 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, kept: redraw.Pairs) -> 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
     """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
     features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
-    network, tower_params, _, prepare, inputs, *_ = tower.load(out / "preference")
+    found = tower.load(out / "preference", text=False)
+    tower_params = lazy.place(found.params)
 
     def constructor(rngs):
-        return ScoreMLP(inputs, rngs=rngs)
+        return ScoreMLP(found.width, rngs=rngs)
 
     head = Network.abstract(constructor)
-    tower_params = lazy.place(tower_params)
 
     def loss(params, batch, key):
         level_key, degrade_key, warp_key, which_key = jax.random.split(key, 4)
@@ -153,7 +154,8 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         images = jnp.where(drawn, batch["few_step"], worse)
         target = jnp.where(batch["from_base"], 4.0, 10.0 - 9.0 * level)
         # The tower is frozen: only the head is trained.
-        features = normalize(network.apply(tower_params, "image_features", prepare(images)))
+        features = normalize(found.sight.apply(tower_params, "image_features",
+                                               found.prepare(images)))
         error = head(params, features) - target
         return jnp.mean(error**2), {"mean_abs_error": jnp.mean(jnp.abs(error))}
 
