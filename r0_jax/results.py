@@ -25,6 +25,7 @@ from rich.console import Console
 
 from r0_jax import checkpoint, cli, images, mirror, remote, report, run, train, workdir
 from r0_jax.errors import InputError
+from r0_jax.stop_signal import Stopped, StopSignal
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
@@ -49,21 +50,25 @@ def main(argv: list[str]) -> int:
         raise InputError("the config has no test.prompts to measure with")
     train.enable_compilation_cache(config)
     out = remote.output(_OUT.value)
-    with contextlib.ExitStack() as held:
-        root = _WORKDIR.value.rstrip("/")
-        folders = [held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
-                   for seed in _SEED.value]
-        return 0 if run_all(config, folders, out) else cli.STOPPED
+    try:
+        with StopSignal() as stop, contextlib.ExitStack() as held:
+            root = _WORKDIR.value.rstrip("/")
+            folders = [held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
+                       for seed in _SEED.value]
+            return 0 if run_all(config, folders, out, stop) else cli.STOPPED
+    except Stopped:
+        console.print("stopped; what was trained is saved: the same command continues")
+        return cli.STOPPED
 
 
-def run_all(config: ConfigDict, folders: Sequence[Path], out: Path) -> bool:
+def run_all(config: ConfigDict, folders: Sequence[Path], out: Path, stop: StopSignal) -> bool:
     """Trains what is not there yet, a folder a seed, and writes the page; False where it was told
     to stop."""
     for seed, folder in zip(_SEED.value, folders, strict=True):
         console.rule(str(folder))
         with config.unlocked():
             config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
-        if not measured(folder, config) and not train.train_and_evaluate(config, folder):
+        if not measured(folder, config) and not train.train_and_evaluate(config, folder, stop):
             return False
     evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
                    for folder in folders]
