@@ -2,12 +2,16 @@
 
 import json
 import math
+from unittest import mock
 
+import numpy as np
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint, results, workdir
+from r0_jax import checkpoint, images, results, workdir
 from r0_jax.report import markdown_table
+from r0_jax.stop_signal import StopSignal
 
 
 def evaluation(accuracy, distance, seed=0, prompts=2):
@@ -60,3 +64,30 @@ def test_what_is_broken_is_measured_anew(run, text, said):
     assert not results.measured(folder, config)
     (folder / "eval.json").write_text(text, encoding="utf-8")
     assert results.measured(folder, config) is said
+
+
+def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkeypatch):
+    flags.FLAGS(["results", "--seed=0", "--seed=1", "--num_prompts=2", "--workdir=w", "--out=o",
+                 "--config=configs/shapes_r0.py"])
+
+    def trained(config, folder, stop):
+        found = evaluation(0.8, 1.0, config.seed, config.test.num_prompts)
+        (folder / "samples" / "eval").mkdir(parents=True)
+        (folder / "eval.json").write_text(json.dumps(found), encoding="utf-8")
+        images.save_png(folder / "samples" / "eval" / "0.png", np.zeros((8, 8, 3)))
+        record = {"prompt": "红色的圆", "files": dict.fromkeys(found["models"], "0.png")}
+        (folder / "samples" / "eval" / "prompts.jsonl").write_text(json.dumps(record), "utf-8")
+        return True
+
+    train = mock.create_autospec(results.train.train_and_evaluate, side_effect=trained)
+    monkeypatch.setattr(results.train, "train_and_evaluate", train)  # which knows its arguments
+    config = ConfigDict({"steps": 4, "seed": 7, "test": {"num_prompts": 300}})
+    folders = [tmp_path / "seed_0", tmp_path / "seed_1"]
+    assert results.run_all(config, folders, tmp_path / "results.md", StopSignal())
+    text = (tmp_path / "results.md").read_text("utf-8")
+    assert "2 test prompts" in text and "seeds 0, 1" in text and "1. 红色的圆" in text
+    assert (tmp_path / "results.png").is_file()
+
+    train.side_effect = lambda config, folder, stop: False  # a SIGTERM came
+    assert not results.run_all(config, [tmp_path / "seed_2"] * 2, tmp_path / "no.md", StopSignal())
+    assert train.call_count == 3 and not (tmp_path / "no.md").exists()
