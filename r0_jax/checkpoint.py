@@ -14,10 +14,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal, SupportsFloat, TypeVar
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ from r0_jax.images import write_bytes
 from r0_jax.lazy import Lazy
 from r0_jax.mirror import AnyPath
 from r0_jax.train_state import TrainState
+
+T = TypeVar("T")
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _NONE = "no checkpoint in {} can be read: bring one back, or give another --workdir"
@@ -158,8 +160,6 @@ class Checkpoints:
         for newest in reversed(distributed.of_first(lambda: steps(self._workdir))):
             folder = self.folder / str(newest)
             try:
-                if jax.process_count() > 1:  # where all have to come to the same verdict
-                    _verify_together(folder)
                 return _read_state(folder, target)
             except DamagedError as error:
                 damage = str(error)  # of which `error` is gone below
@@ -362,17 +362,23 @@ def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState
 
 
 def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """DamagedError in all processes where one cannot read it."""
-    arrays, metadata, damage = {}, {}, None
+    arrays, metadata = _agreed(lambda: _read_fitting(folder, target))
+    _agreed(lambda: _verify(checksum.of_fields(arrays), metadata))
+    leaves = [arrays[name] for name in _flatten(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+
+
+def _agreed(read: Callable[[], T]) -> T:
+    """What `read` returns; DamagedError in all processes where it is one in any, for what comes
+    next they do together."""
+    found, damage = None, None
     try:
-        arrays, metadata = _read_fitting(folder, target)
+        found = read()
     except DamagedError as error:
         damage = str(error)
     if told := [said for said in distributed.of_all(damage) if said is not None]:
         raise DamagedError(told[0])
-    _verify(checksum.of_fields(arrays), metadata)
-    leaves = [arrays[name] for name in _flatten(target)]
-    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+    return found
 
 
 def _read_fitting(folder: AnyPath, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -438,23 +444,6 @@ def _verify(checksums: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
     for field, found in checksums.items():
         if found != metadata["checksums"].get(field):
             raise DamagedError(f"its {field} are not what was written (checksums differ)")
-
-
-def _verify_together(folder: AnyPath) -> None:
-    """Each of many processes reads its share of the arrays; DamagedError in all of them where one
-    cannot, or where the whole is not what was written."""
-    sums, damage = {}, None
-    try:
-        metadata = _read_metadata(folder)
-        share = sorted(_stored_shapes(folder).items())[jax.process_index()::jax.process_count()]
-        sums = checksum.of_fields(_Reader(folder, dict(share)))
-    except DamagedError as error:
-        damage = str(error)
-    found = distributed.of_all([sums, damage])
-    for _, damage in found:
-        if damage is not None:
-            raise DamagedError(damage)
-    _verify(checksum.added([sums for sums, _ in found]), metadata)
 
 
 def _damaged(folder: AnyPath, damage: str) -> str:

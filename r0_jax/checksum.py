@@ -2,7 +2,7 @@
 where a flipped bit is read as a number."""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,18 +15,13 @@ def of_fields(arrays: Mapping[str, Any]) -> dict[str, int]:
 
     `arrays` are keyed by dotted names that begin with the field.
     """
-    # Waits for each: of thousands in the queue, sums over many fake devices of few processors
-    # block each other for ever.
-    return added({name.split(".")[0]: int(of_array(x)) * (zlib.crc32(name.encode()) | 1)}
-                 for name, x in arrays.items())
-
-
-def added(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """{field: number} of arrays together, from those of parts of them."""
     totals: dict[str, int] = {}
-    for part in parts:
-        for field, value in part.items():
-            totals[field] = (totals.get(field, 0) + value) % 2**32
+    for name, x in arrays.items():
+        # Waits for each: of thousands in the queue, sums over many fake devices of few processors
+        # block each other for ever.
+        value = int(of_array(x)) * (zlib.crc32(name.encode()) | 1)
+        field = name.split(".")[0]
+        totals[field] = (totals.get(field, 0) + value) % 2**32
     return totals
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import fsspec
+import jax
 from etils import epath
 from etils.epath import backend
 from rich.filesize import decimal
@@ -205,7 +206,7 @@ def told(url: str) -> Iterator[None]:
     """Turns what the packages of stores raise into one line."""
     try:
         yield
-    except InputError:
+    except (InputError, jax.errors.JaxRuntimeError):  # the latter of other processes
         raise
     except ImportError as error:
         scheme = url.split(":")[0]

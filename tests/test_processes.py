@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -35,7 +36,10 @@ def started(tmp_path_factory):
                                 grace=20 if trouble == "frozen" else 60)
                 for trouble in TROUBLES}
     yield programs
-    for program in programs.values():
+    for program in programs.values():  # some may not have been asked for, and have a frozen child
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+        for child in children.read_text().split() if children.exists() else ():
+            os.kill(int(child), signal.SIGKILL)
         program.kill()
         program.communicate()
 
