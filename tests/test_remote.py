@@ -128,6 +128,11 @@ def test_what_stores_raise_is_one_line(error, said):
     assert cli.explain(raised.value)[0] == (1 if "cannot be reached" in said else 2)
 
 
+def test_another_process_that_is_lost_is_not_the_store():
+    with pytest.raises(jax.errors.JaxRuntimeError), remote.told("gs://b/x"):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: CoordinationService")
+
+
 def test_a_package_that_is_not_installed(monkeypatch):
     backend.fsspec_backend._get_filesystem.cache_clear()
 
@@ -266,15 +271,24 @@ def small_state(step: int):
 def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypatch, url):  # noqa: F811
     """gs:// by orbax and tensorstore themselves, s3:// by way of the mirror."""
     there = store / "bucket/runs/w"
+    write_metrics = checkpoint.Checkpoints._write_metrics
+
+    def after_its_row(checkpoints, step, metrics):
+        # A checkpoint that counts as measured is not measured again: the row must be there.
+        assert (there / "metrics.jsonl").read_text() == f"{step} measured\n"
+        write_metrics(checkpoints, step, metrics)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write_metrics", after_its_row)
     with mirror.workdir(url, training=True) as folder:
         with checkpoint.Checkpoints(folder, keep=1, best_metric="heldout/x") as checkpoints:
             for step in (1, 2, 3):
                 write(folder, **{"metrics.jsonl": f"{step}\n"})
                 checkpoints.save(small_state(step))
-                checkpoints.add_metrics(step, {"heldout/x": -step})
-                checkpoints.wait()
                 # What is measured up to a checkpoint is there before it.
                 assert (there / "metrics.jsonl").read_text() == f"{step}\n"
+                write(folder, **{"metrics.jsonl": f"{step} measured\n"})
+                checkpoints.add_metrics(step, {"heldout/x": -step})
+                checkpoints.wait()
             wait_for(lambda: (there / "checkpoints/3/metrics/metrics").exists())
         assert (folder / "checkpoints").exists() == url.startswith("s3")
         assert checkpoint.steps(folder) == [1, 3]
