@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     rows = [row(name, part, effort) for name, part in parts.items() for effort in (-1.0, 0.0)]
     text = measure.table(("forward and gradient", "effort", "HBM, GB", "at least, ms", "peak, GB",
                           "compiled, s"), rows)
-    measure.publish(_OUT.value, "### What the compiler's effort changes",
+    measure.publish(_OUT.value, "## What the compiler's effort changes",
                     f"{text}\n\n{_TOPOLOGY.value}. {measure.machine('jax', 'libtpu')}")
 
 
