@@ -46,7 +46,7 @@ parity: install-dev
 # hour on two cores; prints the counts and writes docs/faults.md. Without root no disk is mounted: files are
 # limited in size instead.
 faults: install-dev
-	$(BIN)/python tests/faults.py --report=docs/faults.md
+	$(BIN)/python tests/support/faults.py --report=docs/faults.md
 
 lint: install-dev
 	$(BIN)/ruff check .

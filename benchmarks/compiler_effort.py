@@ -17,10 +17,12 @@ from absl import flags
 
 from benchmarks import measure, tensor_parallel
 from configs import sdxl_r0
-from r0_jax import cli, hlo_cost, sharding, step_plan, topology
+from r0_jax import cli
 from r0_jax.models import attention_backend
-from r0_jax.network import Params
+from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
+from r0_jax.plan import hlo_cost, predict, topology
+from r0_jax.weights.network import Params
 
 _OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e-1", "a TPU of one chip")
@@ -33,7 +35,7 @@ Part = tuple[Callable[..., jax.Array], Params, tuple[Any, ...]]
 
 def decoder() -> Part:
     """SDXL's, which one image comes out of; and its gradient by the latents."""
-    with step_plan.filled(sdxl_r0.get_config()) as config:
+    with predict.filled(sdxl_r0.get_config()) as config:
         pipeline = families.load(config.pretrained, config.dtype, config.family)
     side = _SIZE.value // 8
 

@@ -32,16 +32,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.measure import publish
 from configs import sdxl_r0
-from r0_jax import cli, convert, export, lazy, miniature, sharding, train_state
-from r0_jax.checkpoint import Checkpoints
+from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.generator import Generator
-from r0_jax.images import write_bytes
-from r0_jax.lazy import Lazy
+from r0_jax.evaluation.images import write_bytes
+from r0_jax.export import folder as export
+from r0_jax.method import train_state
+from r0_jax.method.generator import Generator
 from r0_jax.models.config import read_json
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from r0_jax.network import Network, Shapes
-from r0_jax.tensor_file import Tensor, write
+from r0_jax.parallel import sharding
+from r0_jax.stand_ins import miniature
+from r0_jax.weights import convert, lazy
+from r0_jax.weights.lazy import Lazy
+from r0_jax.weights.network import Network, Shapes
+from r0_jax.weights.tensor_file import Tensor, write
+from r0_jax.workdir.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 FAMILY = "StableDiffusionXLPipeline"
@@ -56,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_string("folder", tempfile.gettempdir(), "where files are made, and deleted")
     flags.DEFINE_string("out", None, "Markdown file whose section is written")
     flags.DEFINE_string("config", str(
-        ROOT / "r0_jax/published/stable_diffusion_xl/unet/config.json"), "of the UNet")
+        ROOT / "r0_jax/stand_ins/published/stable_diffusion_xl/unet/config.json"), "of the UNet")
     flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
     flags.DEFINE_string("task", "", "of the processes that this one starts")
 

@@ -20,8 +20,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from benchmarks import measure
-from configs.common import reward_entry
 from r0_jax import cli, rewards
+from r0_jax.config import reward_entry
 from r0_jax.rewards.preprocess import RESIZES, Preprocess
 from r0_jax.rewards.reward import value_and_gradient
 from r0_jax.shapes import CHECKPOINTS
@@ -113,8 +113,8 @@ def against_pil(count: int) -> str:
 
 Absolute differences of pixels after the resize to {SIZE} px, in units of 1/255, between this
 library (float32, differentiable) and the published path: PIL's bicubic on 8-bit images, then crop,
-padding or nothing. `tests/test_preprocess.py` holds bounds, and that PyTorch's resize of float
-images gives the same numbers and gradients within 1e-5.
+padding or nothing. `tests/rewards/test_preprocess.py` holds bounds, and that PyTorch's resize of
+float images gives the same numbers and gradients within 1e-5.
 
 {measure.table(header, rows)}
 

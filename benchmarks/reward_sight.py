@@ -22,23 +22,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from r0_jax import (
-    cli,
-    data,
-    few_step,
-    lazy,
-    noise_schedule,
-    prompt_dataset,
-    rewards,
-    run,
-    sharding,
-    statistics,
-)
+from r0_jax import cli, rewards
+from r0_jax.diffusion import grid, noise_schedule
 from r0_jax.errors import InputError
-from r0_jax.inference import ImageSampler
+from r0_jax.evaluation import statistics
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.validation import draw, fixed_noise, score
+from r0_jax.parallel import sharding
 from r0_jax.pipelines.pipeline import Pipeline, take
+from r0_jax.prompts import files, prepared
 from r0_jax.shapes.judge import judge
-from r0_jax.validation import draw, fixed_noise, score
+from r0_jax.weights import lazy
+from r0_jax.workdir import run
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of the implicit reward, as shares of time
 DRAWS = 3  # of its noise, a level
@@ -70,7 +65,7 @@ def implicit_reward(pipeline: Pipeline, seed: int
                     ) -> Callable[[np.ndarray, list[str], float], Float[np.ndarray, " n"]]:
     """(images, prompts, level) -> how much closer to the image the base's clean prediction of it,
     noised to `level`, is with the prompt than without."""
-    table = few_step.noise_levels(pipeline.scheduler_config)
+    table = grid.noise_levels(pipeline.scheduler_config)
     params, empty = lazy.place(pipeline.params), pipeline.tokenize([""])
     vae = pipeline.networks["vae"]
 
@@ -115,12 +110,12 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
     weights = opened.weights(opened.params(run.choose_step(Path(given.workdir), given.step)))
 
-    distinct = data.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts:]
+    distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts:]
     shape = (len(distinct), given.samples_per_prompt)
     prompts = [prompt for prompt in distinct for _ in range(given.samples_per_prompt)]
     noise, keys = fixed_noise(given.seed, len(prompts), pipeline.latent_shape)
     mesh = sharding.local_mesh()
-    sampler = ImageSampler(pipeline, few_step.grid(pipeline.scheduler_config,
+    sampler = ImageSampler(pipeline, grid.grid(pipeline.scheduler_config,
                                                    config.sampler.num_steps), 1.0, mesh=mesh)
     params = lazy.place({**pipeline.params, pipeline.generator_part: weights},
                         sharding.replicated(mesh))
@@ -146,7 +141,7 @@ def main(argv: list[str]) -> None:
 
     for name, entry in [*config.rewards.items(), *config.heldout_rewards.items()]:
         reward = rewards.load(name, entry)
-        features = prompt_dataset.features(prompts, [reward]).get(f"features/{name}")
+        features = prepared.features(prompts, [reward]).get(f"features/{name}")
         add(name, score(jax.jit(reward.score), lazy.place(reward.params), drawn, features, _BATCH))
     measure = implicit_reward(pipeline, given.seed)
     for level in LEVELS:

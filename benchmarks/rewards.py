@@ -24,13 +24,13 @@ import torch
 from absl import app, flags  # not r0_jax.cli, whose config files need more than these
 
 from benchmarks import measure, stacked_towers
-from r0_jax import convert
 from r0_jax.models import open_clip
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.open_clip import VisionCfg
-from r0_jax.network import Network
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import torch_twins
 
 SIZE = 224

@@ -22,8 +22,8 @@ from absl import flags
 from benchmarks import measure
 from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.images import write_bytes
-from r0_jax.step_plan import Plan
+from r0_jax.evaluation.images import write_bytes
+from r0_jax.plan.predict import Plan
 
 _OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
 _ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")

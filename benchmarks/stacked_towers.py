@@ -20,7 +20,7 @@ from absl import app, flags  # not r0_jax.cli, whose config files need more than
 from benchmarks import measure
 from r0_jax.models import open_clip
 from r0_jax.models.open_clip import OpenCLIPConfig, VisionTransformer
-from r0_jax.network import Network, Params
+from r0_jax.weights.network import Network, Params
 
 
 def define_flags() -> None:

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from configs import common
-from r0_jax import sharding
+from r0_jax import config as base
 from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
-from r0_jax.network import Network
+from r0_jax.parallel import sharding
+from r0_jax.weights.network import Network
 
 XXL = {"vocab_size": 128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64,
        "feed_forward_proj": "gated-gelu"}
@@ -65,7 +65,7 @@ def sd3(blocks: int, mesh: Mesh, batch: int):
 def cost(build, blocks: int, sizes: tuple[int, ...], batch: int, trained: bool) -> Cost:
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     network, inputs = build(blocks, mesh, batch)
-    where = sharding.param_sharding(network.shapes, mesh, common.get_config().sharding,
+    where = sharding.param_sharding(network.shapes, mesh, base.get_config().sharding,
                                     network.heads)
     params = sharding.with_sharding(network.shapes, where)
 

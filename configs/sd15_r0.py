@@ -33,11 +33,11 @@ Numbers:   none measured here yet. The paper (25 guided steps -> 4 plain ones, R
 
 from ml_collections import ConfigDict
 
-from configs import common
+from r0_jax import config as base
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = common.get_config()
+    config = base.get_config()
     config.family = "StableDiffusionPipeline"
     config.dtype = "bfloat16"
     config.attention = "auto"
@@ -45,12 +45,12 @@ def get_config(variants: str = "") -> ConfigDict:
     with config.unlocked():
         # The paper's three. Each has weight 1, since gradients are normalized one by one: weights
         # that others give to raw scores (ReNO: 5, 1 and 0.01) would not mean the same.
-        config.rewards.hps_v2_1 = common.reward_entry("hps_v2_1", path="models/hps_v2_1")
-        config.rewards.image_reward = common.reward_entry("image_reward",
+        config.rewards.hps_v2_1 = base.reward_entry("hps_v2_1", path="models/hps_v2_1")
+        config.rewards.image_reward = base.reward_entry("image_reward",
                                                           path="models/image_reward")
-        config.rewards.clip_score = common.reward_entry("clip_score",
+        config.rewards.clip_score = base.reward_entry("clip_score",
                                                         path="models/clip-vit-large-patch14")
-        config.heldout_rewards.pickscore = common.reward_entry("pickscore",
+        config.heldout_rewards.pickscore = base.reward_entry("pickscore",
                                                                path="models/PickScore_v1")
     config.best_metric = "heldout/pickscore"
     config.regularizers.weight.weight = 1e-4
@@ -66,4 +66,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 50
     config.test.base_steps, config.test.guidance_scale = 25, 7.5
     config.test.batch_size = 8
-    return common.apply_variants(config, variants, "StableDiffusionPipeline")
+    return base.apply_variants(config, variants, "StableDiffusionPipeline")

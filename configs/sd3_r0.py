@@ -31,7 +31,8 @@ Grid:      sigmas 1, .75, .5, .25 before the folder's shift of 3, i.e. 1, .9, .7
 
 from ml_collections import ConfigDict
 
-from configs import common, sd15_r0
+from configs import sd15_r0
+from r0_jax import config as base
 
 
 def get_config(variants: str = "") -> ConfigDict:
@@ -42,4 +43,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.lora.targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     config.test.base_steps, config.test.guidance_scale = 28, 7.0
     config.test.batch_size = 4
-    return common.apply_variants(config, variants, "StableDiffusion3Pipeline")
+    return base.apply_variants(config, variants, "StableDiffusion3Pipeline")

@@ -30,7 +30,8 @@ Numbers:   none measured here yet, and the paper has none of SDXL. Weights of re
 
 from ml_collections import ConfigDict
 
-from configs import common, sd15_r0
+from configs import sd15_r0
+from r0_jax import config as base
 
 
 def get_config(variants: str = "") -> ConfigDict:
@@ -39,4 +40,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.device_batch = 2
     config.test.guidance_scale = 5.0
     config.test.batch_size = 4
-    return common.apply_variants(config, variants, "StableDiffusionXLPipeline")
+    return base.apply_variants(config, variants, "StableDiffusionXLPipeline")

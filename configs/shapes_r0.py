@@ -11,12 +11,12 @@ Variants:  --config=configs/shapes_r0.py:r0plus
 
 from ml_collections import ConfigDict
 
-from configs import common
+from r0_jax import config as base
 from r0_jax.shapes import CHECKPOINTS, PROMPTS
 
 
 def get_config(method: str = "r0") -> ConfigDict:
-    config = common.get_config()
+    config = base.get_config()
     config.pretrained = str(CHECKPOINTS / "pipeline")
     config.data.prompts = str(PROMPTS / "train.txt")
     config.objective.method = method
@@ -27,12 +27,12 @@ def get_config(method: str = "r0") -> ConfigDict:
     clip, preference = str(CHECKPOINTS / "clip"), str(CHECKPOINTS / "preference")
     head = str(CHECKPOINTS / "aesthetic" / "model.safetensors")
     with config.unlocked():
-        config.rewards.clip_score = common.reward_entry("clip_score", path=clip)
-        config.rewards.preference = common.reward_entry("clip_score", path=preference)
+        config.rewards.clip_score = base.reward_entry("clip_score", path=clip)
+        config.rewards.preference = base.reward_entry("clip_score", path=preference)
         # Only measured, and a judge of the preference model's own features.
-        config.heldout_rewards.aesthetic = common.reward_entry("aesthetic", path=preference,
+        config.heldout_rewards.aesthetic = base.reward_entry("aesthetic", path=preference,
                                                                head=head)
-        config.heldout_rewards.heldout_clip = common.reward_entry(
+        config.heldout_rewards.heldout_clip = base.reward_entry(
             "clip_score", path=str(CHECKPOINTS / "heldout_clip"))
     config.regularizers.weight.weight = 1e-4
     # At these levels the base's own idea of the prompt tells a dented outline from a clean one; the

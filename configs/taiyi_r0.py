@@ -26,17 +26,18 @@ Numbers:   none measured here, and the paper has none. English rewards cannot ju
 
 from ml_collections import ConfigDict
 
-from configs import common, sd15_r0
+from configs import sd15_r0
+from r0_jax import config as base
 
 
 def get_config(variants: str = "") -> ConfigDict:
     config = sd15_r0.get_config()
     with config.unlocked():
         config.rewards = ConfigDict({
-            "chinese_clip": common.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
-            "aesthetic": common.reward_entry("aesthetic", path="models/clip-vit-large-patch14")})
+            "chinese_clip": base.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
+            "aesthetic": base.reward_entry("aesthetic", path="models/clip-vit-large-patch14")})
         config.heldout_rewards = ConfigDict({
-            "heldout_chinese_clip": common.reward_entry("chinese_clip",
+            "heldout_chinese_clip": base.reward_entry("chinese_clip",
                                                         path="models/clip_cn_vit-h-14")})
     config.best_metric = "heldout/heldout_chinese_clip"
-    return common.apply_variants(config, variants, "Taiyi")
+    return base.apply_variants(config, variants, "Taiyi")

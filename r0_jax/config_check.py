@@ -9,12 +9,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
-from r0_jax import few_step
+from r0_jax import config as base
+from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
+from r0_jax.method.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
-from r0_jax.reward_gradient import CONFLICTS, NORMALIZATIONS
 
 REMATS = ("blocks", "calls", "none")
 # Field -> least and most of its numbers; what has checks of its own is not here.
@@ -23,7 +23,7 @@ RANGES = {
     "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf), "early_stop": (0, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
-    "ema_decay": (0, 1), "sampler.num_steps": (1, few_step.MOST_STEPS), "sampler.eta": (0, 1),
+    "ema_decay": (0, 1), "sampler.num_steps": (1, grid.MOST_STEPS), "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
     "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
     "objective.sharpness": (0, math.inf),
@@ -92,10 +92,10 @@ def check_fields(config: ConfigDict) -> None:
     """InputError unless the config has every field of the base, its rewards all of theirs, and
     nothing else."""
     there = [name for name, _ in named_fields(config.to_dict())]
-    known = [name for name, _ in named_fields(common.get_config().to_dict())]
+    known = [name for name, _ in named_fields(base.get_config().to_dict())]
     if missing := [name for name in known if name not in there]:
         raise InputError(f"the config has no {missing[0]}: begin it with "
-                         "config = common.get_config(), as the recipes in configs/ do")
+                         "config = r0_jax.config.get_config(), as the recipes in configs/ do")
     # A recipe unlocks its config to add rewards, and can then mistype whatever else it sets.
     for name in there:
         if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
@@ -108,12 +108,12 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def check_reward(name: str, entry: Any) -> None:
-    """InputError unless an entry has the fields of `common.reward_entry`, each of its type."""
-    expected = common.reward_entry(type="").to_dict()
+    """InputError unless an entry has the fields of `config.reward_entry`, each of its type."""
+    expected = base.reward_entry(type="").to_dict()
     fields = entry.to_dict() if isinstance(entry, ConfigDict) else {}
     if different := set(fields) ^ set(expected):
         raise InputError(f"{name} should not have, or lacks, {min(different)}: "
-                         "make it with common.reward_entry(...)")
+                         "make it with r0_jax.config.reward_entry(...)")
     for field, default in expected.items():
         kind, value = type(default), fields[field]
         if not (isinstance(value, kind) or (kind is float and type(value) is int)):

@@ -24,27 +24,21 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import (
-    cli,
-    config_check,
-    data,
-    encoded_prompts,
-    lazy,
-    record_shards,
-    remote,
-    rewards,
-    sharding,
-    train,
-)
-from r0_jax.encoded_prompts import EVALUATION, NEGATIVE, TRAIN
+from r0_jax import cli, config_check, remote, rewards
+from r0_jax.console import EncodingProgress
 from r0_jax.errors import InputError
-from r0_jax.network import fingerprint
+from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, take
-from r0_jax.progress import EncodingProgress
-from r0_jax.record_shards import Columns, Shard
+from r0_jax.prompts import dataset, files, shards
+from r0_jax.prompts import encoded as encoded_prompts
+from r0_jax.prompts.encoded import EVALUATION, NEGATIVE, TRAIN
+from r0_jax.prompts.shards import Columns, Shard
 from r0_jax.rewards.reward import Reward
-from r0_jax.run import check_writable
+from r0_jax.training import train
+from r0_jax.weights import lazy
+from r0_jax.weights.network import fingerprint
+from r0_jax.workdir.run import check_writable
 
 console = Console(stderr=True)
 
@@ -79,8 +73,8 @@ class Embeddings(NamedTuple):
 def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     """Embeddings by the pipeline's text encoders; all prompts are tokenized at once."""
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
-    prompts = {TRAIN: data.read_prompts(config.data.prompts), NEGATIVE: [""]}
-    asked = [data.read_prompts(section.prompts)[:section.num_prompts]
+    prompts = {TRAIN: files.read_prompts(config.data.prompts), NEGATIVE: [""]}
+    asked = [files.read_prompts(section.prompts)[:section.num_prompts]
              for section in (config.eval, config.test) if section.prompts]
     if asked:
         prompts[EVALUATION] = list(dict.fromkeys(itertools.chain(*asked)))
@@ -120,7 +114,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
 def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
     """Embeddings of a dataset that is there, perhaps of a text encoder of the user's own."""
     encoded = encoded_prompts.open_folder(config.data.encoded)
-    data.check_shards(encoded.folder)
+    dataset.check_shards(encoded.folder)
     encoded.check_prompts(config.data.prompts)
     embeds = [name for name in encoded.schema if not name.startswith("features/")]
 
@@ -180,7 +174,7 @@ def encode(config: ConfigDict, out: Path, *, dtype: str = "bfloat16", batch_size
                          "encoded": config.data.encoded}}
     metadata = encoded_prompts.describe(schema, embeddings.prompts, facts)
     rows = {split: len(texts) for split, texts in embeddings.prompts.items()}
-    mine = record_shards.missing(out, record_shards.plan(rows, shard_prompts)[process::processes])
+    mine = shards.missing(out, shards.plan(rows, shard_prompts)[process::processes])
 
     with EncodingProgress(sum(shard.stop - shard.start for shard in mine), console) as progress:
         def source(shard: Shard) -> Iterator[Columns]:

@@ -12,13 +12,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import common
-from r0_jax import cli, few_step, mirror, remote, report, run, sharding
+from r0_jax import cli, remote
+from r0_jax import config as base
+from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
-from r0_jax.inference import ImageSampler
+from r0_jax.evaluation import report
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.testbed import Model, Testbed, evaluate_models, evaluate_run
 from r0_jax.models import attention_backend
+from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
-from r0_jax.testbed import Model, Testbed, evaluate_models, evaluate_run
+from r0_jax.workdir import mirror, run
 
 
 def define_flags() -> None:
@@ -59,7 +63,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         folder, config = workdir, run.read_config(workdir)
         pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
     else:
-        from configs import shapes_r0  # the recipe of the world says what is measured
+        from configs import shapes_r0
 
         if fields.step or fields.pretrained:
             raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
@@ -70,7 +74,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         _check_free(folder, fields.overwrite)
     if not isinstance(config.get("test"), ConfigDict):
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
-    if missing := sorted(set(common.get_config().test) - set(config.test)):
+    if missing := sorted(set(base.get_config().test) - set(config.test)):
         raise InputError(f"{folder}/config.json has no test.{missing[0]}: it is of an older run "
                          "or cut short")
     run.check_writable(folder / "samples" / "eval")
@@ -90,7 +94,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         table = evaluate_run(folder, config, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
-        scheduler = few_step.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
+        scheduler = grid.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
         model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
                                    mesh=sharding.global_mesh()), pipeline.params)
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, distributed, mirror, train
-from r0_jax.progress import console
-from r0_jax.stop_signal import Stopped, StopSignal
+from r0_jax import cli
+from r0_jax.console import console
+from r0_jax.parallel import distributed
+from r0_jax.parallel.stop_signal import Stopped, StopSignal
+from r0_jax.training import train
+from r0_jax.workdir import mirror
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:// or s3://; by "

@@ -25,9 +25,9 @@ from etils import epath
 from etils.epath import backend
 from rich.filesize import decimal
 
-from r0_jax import distributed
+from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
-from r0_jax.progress import console
+from r0_jax.parallel import distributed
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where it is installed, it would be imported
 

@@ -23,9 +23,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import checkpoint, cli, images, mirror, remote, report, run, train, workdir
+from r0_jax import cli, remote
 from r0_jax.errors import InputError
-from r0_jax.stop_signal import Stopped, StopSignal
+from r0_jax.evaluation import images, report
+from r0_jax.parallel.stop_signal import Stopped, StopSignal
+from r0_jax.training import train
+from r0_jax.workdir import checkpoint, identity, mirror, run
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
@@ -82,7 +85,7 @@ def measured(folder: Path, config: ConfigDict) -> bool:
     """Whether the folder holds this very run, finished and measured as the config asks."""
     if config.steps not in checkpoint.steps(folder) or not (folder / "eval.json").exists():
         return False
-    workdir.check_same_run(folder, config)
+    identity.check_same_run(folder, config)
     try:
         evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
         report.rows(evaluation)

@@ -21,26 +21,22 @@ import rich.progress
 from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
-from r0_jax import (
-    cli,
-    data,
-    encoded_prompts,
-    few_step,
-    images,
-    lazy,
-    mirror,
-    remote,
-    sampler,
-    sharding,
-)
-from r0_jax.encoded_prompts import EncodedPrompts
+from r0_jax import cli, remote
+from r0_jax.diffusion import grid, rollout
+from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
-from r0_jax.inference import ImageSampler
-from r0_jax.network import Params
+from r0_jax.evaluation import images
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.run import check_writable, choose_step, open_run, read_config
-from r0_jax.schedulers import Scheduler
+from r0_jax.prompts import encoded as encoded_prompts
+from r0_jax.prompts import files
+from r0_jax.prompts.encoded import EncodedPrompts
+from r0_jax.weights import lazy
+from r0_jax.weights.network import Params
+from r0_jax.workdir import mirror
+from r0_jax.workdir.run import check_writable, choose_step, open_run, read_config
 
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
 _NOISE, _STEPS = range(2)  # tags of the random draws of one sample
@@ -93,7 +89,7 @@ def from_pipeline(folder: str | Path, num_inference_steps: int,
     pipeline = families.load(folder, text=encoded is None)
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
-    scheduler = few_step.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
+    scheduler = grid.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
 
@@ -115,7 +111,7 @@ def from_run(
                              f"sampled so too with --encoded={folder})") from None
         raise
     weights = run.weights(run.params(chosen), "float32")
-    scheduler = few_step.grid(run.pipeline.scheduler_config,
+    scheduler = grid.grid(run.pipeline.scheduler_config,
                               num_inference_steps or run.config.sampler.num_steps)
     params = run.pipeline.params | {run.pipeline.generator_part: weights}
     pipeline = run.pipeline if encoded is None else encoded.attach(run.pipeline)
@@ -158,11 +154,11 @@ def draw(
 @functools.partial(jax.jit, static_argnames="shape")
 def draw_noise(
     key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]
-) -> tuple[Float[Array, "b h w c"], sampler.Keys]:
+) -> tuple[Float[Array, "b h w c"], rollout.Keys]:
     """Standard normal noise [B, *shape] of images by their index, and keys for what steps draw."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STEPS)
-    return sampler.normal(keys, _NOISE, shape), step_keys
+    return rollout.normal(keys, _NOISE, shape), step_keys
 
 
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
@@ -203,7 +199,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{out} holds images already ({earlier[0].name}); choose another --out or "
                          "replace them with --overwrite")
     check_writable(out)
-    prompts = data.read_prompts(fields.prompts)
+    prompts = files.read_prompts(fields.prompts)
     encoded = tokens = None
     if fields.encoded is not None:
         encoded = encoded_prompts.open_folder(fields.encoded)

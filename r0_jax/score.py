@@ -23,11 +23,14 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from r0_jax import cli, data, images, lazy, remote, rewards, statistics
+from r0_jax import cli, remote, rewards
 from r0_jax.errors import InputError
+from r0_jax.evaluation import images, statistics
+from r0_jax.prompts import files
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
-from r0_jax.run import check_writable
+from r0_jax.weights import lazy
+from r0_jax.workdir.run import check_writable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OWN_FIELDS = ("file", "prompt")  # of a JSON object that is written
@@ -241,7 +244,7 @@ def main(argv: list[str]) -> None:
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
-    prompts = data.read_prompts(given.prompts, numbered=True)
+    prompts = files.read_prompts(given.prompts, numbered=True)
     items, problems = pair(remote.local(given.images), prompts)
     if said := doubt(items):
         print(f"warning: {said}", file=console.file)

@@ -54,7 +54,7 @@ Every network at its published width and depth, in float32, PyTorch's side and t
 each: seconds and peak memory of either, weights drawn included. For rewards also the same network
 with its tower in bfloat16 and its head in float32: the score's largest difference from float32, and
 the cosine of the image gradients. Gradients are with respect to images, latents and prompt
-embeddings; text encoders are frozen and have none. `python tests/full_width.py NAME` measures one;
-{os.cpu_count()} CPU cores.
+embeddings; text encoders are frozen and have none. `python tests/support/full_width.py NAME`
+measures one; {os.cpu_count()} CPU cores.
 
 {full_width.table()}""", encoding="utf-8")

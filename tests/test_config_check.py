@@ -4,26 +4,28 @@ import math
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
-from configs import common
-from r0_jax import config_check, optim
+from r0_jax import config as base
+from r0_jax import config_check
 from r0_jax.errors import InputError
+from r0_jax.method import optim
 from r0_jax.shapes import CHECKPOINTS
 
 
 def config(**rewards):
-    found = common.get_config()
+    found = base.get_config()
     found.pretrained, found.data.prompts = str(CHECKPOINTS / "pipeline"), "prompts.txt"
     found.regularizers.weight.weight = 1e-4
     with found.unlocked():
-        found.rewards.clip = common.reward_entry("clip_score", path="clip")
+        found.rewards.clip = base.reward_entry("clip_score", path="clip")
         found.rewards.update(rewards)
     return found
 
 
 def test_the_base_and_a_reward_are_enough():
     config_check.check_config(config())
-    config_check.check_config(config(own=common.reward_entry("function", weight=2, function="a:b")))
+    config_check.check_config(config(own=base.reward_entry("function", weight=2, function="a:b")))
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -72,12 +74,16 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
         config_check.check_config(found)
 
 
+def entry_with(**fields):
+    return ConfigDict({**base.reward_entry("clip_score").to_dict(), **fields})
+
+
 @pytest.mark.parametrize(("entry", "said"), [
     (3, "rewards.own should not have, or lacks, cap"),
-    (common.reward_entry("clip_score", path=Path("clip")), "rewards.own.path=.* of type str"),
-    (common.reward_entry("clip_score", weight="1"), "rewards.own.weight='1' must be of type float"),
-    (common.reward_entry("clip_score", weight=math.nan), "rewards.own.weight=nan must be finite"),
-    (common.reward_entry("clip_score", cap=math.nan), "rewards.own.cap=nan must be finite"),
+    (entry_with(path=Path("clip")), "rewards.own.path=.* of type str"),
+    (entry_with(weight="1"), "rewards.own.weight='1' must be of type float"),
+    (entry_with(weight=math.nan), "rewards.own.weight=nan must be finite"),
+    (entry_with(cap=math.nan), "rewards.own.cap=nan must be finite"),
 ])
 def test_a_reward_that_is_none(entry, said):
     with pytest.raises(InputError, match=said):

@@ -15,38 +15,26 @@ import pytest
 import tiny
 import torch
 import torch_twins
+from reward_configs import CN_CLIP, IMAGE_REWARD, OPEN_CLIP
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from test_models_rewards import CN_CLIP, IMAGE_REWARD, OPEN_CLIP
-from test_preprocess import in_torch, noise
+from torch_preprocess import in_torch, noise
 from transformers import BertTokenizer
+from vocabularies import MERGES, WORDS
 
-from r0_jax import convert_reward, lazy, rewards
+from r0_jax import convert_reward, rewards
 from r0_jax.errors import InputError
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.reward import Reward
+from r0_jax.weights import lazy
 
 DATA = pathlib.Path(__file__).parent / "data"
 PROMPTS = ["a red square", "一个红色的方块 &amp; more", ""]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdeimoqrstuw", "##e", "##d", "##quare",
-         "red", "square", "##s", "红", "色", "的", "方", "块", "一", "个", "&", ";", "#", ",", "!"]
-MERGES = ["r e", "re d</w>", "s q", "sq u", "squ a", "squa r", "squar e</w>"]
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    """OpenAI's file, with a few merges."""
-    path = tmp_path_factory.mktemp("bpe") / "bpe_simple_vocab.txt.gz"
-    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *MERGES]).encode()))
-    return path
 
 
-@pytest.fixture(scope="module")
-def vocab(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
-    path.write_text("\n".join(WORDS) + "\n", "utf-8")
-    return path
 
 
 TEXT_CFG = OPEN_CLIP["text_cfg"] | {"vocab_size": 512 + len(MERGES) + 2, "context_length": 16}

@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import ROOT, check_refusals
 from safetensors.numpy import load_file, save_file
-from test_export import ROOT, check_refusals
 
 from r0_jax import convert_single_file as single
-from r0_jax import miniature
 from r0_jax.errors import InputError
 from r0_jax.pipelines import families
+from r0_jax.stand_ins import miniature
 
 FAMILIES = {  # name -> (miniature, changes); diffusers gives SD3's CLIP-L an identity projection
     "sd15": ("StableDiffusionPipeline", {}),

@@ -8,12 +8,14 @@ import types
 import jax
 import pytest
 import tiny
-from test_export import check_refusals, write_run
+from runs import check_refusals, write_run
 
-from configs import common
-from r0_jax import evaluate, run, train
+from r0_jax import config as base
+from r0_jax import evaluate
 from r0_jax.errors import InputError
-from r0_jax.shapes import world
+from r0_jax.evaluation import world
+from r0_jax.training import train
+from r0_jax.workdir import run
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def folder(tmp_path_factory):
     write_run(folder / "run", folder / "base", 2, {10: 0.5})
     path = folder / "run" / "config.json"
     config = json.loads(path.read_text("utf-8"))
-    config["test"] = common.get_config().test.to_dict()
+    config["test"] = base.get_config().test.to_dict()
     path.write_text(json.dumps(config), encoding="utf-8")
     return folder
 
@@ -37,7 +39,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
         return ["--workdir", tmp_path / name, "--prompts=p.txt"]
 
     moved, foreign = changed("moved", pretrained="gone/away"), changed("foreign")
-    shorter = common.get_config().test.to_dict()
+    shorter = base.get_config().test.to_dict()
     del shorter["features"]
     older = changed("older", test=shorter)
     config = json.loads((tmp_path / "foreign" / "config.json").read_text("utf-8"))
@@ -100,7 +102,7 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     before = jax.config.jax_compilation_cache_dir
     try:
-        train.enable_compilation_cache(common.get_config())
+        train.enable_compilation_cache(base.get_config())
         assert jax.config.jax_compilation_cache_dir.startswith(tempfile.gettempdir())
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -1,7 +1,7 @@
 """Every network at its published width and depth, with random weights, against PyTorch.
 
 Not among the tests of every day: gigabytes and minutes each. `make parity` runs those whose results
-are not in runs/parity yet; `python tests/full_width.py NAME` runs one.
+are not in runs/parity yet; `python tests/support/full_width.py NAME` runs one.
 """
 
 import full_width

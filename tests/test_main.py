@@ -13,22 +13,22 @@ import fast_xla
 import pytest
 import tiny
 
-from r0_jax import workdir as workdirs
+from r0_jax.workdir import identity as workdirs
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
 
 RECIPE = """
-from configs import common
+from r0_jax import config as base
 
 def get_config():
-    config = common.get_config()
+    config = base.get_config()
     config.pretrained = {folder!r} + "/sd"
     config.data.prompts = {folder!r} + "/prompts.txt"
     clip = {folder!r} + "/clip"
     with config.unlocked():
-        config.rewards.clip_score = common.reward_entry("clip_score", path=clip)
-        config.heldout_rewards.heldout = common.reward_entry("clip_score", path=clip)
+        config.rewards.clip_score = base.reward_entry("clip_score", path=clip)
+        config.heldout_rewards.heldout = base.reward_entry("clip_score", path=clip)
     config.regularizers.weight.weight = 1e-3
     config.steps, config.batch_size, config.sampler.num_steps = {steps}, 4, 2
     config.objective.grad_steps, config.lora.rank = 2, 4

@@ -6,15 +6,19 @@ import os
 import pytest
 from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
-from test_export import commands
+from runs import commands
 
-from configs import common, sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
-from r0_jax import convert, lora, miniature, rewards
+from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
+from r0_jax import config as base
+from r0_jax import rewards
 from r0_jax.errors import InputError
+from r0_jax.method import lora
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from r0_jax.network import Network
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
+from r0_jax.stand_ins import miniature
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network
 
 REWARDS = {  # what each recipe trains on
     **{name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3")},
@@ -115,7 +119,7 @@ def test_variants_change_what_they_say_and_combine(name):
     assert dry.lora.alpha / dry.lora.rank == plain.lora.alpha / plain.lora.rank
     with pytest.raises(InputError, match="variant 'r1' is unknown; known: r0plus, full, dryrun"):
         recipe.get_config("r1")
-    assert set(plain) == set(common.get_config())
+    assert set(plain) == set(base.get_config())
 
 
 @pytest.mark.parametrize("name, folder, count", [

@@ -1,4 +1,4 @@
-"""Weights and workdirs in gs:// and s3://, which a folder plays here (tests/object_store.py)."""
+"""Weights and workdirs in gs:// and s3://, which a folder plays (tests/support/object_store.py)."""
 
 import json
 import os
@@ -22,12 +22,16 @@ from ml_collections import ConfigDict
 from object_store import ROOT as STORE_ROOT
 from object_store import store  # noqa: F401
 
-from r0_jax import checkpoint, cli, miniature, mirror, model_card, remote, train_state
+from r0_jax import cli, remote
 from r0_jax.errors import InputError
+from r0_jax.export import model_card
+from r0_jax.method import train_state
 from r0_jax.pipelines import families
-from r0_jax.run import Run
+from r0_jax.stand_ins import miniature
+from r0_jax.workdir import checkpoint, mirror
+from r0_jax.workdir.run import Run
 
-HERE = Path(__file__).parent
+STORE = str(Path(__file__).parent / "support" / "object_store.py")
 URLS = ["gs://bucket/runs/w", "s3://bucket/runs/w"]
 
 
@@ -318,14 +322,14 @@ def test_a_card_does_not_tell_of_buckets():
 # --- the main job --------------------------------------------------------------------------------
 
 RECIPE = """
-from configs import common
+from r0_jax import config as base
 
 def get_config():
-    config = common.get_config()
+    config = base.get_config()
     config.pretrained = "s3://bucket/sd"
     config.data.prompts = "s3://bucket/prompts.txt"
     with config.unlocked():
-        config.rewards.clip = common.reward_entry("clip_score", path="s3://bucket/clip")
+        config.rewards.clip = base.reward_entry("clip_score", path="s3://bucket/clip")
     config.regularizers.weight.weight = 1e-3
     config.batch_size, config.sampler.num_steps, config.objective.grad_steps = 4, 1, 1
     config.lora.rank, config.eval_every, config.checkpoint_every = 4, 1000, 1
@@ -353,7 +357,7 @@ def test_a_run_killed_and_continued_on_another_machine(tmp_path):
     def start(machine, *flags):
         env = dry_runs.environment() | {"XDG_CACHE_HOME": str(tmp_path / machine)}
         return subprocess.Popen(
-            [sys.executable, str(HERE / "object_store.py"), str(tmp_path / "store"), *flags],
+            [sys.executable, STORE, str(tmp_path / "store"), *flags],
             cwd=dry_runs.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def train(machine, steps):
@@ -391,7 +395,7 @@ def test_a_run_killed_and_continued_on_another_machine(tmp_path):
 def test_a_workdir_that_cannot_be_reached_is_one_line(tmp_path):
     (tmp_path / "store").mkdir()
     result = subprocess.run(
-        [sys.executable, str(HERE / "object_store.py"), str(tmp_path / "store"), "r0_jax.main",
+        [sys.executable, STORE, str(tmp_path / "store"), "r0_jax.main",
          "--config=configs/shapes_r0.py", "--workdir=gs://none/w"],
         cwd=dry_runs.ROOT, env=dry_runs.environment() | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=300)

@@ -9,9 +9,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from r0_jax import checkpoint, images, results, workdir
-from r0_jax.report import markdown_table
-from r0_jax.stop_signal import StopSignal
+from r0_jax import results
+from r0_jax.evaluation import images
+from r0_jax.evaluation.report import markdown_table
+from r0_jax.parallel.stop_signal import StopSignal
+from r0_jax.workdir import checkpoint, identity
 
 
 def evaluation(accuracy, distance, seed=0, prompts=2):
@@ -44,7 +46,7 @@ def test_a_value_that_is_null_is_not_finite_in_the_table():
 def run(tmp_path, monkeypatch):
     """A folder of a finished run, and its config."""
     monkeypatch.setattr(checkpoint, "steps", lambda folder: [4])
-    monkeypatch.setattr(workdir, "check_same_run", lambda folder, config: "")
+    monkeypatch.setattr(identity, "check_same_run", lambda folder, config: "")
     monkeypatch.setattr(results.run, "choose_step", lambda folder: 4)
     return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
 

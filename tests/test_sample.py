@@ -12,10 +12,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_export import check_refusals, commands, write_run
+from runs import check_refusals, commands, write_run
 
-from r0_jax import export, images, sample, sampler
+from r0_jax import sample
+from r0_jax.diffusion import rollout
 from r0_jax.errors import InputError
+from r0_jax.evaluation import images
+from r0_jax.export import folder as export
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
 pytestmark = pytest.mark.filterwarnings(
@@ -97,7 +100,7 @@ def test_noise_is_one_draw_an_index():
     other, _ = sample.draw_noise(jax.random.key(4), jnp.arange(1000), (4, 4, 2))
     assert difference(other, noise) > 1
     # What steps draw is not the first noise again.
-    fresh = sampler.normal(keys, 0, (4, 4, 2))
+    fresh = rollout.normal(keys, 0, (4, 4, 2))
     assert abs(np.corrcoef(fresh.ravel(), noise.ravel())[0, 1]) < 0.03
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from test_preprocess import noise
+from torch_preprocess import noise
 
-from r0_jax import images, rewards, score, statistics
+from r0_jax import rewards, score
 from r0_jax.errors import InputError
+from r0_jax.evaluation import images, statistics
 from r0_jax.rewards.reward import Reward
 
 ROOT = pathlib.Path(__file__).parent.parent

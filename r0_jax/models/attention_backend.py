@@ -17,9 +17,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from r0_jax import sharding
 from r0_jax.errors import InputError
 from r0_jax.models.choice import Choice
+from r0_jax.parallel import sharding
 
 NAMES = ("xla", "cudnn", "splash")
 AUTO = "auto"  # stands for the one of them that a device does best

@@ -12,7 +12,6 @@ from typing import Any
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from r0_jax import convert
 from r0_jax.errors import InputError
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
@@ -21,8 +20,9 @@ from r0_jax.models.config import read_json
 from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from r0_jax.network import Network, Params
 from r0_jax.pipelines import tokenizers
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params
 
 # Class of diffusers -> what people call the family.
 FAMILIES = {

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r0_jax.errors import InputError
 from r0_jax.models.attention_backend import Backend
-from r0_jax.network import Network, Params
+from r0_jax.weights.network import Network, Params
 
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch. Or
 # what the text encoders made of them, by the names of `Pipeline.embeds`.

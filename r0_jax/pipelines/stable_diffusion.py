@@ -7,15 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r0_jax.errors import InputError
-from r0_jax.network import Params
-from r0_jax.pipelines.folder import (
-    BERT_TOKENIZERS,
-    CLIP_TOKENIZERS,
-    Folder,
-    open_folder,
-)
+from r0_jax.pipelines.folder import BERT_TOKENIZERS, CLIP_TOKENIZERS, Folder, open_folder
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.pipelines.tokenizers import tokenize
+from r0_jax.weights.network import Params
 
 PARTS = {
     "unet": ("UNet2DConditionModel",),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from r0_jax.errors import InputError
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig
-from r0_jax.network import Params
 from r0_jax.pipelines.folder import CLIP_TOKENIZERS, T5_TOKENIZERS, Folder, open_folder
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.pipelines.tokenizers import tokenize
+from r0_jax.weights.network import Params
 
 PARTS = {
     "transformer": ("SD3Transformer2DModel",),

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from r0_jax.errors import InputError
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
-from r0_jax.network import Params
 from r0_jax.pipelines.folder import CLIP_TOKENIZERS, Folder, open_folder
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.pipelines.tokenizers import tokenize
+from r0_jax.weights.network import Params
 
 PARTS = {
     "unet": ("UNet2DConditionModel",),

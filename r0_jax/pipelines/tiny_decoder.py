@@ -7,12 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from r0_jax import convert, remote
+from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from r0_jax.models.config import read_json
-from r0_jax.network import Network, Params
 from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params
 
 _WHICH = "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3"
 

@@ -10,9 +10,7 @@ import optax
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax import convert
 from r0_jax.models.clip import CLIPConfig, CLIPModel
-from r0_jax.network import Network, Params, init
 from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.pretrain.degrade import degrade
 from r0_jax.pretrain.fit import console, fit
@@ -32,6 +30,8 @@ from r0_jax.shapes.scene import (
     sample_scenes,
     split_of,
 )
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params, init
 
 _MAX_LOGIT_SCALE = np.log(100.0)  # CLIP's own ceiling
 GROUP = 4  # one scene and three that differ from it in one thing

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import convert, lazy, noise_schedule
+from r0_jax.diffusion import noise_schedule
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.vae import STEM, difference, scene_batches
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import render
+from r0_jax.weights import convert, lazy
 
 
 def train(config: ConfigDict, out: Path) -> None:

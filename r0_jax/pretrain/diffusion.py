@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import convert, noise_schedule, schedulers
-from r0_jax.inference import ImageSampler
+from r0_jax.diffusion import noise_schedule, schedulers
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.validation import draw, fixed_noise
 from r0_jax.models.config import read_json
-from r0_jax.network import Network, Params, init
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.pipelines.stable_diffusion import PARTS, StableDiffusionPipeline
 from r0_jax.pipelines.tokenizers import load_tokenizer
@@ -22,7 +22,8 @@ from r0_jax.pretrain.vae import CHUNK, scene_batches
 from r0_jax.shapes.captions import captions_for, prompts
 from r0_jax.shapes.judge import judge
 from r0_jax.shapes.scene import render
-from r0_jax.validation import draw, fixed_noise
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params, init
 
 CAPTIONS = 6  # of each scene, drawn once
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from r0_jax.errors import InputError
-from r0_jax.network import Params
+from r0_jax.weights.network import Params
 
 console = Console(stderr=True)
 

@@ -10,11 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax import convert, few_step, lazy
-from r0_jax.inference import ImageSampler
+from r0_jax.diffusion import grid as few_step
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.validation import draw, fixed_noise
 from r0_jax.models.config import read_json
 from r0_jax.models.score_mlp import ScoreMLP
-from r0_jax.network import Network, Params, init
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.pipeline import take
 from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
@@ -27,7 +27,8 @@ from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.tower import normalize
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import render, sample_layouts, sample_scenes
-from r0_jax.validation import draw, fixed_noise
+from r0_jax.weights import convert, lazy
+from r0_jax.weights.network import Network, Params, init
 
 # Ways for the worse image of a rendered pair to be worse.
 _KINDS = ("degraded", "bent", "morphed", "near_miss")

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from r0_jax import few_step, lazy
-from r0_jax.inference import sample_latents
+from r0_jax.diffusion import grid
+from r0_jax.evaluation.image_sampler import sample_latents
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.pretrain import clip
 from r0_jax.pretrain.degrade import morph, warp
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import Scene, render
+from r0_jax.weights import lazy
 
 GUIDANCE = (1.0, 3.0)
 _BATCH = 64
@@ -61,7 +62,7 @@ def pairs(pipeline: Pipeline, seed: int, steps: tuple[int, ...], batches: int) -
 
 def _redrawn(pipeline: Pipeline, count: int, guidance: float):
     """As the other ways, after the number of the step that denoising starts with."""
-    scheduler = few_step.grid(pipeline.scheduler_config, count)
+    scheduler = grid.grid(pipeline.scheduler_config, count)
     empty = jax.tree.map(jnp.asarray, pipeline.tokenize([""]))
 
     @jax.jit

@@ -14,14 +14,14 @@ import optax
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax import convert
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from r0_jax.network import Network, init
 from r0_jax.pipelines.tokenizers import load_tokenizer, tokenize
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import write_json
 from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample_scenes
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, init
 
 # Classes of each number of a scene, in the order of `answers`.
 QUESTIONS = (len(SHAPES),) * 2 + (len(COLOURS),) * 2 + (len(SIZES),) * 2 + (2, len(RELATIONS))

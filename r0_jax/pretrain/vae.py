@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax import convert
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from r0_jax.network import Network, init
 from r0_jax.pretrain.degrade import blur
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.folders import write_json
 from r0_jax.shapes.scene import Layout, Scene, render, sample_layouts, sample_scenes
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, init
 
 # Encoding and decoding, several images a step.
 CHUNK = 128

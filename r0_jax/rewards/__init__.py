@@ -5,11 +5,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from r0_jax import convert, remote
+from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
+from r0_jax.weights import convert
 
 # `type` of a config entry -> how to load it.
 TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {

@@ -6,12 +6,13 @@ import jax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax import convert, remote
+from r0_jax import remote
 from r0_jax.models.score_mlp import ScoreMLP
-from r0_jax.network import Network, Params
 from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
 from r0_jax.rewards.tower import normalize
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params
 
 HEAD = "aesthetic_head.safetensors"
 

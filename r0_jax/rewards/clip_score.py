@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax.network import Params
 from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward, not_loaded
 from r0_jax.rewards.tower import Tower, normalize
+from r0_jax.weights.network import Params
 
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:

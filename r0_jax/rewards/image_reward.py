@@ -8,14 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from r0_jax import convert, remote
+from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.config import read_json
-from r0_jax.network import Network, Params
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward, not_loaded
+from r0_jax.weights import convert
+from r0_jax.weights.network import Network, Params
 
 LENGTH = 35  # tokens, both ends included, that it was trained on
 SPECIAL = ("[DEC]", "[ENC]")  # what BLIP adds to BERT's vocabulary (`init_tokenizer`)

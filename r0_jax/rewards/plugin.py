@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import lazy
 from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
+from r0_jax.weights import lazy
 
 _SAME = 1e-2  # of the largest score: by how much one may move with the other images of a batch
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from r0_jax import lazy
 from r0_jax.errors import InputError
-from r0_jax.network import Params, fingerprint
+from r0_jax.weights import lazy
+from r0_jax.weights.network import Params, fingerprint
 
 _MOST_KNOWN = 8192  # prompts whose features are kept: 32 MB at 1024 numbers each
 

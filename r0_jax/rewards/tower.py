@@ -10,17 +10,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from r0_jax import convert, lazy, remote
+from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.config import read_json
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
-from r0_jax.network import Network, Params
 from r0_jax.rewards import preprocess, prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.prompt_text import Tokenize
+from r0_jax.weights import convert, lazy
+from r0_jax.weights.network import Network, Params
 
 _TEXT_BATCH = 256  # prompts encoded at once; fewer are filled up to a power of 2, to compile little
 _CHINESE_LENGTH = 52  # tokens that cn_clip trains on, of the 512 positions

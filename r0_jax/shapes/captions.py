@@ -10,15 +10,7 @@ import unicodedata
 import numpy as np
 
 from r0_jax.errors import InputError
-from r0_jax.shapes.scene import (
-    COLOURS,
-    SHAPES,
-    SIZES,
-    Scene,
-    all_scenes,
-    canonical,
-    sample_scenes,
-)
+from r0_jax.shapes.scene import COLOURS, SHAPES, SIZES, Scene, all_scenes, canonical, sample_scenes
 
 LANGUAGES = ("en", "zh")
 

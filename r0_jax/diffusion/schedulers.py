@@ -1,0 +1,374 @@
+"""The samplers of diffusers folders, as tables and one formula.
+
+Every sampler here visits points x_t = alpha_t x0 + sigma_t eps and goes from one to the next by
+
+    x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n,      n ~ N(0, I)
+
+with x0 and eps read off the network's output; s is 0 but for DDIM with eta and stochastic flow
+matching. DDIM and PNDM are variance preserving (alpha^2 + sigma^2 = 1), Euler is variance exploding
+(alpha = 1), flow matching is straight (alpha = 1 - sigma). So the families differ in their tables,
+and PNDM also in feeding the formula a combination of the last four network outputs. Trajectories
+are those of diffusers 0.42.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from r0_jax.diffusion import noise_schedule
+from r0_jax.diffusion.noise_schedule import NUMBER, Fields, Latents, x0_and_epsilon
+from r0_jax.errors import InputError
+
+Index = int | Int[Array, ""]  # counts network calls; may be traced
+State = tuple[Array, ...]
+
+FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
+_SPACED: Fields = {
+    "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
+    "steps_offset": (0, int),
+}
+# Class -> the fields by which it samples, as in noise_schedule.py.
+_FIELDS: dict[str, Fields] = {
+    "DDIMScheduler": _SPACED
+    | {
+        "set_alpha_to_one": (True, (False, True)),
+        "clip_sample": (True, (False, True)),
+        "clip_sample_range": (1.0, NUMBER),
+        "thresholding": (False, (False,)),
+    },
+    "EulerDiscreteScheduler": _SPACED
+    | {
+        "timestep_spacing": ("linspace", ("leading", "trailing", "linspace")),
+        "timestep_type": ("discrete", ("discrete", "continuous")),
+        "interpolation_type": ("linear", ("linear",)),
+        "use_karras_sigmas": (False, (False, True, None)),
+        "use_exponential_sigmas": (False, (False, None)),
+        "use_beta_sigmas": (False, (False, None)),
+        "sigma_min": (None, NUMBER | None),
+        "sigma_max": (None, NUMBER | None),
+        "final_sigmas_type": ("zero", ("zero", "sigma_min")),
+    },
+    "PNDMScheduler": _SPACED
+    | {
+        "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
+        "set_alpha_to_one": (False, (False, True)),
+        "skip_prk_steps": (False, (True,)),
+    },
+    FLOW_MATCHING: {
+        "num_train_timesteps": (1000, int),
+        "shift": (1.0, NUMBER),
+        "stochastic_sampling": (False, (False, True)),
+        "shift_terminal": (None, NUMBER | None),
+        "use_dynamic_shifting": (False, (False,)),
+        "invert_sigmas": (False, (False,)),
+        "use_karras_sigmas": (False, (False,)),
+        "use_exponential_sigmas": (False, (False,)),
+        "use_beta_sigmas": (False, (False,)),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scheduler:
+    """A sampler with its number of steps chosen: tables of one row a network call."""
+
+    timesteps: np.ndarray  # fed to the network; int32 (DDIM, PNDM) or float32
+    init_noise_sigma: float  # sampling starts at this times N(0, I)
+    prediction_type: str
+    input_scales: np.ndarray
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    next_alphas: np.ndarray
+    next_sigmas: np.ndarray
+    noise_stds: np.ndarray | None = None  # s of the formula at eta = 1
+    eta: float | None = 0.0  # None: the caller of `step` chooses
+    clip_range: float | None = None  # x0 is clipped to +- this
+    multistep_weights: np.ndarray | None = None  # [n, 4], of the last outputs, newest first
+
+    def needs_noise(self, eta: float = 0.0) -> bool:
+        """True if steps with this `eta` read `noise`; InputError if there is no eta to choose."""
+        if self.eta is not None and eta != 0:
+            raise InputError(f"eta={eta:g} needs a DDIMScheduler: leave it at 0 with this pipeline")
+        return (eta if self.eta is None else self.eta) != 0
+
+    def init_state(self, latents: Latents) -> State:
+        """What `step` carries along: nothing, or PNDM's starting point and last three outputs."""
+        if self.multistep_weights is None:
+            return ()
+        return latents, jnp.zeros((3, *latents.shape), latents.dtype)
+
+    def scale_model_input(self, latents: Latents, i: Index) -> Latents:
+        """The latents as the network wants to see them."""
+        return latents * jnp.asarray(self.input_scales)[i]
+
+    def step(
+        self,
+        model_output: Latents,
+        latents: Latents,
+        i: Index,
+        state: State,
+        noise: Latents | None = None,
+        eta: float | int | Float[Array, "..."] = 0.0,
+    ) -> tuple[Latents, State]:
+        """The next latents and state: x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n.
+
+        `model_output` is the network's on `scale_model_input(latents, i)` at `timesteps[i]`. DDIM
+        reads `eta` (in [0, 1], one number or any shape that broadcasts), s = eta noise_stds; the
+        others have their own, see `needs_noise`. `noise` may be None only where eta is 0.
+        """
+        if self.multistep_weights is not None:
+            model_output, latents, state = self._multistep(model_output, latents, i, state)
+        x0, epsilon = self.x0_and_epsilon(model_output, latents, i)
+        if self.clip_range is not None:
+            x0 = jnp.clip(x0, -self.clip_range, self.clip_range)
+        next_alpha = jnp.asarray(self.next_alphas)[i]
+        next_sigma = jnp.asarray(self.next_sigmas)[i]
+
+        eta = eta if self.eta is None else self.eta
+        if isinstance(eta, float | int) and eta == 0:
+            return next_alpha * x0 + next_sigma * epsilon, state
+        if noise is None:
+            raise ValueError("a step with eta draws nothing itself: pass `noise`")
+        std = eta * jnp.asarray(self.noise_stds)[i]
+        # Where all noise is fresh the difference is 0, but for fused rounding, which may go below.
+        kept = jnp.sqrt(jnp.maximum(next_sigma**2 - std**2, 0.0))
+        return next_alpha * x0 + kept * epsilon + std * noise, state
+
+    def x0_and_epsilon(
+        self, model_output: Latents, latents: Latents, i: Index
+    ) -> tuple[Latents, Latents]:
+        """The clean latents and the noise that the network's output stands for."""
+        scale = jnp.asarray(self.input_scales)[i]  # the network saw the latents scaled
+        alpha, sigma = scale * jnp.asarray(self.alphas)[i], scale * jnp.asarray(self.sigmas)[i]
+        return x0_and_epsilon(self.prediction_type, model_output, scale * latents, alpha, sigma)
+
+    def _multistep(self, model_output, latents, i, state):
+        """PLMS (Liu et al. 2022): Adams-Bashforth on the outputs, after a first step made twice.
+
+        Call 1 looks at where call 0 landed, then redoes that step from the start with the mean of
+        both outputs; its own output does not enter the history.
+        """
+        start, history = state
+        outputs = jnp.concatenate([model_output[None], history])  # [4, b, *dims]
+        weights = jnp.asarray(self.multistep_weights)[i]
+        combined = sum(weights[k] * outputs[k] for k in range(4))
+        latents = jnp.where(i == 1, start, latents)
+        history = jnp.where(i == 1, history, outputs[:3])
+        return combined, latents, (start, history)
+
+
+def from_config(
+    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
+) -> Scheduler:
+    """The sampler that a diffusers scheduler_config.json describes.
+
+    `sigmas` replaces the grid of flow matching, in (0, 1], descending, one a step, before the
+    config's shift, as pipelines pass it. InputError names a class, field or count not supported.
+    """
+    name, fields = read(config)
+    if num_inference_steps < 1:
+        raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    if is_flow(config):
+        return _flow_match(fields, num_inference_steps, sigmas)
+    if sigmas is not None:
+        raise InputError(f"sigmas are for {FLOW_MATCHING}, the folder has {name}")
+    if num_inference_steps > fields["num_train_timesteps"]:
+        raise InputError(
+            f"num_inference_steps={num_inference_steps} is more than the"
+            f" {fields['num_train_timesteps']} timesteps the network was trained on"
+        )
+    build = {"DDIMScheduler": _ddim, "EulerDiscreteScheduler": _euler, "PNDMScheduler": _pndm}[name]
+    return build(fields, noise_schedule.alphas_cumprod(config), num_inference_steps)
+
+
+def from_folder(
+    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
+) -> Scheduler:
+    """`from_config`; or, where its sampler is not implemented here, DDIM on the same noise, which a
+    warning says."""
+    try:
+        read(config)
+    except InputError as problem:
+        if is_flow(config):
+            raise
+        config = ddim_config(config)  # unless the noise itself is the problem
+        warnings.warn(f"images are drawn with DDIM, not with the folder's sampler: {problem}",
+                      stacklevel=2)
+    return from_config(config, num_inference_steps, sigmas)
+
+
+def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of DDIM for the network that `config` samples: trailing timesteps,
+    and at the end the clean image. InputError names what of its noise is not supported."""
+    return {"_class_name": "DDIMScheduler", **noise_schedule.read(config),
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
+            "thresholding": False, "timestep_spacing": "trailing"}
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """True where the network was trained by flow matching."""
+    return config.get("_class_name") == FLOW_MATCHING
+
+
+def read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class name and all fields of that class, defaults filled in; InputError names the class
+    or the field that is not supported."""
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in _FIELDS:
+        raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_FIELDS)}")
+    noise = {} if is_flow(config) else noise_schedule.read(config)
+    fields = noise_schedule.read_fields(config, _FIELDS[name])
+    if is_flow(config):
+        _check_flow(fields)
+    return name, noise | fields
+
+
+def _check_flow(fields: dict[str, Any]) -> None:
+    terminal = fields["shift_terminal"]
+    for name, fine, expected in (  # NaN is not fine
+        ("num_train_timesteps", fields["num_train_timesteps"] >= 2, "at least 2 is"),
+        ("shift", 1e-3 <= fields["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
+        ("shift_terminal", terminal is None or 0 <= terminal < 1,
+         "null, or a number from 0 to below 1, is"),
+    ):
+        if not fine:
+            raise InputError(f"{FLOW_MATCHING} with {name}={fields[name]!r} is not supported: "
+                             f"{expected} expected")
+
+
+def _spaced_timesteps(fields: dict[str, Any], n: int) -> np.ndarray:
+    """[n], descending, float64 (whole but for linspace): table 2 of Lin et al. 2305.08891."""
+    total = fields["num_train_timesteps"]
+    if fields["timestep_spacing"] == "linspace":
+        return np.linspace(0, total - 1, n)[::-1]
+    if fields["timestep_spacing"] == "leading":
+        return (np.arange(n) * (total // n))[::-1] + float(fields["steps_offset"])
+    # Trailing. Rounding gives arange one point too many at some n (61, 103, ...): a timestep -1
+    # that diffusers visits and we do not.
+    return np.round(np.arange(total, 0, -total / n))[:n] - 1
+
+
+def _variance_preserving(
+    fields: dict[str, Any], products: np.ndarray, timesteps, here, there, **others
+) -> Scheduler:
+    """Steps from timesteps `here` to `there`; below timestep 0 lies the final alpha."""
+    if here.max() >= len(products):
+        raise InputError(
+            f"steps_offset={fields['steps_offset']} puts a step at timestep {here.max()}, but the"
+            f" network was trained on 0 to {len(products) - 1}: take fewer steps"
+        )
+    final = 1.0 if fields["set_alpha_to_one"] else products[0]
+    here, there = products[here], np.where(there >= 0, products[there], final)
+    if fields["prediction_type"] == "epsilon" and here.min() == 0:
+        raise InputError(
+            "rescale_betas_zero_snr=True with prediction_type='epsilon' starts at pure noise, whose"
+            " epsilon tells nothing of the image: use timestep_spacing='leading'"
+        )
+    return Scheduler(
+        timesteps=timesteps.astype(np.int32),
+        init_noise_sigma=1.0,
+        prediction_type=fields["prediction_type"],
+        input_scales=np.ones(len(timesteps), np.float32),
+        alphas=np.sqrt(here).astype(np.float32),
+        sigmas=np.sqrt(1 - here).astype(np.float32),
+        next_alphas=np.sqrt(there).astype(np.float32),
+        next_sigmas=np.sqrt(1 - there).astype(np.float32),
+        # DDIM, equation 16: at eta = 1 the posterior of DDPM.
+        noise_stds=np.sqrt((1 - there) / (1 - here) * (1 - here / there)).astype(np.float32),
+        **others,
+    )
+
+
+def _ddim(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
+    timesteps = np.round(_spaced_timesteps(fields, n)).astype(int)
+    # diffusers steps down by the mean spacing, whatever timestep is visited next.
+    there = timesteps - fields["num_train_timesteps"] // n
+    clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
+    return _variance_preserving(
+        fields, products, timesteps, timesteps, there, eta=None, clip_range=clip_range
+    )
+
+
+def _pndm(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
+    """n + 1 network calls for n > 1: call 1 redoes step 0."""
+    spacing = fields["num_train_timesteps"] // n
+    timesteps = np.round(_spaced_timesteps(fields, n)).astype(int)
+    # The second timestep is visited twice; call 1 starts a spacing before it and ends there.
+    timesteps = np.insert(timesteps, 1, timesteps[1:2])
+    here = timesteps + spacing * (np.arange(len(timesteps)) == 1)
+    weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
+    weights = np.asarray((weights + [[55, -59, 37, -9]] * n)[: len(timesteps)], np.float32) / 24
+    return _variance_preserving(
+        fields, products, timesteps, here, here - spacing, multistep_weights=weights
+    )
+
+
+def _euler(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
+    timesteps = _spaced_timesteps(fields, n).astype(np.float32)
+    products = products.astype(np.float32)
+    train_sigmas = np.sqrt((1 - products) / products)
+    sigmas = np.interp(timesteps, np.arange(len(train_sigmas)), train_sigmas)
+    if fields["use_karras_sigmas"]:
+        # Evenly spaced in sigma^(1/7) (Karras et al. 2206.00364, equation 5).
+        most = sigmas[0] if fields["sigma_max"] is None else fields["sigma_max"]
+        least = sigmas[-1] if fields["sigma_min"] is None else fields["sigma_min"]
+        sigmas = np.linspace(most ** (1 / 7), least ** (1 / 7), n) ** 7
+        timesteps = np.interp(np.log(sigmas), np.log(train_sigmas), np.arange(len(train_sigmas)))
+    last = train_sigmas[0] if fields["final_sigmas_type"] == "sigma_min" else 0
+    sigmas = np.append(sigmas, last).astype(np.float32)
+    if fields["timestep_type"] == "continuous" and fields["prediction_type"] == "v_prediction":
+        timesteps = 0.25 * np.log(sigmas[:-1])
+    init_noise_sigma = sigmas.max()
+    if fields["timestep_spacing"] == "leading":
+        init_noise_sigma = np.sqrt(init_noise_sigma**2 + 1)
+    return Scheduler(
+        timesteps=timesteps.astype(np.float32),
+        init_noise_sigma=float(init_noise_sigma),
+        prediction_type=fields["prediction_type"],
+        input_scales=(1 / np.sqrt(sigmas[:-1].astype(np.float64) ** 2 + 1)).astype(np.float32),
+        alphas=np.ones(n, np.float32),
+        sigmas=sigmas[:-1],
+        next_alphas=np.ones(n, np.float32),
+        next_sigmas=sigmas[1:],
+    )
+
+
+def _flow_match(fields: dict[str, Any], n: int, sigmas: Sequence | None) -> Scheduler:
+    total, shift = fields["num_train_timesteps"], fields["shift"]
+
+    def shifted(sigmas):
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    if sigmas is None:
+        # diffusers spaces between extremes already shifted and shifts again: at shift 3 the last
+        # of four steps starts at 0.009. That is what stock pipelines do.
+        ends = shifted(np.asarray([1, 1 / total], np.float32))
+        sigmas = np.linspace(*(ends.astype(np.float64) * total), n) / total
+    elif len(sigmas) != n:
+        raise InputError(f"{len(sigmas)} sigmas given for num_inference_steps={n}: give one a step")
+    else:
+        sigmas = np.asarray(sigmas, np.float32)
+    sigmas = shifted(sigmas)
+    if fields["shift_terminal"]:  # stretched, so that the last one is this
+        if n == 1:
+            raise InputError("shift_terminal is where the last of several steps starts: a single "
+                             "step cannot be stretched to it")
+        sigmas = 1 - (1 - sigmas) * (1 - fields["shift_terminal"]) / (1 - sigmas[-1])
+    sigmas = np.append(sigmas, 0).astype(np.float32)
+    return Scheduler(
+        timesteps=sigmas[:-1] * np.float32(total),
+        init_noise_sigma=1.0,
+        prediction_type="flow_prediction",
+        input_scales=np.ones(n, np.float32),
+        alphas=1 - sigmas[:-1],
+        sigmas=sigmas[:-1],
+        next_alphas=1 - sigmas[1:],
+        next_sigmas=sigmas[1:],
+        noise_stds=sigmas[1:],
+        eta=1.0 if fields["stochastic_sampling"] else 0.0,
+    )

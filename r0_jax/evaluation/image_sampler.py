@@ -1,0 +1,86 @@
+"""Sampling with a folder's own scheduler: what `sample` and `evaluate` run."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from r0_jax.diffusion import rollout
+from r0_jax.diffusion.schedulers import Scheduler
+from r0_jax.parallel import sharding
+from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
+from r0_jax.weights.network import Params
+
+
+def sample_latents(
+    pipeline: Pipeline,
+    scheduler: Scheduler,
+    params: Params,
+    latents: Float[Array, "b h w c"],
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    guidance_scale: float,
+    keys: rollout.Keys | None = None,
+    eta: float = 0.0,
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "b h w c"]:
+    """Latents after the steps of `scheduler` from number `first` on, from latents as noisy as that
+    step takes them: for the first of all, init_noise_sigma times standard normal noise.
+
+    With `negative` given, classifier-free guidance: two network evaluations a step in one call,
+    uncond + guidance_scale (cond - uncond).
+    """
+    guided = negative is not None
+    if guided:
+        conditioning = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, conditioning)
+    timesteps = jnp.asarray(scheduler.timesteps, jnp.float32)
+    draws = scheduler.needs_noise(eta)
+
+    def body(i, carry):
+        latents, state = carry
+        inputs = scheduler.scale_model_input(latents, i)
+        inputs = jnp.concatenate([inputs, inputs]) if guided else inputs
+        output = pipeline.denoise(params, inputs, jnp.full(len(inputs), timesteps[i]), conditioning)
+        if guided:
+            uncond, cond = jnp.split(output, 2)
+            output = uncond + guidance_scale * (cond - uncond)
+        fresh = rollout.normal(keys, i, latents.shape[1:]) if draws else None
+        return scheduler.step(output, latents, i, state, fresh, eta)
+
+    start = (latents, scheduler.init_state(latents))
+    latents, _ = lax.fori_loop(first, len(timesteps), body, start)
+    return latents
+
+
+class ImageSampler:
+    """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once.
+
+    With a `mesh`, on which the parameters live then, a batch that its data and fsdp axes divide is
+    split over them, and every process sees all images.
+    """
+
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
+                 guidance_scale: float, eta: float = 0.0, mesh: Mesh | None = None):
+        self.guided = guidance_scale > 1
+        self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
+
+        empty = jax.tree.map(jnp.asarray, pipeline.empty) if self.guided else {}
+
+        def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
+            conditioning = pipeline.encode_prompt(params, tokens)
+            negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
+                        else None)
+            latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part],
+                                     noise * scheduler.init_noise_sigma, conditioning, negative,
+                                     guidance_scale, keys, eta)
+            return pipeline.decode(params["vae"], latents)
+
+        self._run = sharding.spread(run, mesh) if mesh else jax.jit(run)
+
+    def __call__(self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
+                 ) -> Float[Array, "b h w 3"]:
+        """Images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
+        return self._run(params, tokens, noise, keys)

@@ -1,0 +1,114 @@
+"""During training: rewards, held-out ones too, of the averaged generator on fixed noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from r0_jax.diffusion import grid as few_step
+from r0_jax.evaluation import hacking, images
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.method.generator import Generator
+from r0_jax.parallel import distributed, sharding
+from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
+from r0_jax.prompts import prepared
+from r0_jax.rewards.reward import Reward
+from r0_jax.weights import lazy
+from r0_jax.weights.network import Params
+
+_BATCH = 32  # images drawn at once
+
+
+class Validation:
+    """validation(params, step) -> metrics, and the grid, which is samples/step_NNNNNN.png too."""
+
+    def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
+                 generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
+                 heldout: set[str], mesh: Mesh, check: Callable[[], None]):
+        """`check` is called between batches, and may raise what ends the measurement."""
+        self.config, self.folder, self.frozen = config, folder, frozen
+        self.rewards, self.heldout, self.check = rewards, heldout, check
+        self.prompts, self.tokens, self.features = prepared.evaluation(
+            config, "eval", pipeline, rewards, folder / "eval_prompts.json")
+        self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
+
+        grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
+        self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
+        self.weights = jax.jit(generator.weights)
+        self.part = pipeline.generator_part
+        self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
+        self.batch, self.everywhere = sharding.divisible(_BATCH, mesh), sharding.replicated(mesh)
+        self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
+
+    def __call__(self, params: dict[str, jax.Array], step: int
+                 ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
+        """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
+        "hacking/<sign>", as a multiple of the base's. And the first images, side by side."""
+        if self.base_signs is None:
+            self.base_signs = self._signs(self._draw(self.frozen["base"]))
+        drawn = self._draw(self.weights(params, self.frozen["base"]))
+        found = hacking.relative(self._signs(drawn), self.base_signs)
+        values = {f"hacking/{name}": value for name, value in found.items()}
+        for reward in self.rewards:
+            features = self.features.get(f"features/{reward.name}")
+            params = self.frozen["rewards"].get(reward.name)
+            if params is None:  # held out: on the devices for only this long
+                params = lazy.place(reward.scoring_params, self.everywhere)
+            scores = score(self.scores[reward.name], params, drawn, features, self.batch,
+                           self.check)
+            del params
+            kind = "heldout" if reward.name in self.heldout else "eval"
+            values[f"{kind}/{reward.name}"] = float(np.mean(scores))
+        sheet = images.grid(drawn[:self.config.eval.grid], columns=4)
+        if jax.process_index() == 0:
+            images.save_png(self.folder / "samples" / f"step_{step:06d}.png", sheet,
+                            {"step": str(step)})
+        return values, sheet
+
+    def _draw(self, weights: Params) -> np.ndarray:
+        parts = {**self.frozen, self.part: weights}
+        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch,
+                    self.check)
+
+    def _signs(self, drawn: np.ndarray) -> dict[str, float]:
+        return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
+
+
+def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, jax.Array]:
+    """Standard normal noise [count, *shape] and one key a sample; row i depends on seed and i."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
+    return np.asarray(noise), jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+
+
+def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np.ndarray,
+         keys: jax.Array, batch_size: int, check: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Images [N, h, w, 3] in [0, 1]; the last batch is filled up, so that one program does."""
+    drawn = []
+    for start in range(0, len(noise), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(noise) - 1)
+        count = min(batch_size, len(noise) - start)
+        batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
+        drawn.append(np.asarray(batch)[:count])
+        distributed.progress("a batch of images")
+        check()
+    return np.concatenate(drawn)
+
+
+def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_size: int,
+          check: Callable[[], None] = lambda: None) -> np.ndarray:
+    """One reward's scores [N] of images [N, h, w, 3]."""
+    found = []
+    for start in range(0, len(drawn), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(drawn) - 1)
+        count = min(batch_size, len(drawn) - start)
+        batch = None if features is None else features[rows]
+        found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
+        distributed.progress("a batch of scores")
+        check()
+    return np.concatenate(found)

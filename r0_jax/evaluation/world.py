@@ -1,0 +1,49 @@
+"""What the evaluation asks of the world: verdicts as metrics, and scenes of prompts, drawn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from r0_jax.errors import InputError
+from r0_jax.evaluation.statistics import mean_ci
+from r0_jax.shapes.captions import parse
+from r0_jax.shapes.judge import judge
+from r0_jax.shapes.scene import Scene, render, sample_layouts
+
+
+def check_prompts(prompts: Sequence[str], source: str) -> None:
+    """InputError unless every prompt is a caption of the world's grammar."""
+    for number, prompt in enumerate(prompts, start=1):
+        if parse(prompt) is None:
+            raise InputError(f"{source}: prompt {number}, {prompt!r}, is no caption of a scene, so "
+                             "the judge cannot look for it; leave it out or set test.world to ''")
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """InputError unless images of [h, w, 3] are square, as scenes are."""
+    if shape[0] != shape[1]:
+        raise InputError(f"the pipeline draws images of {shape[0]} x {shape[1]} pixels, and scenes "
+                         "are square: set sample_size in its config, or test.world to ''")
+
+
+def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
+                  ) -> dict[str, Any]:
+    """judge_accuracy, of all and by language (Chinese: not ASCII), and by attribute."""
+    verdict = judge(images, list(prompts))
+    chinese = np.asarray([not prompt.isascii() for prompt in prompts])
+    found = {"judge_accuracy": mean_ci(verdict.correct)}
+    for name, rows in (("en", ~chinese), ("zh", chinese)):
+        if rows.any():
+            found[f"judge_accuracy_{name}"] = mean_ci(verdict.correct[rows])
+    for name in ("presence", "colour", "shape", "size", "relation"):
+        found[f"judge_{name}"] = mean_ci(getattr(verdict, name))
+    return found
+
+
+def render_prompts(prompts: Sequence[str], seed: int) -> Float[np.ndarray, "b h w 3"]:
+    """One rendered scene of each prompt, with a random layout."""
+    scenes = [parse(prompt) for prompt in prompts]
+    stacked = Scene(*(np.stack(fields) for fields in zip(*scenes, strict=True)))
+    return render(stacked, sample_layouts(np.random.default_rng(seed), stacked))

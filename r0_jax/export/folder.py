@@ -1,0 +1,194 @@
+"""Write a trained generator for PyTorch: a diffusers folder, or a LoRA file."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from r0_jax.errors import InputError
+from r0_jax.export import comfyui, kohya, model_card
+from r0_jax.method import lora
+from r0_jax.models.config import read_json
+from r0_jax.pipelines.folder import mend_sample_size, read_index
+from r0_jax.weights import convert
+from r0_jax.workdir.run import HostParams, Run, choose_step, find_pretrained, open_run, read_config
+
+Format = Literal["diffusers", "peft", "kohya"]
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
+
+
+def export(
+    workdir: Path,
+    out: Path,
+    form: Format,
+    *,
+    step: str = "",
+    ema: bool = True,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    pretrained: str | None = None,
+    base_model: str | None = None,
+) -> int:
+    """Writes `out`, whole or not at all, and returns the step that was exported.
+
+    Raises InputError where the run cannot be read, adapters are asked of a full fine-tuning or in
+    a format that the family does not have, or `out` holds what is not to be replaced.
+    """
+    _check_out(out, overwrite)
+    config, name = read_config(workdir), out.resolve().name
+    if form != "diffusers" and not config.lora.rank:
+        raise InputError(f"{workdir} trained all weights, so there are no adapters to write: use "
+                         "--format=diffusers")
+    if form == "kohya":
+        kohya.check_family(read_index(find_pretrained(workdir, config, pretrained))["_class_name"])
+    chosen = choose_step(workdir, step)
+    building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
+    try:
+        _make_folder(building)
+        # What was trained on encoded prompts may never have had text encoders beside it.
+        run = open_run(workdir, pretrained, text=not config.data.encoded)
+        _check_apart(out, run)
+        params = run.params(chosen, ema)
+        base_model = base_model or model_card.base_model(run)
+        if form == "peft":
+            write_peft(run, params, building, dtype)
+        elif form == "kohya":
+            kohya.write(run, params, building / f"{name}.safetensors", dtype, chosen, base_model)
+            _write_scheduler(run, building)
+        else:
+            write_diffusers(run, params, building, dtype)
+        if not comfyui.why_not(run, form):
+            _write_json(building / comfyui.FILE, comfyui.workflow(run, form, building, name,
+                                                                  base_model, model_card.PROMPT))
+        for path in run.pretrained.glob("LICENSE*"):
+            if path.is_file():
+                shutil.copyfile(path, building / path.name)
+        card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        _move(building, out.resolve())
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return chosen
+
+
+def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+    """A folder like the pretrained one, with the generator's weights and the trained grid.
+
+    All else is copied byte for byte, but for pickles: a part that has no other weights (an old
+    safety checker) is left out. And of a generator's old config the sample_size becomes the one
+    that was trained.
+    """
+    part, source = run.pipeline.generator_part, run.pretrained
+    index = read_json(source / "model_index.json")
+    for name, kind in index.items():
+        if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
+            if name in run.left_out or not _copy_part(source / name, folder / name):
+                index[name] = [None, None]
+    index["scheduler"] = ["diffusers", run.scheduler_config["_class_name"]]
+    _write_json(folder / "model_index.json", index)
+    _write_scheduler(run, folder / "scheduler")
+    (folder / part).mkdir()
+    shutil.copyfile(source / part / "config.json", folder / part / "config.json")
+    fields = read_json(source / part / "config.json")
+    if (mended := mend_sample_size(fields)) != fields:
+        _write_json(folder / part / "config.json", mended)
+    weights = run.weights(params, "float32")  # rounded once, to `dtype`
+    convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
+
+
+def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+    """The adapters with what PEFT has to know of them, and the scheduler they were trained with.
+
+    alpha / rank is multiplied into B: programs that read no metadata take alpha = rank.
+    """
+    part = run.pipeline.generator_part
+    adapter = {
+        "r": run.generator.rank,
+        "lora_alpha": run.generator.rank,
+        "target_modules": lora.targets(run.pipeline.networks[part].shapes, run.generator.targets),
+    }
+    # Read by diffusers' `load_lora_weights`.
+    metadata = json.dumps({f"{part}.{name}": x for name, x in adapter.items()}, indent=2)
+    folded = lora.fold(params, run.generator.scale)
+    named = {f"{part}.{name}": value for name, value in folded.items()}
+    convert.save(named, folder / LORA_FILE, dtype, {"lora_adapter_metadata": metadata})
+    _write_scheduler(run, folder)
+
+
+def _copy_part(source: Path, target: Path) -> bool:
+    """Copies what is text and the safetensors of a part; False if there is nothing to copy."""
+    # By the index too: it may give its shards any name.
+    stem = next((stem for stem in ("diffusion_pytorch_model", "model")
+                 for end in (".safetensors", ".safetensors.index*.json")
+                 if any(source.glob(f"{stem}*{end}"))), None)
+    pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in source.glob("*"))
+    if not source.is_dir() or (pickled and stem is None):
+        return False
+    target.mkdir()
+    for path in source.iterdir():
+        if (path.suffix in (".json", ".txt", ".model") and ".index." not in path.name
+                and path.is_file()):
+            shutil.copyfile(path, target / path.name)
+    if stem is None:
+        return True
+    # model.fp16.safetensors too gets the name that loads without naming a variant.
+    weights = convert.find_weights(source, stem)
+    if weights.suffix == ".safetensors":
+        shutil.copyfile(weights, target / f"{stem}.safetensors")
+    else:
+        shutil.copyfile(weights, target / f"{stem}.safetensors.index.json")
+        for path in convert.find_files(source, stem):
+            shutil.copyfile(path, target / path.name)
+    return True
+
+
+def _write_scheduler(run: Run, folder: Path) -> None:
+    _write_json(folder / "scheduler_config.json", run.scheduler_config)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists already; choose another --out, or replace an earlier "
+                         "export with --overwrite")
+    path = out / "README.md"
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if model_card.MADE_WITH not in card:
+        raise InputError(f"{out} is not an earlier export, so --overwrite does not delete it; "
+                         "choose another --out")
+
+
+def _check_apart(out: Path, run: Run) -> None:
+    """An export replaces the whole of `out`, so no input may lie there."""
+    for path in (run.workdir.resolve(), run.pretrained.resolve()):
+        if out.resolve() in (path, *path.parents):
+            raise InputError(f"--out={out} holds {path}, which is read; choose another --out")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror.lower()}; choose "
+                         "another --out") from None
+
+
+def _move(building: Path, out: Path) -> None:
+    """`building` takes the place of `out`, which is gone only once that has happened."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(building, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""README.md of an export: front matter for the Hub, how to run it, how it was made, its numbers."""
+
+import json
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from r0_jax import remote
+from r0_jax.diffusion import grid as few_step
+from r0_jax.errors import InputError
+from r0_jax.evaluation import report
+from r0_jax.export import comfyui
+from r0_jax.models.config import read_json
+from r0_jax.workdir.checkpoint import read_metadata
+from r0_jax.workdir.run import Run
+
+MADE_WITH = "Written by `python -m r0_jax.export"  # in every card: how a folder of ours is known
+PROMPT = "a large red circle"
+
+
+def write(
+    run: Run,
+    form: str,
+    step: int,
+    ema: bool,
+    dtype: str,
+    base_model: str,
+    name: str,
+) -> str:
+    """The card of what `export` writes in the format `form`; its Python snippet runs in the
+    exported folder, which is called `name`.
+
+    `base_model` is the pretrained pipeline as a reader knows it.
+    """
+    num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
+    tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
+    listed = "\n".join(f"- {tag}" for tag in tags)
+    rows = "\n".join(f"| {name} | {_escape(value)} |"
+                     for name, value in _recipe(run, step, ema, base_model).items())
+    return f"""---
+base_model: {json.dumps(base_model, ensure_ascii=False)}
+base_model_relation: {"adapter" if is_lora else "finetune"}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+{listed}
+---
+
+# {base_model.rstrip("/").split("/")[-1]} in {num_steps} steps
+
+A text-to-image generator that takes {num_steps} steps without guidance, made from `{base_model}`
+by regularized reward maximization (R0) with r0_jax. It is a derivative of that model, whose
+licence applies.
+
+## Use
+
+In this folder (or with its path, or its name on the Hub, in place of `"."`):
+
+```python
+{_snippet(run, form, dtype, base_model, name)}
+```
+{_LORA_NOTES if is_lora else ""}{_grid_notes(run)}{_program_notes(run, form, name)}
+## Recipe
+
+| | |
+| --- | --- |
+{rows}
+
+{_numbers(run.workdir / "eval.json")}{MADE_WITH} --format={form}`.
+"""
+
+
+_LORA_NOTES = """
+The scale of the LoRA is 1. That diffusers finds nothing for the text encoder is right: it was not
+trained.
+"""
+
+
+def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
+    pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
+    scheduler = run.scheduler_config["_class_name"]
+    # Said for float32 too: transformers would keep text encoders in their files' dtype.
+    lines, options = ["import torch"], f", dtype=torch.{dtype}"
+    options += "".join(f", {name}=None" for name in run.left_out)
+    if form != "diffusers":
+        file = f', weight_name="{name}.safetensors"' if form == "kohya" else ""
+        source = json.dumps(base_model, ensure_ascii=False)
+        lines += [
+            f"from diffusers import {scheduler}, {pipeline}  # needs peft too",
+            "",
+            f"pipeline = {pipeline}.from_pretrained({source}{options})",
+            f'pipeline.scheduler = {scheduler}.from_pretrained(".")',
+            f'pipeline.load_lora_weights("."{file})',
+        ]
+    else:
+        lines += [
+            f"from diffusers import {pipeline}",
+            "",
+            f'pipeline = {pipeline}.from_pretrained("."{options})',
+        ]
+    call = f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
+    lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
+    return "\n".join(lines)
+
+
+def _grid_notes(run: Run) -> str:
+    """How a program that does not read our scheduler config comes to the trained grid."""
+    steps, config = run.config.sampler.num_steps, run.scheduler_config
+    if not few_step.is_flow(config):
+        grid = few_step.grid(run.pipeline.scheduler_config, steps)
+        return f"""
+The trained grid is timesteps {", ".join(map(str, grid.timesteps))}: those of DDIM with
+`timestep_spacing="trailing"`.
+"""
+    if steps == 1:
+        return "\nThe one step is at sigma 1, where every flow-matching scheduler starts.\n"
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in few_step.sigmas(steps))
+    return f"""
+The scheduler's shift and shift_terminal are such that {steps} steps visit the trained grid. With
+the base's own scheduler (shift {few_step.shift(config):g}) ask for it by `sigmas=[{sigmas}]`.
+"""
+
+
+def _program_notes(run: Run, form: str, name: str) -> str:
+    """How other programs draw with it."""
+    steps = run.config.sampler.num_steps
+    if reason := comfyui.why_not(run, form):
+        return f"\nThere is no workflow for ComfyUI: {reason}.\n"
+    notes = f"""
+In ComfyUI, which knows the published architectures, drop `{comfyui.FILE}` onto the
+canvas; its note says where files go.
+"""
+    if form == "kohya" and 1000 % steps == 0:
+        notes += f"""
+In A1111 and Forge, put `{name}.safetensors` into models/Lora and write `<lora:{name}:1>`: sampler
+Euler, schedule type Simple, {steps} sampling steps, CFG scale 1.
+"""
+    return notes
+
+
+def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object]:
+    config, trained = run.config, "all weights"
+    if config.lora.rank:
+        trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
+    eta = "drawn from [0, 1] at each step" if config.sampler.random_eta else config.sampler.eta
+    scores = read_metadata(run.workdir, step)["metrics"]
+    return {
+        "pretrained pipeline": base_model,
+        "method": config.objective.method,
+        "trained": trained,
+        "weights": f"step {step} of {config.steps}, {'EMA' if ema else 'not averaged'}",
+        "rewards": _weighted(config.rewards),
+        "held-out rewards": ", ".join(config.heldout_rewards) or "none",
+        "regularizers": _weighted(config.regularizers),
+        "images a step": config.batch_size,
+        "seed": config.seed,
+        "sampler in training": f"{config.sampler.num_steps} steps, eta {eta}",
+        **{f"{name} at this step": f"{x:.4g}" for name, x in scores.items() if x is not None},
+    }
+
+
+def _weighted(entries: ConfigDict) -> str:
+    return ", ".join(f"{name} x {e.weight:g}" for name, e in entries.items() if e.weight) or "none"
+
+
+def _escape(value: object) -> str:
+    return str(value).replace("|", "\\|")
+
+
+def _numbers(path: Path) -> str:
+    if not path.exists():
+        return ""
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON ({error}); evaluate again") from None
+    table = report.markdown_table(evaluation)
+    facts = [f"{evaluation['prompts']} prompts"] if "prompts" in evaluation else []
+    facts += [str(evaluation["checkpoint"])] if "checkpoint" in evaluation else []
+    of = f" ({', '.join(facts)})" if facts else ""
+    return f"""## Measured
+
+The run's last evaluation{of}, of averaged weights, with 95 % intervals.
+
+{table}
+"""
+
+
+def base_model(run: Run) -> str:
+    """The pretrained pipeline's name on the Hub where it came from there, else its path if that is
+    relative, else its folder's name."""
+    path = Path(run.config.pretrained)
+    for parent in path.parents:  # the Hub's cache: models--owner--name/snapshots/<commit>
+        if match := re.fullmatch(r"models--(.+?)--(.+)", parent.name):
+            return f"{match[1]}/{match[2]}"
+    moved = path.is_absolute() or remote.url_of(path)
+    return path.name if moved else path.as_posix()

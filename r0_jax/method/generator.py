@@ -1,0 +1,52 @@
+"""The trained network: its pretrained copy with adapters, or with all of its weights replaced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from r0_jax.method import lora, stacks
+from r0_jax.weights.network import Params, Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """How trainable parameters become network weights.
+
+    Attributes:
+      rank: of the adapters; 0 trains every weight.
+      alpha: adapters are scaled by alpha / rank.
+      targets: regex on dotted module names that get an adapter.
+      dtype: the network computes in it; trainable parameters stay float32.
+      fixed: parameters of the network that are never trained.
+    """
+
+    rank: int
+    alpha: float
+    targets: str
+    dtype: str = "float32"
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def init(self, key: jax.Array, base: Params, shapes: Shapes) -> Params:
+        """Trainable parameters, float32, with which the generator equals the base."""
+        if self.rank:
+            return lora.init(key, shapes, self.targets, self.rank)
+        return {name: jnp.array(value, jnp.float32) for name, value in base.items()
+                if name not in self.fixed}
+
+    def weights(self, params: Params, base: Params) -> Params:
+        """The network's weights in `dtype`, differentiable in `params`, which may be packed."""
+        merged = (lora.merge(base, params, self.scale) if self.rank
+                  else {**base, **stacks.unpack(params)})
+        return {name: value.astype(self.dtype) for name, value in merged.items()}
+
+    def squared_distance(self, params: Params, base: Params) -> jax.Array:
+        """||theta - theta_pretrained||^2, the sum over all weights, in float32."""
+        if self.rank:
+            return lora.squared_norm(params, self.scale)
+        return sum(jnp.sum((value - base[name].astype(jnp.float32)) ** 2)
+                   for name, value in stacks.unpack(params).items())

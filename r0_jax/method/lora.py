@@ -1,0 +1,97 @@
+"""Low-rank adapters: W + (alpha / rank) A B for the weights whose module matches a regex.
+
+Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, rank] is the file's
+"x.to_q.lora_A.weight" [rank, in].
+"""
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from r0_jax.errors import InputError
+from r0_jax.method import stacks
+from r0_jax.weights.network import Params, Shapes
+
+
+def targets(shapes: Shapes, pattern: str) -> list[str]:
+    """Modules, in order, that have a kernel and whose dotted name matches the whole regex."""
+    modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
+    try:
+        found = [module for module in modules if re.fullmatch(pattern, module)]
+    except re.error as e:
+        raise InputError(f"lora.targets is not a regular expression ({e}): {pattern!r}") from None
+    if not found:
+        raise InputError(f"lora.targets matches no layer of the network: {pattern!r}; "
+                         f"a layer is called, for example, {modules[len(modules) // 2]}")
+    return found
+
+
+def check_rank(shapes: Shapes, pattern: str, rank: int) -> None:
+    """InputError where a module's matrix has no such rank: the adapter would hold more numbers than
+    the weights it stands for."""
+    kernels = {module: shapes[f"{module}.kernel"].shape for module in targets(shapes, pattern)}
+    most = {module: min(prod(shape[:-1]), shape[-1]) for module, shape in kernels.items()}
+    module = min(most, key=most.get)
+    if rank > most[module]:
+        raise InputError(f"lora.rank={rank} is above what fits {module}, a matrix of rank "
+                         f"{most[module]}: use {most[module]} at most, or leave this layer out of "
+                         "lora.targets")
+
+
+def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params:
+    """A ~ N(0, 1 / rank^2), B = 0, in float32: the adapted network starts as the base.
+
+    A convolution's A keeps its window and B is 1 x 1, as in PEFT.
+    """
+    params = {}
+    for i, module in enumerate(targets(shapes, pattern)):
+        *window, inputs, outputs = shapes[f"{module}.kernel"].shape
+        a = jax.random.normal(jax.random.fold_in(key, i), (*window, inputs, rank)) / rank
+        params[f"{module}.lora_A.kernel"] = a
+        params[f"{module}.lora_B.kernel"] = jnp.zeros((*(1 for _ in window), rank, outputs))
+    return params
+
+
+def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Params:
+    """The base's parameters with `scale` A B added where there is an adapter; those of a
+    transformer's blocks may be stacked (stacks.py)."""
+    merged = dict(base)
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.kernel"):
+            module = name.removesuffix(".lora_A.kernel")
+            delta = a @ adapters[f"{module}.lora_B.kernel"]
+            names, deltas = [module], [delta]
+            if "*" in module:
+                names, deltas = stacks.members(module, len(delta)), stacks.split(delta)
+            for one, change in zip(names, deltas, strict=True):
+                kernel = base[f"{one}.kernel"]
+                merged[f"{one}.kernel"] = (kernel + scale * change).astype(kernel.dtype)
+    return merged
+
+
+def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The adapters with their scale in B, so that 1 is what to scale A B by."""
+    return {name: value * scale if name.endswith(".lora_B.kernel") else value
+            for name, value in adapters.items()}
+
+
+def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:
+    """The sum of squares of every `scale` A B, without forming one: tr(A^T A  B B^T)."""
+    total = jnp.zeros(())
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.kernel"):
+            b = adapters[name.replace(".lora_A.", ".lora_B.")]
+            blocks = len(a) if "*" in name else 1
+            a, b = (x.reshape(blocks, -1, x.shape[-1]) for x in (a, b))
+            total += jnp.sum((a.mT @ a) * (b @ b.mT))
+    return scale**2 * total
+
+
+def is_adapter(params: Mapping[str, object]) -> bool:
+    """True if the trained parameters are adapters, False if they are whole weights."""
+    return any(".lora_A." in name for name in params)

@@ -1,0 +1,291 @@
+"""Where arrays live: a mesh of ('data', 'fsdp', 'tensor'), and rules on dotted names that are
+config data.
+
+The same code runs on one chip, eight or a pod; only the mesh of the config changes. Axes are
+`AxisType.Auto` on purpose (`jax.make_mesh` defaults to Explicit since jax 0.9): the compiler
+propagates shardings through the networks, whose code does not mention them.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from r0_jax.errors import InputError
+from r0_jax.method.train_state import TrainState
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # fsdp shards weights, not work; devices of one `tensor` share work
+STRATEGIES = ("fsdp", "replicate", "column", "row")
+
+# Below this an all-gather's latency costs more than the memory that sharding frees.
+_MIN_BYTES = 4 * 2**20
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices; -1 stands for the rest, a missing axis for 1.
+
+    Neighbours of an axis are near each other, those of the last one nearest. TPUs of several
+    slices follow each other on the data axis, the only one whose traffic (a sum of gradients a
+    step) suits the data center's network.
+
+    `devices` replaces `jax.devices()`, e.g. by those of a topology that is only compiled for.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if unknown := sorted(set(shape) - set(AXES)):
+        raise InputError(f"mesh has no axis {unknown[0]!r}; its axes are "
+                         f"{', '.join(AXES[:-1])} and {AXES[-1]}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    wanted = "mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(f"{wanted}: sizes are at least 1, and one of them may be -1 for the rest")
+    known = prod(size for size in sizes if size != -1)
+    if len(devices) % known or (known != len(devices) and -1 not in sizes):
+        raise InputError(
+            f"{wanted} does not fit {len(devices)} device(s); set one size to -1 "
+            f"and the others to divisors of {len(devices)}"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return Mesh(_arranged(devices, sizes, wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
+    """The devices as an array of `sizes`, as near to each other as the hardware allows."""
+    # GPUs number what NVLink joins as slices too, but any axis may go from host to host there.
+    slices = ({getattr(device, "slice_index", 0) for device in devices}
+              if devices[0].platform == "tpu" else {0})
+    data, *rest = sizes
+    if data % len(slices):
+        raise InputError(
+            f"{wanted} does not fit {len(slices)} slices of {len(devices) // len(slices)} chips: "
+            f"fsdp and tensor stay within a slice, so data must be a multiple of {len(slices)}; "
+            "set data to -1")
+    within = [data // len(slices), *rest]
+    # Some shapes lay an axis of the mesh over part of a physical one (2 x 2 x 2 on 2 x 4 chips).
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, [len(slices), 1, 1], devices, allow_split_physical_axes=True)
+
+
+def global_mesh() -> Mesh:
+    """All devices of all processes, for what has no mesh of its own in the config."""
+    return make_mesh({"data": -1})
+
+
+def local_mesh() -> Mesh:
+    """All devices of this process, for work that each process does by itself."""
+    return make_mesh({"data": -1}, jax.local_devices())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: Sequence[Any],
+    heads: Mapping[str, int] | None = None
+) -> dict[str, NamedSharding]:
+    """Where each parameter lives, by the first rule whose regex is its whole dotted name.
+
+    A rule is (regex, strategy). 'fsdp' splits the largest axis that the fsdp axis of the mesh
+    divides, of anything over 4 MB, and replicates the rest. 'column' splits a layer's outputs over
+    the tensor axis, 'row' its inputs, and either splits another axis as 'fsdp' does; where tensor
+    does not divide the outputs or inputs, or the heads of the attention that the layer belongs to
+    (`heads`, as `Network` has them), they are 'fsdp'. Whole names, as `re.fullmatch` has it: a
+    regex that is too narrow then fails as an uncovered name, while one that matched any part would
+    silently take too much.
+    """
+    compiled = [(_compile(regex), _known(strategy)) for regex, strategy in map(_pair, rules)]
+
+    def spec(name: str, array: jax.ShapeDtypeStruct) -> PartitionSpec:
+        strategy = next((strategy for regex, strategy in compiled if regex.fullmatch(name)), None)
+        if strategy is None:
+            raise InputError(
+                f"no sharding rule covers {name}; end the rules with ('.*', 'fsdp') or "
+                "('.*', 'replicate')"
+            )
+        return _spec(name, array, mesh, strategy, _heads_of(name, heads or {}))
+
+    return {name: NamedSharding(mesh, spec(name, array)) for name, array in shapes.items()}
+
+
+def state_sharding(state: TrainState, mesh: Mesh, rules: Sequence[Any],
+                   heads: Mapping[str, int] | None = None) -> TrainState:
+    """The sharding of every leaf of a TrainState, given its shapes (`jax.eval_shape`).
+
+    EMA and optimizer moments follow their parameter, found by the dotted name that ends their
+    path; counters are replicated. `rules` and `heads` are those of `param_sharding`.
+    """
+    params = param_sharding(state.params, mesh, rules, heads)
+
+    def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = getattr(path[-1], "key", None)
+        if name in params and leaf.shape == state.params[name].shape:
+            return params[name]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def with_sharding(shapes: Any, sharding: Any) -> Any:
+    """`shapes` (a tree of ShapeDtypeStruct) that know where they are to live."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch over all devices but those of one `tensor`, which compute the
+    same samples together."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts `batch_sharding` splits a batch."""
+    return prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
+    """Into how many microbatches a global batch is cut, of which a device computes `device_batch`
+    samples at once (0: all of its share). InputError where it does not come out even."""
+    if batch_size < 1 or device_batch < 0:
+        raise InputError(f"batch_size={batch_size} must be at least 1, and device_batch="
+                         f"{device_batch} at least 0")
+    parts = batch_parts(mesh)
+    share, rest = divmod(batch_size, parts)
+    at_once = min(device_batch or share, share)
+    if rest or share % at_once:
+        unit = parts if rest else parts * at_once
+        below = batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        tensor = mesh.shape["tensor"]
+        raise InputError(
+            f"batch_size={batch_size} does not split over {parts} "
+            f"{'device(s)' if tensor == 1 else f'groups of {tensor} devices'}"
+            + ("" if rest else f", {at_once} samples at a time (device_batch)")
+            + f"; use {nearest}")
+    return share // at_once
+
+
+def local_parts(split: NamedSharding) -> tuple[list[int], int]:
+    """Which of how many equal parts of a batch the devices of this process hold, in order.
+
+    Another process holds the same where an axis that does not split the batch lies across both.
+    """
+    rows = split.mesh.size  # any number that splits
+    size = split.shard_shape((rows,))[0]
+    held = split.addressable_devices_indices_map((rows,)).values()
+    return sorted({part.indices(rows)[0] // size for (part,) in held}), rows // size
+
+
+def put_batch(batch: Any, split: NamedSharding) -> Any:
+    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) as its share of
+    the global batch."""
+    parts, count = local_parts(split)
+
+    def put(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(parts)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start = parts.index(index[0].indices(size * count)[0] // size) * size
+            return x[start:start + size]
+
+        return jax.make_array_from_callback((size * count, *x.shape[1:]), split, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """jit of function(params, *batch) whose result every process sees whole; the rows of the batch
+    are split over `mesh` where its parts of a batch divide them (see `divisible`)."""
+
+    @jax.jit
+    def run(params: Any, *batch: Any) -> Any:
+        if len(jax.tree.leaves(batch)[0]) % batch_parts(mesh) == 0:
+            batch = lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        return lax.with_sharding_constraint(function(params, *batch), replicated(mesh))
+
+    return run
+
+
+def divisible(size: int, mesh: Mesh) -> int:
+    """`size` rows, and as many more as let the devices split them."""
+    parts = batch_parts(mesh)
+    return -(-size // parts) * parts
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Whether any process calls this with True, which all do; not waited for."""
+    mesh = global_mesh()
+    here = np.full(jax.local_device_count(), flag)
+    flags = jax.make_array_from_process_local_data(batch_sharding(mesh), here)
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+
+def _pair(rule: Any) -> tuple[str, str]:
+    match rule:
+        case [str(regex), str(strategy)]:
+            return regex, strategy
+    raise InputError(f"sharding rule {rule!r} is not a pair of a regular expression and "
+                     f"{' or '.join(STRATEGIES)}")
+
+
+def _compile(regex: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise InputError(f"sharding rule {regex!r} is not a regular expression: {error}") from None
+
+
+def _known(strategy: str) -> str:
+    if strategy not in STRATEGIES:
+        raise InputError(f"sharding rule {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    return strategy
+
+
+def _heads_of(name: str, heads: Mapping[str, int]) -> int:
+    """Heads of the attention that a parameter is part of, 0 for none."""
+    parts = name.split(".")
+    return next((heads[module] for i in range(len(parts))
+                 if (module := ".".join(parts[:i])) in heads), 0)
+
+
+def _spec(name: str, array: jax.ShapeDtypeStruct, mesh: Mesh, strategy: str, heads: int
+          ) -> PartitionSpec:
+    # The first axis of a stacked parameter ("blocks.*.kernel") is scanned over: never split it.
+    axes = list(range(1 if "*" in name else 0, len(array.shape)))
+    spec: list[str | None] = [None] * len(array.shape)
+    size = array.size * array.dtype.itemsize
+
+    # The last axis of a kernel, a bias or an embedding is what comes out, the one before it of a
+    # kernel what goes in. However small: it is the work that is split.
+    of_tensor = {"column": axes[-1:], "row": axes[-2:-1]}.get(strategy, [])
+    tensor = mesh.shape["tensor"]
+    for axis in of_tensor:
+        if tensor > 1 and array.shape[axis] % tensor == heads % tensor == 0:
+            spec[axis] = "tensor"
+            axes.remove(axis)
+            size //= tensor
+
+    fsdp = mesh.shape["fsdp"]
+    axes = [axis for axis in axes if array.shape[axis] % fsdp == 0]
+    if axes and fsdp > 1 and strategy != "replicate" and size > _MIN_BYTES:
+        spec[max(axes, key=lambda axis: array.shape[axis])] = "fsdp"
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)

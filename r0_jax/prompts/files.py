@@ -1,0 +1,161 @@
+"""Prompts from a user's file: text, JSON, parquet, or a tfds dataset."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from r0_jax import remote
+from r0_jax.errors import InputError
+from r0_jax.prompts import dataset
+
+TEXT_NAMES = ("prompt", "caption", "text")  # of a JSON object, a column or a feature, in order
+
+
+def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
+    """The prompts of a `.txt`, `.jsonl`, `.json` or `.parquet` file or a tfds folder, in order.
+
+    Blank ones are left out. Duplicates stay: repeating a prompt is how a user weights it. Text
+    is one prompt a line; JSON holds strings or objects with "prompt", "caption" or "text";
+    parquet and tfds have a column of such a name (of a tfds folder, the split "train" or else
+    the first). Raises `InputError` that names the line; where prompts are `numbered`, by images,
+    also for a blank one between others, which would shift them.
+    """
+    path = remote.local(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    if not path.is_dir() and path.suffix not in _READERS:
+        raise InputError(
+            f"{path}: cannot read prompts from {path.suffix or 'a file without suffix'}; give "
+            f"{', '.join(_READERS)} or a tfds folder"
+        )
+    try:
+        found = (_read_tfds if path.is_dir() else _READERS[path.suffix])(path)
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
+        raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
+    prompts = [prompt.strip() for prompt in found]
+    kept = [prompt for prompt in prompts if prompt]
+    if not kept:
+        raise InputError(f"{path} has no prompts")
+    if numbered and any(prompts[len(kept):]):  # or all blank ones are at the end
+        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
+        raise InputError(f"{path}, {where} is blank, so which images belong to the prompts after "
+                         "it is unclear: take it out (r0_jax.sample counts without it)")
+    return kept
+
+
+def _read_txt(path: Path) -> list[str]:
+    # Not splitlines(): it also splits at characters that may stand inside a prompt.
+    return _read_text(path).split("\n")
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    prompts = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        blank = not line.strip()  # kept, as in text: what follows is told by its line
+        prompts.append("" if blank else _prompt_of(_parse_json(line, path, number),
+                                                   f"{path}, line {number}"))
+    return prompts
+
+
+def _read_json(path: Path) -> list[str]:
+    items = _parse_json(_read_text(path), path, 1)
+    if not isinstance(items, list):
+        raise InputError(f"{path}: expected a list, found {type(items).__name__}")
+    return [_prompt_of(item, f"{path}, item {i}") for i, item in enumerate(items, start=1)]
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow  # slow to import, and only this format needs it
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            name = _pick_name(file.schema_arrow.names, path, "columns")
+            table = file.read(columns=[name])  # all of that name; the first one counts
+            values = table.column(table.column_names.index(name)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+    blank = ("" if value is None else value for value in values)
+    return [_prompt_of(value, f"{path}, row {i}") for i, value in enumerate(blank, start=1)]
+
+
+def _read_tfds(path: Path) -> list[str]:
+    if not dataset.is_prepared(path):
+        raise InputError(
+            f"{path} has no dataset_info.json; give the folder of one version of a tfds dataset, "
+            "such as name/1.0.0"
+        )
+    builder = dataset.open_builder(path)
+    features = builder.info.features
+    texts = [name for name in features if isinstance(features[name], tfds.features.Text)]
+    name = _pick_name(texts, path, "text features")
+    if not builder.info.splits:
+        raise InputError(f"{path} has no split: is the dataset complete?")
+    splits = builder.info.splits
+    split = dataset.SPLIT if dataset.SPLIT in splits else next(iter(splits))
+    # Of each record only the text is parsed: decoding images would need other packages.
+    only_text = tfds.features.FeaturesDict({name: features[name]})
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    with dataset.reading(path):
+        source = builder.as_data_source(split=split, deserialize_method=raw)
+        records = [only_text.deserialize_example_np(record) for record in source]
+    return [record[name].decode("utf-8") for record in records]
+
+
+_READERS: dict[str, Callable[[Path], list[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+# What a message counts in a file: of a parquet file and a tfds folder, rows.
+_COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # Windows editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:  # UTF-16 without its mark decodes without an error
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    """`text`, which starts at that line of the file, as a Python value."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line + error.lineno - 1}"
+        raise InputError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        raise InputError(f"{path}, line {line}: {error}") from None
+
+
+def _prompt_of(item: Any, where: str) -> str:
+    if isinstance(item, dict):
+        name = _pick_name(item, where, "fields")
+        item = item[name]
+    if not isinstance(item, str):
+        raise InputError(f"{where}: expected a prompt as text, found {type(item).__name__}")
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a character: "\ud83d"
+        raise InputError(f"{where}: the prompt holds half of a surrogate pair") from None
+    return item
+
+
+def _pick_name(names: Sequence[str] | Mapping[str, Any], where: Any, kind: str) -> str:
+    for name in TEXT_NAMES:
+        if name in names:
+            return name
+    found = ", ".join(map(str, names)) or "none"
+    raise InputError(f"{where}: no {' or '.join(TEXT_NAMES)} among the {kind} ({found})")

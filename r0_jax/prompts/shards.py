@@ -1,0 +1,155 @@
+"""A tfds dataset that is written shard by shard: a killed writer goes on where it was, and several
+processes share the work without talking to each other.
+
+A shard is a file of consecutive rows and appears whole or not at all. Which rows it holds depends
+on the number of rows alone, so whoever writes it writes the same bytes. The dataset is complete
+when dataset_info.json is there, which is written last.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+
+from r0_jax.errors import InputError
+from r0_jax.evaluation.images import write_bytes
+
+NAME = "encoded_prompts"  # of the dataset, and how its files begin
+_INFO, _METADATA = "dataset_info.json", "metadata.json"
+
+# Column -> (shape of a row, dtype); None is text.
+Schema = dict[str, tuple[tuple[int, ...], np.dtype] | None]
+Columns = dict[str, np.ndarray | list[str]]  # of some rows
+
+
+class Shard(NamedTuple):
+    """Rows `start` to `stop` of a split, in the file `number` of `count`."""
+
+    split: str
+    number: int
+    count: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        """Its name, as tfds expects it."""
+        return f"{NAME}-{self.split}.array_record-{self.number:05d}-of-{self.count:05d}"
+
+
+def plan(rows: Mapping[str, int], shard_rows: int) -> list[Shard]:
+    """The shards of all splits ({split: number of rows}), each of `shard_rows` but the last."""
+    return [Shard(split, number, -(-count // shard_rows), start, min(start + shard_rows, count))
+            for split, count in rows.items()
+            for number, start in enumerate(range(0, count, shard_rows))]
+
+
+def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
+    """Claims the folder for the dataset that `metadata` (JSON) describes; whether it is complete.
+
+    Raises InputError if it holds anything else, naming what differs; "sources" may, since a file
+    that has moved is still the same.
+    """
+    path = folder / _METADATA
+    if there := _read_metadata(path):
+        for name, value in json.loads(json.dumps(metadata)).items():
+            if name != "sources" and there.get(name) != value:
+                raise InputError(f"{folder} was begun with other {name}: "
+                                 f"{_shortly(there.get(name))} there, {_shortly(value)} here; "
+                                 "delete it, or give another folder")
+        return (folder / _INFO).is_file()
+    if folder.exists() and (not folder.is_dir() or any(
+            not path.name.startswith(f".{_METADATA}") for path in folder.iterdir())):
+        raise InputError(f"{folder} is in the way, and holds no encoded prompts: move it, or give "
+                         "another folder")
+    write_bytes(path, json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8"))
+    return False
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Of a dataset that `begin` has begun; {} for anything else."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return there if isinstance(there, dict) and "columns" in there else {}
+
+
+def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) -> None:
+    """Writes one shard from parts of its rows, in order."""
+    features = _features(schema)
+    serializer = ExampleSerializer(features.get_serialized_info())
+    handle, building = tempfile.mkstemp(dir=folder, prefix=f".{shard.file}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        with _closing(ArrayRecordWriter(building, "group_size:1")) as writer:
+            for part in parts:
+                for row in zip(*(part[name] for name in schema), strict=True):
+                    encoded = features.encode_example(dict(zip(schema, row, strict=True)))
+                    # A record's columns otherwise come in an order that differs between runs.
+                    writer.write(serializer.get_tf_example(encoded).SerializeToString(
+                        deterministic=True))
+        os.chmod(building, 0o644)
+        os.replace(building, folder / shard.file)
+    finally:
+        if os.path.exists(building):
+            os.unlink(building)
+
+
+def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """Those that are not written yet."""
+    return [shard for shard in shards if not (folder / shard.file).is_file()]
+
+
+def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
+    """Makes a tfds dataset of shards that are all there; removes what killed writers left."""
+    identity = DatasetIdentity(name=NAME, version=tfds.core.Version("1.0.0"), module_name="",
+                               data_dir=os.fspath(folder))
+    info = tfds.core.DatasetInfo(builder=identity, features=_features(schema),
+                                 disable_shuffling=True)
+    info.set_file_format("array_record")
+    splits: dict[str, list[Shard]] = {}
+    for shard in shards:
+        splits.setdefault(shard.split, []).append(shard)
+    info.set_splits(SplitDict([
+        SplitInfo(split, [shard.stop - shard.start for shard in found],
+                  sum((folder / shard.file).stat().st_size for shard in found))
+        for split, found in splits.items()]))
+    with tempfile.TemporaryDirectory() as building:
+        info.write_to_directory(building)
+        # Last of all the file that says that the dataset is there.
+        for path in sorted(Path(building).iterdir(), key=lambda path: path.name == _INFO):
+            write_bytes(folder / path.name, path.read_bytes())
+    for path in folder.glob(f".{NAME}-*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _features(schema: Schema) -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict({
+        # As bytes: fast to write, and exact for every dtype.
+        name: tfds.features.Text() if kind is None else tfds.features.Tensor(
+            shape=kind[0], dtype=kind[1], encoding="bytes")
+        for name, kind in schema.items()})
+
+
+@contextlib.contextmanager
+def _closing(writer: ArrayRecordWriter) -> Iterator[ArrayRecordWriter]:
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _shortly(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."

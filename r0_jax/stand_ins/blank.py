@@ -1,0 +1,133 @@
+"""The published pipelines and rewards at full size, without their weights: every tensor is zeros
+that take no room on disk. What `plan` compiles where there are no weights yet.
+
+`published/` holds the config files as they are on the Hub.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from r0_jax.errors import InputError
+from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
+from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.chinese_clip import ChineseCLIPConfig, ChineseCLIPModel
+from r0_jax.models.clip import CLIPConfig, CLIPModel
+from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.score_mlp import ScoreMLP
+from r0_jax.pipelines.folder import NETWORKS
+from r0_jax.rewards import aesthetic, image_reward, tower
+from r0_jax.stand_ins import miniature
+from r0_jax.weights import convert, tensor_file
+from r0_jax.weights.network import Network
+
+_PUBLISHED = Path(__file__).parent / "published"
+# Class of diffusers -> folder of its configs.
+_PIPELINES = {"StableDiffusionPipeline": "stable_diffusion",
+              "StableDiffusionXLPipeline": "stable_diffusion_xl",
+              "StableDiffusion3Pipeline": "stable_diffusion_3"}
+# Type of a reward -> folder of its configs.
+_REWARDS = {"hps_v2": "hps_v2_1", "hps_v2_1": "hps_v2_1", "image_reward": "image_reward",
+            "clip_score": "clip_score", "aesthetic": "clip_score", "pickscore": "pickscore",
+            "chinese_clip": "chinese_clip"}
+# By the class of the pipeline, the tiny autoencoder that fits it.
+_DECODERS = {"StableDiffusionPipeline": "taesd", "StableDiffusionXLPipeline": "taesdxl",
+             "StableDiffusion3Pipeline": "taesd3"}
+
+
+def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
+    """Writes a diffusers folder of a class of diffusers, of which it returns the published name;
+    its tokenizers know few words, and pad to the published lengths. `chinese`: of Stable Diffusion
+    1.x it is Taiyi."""
+    name = _PIPELINES[family]
+    shutil.copytree(_PUBLISHED / name, folder)
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    if chinese and family == "StableDiffusionPipeline":
+        name = "taiyi"
+        shutil.copytree(_PUBLISHED / name, folder, dirs_exist_ok=True)
+        index |= {"text_encoder": ["transformers", "BertModel"],
+                  "tokenizer": ["transformers", "BertTokenizer"]}
+        (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    for part, (library, kind) in _parts(index).items():
+        if kind in NETWORKS:
+            build, stem = NETWORKS[kind]
+            fields = json.loads((folder / part / "config.json").read_text("utf-8"))
+            _write_zeros(folder / part / f"{stem}.safetensors",
+                         Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs)))
+        elif kind == "BertTokenizer":
+            fields = _read(folder / "text_encoder" / "config.json")
+            miniature.write_tokenizer(folder / part, kind, "[PAD]",
+                                      fields["max_position_embeddings"], fields["vocab_size"])
+        elif library == "transformers" and part.startswith("tokenizer"):
+            pad = "<pad>" if kind.startswith("T5") else miniature.EOS
+            miniature.write_tokenizer(folder / part, kind, pad, length=77)
+    return name
+
+
+def write_reward(folder: Path, kind: str) -> str:
+    """Writes a folder of a type of reward that has one, and returns the published name; InputError
+    for any other."""
+    if kind not in _REWARDS:
+        raise InputError(f"a reward of type {kind!r} has no published size: give it a path")
+    shutil.copytree(_PUBLISHED / _REWARDS[kind], folder)
+    network = Network.abstract(_tower(folder, kind))
+    if kind in ("chinese_clip", "image_reward"):
+        words = network.config.text_config.vocab_size
+        added = len(image_reward.SPECIAL) if kind == "image_reward" else 0
+        miniature.write_tokenizer(folder, "BertTokenizer", "[PAD]", 77, words - added)
+    else:
+        miniature.write_tokenizer(folder, "CLIPTokenizer", miniature.EOS, 77)
+    stem = "open_clip_model" if (folder / tower.OPEN_CLIP_CONFIG).is_file() else "model"
+    _write_zeros(folder / f"{stem}.safetensors", network)
+    if kind == "aesthetic":
+        _write_zeros(folder / aesthetic.HEAD, Network.abstract(
+            lambda rngs: ScoreMLP(network.config.projection_dim, rngs=rngs)))
+    return kind
+
+
+def write_decoder(folder: Path, family: str) -> str:
+    """Writes the folder of the tiny autoencoder that belongs to a family's latents, and returns the
+    published name."""
+    shutil.copytree(_PUBLISHED / _DECODERS[family], folder)
+    config = AutoencoderTinyConfig.from_json(_read(folder / "config.json"))
+    _write_zeros(folder / "diffusion_pytorch_model.safetensors",
+                 Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs)))
+    return _DECODERS[family]
+
+
+def _tower(folder: Path, kind: str):
+    if (folder / tower.OPEN_CLIP_CONFIG).is_file():
+        fields = _read(folder / tower.OPEN_CLIP_CONFIG)["model_cfg"]
+        module, config = OpenCLIP, OpenCLIPConfig.from_json(fields)
+    else:
+        module, parse = {"image_reward": (ImageReward, ImageRewardConfig),
+                         "chinese_clip": (ChineseCLIPModel, ChineseCLIPConfig)}.get(
+                             kind, (CLIPModel, CLIPConfig))
+        fields = {k: v for k, v in _read(folder / "config.json").items()
+                  if kind != "image_reward" or k != "model_type"}
+        config = parse.from_json(fields)
+
+    def construct(rngs: nnx.Rngs) -> nnx.Module:
+        return module(config, rngs=rngs)
+
+    return construct
+
+
+def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {part: tuple(entry) for part, entry in index.items() if isinstance(entry, list)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _write_zeros(path: Path, network: Network) -> None:
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    tensor_file.write(path, [
+        tensor_file.Tensor(convert.to_key(name), convert.file_shape(name, shape.shape), dtype, None)
+        for name, shape in network.shapes.items()])

@@ -1,0 +1,114 @@
+"""An nnx.Module as a pure function over a flat dict of parameters.
+
+Everything outside `models/` sees a network as `network(params, *args)`, where `params` is a flat
+`dict[str, Array]` keyed by the dotted names of the checkpoint file
+("down_blocks.0.resnets.1.conv1.kernel"). Sharding rules, LoRA, EMA, weight penalties, checkpoints
+and export all speak that one language.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from r0_jax.models import attention_backend
+from r0_jax.weights.lazy import Lazy
+
+# NumPy or Lazy while they are not on devices; only Lazy may be larger than the host's memory.
+Params = dict[str, jax.Array | np.ndarray | Lazy]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """The graph of a module without its arrays.
+
+    Attributes:
+      graphdef: the module's structure; static, may be closed over by jitted functions.
+      shapes: shape and dtype of every parameter, keyed by dotted name in JAX layout.
+      config: the parsed config that the module was built from.
+      attention: what computes its attention.
+      heads: of each module that attends, by its dotted name.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: Shapes
+    config: Any
+    attention: attention_backend.Backend = attention_backend.XLA
+    heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+        """Builds the graph without allocating a single weight."""
+        module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
+        graphdef, state = nnx.split(module)
+        shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
+        heads = {_name(path): part.heads for path, part in nnx.iter_modules(module)
+                 if hasattr(part, "heads")}
+        return cls(graphdef, shapes, module.config, heads=heads)
+
+    def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
+        """Applies the module's `__call__`."""
+        return self.apply(params, "__call__", *args, **kwargs)
+
+    def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
+        """Applies any method of the module; computes in the dtype of the parameters."""
+        if params.keys() != self.shapes.keys():  # nnx.merge would pair them by position
+            wrong = sorted(params.keys() ^ self.shapes.keys())
+            raise ValueError(f"missing or left over parameters: {', '.join(wrong[:4])}")
+        state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
+        with attention_backend.use(self.attention):
+            return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
+
+
+def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
+    """Freshly initialized parameters of a module, flat."""
+    # Not jitted: one program of some hundred random draws takes XLA minutes to compile.
+    state = nnx.state(constructor(_Rngs(key)))
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+class _Rngs(nnx.Rngs):
+    """The keys of `nnx.Rngs(key)`, counted in Python.
+
+    nnx counts in a traced array, and each count searches all that was traced before it: building
+    SDXL's UNet would take a minute.
+    """
+
+    def __init__(self, key: jax.Array):
+        super().__init__()
+        self.key, self.drawn = key, 0
+
+    def params(self) -> jax.Array:
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn - 1)
+
+
+def fingerprint(params: Params) -> str:
+    """Of weights, 16 hexadecimal digits: the same in float32, float16 and bfloat16."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        values = np.asarray(params[name])
+        some = values.reshape(-1)[:: max(1, values.size // 256)]  # of gigabytes, some will do
+        digest.update(f"{name} {values.shape}".encode())
+        digest.update(some.astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _path(name: str) -> tuple:
+    # List indices are integers in nnx paths, and no attribute of a module is a number.
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def _struct(leaf) -> jax.ShapeDtypeStruct:
+    value = leaf.get_value()
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)

@@ -1,0 +1,466 @@
+"""Checkpoints of a run: written in the background, restored onto any mesh, checked when read.
+
+    W/checkpoints/<step>/state      the TrainState as one flat dict of dotted names (orbax)
+    W/checkpoints/<step>/metrics    JSON: step, config digest, held-out metrics, checksums
+
+A folder gets its name <step> by a rename when all of it is written, or, in gs://, where nothing is
+renamed, orbax's mark, so that what a killed run leaves behind is never taken for a checkpoint.
+Nothing is pickled.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, SupportsFloat, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import Shaped
+from orbax.checkpoint import checkpoint_managers
+
+from r0_jax.errors import InputError
+from r0_jax.evaluation.images import write_bytes
+from r0_jax.method.train_state import TrainState
+from r0_jax.parallel import checksum, distributed
+from r0_jax.weights import lazy
+from r0_jax.weights.lazy import Lazy
+from r0_jax.workdir import mirror, orbax_errors, sealed_json
+from r0_jax.workdir.mirror import AnyPath
+
+T = TypeVar("T")
+
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_NONE = "no checkpoint in {} can be read: bring one back, or give another --workdir"
+_GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints of a run that is training: the newest `keep`, and the best one.
+
+    Best is the highest `best_metric` among those that got it.
+    To be used by one run at a time, as a context manager or with `close()`, which wait for the
+    save in progress. Readers of a run that may be going on use `load_params`.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        keep: int = 3,
+        best_metric: str | None = None,
+        config_digest: str = "",
+    ):
+        orbax_errors.tell_once()
+        self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
+        self._best_metric, self._digest = best_metric, config_digest
+        distributed.of_first(self._set_aside_unreadable)
+        best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            best_fn=_score,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(keep), best]
+            ),
+            # Otherwise a folder that cannot be made leaves a thread waiting for it: the error
+            # comes late and the process does not end.
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,
+                barrier_sync_fn=distributed.barrier if jax.process_count() > 1 else None),
+        )
+        with orbax_errors.one_line(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState) -> bool:
+        """Starts writing `state`; False if its step is there already.
+
+        Returns when the arrays are copied off the devices, so that they may be donated next.
+        Raises InputError when this or the previous save cannot be written; what is there stays.
+        """
+        arrays = _flatten(state)
+        step = int(state.step)
+        # Of one process: the others may see a shared folder as it was a moment ago.
+        if distributed.of_first(lambda: step in self._manager.all_steps()):
+            return False
+        metadata = sealed_json.seal({
+            "step": step,
+            "config_digest": self._digest,
+            "metrics": {},
+            "score": None,
+            "checksums": checksum.of_fields(arrays),
+        })  # fmt: skip
+        mirror.push(self._workdir)  # what was measured is there before its checkpoint
+        with orbax_errors.one_line(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)),
+                metrics=metadata,
+                force=True,  # this step, whatever orbax thinks of the interval
+            )
+        mirror.push_checkpoint(self._workdir, step)
+        return True
+
+    def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """What was measured of a checkpoint since it was begun, by which it may be the best one.
+
+        Waits for the save in progress. All processes call it.
+        """
+        self.wait()
+        mirror.push(self._workdir)  # a store has what was measured before it counts as such
+        metrics = {name: float(value) for name, value in metrics.items()}
+        distributed.of_first(functools.partial(self._write_metrics, step, metrics))
+        with orbax_errors.one_line(self.folder):
+            self._manager.reload()
+        mirror.push(self._workdir)
+
+    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        folder = self.folder / str(step)
+        try:
+            metadata = _read_metadata(folder)
+        except DamagedError as error:  # since it was written
+            raise InputError(_damaged(folder, str(error))) from None
+        value = metrics.get(self._best_metric, math.nan)
+        metadata["metrics"] = {n: x if math.isfinite(x) else None for n, x in metrics.items()}
+        metadata["score"] = value if math.isfinite(value) else None
+        path, text = _metadata_file(folder), json.dumps(sealed_json.seal(metadata))
+        if isinstance(path, Path):
+            write_bytes(path, text.encode())
+        else:  # a store's objects are replaced whole
+            with orbax_errors.one_line(self.folder):
+                path.write_text(text)
+
+    def wait(self) -> None:
+        """Returns when the save in progress is on disk; raises InputError if it failed."""
+        with orbax_errors.one_line(self.folder):
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(
+        self, target: TrainState, step: int | Literal["best"] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state as `target` (ShapeDtypeStruct with sharding) has it, and its metadata.
+
+        The sharding that it was saved with plays no part. Without `step` it is the newest one
+        that can be read: a damaged one is renamed to <step>.damaged, with a warning. A damaged
+        `step` that was asked for, no checkpoint at all, and names, shapes or dtypes that do not
+        fit are InputErrors.
+        """
+        if step is not None:
+            return _restore(self.folder, find_step(self._workdir, step), target)
+        for newest in reversed(distributed.of_first(lambda: steps(self._workdir))):
+            folder = self.folder / str(newest)
+            try:
+                return _read_state(folder, target)
+            except DamagedError as error:
+                damage = str(error)  # of which `error` is gone below
+            distributed.of_first(functools.partial(_set_aside, folder, damage))
+            self._manager.reload()
+        raise InputError(_NONE.format(self.folder))
+
+    def _set_aside_unreadable(self) -> None:
+        for step in steps(self._workdir):  # orbax would stop at a file of its own that is no JSON
+            try:
+                read_metadata(self._workdir, step)
+            except DamagedError as error:
+                _set_aside(self.folder / str(step), str(error))
+
+    def close(self) -> None:
+        """Waits for the save in progress; raises InputError if it failed. May be called again."""
+        with orbax_errors.one_line(self.folder):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except InputError as failed:
+            if error is None:
+                raise
+            if not isinstance(error, InputError):  # which says the same, or has to be seen first
+                logging.warning("%s", failed)
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
+    folder = mirror.checkpoints(workdir)
+    with orbax_errors.reached(folder):
+        there = folder.iterdir() if folder.is_dir() else ()
+        return sorted(int(path.name) for path in there
+                      if _STEP.fullmatch(path.name) and path.is_dir()
+                      and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
+
+
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Whether a run has left checkpoints there; InputError where all that it left are damaged."""
+    if steps(workdir):
+        return True
+    folder = mirror.checkpoints(workdir)
+    if folder.is_dir() and any(".damaged" in path.name for path in folder.iterdir()):
+        raise InputError(_NONE.format(folder))
+    return False
+
+
+def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
+    """The step asked for, the newest one by default; InputError where there is none."""
+    there = steps(workdir)
+    if not there:
+        raise InputError(f"{mirror.checkpoints(workdir)} holds no checkpoint; check --workdir")
+    if step == "best":
+        measured = scores(workdir)
+        if not measured:
+            raise InputError(
+                f"no checkpoint of {workdir} was saved with a held-out metric; leave the step out "
+                "to take the newest"
+            )
+        return max(measured, key=lambda step: (measured[step], step))
+    if step is not None and step not in there:
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has {there}")
+    return there[-1] if step is None else step
+
+
+def scores(workdir: str | os.PathLike) -> dict[int, float]:
+    """The held-out metric of the checkpoints that it was measured of, by step."""
+    found = {step: _metadata_or_nothing(workdir, step).get("score") for step in steps(workdir)}
+    return {step: score for step, score in found.items() if score is not None}
+
+
+def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """{"step", "config_digest", "metrics": {name: value or None}, ...} of one checkpoint.
+
+    Raises DamagedError.
+    """
+    return _read_metadata(mirror.checkpoints(workdir) / str(step))
+
+
+def _read_metadata(folder: AnyPath) -> dict[str, Any]:
+    path = _metadata_file(folder)
+    try:
+        metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
+        if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
+            raise ValueError("fields are missing")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError,
+            RecursionError) as error:
+        raise DamagedError(f"{path}: {error}") from None
+    return metadata
+
+
+def _metadata_file(folder: AnyPath) -> AnyPath:
+    return folder / "metrics" / "metrics"
+
+
+def load_params(
+    workdir: str | os.PathLike,
+    field: Literal["ema_params", "params"] = "ema_params",
+    step: int | Literal["best"] | None = None,
+) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
+    """All that `open_params` opens, on the host."""
+    params, metadata = open_params(workdir, field, step)
+    return {name: np.asarray(x) for name, x in params.items()}, metadata
+
+
+def open_params(
+    workdir: str | os.PathLike,
+    field: Literal["ema_params", "params"] = "ema_params",
+    step: int | Literal["best"] | None = None,
+) -> tuple[dict[str, Lazy], dict[str, Any]]:
+    """One field of a checkpoint, in its own dtypes by dotted name, and the metadata.
+
+    All of it is read once here, to be checked, and a second time where a leaf is read, which is
+    fastest in the order of the names; a few tensors are held at a time. Reads nothing else and
+    writes nothing: any machine will do, also while the run goes on.
+    Raises InputError where the checkpoint is missing or damaged.
+    """
+    step = find_step(workdir, step)
+    mirror.pull_checkpoint(workdir, step)
+    folder = mirror.checkpoints(workdir) / str(step)
+    try:
+        metadata = read_metadata(workdir, step)
+        stored = {name: x for name, x in _stored_shapes(folder).items()
+                  if name.startswith(field + ".")}
+        reader = _Reader(folder, stored)
+        _verify(checksum.of_fields(reader), metadata)
+    except DamagedError as error:
+        raise InputError(_damaged(folder, str(error)) + "; name another step") from None
+
+    def leaf(name: str) -> Lazy:
+        def value() -> np.ndarray:
+            try:
+                return reader[name]
+            except DamagedError as error:  # since it was checked
+                raise InputError(_damaged(folder, str(error)) + "; name another step") from None
+
+        return lazy.computed(stored[name].shape, stored[name].dtype, value)
+
+    return {name.removeprefix(field + "."): leaf(name) for name in reader}, metadata
+
+
+class _Reader(Mapping[str, np.ndarray]):
+    """Some arrays of a checkpoint, in the order of their names and read by groups when they are
+    looked up: a call of orbax opens all of its indices. Looking up raises DamagedError."""
+
+    def __init__(self, folder: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+        self._folder = folder
+        self._group_of: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+        self._held: dict[str, np.ndarray] = {}
+        group, size = {}, 0
+        for name in sorted(shapes):
+            size += shapes[name].size * shapes[name].dtype.itemsize
+            if size > _GROUP_BYTES:
+                group, size = {}, shapes[name].size * shapes[name].dtype.itemsize
+            group[name] = shapes[name]
+            self._group_of[name] = group
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._held:
+            self._held = {}
+            self._held = _read(self._folder, self._group_of[name])
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group_of)
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+
+def _flatten(state: TrainState) -> dict[str, Any]:
+    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": no optax class is named.
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _score(metadata: Mapping[str, Any]) -> float:
+    return -math.inf if metadata["score"] is None else metadata["score"]
+
+
+def _metadata_or_nothing(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    try:
+        return read_metadata(workdir, step)
+    except DamagedError:
+        return {}
+
+
+def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    try:
+        return _read_state(folder / str(step), target)
+    except DamagedError as error:
+        raise InputError(_damaged(folder / str(step), str(error)) + "; name another step") from None
+
+
+def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    arrays, metadata = _agreed(lambda: _read_fitting(folder, target))
+    _agreed(lambda: _verify(checksum.of_fields(arrays), metadata))
+    leaves = [arrays[name] for name in _flatten(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
+
+
+def _agreed(read: Callable[[], T]) -> T:
+    """What `read` returns; DamagedError in all processes where it is one in any, for what comes
+    next they do together."""
+    found, damage = None, None
+    try:
+        found = read()
+    except DamagedError as error:
+        damage = str(error)
+    if told := [said for said in distributed.of_all(damage) if said is not None]:
+        raise DamagedError(told[0])
+    return found
+
+
+def _read_fitting(folder: AnyPath, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    wanted = _flatten(target)
+    if any(x.sharding is None for x in wanted.values()):
+        raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
+    metadata = _read_metadata(folder)
+    stored = _stored_shapes(folder)
+    differs = [
+        f"{name} is {_describe(stored.get(name))} there and {_describe(wanted.get(name))} here"
+        for name in sorted(stored.keys() | wanted.keys())
+        if _describe(stored.get(name)) != _describe(wanted.get(name))
+    ]
+    if differs:
+        more = f" (and {len(differs) - 1} more)" if differs[1:] else ""
+        raise InputError(
+            f"checkpoint {folder} does not fit this config: {differs[0]}{more}; "
+            "use the config it was made with or give another --workdir"
+        )
+    return _read(folder, wanted), metadata
+
+
+def _describe(array: jax.ShapeDtypeStruct | None) -> str:
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
+    except Exception as error:  # whatever orbax trips over
+        raise _unreadable(folder, error) from None
+
+
+def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """jax Arrays where a target has a sharding, numpy arrays where it has none."""
+    args = ocp.args.PyTreeRestore(
+        item=targets,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+        partial_restore=True,
+    )
+    orbax_errors.tell_once()
+    try:
+        # Not by a Checkpointer, in which all processes wait for each other.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.restore(folder / "state", args=args)
+    except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
+        raise
+    except Exception as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> Exception:
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(folder, Path) and not orbax_errors.says_nothing_of_files(error):
+        return DamagedError(said)
+    # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
+    return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
+                      "again, or remove it to go on from the one before")
+
+
+def _verify(checksums: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
+    for field, found in checksums.items():
+        if found != metadata["checksums"].get(field):
+            raise DamagedError(f"its {field} are not what was written (checksums differ)")
+
+
+def _damaged(folder: AnyPath, damage: str) -> str:
+    return f"checkpoint {folder} is damaged ({damage.splitlines()[0][:200]})"
+
+
+def _set_aside(folder: AnyPath, damage: str) -> None:
+    aside = folder.with_name(folder.name + ".damaged")
+    while aside.exists():
+        aside = aside.with_name(aside.name + "~")
+    try:
+        folder.rename(aside)
+    except OSError as failed:
+        raise InputError(
+            f"{_damaged(folder, damage)} and cannot be moved away: {failed.strerror}"
+        ) from None
+    logging.warning("%s; it is now %s, and the newest of the others is used",
+                    _damaged(folder, damage), aside)

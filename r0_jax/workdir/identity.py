@@ -1,0 +1,142 @@
+"""A run's folder belongs to one config: config.json, and the refusal to mix two runs."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from r0_jax.errors import InputError
+from r0_jax.evaluation.images import write_bytes
+from r0_jax.parallel import distributed
+from r0_jax.workdir import checkpoint
+
+# Fields that may change when a run is continued: they decide how long it goes on, how often
+# something is written and where it is computed, not what is. `steps` counts as one of them only
+# without a decay of the learning rate towards it.
+HARMLESS = frozenset(
+    {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
+     "mesh", "device_batch", "sharding", "attention", "remat", "scan_blocks", "keep_checkpoints",
+     "max_skipped_in_a_row", "early_stop", "test", "compilation_cache", "processes"}
+)  # fmt: skip
+
+_SEEN = 60.0  # seconds after which a file of one machine is seen by all others on NFS
+
+
+def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
+    """Writes `workdir`/config.json; refuses to continue a run under another config.
+
+    A run is continued where there is a checkpoint; its config may then differ in the HARMLESS
+    fields only. Returns the digest of all others. Raises InputError that names what differs.
+    """
+    path = Path(workdir) / "config.json"
+    new = json.loads(json.dumps(config.to_dict()))  # as it comes back: tuples are lists
+    here = dict(_fields(new))
+    if checkpoint.steps(workdir):
+        there = dict(_fields(_read(path)))
+        differs = [
+            f"{name} is {_show(there, name)} there and {_show(here, name)} here"
+            for name in sorted(here.keys() | there.keys())
+            if _show(here, name) != _show(there, name) and _matters(name, here)
+        ]
+        if differs:
+            more = f" (and {len(differs) - 3} more)" if len(differs) > 3 else ""
+            raise InputError(
+                f"{workdir} holds a run with another config: {'; '.join(differs[:3])}{more}; "
+                "set it back to continue that run, or give another --workdir"
+            )
+    elif path.exists() and "rewards" not in _read(path):
+        raise InputError(f"{path} is not the config of a run: give another --workdir")
+    write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
+    matters = {name: value for name, value in here.items() if _matters(name, here)}
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same_everywhere(config: ConfigDict) -> None:
+    """InputError in a process whose config is not that of process 0."""
+    here = dict(_fields(json.loads(json.dumps(config.to_dict()))))
+    there = dict(_fields(distributed.of_first(config.to_dict)))
+    for name in sorted(here.keys() | there.keys()):
+        if _show(here, name) != _show(there, name):
+            raise InputError(f"{name} is {_show(here, name)} in this process and "
+                             f"{_show(there, name)} in process 0: start all with the same flags")
+
+
+def check_shared(workdir: Path) -> None:
+    """InputError in a process that does not see the workdir of process 0, for whom it is made."""
+    path = workdir / ".shared"
+
+    def write() -> str:
+        token = os.urandom(8).hex()
+        write_bytes(path, token.encode())
+        return token
+
+    token, deadline = distributed.of_first(write), time.monotonic() + _SEEN
+    while not (path.is_file() and path.read_bytes() == token.encode()):
+        if time.monotonic() > deadline:
+            raise InputError(f"{workdir} is not the folder that process 0 has under this name: "
+                             "give a --workdir on a file system that all processes share")
+        time.sleep(0.2)
+    distributed.together()
+    distributed.of_first(lambda: path.unlink(missing_ok=True))
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir, as far as its file system can; a killed run holds nothing.
+    InputError where another one is at work in it."""
+    with contextlib.ExitStack() as held:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((workdir / ".lock").open("ab"))
+        except OSError as error:
+            raise InputError(f"--workdir={workdir} cannot be written to ({error.strerror}): give "
+                             "another one") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {workdir}: wait for it, or give "
+                             "another --workdir") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "is missing, though there are checkpoints"
+    except IsADirectoryError:
+        reason = "is a folder"
+    except (ValueError, RecursionError):
+        reason = "is no JSON"
+    else:
+        if isinstance(config, dict):
+            return config
+        reason = "is no JSON object"
+    raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
+
+
+def _fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from _fields(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, config
+
+
+def _matters(name: str, config: Mapping[str, Any]) -> bool:
+    if name == "steps" and config.get("optimizer.schedule", "constant") != "constant":
+        return True  # the learning rate of every step depends on the last one
+    return name.split(".")[0] not in HARMLESS
+
+
+def _show(config: Mapping[str, Any], name: str) -> str:
+    return json.dumps(config[name], ensure_ascii=False) if name in config else "absent"

@@ -1,0 +1,282 @@
+"""A workdir in an object store: a folder of this machine that mirrors it.
+
+    with mirror.workdir("gs://bucket/runs/sdxl", training=True) as folder:
+        ...                    files of `folder`, as of any workdir; a local one stays what it is
+        mirror.push(folder)    and the store has them too
+
+In the beginning the mirror is brought to the state of the store. Checkpoints of gs:// are not in
+it: orbax writes and reads them in the store, each machine its own part. It cannot do so in s3://,
+so those are written to the mirror and pushed whole.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from r0_jax import remote
+from r0_jax.console import console
+from r0_jax.errors import InputError
+from r0_jax.evaluation import images
+from r0_jax.remote import Stamp
+
+AnyPath: TypeAlias = Path | epath.Path
+_STEP = re.compile(r"checkpoints/\d+/")
+# What who only reads a run does without, until an array is asked for.
+_LEFT_OUT = re.compile(r"checkpoints/\d+/state/|prompts/|tensorboard/")
+# Of a checkpoint: written last and removed first, so that a step without it is none.
+_COMMIT = re.compile(r"checkpoints/\d+/metrics/metrics")
+_MADE_ANEW = ("prompts.tmp", "prompts.removed")  # what a kill leaves
+
+
+@contextlib.contextmanager
+def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
+    """The local folder of a run: the path itself, or the mirror of what it names.
+
+    What has changed is pushed in the end, too. While it is held for training other runs of this
+    machine are kept out, and what leaves the mirror leaves the store. All processes call it.
+    """
+    url = remote.url_of(path)
+    if url is None:
+        yield Path(path)
+        return
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    kind = "workdirs" if training else "read"
+    folder = remote.cache() / kind / digest / PurePosixPath(url).name
+    with contextlib.ExitStack() as held:
+        if training:
+            if jax.process_index() == 0:
+                held.enter_context(remote.locked(
+                    folder.with_name(".lock"), busy=f"another process of this machine is training "
+                    f"in {url}: wait for it, or give another --workdir"))
+                _try_writing(url)
+            _check_machines(url)
+        mirror = _mirrors[folder] = _Mirror(url, folder, training)
+        held.callback(mirror.close)
+        _in_turn(mirror.pull, url)
+        console.print(f"{url} is mirrored in {folder}", highlight=False, soft_wrap=True)
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(InputError):  # the first problem is the one to tell
+                mirror.push()
+            raise
+        mirror.push()
+
+
+def push(workdir: str | os.PathLike) -> None:
+    """The store gets what has changed in a mirrored workdir, by process 0; elsewhere it does
+    nothing."""
+    if mirror := _mirrors.get(Path(workdir)):
+        mirror.push()
+
+
+def share(workdir: str | os.PathLike) -> None:
+    """What process 0 has written to a mirrored workdir is in the other machines' mirrors too. All
+    processes call it; a workdir that is not mirrored is theirs already."""
+    if (mirror := _mirrors.get(Path(workdir))) and jax.process_count() > 1:
+        mirror.push()
+        _in_turn(mirror.pull, mirror.url)
+
+
+def is_mirror(workdir: str | os.PathLike) -> bool:
+    """Whether a workdir is this machine's mirror of one in a store."""
+    return Path(workdir) in _mirrors
+
+
+def checkpoints(workdir: str | os.PathLike) -> AnyPath:
+    """The folder of a workdir's checkpoints, of this machine or, for gs://, of the store."""
+    mirror = _mirrors.get(Path(workdir))
+    if mirror is None or mirror.has_checkpoints:
+        return Path(workdir).resolve() / "checkpoints"
+    return remote.folder(mirror.url) / "checkpoints"
+
+
+def push_checkpoint(workdir: str | os.PathLike, step: int) -> None:
+    """As soon as the checkpoint of that step, which is being written, is whole, the store gets it;
+    returns at once."""
+    if (mirror := _mirrors.get(Path(workdir))) and mirror.has_checkpoints:
+        mirror.awaited = step
+        threading.Thread(target=mirror.push_when_whole, args=(step,), daemon=True).start()
+
+
+def pull_checkpoint(workdir: str | os.PathLike, step: int) -> None:
+    """Before a checkpoint's arrays are read: they are in the mirror where that is read from."""
+    if (mirror := _mirrors.get(Path(workdir))) and mirror.has_checkpoints:
+        mirror.pull_step(step)
+
+
+class _Mirror:
+    """A folder of this machine and what it mirrors.
+
+    Attributes:
+      same: {name: stamp of the file when both sides were last the same}; None for what is in the
+        store only, left there by a kill.
+      awaited: the step of the checkpoint that is to be pushed when it is whole.
+    """
+
+    def __init__(self, url: str, folder: Path, training: bool):
+        self.url, self.folder, self.training = url, folder, training
+        self.has_checkpoints = not remote.orbax_reaches(url)
+        self.same: dict[str, Stamp | None] = {}
+        self.awaited: int | None = None
+        self._pushing = threading.Lock()
+
+    def pull(self) -> None:
+        """The mirror becomes what the store holds."""
+        there = {name: x for name, x in remote.list_files(self.url).items()
+                 if self._is_mirrored(name)}
+        whole = {_step(name) for name in there if _COMMIT.fullmatch(name)}
+        wanted = {name: x for name, x in there.items() if _step(name) in whole | {None}}
+        with remote.locked(self.folder.with_name(".pull.lock")):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remote.remove_others(self.folder, wanted if self.training else there)
+            remote.fetch(self.url, wanted if self.training else
+                         {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
+                         self.folder)
+        # Who only reads changes nothing of what is there.
+        left = there.keys() - wanted.keys()
+        self.same = {**wanted, **dict.fromkeys(left)} if self.training else {**there}
+
+    def pull_step(self, step: int) -> None:
+        """Brings one checkpoint whole."""
+        name = f"checkpoints/{step}"
+        with remote.locked(self.folder.with_name(".pull.lock")):
+            remote.fetch(f"{self.url}/{name}", remote.list_files(f"{self.url}/{name}"),
+                         self.folder / name)
+
+    def push(self) -> None:
+        """The store becomes what the mirror holds."""
+        if jax.process_index() != 0:
+            return
+        with self._pushing, remote.told(self.url):
+            # Not rglob: orbax removes folders meanwhile, over which that stumbles.
+            here = {name for parent, _, files in os.walk(self.folder) for file in files
+                    if self._is_mirrored(
+                        name := Path(parent, file).relative_to(self.folder).as_posix())}
+            gone = self.same.keys() - here if self.training else set()
+            # A checkpoint goes as one: of what is just being deleted some files are there still.
+            steps = {_step(name) for name in gone if self.same[name]} - {None}
+            gone |= {name for name in self.same if _step(name) in steps}
+            changed = {name: stamp for name in here if _step(name) not in steps
+                       and (stamp := remote.stamp_of(self.folder / name))
+                       and stamp != self.same.get(name)}
+            there = self._upload(changed)
+            self._delete(gone)
+            if there:
+                self._note_times({name: changed[name] for name in there})
+
+    def _upload(self, names: Mapping[str, Stamp]) -> set[str]:
+        """The names of what was still there. First goes what is no checkpoint, so that none is
+        there before what was measured up to it; then checkpoints; then what makes them such."""
+        done = set()
+
+        def put(name: str) -> None:
+            path = self.folder / name
+            try:
+                remote.store(self.url).put_file(str(path), remote.below(self.url, name))
+                done.add(name)
+            except FileNotFoundError:
+                if path.exists():  # else it was deleted since
+                    raise
+
+        for kind in (0, 1, 2):
+            remote.in_parallel(put, [name for name in names if _kind(name) == kind])
+        return done
+
+    def _delete(self, names: set[str]) -> None:
+        def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                remote.store(self.url).rm_file(remote.below(self.url, name))
+            del self.same[name]
+
+        for kind in (2, 1, 0):
+            remote.in_parallel(remove, [name for name in names if _kind(name) == kind])
+
+    def _note_times(self, pushed: Mapping[str, Stamp]) -> None:
+        """Files that were pushed get the store's time, by which a later pull knows them."""
+        there = remote.list_files(self.url)
+        for name, stamp in pushed.items():
+            path = self.folder / name
+            self.same[name] = stamp  # what was appended meanwhile makes it another
+            if name in there and there[name][0] == stamp[0] and remote.stamp_of(path) == stamp:
+                os.utime(path, ns=(there[name][1] * 1000,) * 2)
+                self.same[name] = there[name]
+
+    def push_when_whole(self, step: int) -> None:
+        """Pushes when the checkpoint is there, unless another one is awaited by then."""
+        while self.awaited == step:
+            if (self.folder / "checkpoints" / str(step)).is_dir():  # gets this name when whole
+                try:
+                    self.push()
+                except InputError as error:  # the next push tries again, and stops the run
+                    logging.warning("%s", error)
+                return
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """It is no mirror any more."""
+        self.awaited = None
+        del _mirrors[self.folder]
+
+    def _is_mirrored(self, name: str) -> bool:
+        parts = name.split("/")
+        if images.is_temporary(parts[-1]):
+            return False
+        if parts[0] == "checkpoints":
+            return self.has_checkpoints and _step(name) is not None
+        return parts[0] not in _MADE_ANEW and not any(part.startswith(".") for part in parts)
+
+
+_mirrors: dict[Path, _Mirror] = {}  # of this process, by their folders
+
+
+def _step(name: str) -> str | None:
+    found = _STEP.match(name)
+    return found and found[0]
+
+
+def _kind(name: str) -> int:
+    return 2 if _COMMIT.fullmatch(name) else 1 if _step(name) else 0
+
+
+def _try_writing(url: str) -> None:
+    """InputError where the store refuses it, before anything is computed."""
+    with remote.told(url):
+        remote.store(url).pipe_file(f"{url}/.r0_jax", b"")
+        remote.store(url).rm_file(f"{url}/.r0_jax")
+        if remote.orbax_reaches(url):
+            import google.cloud.storage  # noqa: F401  orbax imports it when it deletes
+
+
+def _check_machines(url: str) -> None:
+    """InputError for several machines that would write parts of one checkpoint to mirrors."""
+    if jax.process_count() > 1 and not remote.orbax_reaches(url):
+        name = np.asarray(zlib.crc32(socket.gethostname().encode()), np.uint32)
+        if len(np.unique(multihost_utils.process_allgather(name))) > 1:
+            raise InputError(f"{url}: several machines cannot write one checkpoint to s3://; give "
+                             "a --workdir in gs:// or on a file system that all of them share")
+
+
+def _in_turn(do: Callable[[], None], what: str) -> None:
+    """Process 0 first, then the others: some may share its folder."""
+    if jax.process_index() == 0:
+        do()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{what}: process 0")
+        if jax.process_index() != 0:
+            do()
+        multihost_utils.sync_global_devices(f"{what}: all processes")

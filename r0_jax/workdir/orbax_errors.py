@@ -1,0 +1,104 @@
+"""What orbax says when the disk refuses: one line for a user instead of a page of tracebacks."""
+
+import contextlib
+import errno
+import functools
+import logging as python_logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from r0_jax import remote
+from r0_jax.errors import InputError
+from r0_jax.workdir.mirror import AnyPath
+
+_PASSING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+            errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+
+@contextlib.contextmanager
+def one_line(folder: AnyPath) -> Iterator[None]:
+    """Turns what the disk or the store refuses while a checkpoint is written to `folder` into
+    InputError."""
+    try:
+        with reached(folder):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        if (code := _code(error)) is None:
+            raise
+        raise InputError(
+            f"cannot write a checkpoint to {folder}: {os.strerror(code).lower()}; those that are "
+            "there are untouched; free space or give another --workdir"
+        ) from None
+
+
+def reached(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
+    """Turns what a store refuses into InputError; of a folder of this machine, nothing."""
+    url = remote.url_of(folder)
+    return remote.told(url) if url else contextlib.nullcontext()
+
+
+def says_nothing_of_files(error: Exception) -> bool:
+    """Whether a read failed for who asked or when, and may do another time."""
+    return isinstance(error, MemoryError) or _code(error) in _PASSING
+
+
+def _code(error: Exception) -> int | None:
+    """The system's number of an error, which tensorstore says only in the text of a ValueError."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
+@functools.cache
+def tell_once() -> None:
+    """From here on orbax prints no traceback of an error that it raises as well.
+
+    One failed read or write is told again by the log of each thread that it passes through, by
+    the futures and coroutines that it leaves half done, and by tensorstore's own threads, up to
+    the end of the process: so these hooks stay. They drop nothing but that.
+    """
+    logging.get_absl_logger().addFilter(_is_news)
+    python_logging.getLogger("asyncio").addFilter(_is_news)
+
+    def unraisable(event: Any) -> None:
+        coroutine = getattr(event.object, "cr_code", None)
+        if not (coroutine and _is_orbax(coroutine.co_filename)) and not _is_late(event.exc_value):
+            before(event)
+
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
+
+
+def _is_orbax(path: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in path
+
+
+def _files(error: BaseException | None) -> Iterator[str]:
+    trace = error.__traceback__ if error else None
+    while trace:
+        yield trace.tb_frame.f_code.co_filename
+        trace = trace.tb_next
+
+
+def _is_news(record: python_logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (
+        _is_orbax(record.pathname)
+        or any(_is_orbax(path) for path in _files(error))
+        # tensorstore's: a future of it has no traceback
+        or any(mark in str(error) for mark in ("os_error_code=", "tensorstore_spec="))
+    )
+
+
+def _is_late(error: BaseException | None) -> bool:
+    # A read or write of tensorstore's that ends after orbax has given up and closed its loop.
+    return (
+        isinstance(error, RuntimeError)
+        and str(error) == "Event loop is closed"
+        and all("asyncio" in path for path in _files(error))
+    )

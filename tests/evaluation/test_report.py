@@ -1,0 +1,197 @@
+"""The result table in its three forms, and the page from whole, partial and broken runs."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from r0_jax.errors import InputError
+from r0_jax.evaluation import images, report
+
+
+def entry(value, half=0.0):
+    return {"value": value, "ci95": [value - half, value + half]}
+
+
+def evaluation():
+    return {
+        "models": {
+            "base_25_guided": {
+                "seconds_per_image": entry(0.8, 0.01),
+                "judge_accuracy": {"value": 0.99, "ci95": [0.971, 0.996]},
+                "reward/<b>[red]|x": entry(0.25, 0.0123),
+                "network_calls": entry(50),
+            },
+            "r0_4": {
+                "judge_accuracy": entry(0.9, 0.0186),
+                "network_calls": entry(4),
+                "unheard_of": entry(12.0, 3.0),
+                "frechet_distance": {"value": math.nan, "ci95": [math.nan, math.nan]},
+                "diversity": {"value": 0.5, "ci95": None},
+            },
+        },
+        "prompts": 300,
+    }
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps text and attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.attributes = [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_run(workdir):
+    (workdir / "eval.json").write_text(json.dumps(evaluation()), encoding="utf-8")
+    (workdir / "config.json").write_text('{"steps": 3, "note": "<i>红</i>"}', encoding="utf-8")
+    with open(workdir / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for step in range(3):
+            values = {"reward/hps": 0.1 * step, "heldout/clip": 0.2, "norm/grads": math.nan}
+            file.write(json.dumps({"step": step, **values}) + "\n")
+    image = np.random.default_rng(0).random((64, 64, 3))
+    folder = workdir / "samples" / "eval"
+    records = []
+    for index in range(20):
+        images.save_png(folder / "r0_4" / f"{index}.png", image * index / 20)
+        files = {"base_25_guided": f"base_25_guided/{index}.png", "r0_4": f"r0_4/{index}.png"}
+        records.append({"index": index, "prompt": f"<script>{index}</script> 红", "files": files})
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    for step in (0, 5, 10, 20, 30, 40, 50, 100):
+        images.save_png(workdir / "samples" / f"step_{step:06d}.png", np.full((900, 700, 3), 0.5))
+
+
+def test_rows_are_ordered_labelled_and_rounded_by_their_interval():
+    models, table = report.rows(evaluation())
+    assert models == ["base, 25 steps, guided", "R0, 4 steps"]
+    assert [(row.label, row.cells) for row in table] == [
+        # ± is the farther end: 0.99 - 0.971, not 0.996 - 0.99.
+        ("judge accuracy ↑", [("0.990", "± 0.019"), ("0.900", "± 0.019")]),
+        ("Frechet distance ↓", [("–", ""), ("not finite", "")]),
+        ("diversity ↑", [("–", ""), ("0.5", "")]),
+        ("reward: <b>[red]|x ↑", [("0.250", "± 0.012"), ("–", "")]),
+        ("network calls ↓", [("50", ""), ("4", "")]),
+        ("seconds per image ↓", [("0.800", "± 0.010"), ("–", "")]),
+        ("unheard_of", [("–", ""), ("12.0", "± 3.0")]),
+    ]
+
+
+def test_terminal_table_shows_every_cell_and_takes_no_markup(capsys):
+    report.print_table(evaluation())
+    printed = capsys.readouterr().out
+    for text in ("R0, 4 steps", "0.990 ± 0.019", "reward: <b>[red]|x ↑", "12.0 ± 3.0", "not fin"):
+        assert text in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
+
+
+def test_markdown_table_is_a_pipe_table():
+    lines = report.markdown_table(evaluation()).splitlines()
+    assert lines[0] == "|  | base, 25 steps, guided | R0, 4 steps |"
+    assert lines[1] == "| --- | ---: | ---: |"
+    assert lines[2] == "| judge accuracy ↑ | 0.990 ± 0.019 | 0.900 ± 0.019 |"
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        {},
+        {"models": {}},
+        {"models": {"r0_4": None}},
+        {"models": {"r0_4": {"diversity": 0.5}}},
+        {"models": {"r0_4": {"diversity": {"ci95": [0, 1]}}}},
+        {"models": {"r0_4": {"diversity": {"value": "0.5", "ci95": [0, 1]}}}},
+        {"models": {"r0_4": {"diversity": {"value": 0.5, "ci95": [0]}}}},
+        {"models": {"r0_4": {"diversity": {"value": 0.5, "ci95": 0.1}}}},
+    ],
+)
+def test_broken_evaluation_is_one_line(broken, tmp_path):
+    with pytest.raises(InputError, match=r"^eval\.json[^\n]*evaluate again\.$"):
+        report.rows(broken)
+    (tmp_path / "eval.json").write_text(json.dumps(broken), encoding="utf-8")
+    with pytest.raises(InputError):
+        report.write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_half_an_eval_json_or_no_workdir_is_an_input_error(tmp_path):
+    for data in (b"", json.dumps(evaluation()).encode()[:100], b"\xff\xfe\x00"):
+        (tmp_path / "eval.json").write_bytes(data)
+        with pytest.raises(InputError, match=r"eval\.json is not readable JSON"):
+            report.write_report(tmp_path)
+    with pytest.raises(InputError, match="not a folder"):
+        report.write_report(tmp_path / "absent")
+
+
+def test_report_of_a_whole_run(tmp_path):
+    write_run(tmp_path)
+    path = report.write_report(str(tmp_path))
+    assert path == tmp_path / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+
+    assert "base, 25 steps, guided" in page.text and "± 0.019" in page.text
+    assert "reward: <b>[red]|x" in page.text and "<b>" not in text
+    assert "reward/hps" in page.text and "heldout/clip" in page.text
+    assert "3 of 3 values are not finite." in page.text
+    assert "metrics.jsonl has no penalty/… values." in page.text
+    assert "<script>0</script> 红" in page.text and "<script" not in text
+    assert "<script>11</script>" in page.text and "<script>12</script>" not in page.text
+    assert "base_25" not in page.text and "0.png is missing or unreadable" in page.text
+    assert "<i>红</i>" in page.text and "<i>" not in text
+    assert re.search(r"devices\s*\d+ x ", page.text) and "jax" in page.text
+    steps = re.findall(r"step (\d+)<", text)
+    assert len(steps) == 6 and steps[0] == "0" and steps[-1] == "100"
+    assert text.count("<svg") == 2
+
+    # Self-contained: every source is inside, and small.
+    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert len(sources) == 12 + 6 and all(source.startswith("data:image/") for source in sources)
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text) and "@import" not in text
+    sizes = [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))).size for s in sources]
+    assert sizes[0] == (64, 64) and max(sizes[-1]) == 640
+    assert len(text) < 500_000
+
+
+def test_report_of_an_empty_folder_says_what_is_missing(tmp_path):
+    page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    for name in ("eval.json", "metrics.jsonl", "samples/eval/prompts.jsonl", "samples/step_*.png",
+                 "config.json"):  # fmt: skip
+        assert f"There is no {name} in this folder" in page.text
+
+
+def test_damaged_side_files_are_named_and_do_not_stop_the_report(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "samples" / "step_000000.png").write_bytes(b"no image")
+    for line in ("{", "[]", '{"prompt": "x"}', '{"prompt": "x", "files": 3}'):
+        (tmp_path / "samples" / "eval" / "prompts.jsonl").write_text(line, encoding="utf-8")
+        page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+        assert "prompts.jsonl could not be read" in page.text
+    assert "config.json could not be read" in page.text
+    assert "step_000000.png is missing or unreadable" in page.text
+    assert "0.990" in page.text

@@ -1,0 +1,212 @@
+"""`python -m r0_jax.plan` as a user runs it, on recipes in miniature."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dry_runs import cache  # noqa: F401 (a fixture)
+from jax.interpreters import partial_eval
+from ml_collections import ConfigDict
+
+from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
+from r0_jax import config as base
+from r0_jax.errors import InputError
+from r0_jax.parallel import sharding
+from r0_jax.plan import predict
+from r0_jax.plan.predict import Plan
+from r0_jax.prompts import encoded
+
+ROOT = Path(__file__).parents[2]
+libtpu = pytest.mark.skipif(
+    "not __import__('importlib.util').util.find_spec('libtpu')",
+    reason="the TPU compiler is in requirements-tpu.txt")
+
+
+def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment.pop("JAX_PLATFORMS", None)
+    return subprocess.run(
+        [sys.executable, "-m", "r0_jax.plan", f"--config=configs/{recipe}", *flags],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_measured_on_this_machine():
+    ended = run("--topology=cpu", "--json", "--config.mesh.fsdp=2", "--config.mesh.data=1")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)  # and nothing else
+    assert set(found) == {field.name for field in dataclasses.fields(Plan)}
+    assert found["chips"] == 2 and found["fits"] is True
+    assert found["measured_seconds_per_step"] > 0 and found["bound_by"] is None
+    assert found["predicted_images_per_sec"] == pytest.approx(
+        4 / found["measured_seconds_per_step"])
+    assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
+    assert found["peak_bytes_per_chip"] == pytest.approx(sum(found["bytes_per_chip"].values()))
+
+
+@libtpu
+def test_compiled_for_a_slice_that_is_not_there():
+    ended = run("--topology=v5e-4", "--json")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["chips"] == 4 and found["fits"] is True
+    assert found["bytes_accessed"] > 0 and found["collective_bytes"] > 0
+    assert found["bound_by"] == max(found["seconds"], key=found["seconds"].get)
+    assert 0 < found["predicted_mfu"] < 1
+    assert found["dcn_bytes"] == 0 and "dcn" not in found["seconds"]
+    said = run("--topology=2xv5e-4", "--config.batch_size=8", "--config.mesh.fsdp=4").stdout
+    assert "fits" in said and "bound by" in said and "compiled in" in said
+    assert "GB to other slices" in said and ", dcn " in said
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--topology=v7-8"], "--topology=v7-8 is unknown"),
+    (["--topology=cpu", "--config.batch_size=3"], "batch_size=3 does not split over 2 device(s)"),
+    (["--topology=local"], "JAX finds no accelerator here"),
+    ([], "topology"),
+    (["--topology=cpu", "--config.family=Foo"], "family='Foo' is unknown"),
+])
+def test_wrong_flags_give_one_line(flags, said):
+    ended = run(*flags)
+    assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
+    assert not ended.stdout
+
+
+def test_without_weights_and_without_a_family():
+    config = sd15_r0.get_config()
+    config.family = ""
+    with pytest.raises(InputError, match="pretrained is not set"), predict.filled(config):
+        pass
+
+
+def test_what_is_not_there_is_filled_in_and_named(cache, tmp_path, capsys):  # noqa: F811
+    config = taiyi_r0.get_config("dryrun")
+    there, config.family = config.pretrained, ""
+    config.objective.decoder = str(tmp_path / "nowhere")
+    config.rewards.chinese_clip.path = ""
+    with predict.filled(config) as filled:
+        assert filled.pretrained == there and filled.objective.decoder.endswith("decoder")
+        assert filled.rewards.chinese_clip.path and config.rewards.chinese_clip.path == ""
+    assert capsys.readouterr().err == (
+        "not there, planned with the published sizes: taesd, chinese_clip\n")
+
+
+def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # noqa: F811
+    def score(images, features):
+        return jnp.mean(images, axis=(1, 2, 3)) * features[:, 0]
+
+    module = types.ModuleType("with_features")
+    module.score, module.score_text_features = score, lambda prompts: np.ones(
+        (len(prompts), 5), np.float32)
+    monkeypatch.setitem(sys.modules, "with_features", module)
+    config = sd15_r0.get_config("dryrun")
+    with config.unlocked():
+        config.rewards.mine = base.reward_entry("function", function="with_features:score")
+    built = predict.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    assert built.abstract[2]["features/mine"].shape == (config.batch_size, 5)
+    # Which the step reads. Towers of text whose features came with the batch are not there at all;
+    # the encoder of the VAE is, though nobody looks at it.
+    trace = built.step.trace(*built.abstract)
+    _, used = partial_eval.dce_jaxpr(trace.jaxpr.jaxpr, [True] * len(trace.jaxpr.jaxpr.outvars))
+    unused = [jax.tree_util.keystr(path) for (path, _), is_used in zip(
+        jax.tree_util.tree_leaves_with_path(built.abstract), used, strict=True) if not is_used]
+    assert any("encoder.conv_in" in name for name in unused)
+    assert not any("features" in name or ".params" in name for name in unused)
+    assert not any("text_model" in name for reward in built.frozen["rewards"].values()
+                   for name in reward)
+    assert predict.unused_bytes(trace.jaxpr.jaxpr, built) > 0
+
+
+def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_path):  # noqa: F811
+    config, rng = sdxl_r0.get_config("dryrun"), np.random.default_rng(0)
+    shapes = {"prompt_embeds": (7, 40), "pooled_prompt_embeds": (12,), "features/hps_v2_1": (8,),
+              "features/clip_score": (8,)}
+    columns = {name: rng.standard_normal((2, *shape), np.float32)
+               for name, shape in shapes.items()}
+    negative = {name: columns[name][:1] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    columns |= {"prompt": ["a", "b"], "features/image_reward": np.ones((2, 35), np.int32)}
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    for name, given in (("with", negative), ("without", None)):
+        encoded.write(tmp_path / name, columns, negative=given)
+        file = tmp_path / name / "metadata.json"
+        other = {"weights": "0123456789abcdef", "function": ""}  # than those that stand in
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8"))
+                                   | {"rewards": {"clip_score": other}}), "utf-8")
+    config.data.encoded = str(tmp_path / "with")
+    built = predict.load(config, mesh)
+    assert built.abstract[2]["prompt_embeds"].shape == (config.batch_size, 7, 40)
+    config.data.encoded = str(tmp_path / "without")
+    with pytest.raises(InputError, match="no split 'negative', the embedding of the empty prompt"):
+        predict.load(config, mesh)
+
+
+@pytest.mark.parametrize(("recipe", "count"), [(sd15_r0, 2), (sd3_r0, 1)])
+def test_chips_that_repeat_each_other(cache, recipe, count):  # noqa: F811
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    assert predict.repeated(predict.load(recipe.get_config("dryrun"), mesh)) == count
+
+
+def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
+    config = sd3_r0.get_config("dryrun")
+    config.batch_size = 8
+
+    def suggested(**sizes):
+        built = predict.load(config, sharding.make_mesh(sizes))
+        kinds = predict.bytes_by_kind(built) | {"activations": 1.0}
+        return predict.suggest(config, built, kinds, 1.0)
+
+    found = suggested(data=4, tensor=2)
+    assert found[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=4: ")
+    assert not any("two chips" in line for line in found)
+    assert any("--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.device_batch=1" in line
+               for line in suggested(fsdp=8))
+
+
+@pytest.fixture
+def full() -> ConfigDict:
+    return sd15_r0.get_config("dryrun,full")
+
+
+def test_what_is_suggested(full):
+    """Of what a config does not do yet, the cheapest first."""
+    mesh = sharding.make_mesh({"data": -1}, jax.devices())
+    full.batch_size, full.device_batch, full.remat = 16, 2, "calls"
+    with predict.filled(full) as config:
+        built = predict.load(config, mesh)
+        kinds = predict.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
+        found = predict.suggest(config, built, kinds, 2.0**30)
+    starts = ["--config.mesh.data=1 --config.mesh.fsdp=8", "--config.remat=blocks",
+              "--config.device_batch=1: 4.0 GiB of 1.0", "prompts encoded before",
+              "--config.objective.decoder", "adapters instead of all weights"]
+    assert len(found) == len(starts)
+    assert all(map(str.startswith, found, starts))
+
+
+def test_memory_by_kind_is_that_of_the_arrays(full):
+    """With the state and frozen weights split over 8 devices, each has the share it says."""
+    mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
+    with predict.filled(full) as config:
+        config.batch_size = 8
+        built = predict.load(config, mesh)
+        kinds = predict.bytes_by_kind(built)
+        state = jax.jit(built.init, out_shardings=built.state_sharding)(
+            {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()})
+    held = sum(shard.data.nbytes for x in jax.tree.leaves((state.params, state.ema_params))
+               for shard in x.addressable_shards if shard.device == jax.devices()[3])
+    assert kinds["parameters"] + kinds["ema"] == held
+
+
+def test_what_the_compiler_says_when_memory_runs_out():
+    said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (18.32G) exceeds available HBM (15.75G).")
+    assert predict.needed(said) == 18.32 * 2**30
+    assert predict.needed("INTERNAL: something else") is None
+    assert predict.needed("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used "
+                            "19.01M of 16.00M vmem.") is None

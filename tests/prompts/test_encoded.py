@@ -1,0 +1,513 @@
+"""Training from encoded prompts, without the text encoders that made them."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import step_world
+import tensorflow_datasets as tfds
+from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
+from safetensors.numpy import load_file, save_file
+
+from configs import sd3_r0, sd15_r0, sdxl_r0
+from r0_jax import config as base
+from r0_jax import encode_prompts, rewards
+from r0_jax.errors import InputError
+from r0_jax.method.generator import Generator
+from r0_jax.method.objective import Objective
+from r0_jax.parallel import sharding
+from r0_jax.pipelines import families
+from r0_jax.plan import predict
+from r0_jax.prompts import dataset, prepared
+from r0_jax.prompts import encoded as encoded_prompts
+from r0_jax.prompts import shards as record_shards
+from r0_jax.prompts.files import read_prompts
+from r0_jax.stand_ins import miniature
+from r0_jax.training import train
+from r0_jax.weights import lazy
+
+RECIPES = {"sd15": (sd15_r0, {}), "sdxl": (sdxl_r0, {}), "sd3": (sd3_r0, {}),
+           "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None})}
+
+
+def ended_well(result):
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def one_line_error(result):
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def own_copy(name, folder):
+    """The dry run of a recipe on a pipeline of its own, of which parts may be taken away."""
+    recipe, changes = RECIPES[name]
+    config = recipe.get_config("dryrun")
+    miniature.write(folder / "pipeline", config.family, **changes)
+    config.pretrained = str(folder / "pipeline")
+    config.sampler.num_steps = config.objective.grad_steps = 1
+    config.batch_size, config.eval.num_prompts = 8, 3
+    return config
+
+
+def take_text_away(folder):
+    """Deletes text encoders and tokenizers."""
+    gone = [path for path in folder.iterdir() if path.name.startswith(("text_", "tokenizer"))]
+    for path in gone:
+        shutil.rmtree(path)
+    assert gone
+
+
+# --- the same training ---------------------------------------------------------------------------
+
+
+def first_loss(config, pipeline, batches):
+    """Of the first batch, and its metrics; with parameters away from where training starts."""
+    text = not config.data.encoded
+    trained_on = [rewards.load(name, entry, text=text) for name, entry in config.rewards.items()]
+    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
+                          pipeline.fixed)
+    objective = Objective(pipeline, generator, trained_on, config)
+    part = pipeline.generator_part
+    placed = lazy.place(pipeline.params)
+    frozen = {**placed, "base": placed[part], "empty": pipeline.empty,
+              "rewards": {reward.name: lazy.place(reward.params) for reward in trained_on}}
+    params = generator.init(jax.random.key(0), placed[part],
+                            pipeline.networks[part].shapes)
+    params = {name: value + 0.1 for name, value in params.items()}
+    keys = step_world.sample_keys(config.batch_size)
+    batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
+    loss = jax.jit(lambda *args: objective.loss(*args, 0, {}))
+    return loss(params, frozen, batch, keys)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_first_loss_is_that_of_text(tmp_path, name):
+    config = own_copy(name, tmp_path)
+    pipeline = families.load(config.pretrained)
+    found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
+    prepared.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
+    where = (config.batch_size, config.seed, 0, [0], 1)
+    expected, metrics = first_loss(config, pipeline,
+                                   prepared.batches(tmp_path / "prompts", *where))
+    assert metrics["penalty/guidance"] > 0  # which asks for the empty prompt
+
+    # Of the others bfloat16 is a program more to compile.
+    tolerances = {"float32": 1e-4} | ({"bfloat16": 0.05} if name == "sd15" else {})
+    for dtype in tolerances:
+        assert encode_prompts.encode(config, tmp_path / dtype, dtype=dtype, shard_prompts=3,
+                                     batch_size=2)
+    take_text_away(tmp_path / "pipeline")
+    for dtype, tolerance in tolerances.items():
+        config.data.encoded = str(tmp_path / dtype)
+        encoded = encoded_prompts.open_of(config)
+        train.check_encoded(encoded, config)
+        bare = encoded.attach(families.load(config.pretrained, text=False))
+        assert not any(part.startswith("text") for part in bare.params)
+        batches = encoded_prompts.batches(tmp_path / dtype,
+                                          encoded_prompts.columns_of(bare, found), *where)
+        planned = predict.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
+        assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+            name: (x.shape, x.dtype) for name, x in next(batches).items()}
+        batches = encoded_prompts.batches(tmp_path / dtype,
+                                          encoded_prompts.columns_of(bare, found), *where)
+        loss, others = first_loss(config, bare, batches)
+        assert loss == pytest.approx(float(expected), rel=tolerance)
+        for metric, value in metrics.items():
+            assert others[metric] == pytest.approx(float(value), rel=tolerance, abs=1e-3), metric
+
+
+def test_the_whole_job_runs_without_text_encoders(tmp_path):
+    """Training, sample grid, the table with its guided base, resume, export."""
+    config = own_copy("sdxl", tmp_path)
+    (tmp_path / "two.txt").write_text("\n".join(miniature.PROMPTS[:2]), "utf-8")
+    flags = ["--config=configs/sdxl_r0.py:dryrun", f"--config.pretrained={config.pretrained}",
+             "--config.sampler.num_steps=2", "--config.objective.grad_steps=2"]
+    for section in ("rewards", "heldout_rewards"):
+        for name, entry in config[section].items():
+            shutil.copytree(entry.path, tmp_path / name)
+            flags.append(f"--config.{section}.{name}.path={tmp_path / name}")
+    said = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
+    assert "is complete" in said
+    again = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
+    assert "is complete" in again
+    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(run(
+        "encode_prompts", *flags, f"--out={tmp_path / 'encoded'}", "--dtype=float32"))
+
+    take_text_away(tmp_path / "pipeline")
+    for name, entry in {**config.rewards, **config.heldout_rewards}.items():
+        take_text_tower_away(tmp_path / name, rewards.load(name, entry).text_parts)
+    assert "is missing" in one_line_error(run("main", *flags, f"--workdir={tmp_path / 'text'}"))
+    flags += [f"--config.data.encoded={tmp_path / 'encoded'}", f"--workdir={tmp_path / 'run'}"]
+    ended_well(run("main", *flags, "--config.steps=2", "--config.test.prompts="))
+    ended_well(run("main", *flags))
+    lines = [json.loads(line) for line in
+             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "heldout/pickscore" in line] == [0, 2, 4]
+    assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
+    table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
+    assert table["base_3_guided"]["network_calls"]["value"] == 6
+    assert "is missing" in (said := one_line_error(run(
+        "sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
+        f"--prompts={tmp_path / 'two.txt'}"))) and f"--encoded={tmp_path / 'encoded'}" in said
+    ended_well(run("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
+                   f"--encoded={tmp_path / 'encoded'}", f"--prompts={tmp_path / 'two.txt'}",
+                   "--guidance_scale=2"))
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 2
+    ended_well(run("export", f"--workdir={tmp_path / 'run'}", "--format=peft",
+                   f"--out={tmp_path / 'lora'}"))
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "text_encoder=None" in card  # they are not there
+
+
+def take_text_tower_away(folder, parts):
+    for pattern in ("vocab.*", "merges.txt", "tokenizer*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    [path] = folder.glob("*.safetensors")
+    weights = load_file(path)
+    kept = {key: value for key, value in weights.items() if key.split(".")[0] not in parts}
+    assert len(kept) < len(weights) or not parts
+    save_file(kept, path)
+
+
+# --- kills, and several processes ----------------------------------------------------------------
+
+
+def files(folder):
+    """What a dataset is made of, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle {i}" for i in range(400)) + "\n", "utf-8")
+    flags = ["--config=configs/sd15_r0.py:dryrun", f"--config.data.prompts={prompts}",
+             "--shard_prompts=4", "--batch_size=4"]
+    process = subprocess.Popen(command("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"),
+                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "killed").glob("encoded_prompts-train*"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = list((tmp_path / "killed").glob("encoded_prompts-train*"))
+    assert 3 <= len(before) < 100
+    (tmp_path / "killed" / ".encoded_prompts-train.array_record-00099.tmp").write_bytes(b"half")
+    with pytest.raises(InputError, match="is not finished: give the command"):
+        encoded_prompts.open_folder(tmp_path / "killed")
+    times = {path: path.stat().st_mtime_ns for path in before}
+    ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"))
+    assert times == {path: path.stat().st_mtime_ns for path in before}  # and were not made again
+
+    ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'whole'}"))
+    first = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'shared'}",
+                           "--process=0", "--processes=2"))
+    assert "other processes are not done yet" in first.stdout
+    second = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'shared'}",
+                            "--process=1", "--processes=2"))
+    assert "is complete" in second.stdout
+    whole = files(tmp_path / "whole")
+    assert len(whole) == 100 + 1 + 1 + 3  # training, evaluation, negative; and JSON
+    assert files(tmp_path / "killed") == whole
+    assert files(tmp_path / "shared") == whole
+    found = encoded_prompts.open_folder(tmp_path / "whole")
+    assert found.read("train", range(400))["prompt"].tolist() == read_prompts(prompts)
+
+
+# --- embeddings of the user's own ----------------------------------------------------------------
+
+
+def columns(count, seed=0, **changes):
+    """Embeddings that SDXL's miniature takes, and features of its rewards."""
+    rng = np.random.default_rng(seed)
+    shapes = {"prompt_embeds": (7, 40), "pooled_prompt_embeds": (12,), "features/hps_v2_1": (8,),
+              "features/clip_score": (8,), "features/pickscore": (8,)}
+    found = {name: rng.standard_normal((count, *shape), np.float32)
+             for name, shape in shapes.items()}
+    found["features/image_reward"] = rng.integers(20, size=(count, 35), dtype=np.int32)
+    found = {"prompt": [f"提示 {seed} {i}" for i in range(count)], **found, **changes}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def test_the_written_example_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, count) in enumerate((("train", 8), ("evaluation", 4), ("negative", 1))):
+        made = columns(count, seed)
+        np.save(f"{name}.npy", made["prompt_embeds"].astype(np.float16))
+        np.save(f"{name}_pooled.npy", made["pooled_prompt_embeds"])
+        Path(f"{name}.txt").write_text("\n".join(made["prompt"]) + "\n", "utf-8")
+    text = (ROOT / "docs" / "encoded_prompts.md").read_text("utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert {line.split()[1] for line in example.splitlines() if "import" in line} == {
+        "numpy", "r0_jax"}
+    exec(compile(example, "example", "exec"), {})
+
+    evaluation = tmp_path / "evaluation.txt"
+    flags = ["--config=configs/sdxl_r0.py:dryrun", "--config.data.prompts=",
+             f"--config.eval.prompts={evaluation}", "--config.test.prompts=",
+             "--config.sampler.num_steps=1", "--config.objective.grad_steps=1",
+             "--config.steps=1"]
+    mine, ready = tmp_path / "my_embeddings", tmp_path / "ready"
+    assert "no features of the reward clip_score" in one_line_error(
+        run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}"))
+    ended_well(run("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"))
+    ended_well(run("main", *flags, f"--config.data.encoded={ready}",
+                   f"--workdir={tmp_path / 'run'}"))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    scores = [line["heldout/pickscore"] for line in lines if "heldout/pickscore" in line]
+    assert len(scores) == 2 and np.isfinite(scores).all()
+
+    found = encoded_prompts.open_folder(ready).read("evaluation", range(4))
+    np.testing.assert_array_equal(found["prompt_embeds"],
+                                  np.load("evaluation.npy").astype("bfloat16"))
+    reward = rewards.load("clip_score", miniature.kept_reward("clip_score", 0))
+    np.testing.assert_allclose(found["features/clip_score"], reward.text_features(
+        lazy.place(reward.params), found["prompt"].tolist()), atol=4e-3)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    made = columns(5, ids=np.arange(10, dtype=np.int64).reshape(5, 2))
+    encoded_prompts.write(tmp_path / "e", made, negative=columns(1, prompt=None, ids=[[0, 0]]),
+                          dtype="float32", shard_prompts=2)
+    found = encoded_prompts.open_folder(tmp_path / "e")
+    assert found.rows == {"train": 5, "negative": 1}
+    read = found.read("train", range(5))
+    assert read.keys() == made.keys() and read["ids"].dtype == np.int32
+    for name, value in made.items():
+        np.testing.assert_array_equal(read[name], value)
+    batch = next(encoded_prompts.batches(found.folder, ["prompt_embeds"], 4, 0, 0, [0], 1))
+    assert batch.keys() == {"prompt_embeds"} and batch["prompt_embeds"].shape == (4, 7, 40)
+
+
+@pytest.mark.parametrize("train_, negative, message", [
+    (columns(3, prompt_embeds=None), None, "no column 'prompt_embeds'"),
+    (columns(3, prompt_embeds=np.zeros((3, 7, 40), np.int32)), None, "holds int32"),
+    (columns(3, prompt_embeds=np.zeros((2, 7, 40), np.float32)), None, "has shape [2, 7, 40]"),
+    (columns(3, prompt=["a", "b", 3]), None, "should be texts"),
+    (columns(3, pooled_prompt_embeds=np.full((3, 12), np.nan, np.float32)), None, "has NaN"),
+    (columns(3) | {"a b": np.zeros((3, 2))}, None, "cannot be the name of a column"),
+    (columns(0), None, "has no prompts"),
+    (columns(3), columns(2), "expected [1]"),
+    (columns(3), columns(1, pooled_prompt_embeds=None), "different columns"),
+])
+def test_columns_that_do_not_fit_are_refused(tmp_path, train_, negative, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        encoded_prompts.write(tmp_path / "e", train_, negative=negative)
+    assert not (tmp_path / "e" / "dataset_info.json").exists()
+
+
+def test_other_embeddings_do_not_go_on_with_what_is_there(tmp_path):
+    for _ in range(2):
+        encoded_prompts.write(tmp_path / "e", columns(3))
+    other = columns(3)
+    other["prompt_embeds"] = other["prompt_embeds"] + 1
+    with pytest.raises(InputError, match="was begun with other embeddings"):
+        encoded_prompts.write(tmp_path / "e", other)
+
+
+# --- datasets that do not fit --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A dry run's config on encoded prompts."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    config = own_copy("sdxl", folder)
+    encode_prompts.encode(config, folder / "encoded", shard_prompts=3)
+    config.data.encoded = str(folder / "encoded")
+    return config
+
+
+def check(config):
+    """What training looks at before it starts."""
+    encoded = encoded_prompts.open_of(config)
+    encoded.attach(families.load(config.pretrained, family=config.family, text=False))
+    train.check_encoded(encoded, config)
+    for name, entry in {**config.rewards, **config.heldout_rewards}.items():
+        encoded.check_reward(rewards.load(name, entry, text=False), entry)
+
+
+def test_a_dataset_that_fits_is_taken(sdxl):
+    check(sdxl)
+
+
+def changed(config, **fields):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
+    def refused(message, **fields):
+        with pytest.raises(InputError, match=re.escape(message)) as error:
+            check(changed(sdxl, **fields))
+        assert "\n" not in str(error.value)
+
+    own = tmp_path / "own"
+    encoded_prompts.write(own, columns(3))
+    mine = {"data.encoded": str(own), "data.prompts": "", "eval.prompts": "", "test.prompts": ""}
+    refused("no split 'negative', the embedding of the empty prompt, which regularizers.guidance",
+            **mine)
+    without = mine | {"regularizers.guidance.weight": 0.0}
+    check(changed(sdxl, **without))
+    looked_at = tmp_path / "looked_at.txt"
+    looked_at.write_text("\n".join(columns(2, seed=1)["prompt"]), "utf-8")
+    encoded_prompts.write(tmp_path / "both", columns(3), columns(2, seed=1))
+    without |= {"data.encoded": str(tmp_path / "both"), "test.prompts": str(looked_at)}
+    refused("the base's guidance in test", **without)
+    check(changed(sdxl, **without, **{"test.guidance_scale": 1.0}))
+    refused("is not a folder", **{"data.encoded": str(tmp_path / "nowhere")})
+
+    other = tmp_path / "other.txt"
+    other.write_text("a green star\na prompt that nobody encoded\n", "utf-8")
+    refused("the training prompts in", **{"data.prompts": str(other)})
+    refused("'a prompt that nobody encoded' of", **{"eval.prompts": str(other)})
+    refused("'a prompt that nobody encoded' of", **{"test.prompts": str(other)})
+    clip = sdxl.rewards.clip_score.path
+    refused("made by a reward with other weights",
+            **{"heldout_rewards.pickscore.path": clip})
+    with pytest.raises(InputError, match=r"no features of the reward new.*clip_score"):
+        entry = base.reward_entry("clip_score", path=clip)
+        encoded_prompts.open_of(sdxl).check_reward(rewards.load("new", entry, text=False), entry)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"prompt_embeds": np.zeros((3, 7, 41), np.float32)}, "takes prompt_embeds of shape [any, 40]"),
+    ({"prompt_embeds": np.zeros((3, 40), np.float32)}, "there are [40] in it"),
+    ({"pooled_prompt_embeds": None}, "there are none in it"),
+    ({"features/clip_score": np.zeros((3, 9), np.float32)}, "has shape [9], but the reward"),
+])
+def test_shapes_that_the_network_does_not_take_are_refused(sdxl, tmp_path, changes, message):
+    encoded_prompts.write(tmp_path / "e", columns(3, **changes), negative=columns(1, **{
+        name: value if value is None else value[:1] for name, value in changes.items()}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(changed(sdxl, **{"data.encoded": str(tmp_path / "e"), "data.prompts": "",
+                               "eval.prompts": "", "test.prompts": ""}))
+
+
+def test_another_family_or_encoder_is_named(sdxl, tmp_path):
+    encoded = encoded_prompts.open_of(sdxl)
+    sd15 = families.load(miniature.kept("StableDiffusionPipeline") / "pipeline", text=False)
+    with pytest.raises(InputError, match=r"takes prompt_embeds of shape \[any, 16\]"):
+        encoded.attach(sd15)
+    config = own_copy("sd15", tmp_path)
+    encode_prompts.encode(config, tmp_path / "encoded")
+    taiyi = families.load(miniature.kept("Taiyi") / "pipeline", text=False)
+    with pytest.raises(InputError, match="the text_encoder is CLIPTextModel there and BertModel"):
+        encoded_prompts.open_folder(tmp_path / "encoded").attach(taiyi)
+
+
+def damage(folder, how):
+    shard = folder / "encoded_prompts-train.array_record-00001-of-00003"
+    if how == "shard gone":
+        shard.unlink()
+    elif how == "shard cut":
+        shard.write_bytes(shard.read_bytes()[:-20000])
+    elif how == "shard empty":
+        shard.write_bytes(b"")
+    elif how in ("features.json", "dataset_info.json", "metadata.json"):
+        (folder / how).write_text('{"broken')
+    elif how == "metadata of another shape":
+        (folder / "metadata.json").write_text('{"pipeline": 3, "rewards": [], "prompts": null}')
+    elif how == "no info":
+        (folder / "dataset_info.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["shard gone", "shard cut", "shard empty", "features.json",
+                                 "dataset_info.json", "metadata.json", "no info",
+                                 "metadata of another shape"])
+def test_a_damaged_dataset_is_one_line(sdxl, tmp_path, how):
+    folder = tmp_path / "encoded"
+    shutil.copytree(sdxl.data.encoded, folder)
+    damage(folder, how)
+    with pytest.raises(InputError) as error:
+        check(changed(sdxl, **{"data.encoded": str(folder)}))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_foreign_datasets_are_refused_and_folders_kept(sdxl, tmp_path):
+    dataset.prepare({"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p")
+    with pytest.raises(InputError, match=r"there are none in it"):
+        check(changed(sdxl, **{"data.encoded": str(tmp_path / "p")}))
+    dataset.prepare({"prompt": ["a"], "prompt_embeds": np.zeros((1, 7, 40), np.int32)},
+                 tmp_path / "q")
+    with pytest.raises(InputError, match="holds int32"):
+        check(changed(sdxl, **{"data.encoded": str(tmp_path / "q")}))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    config = own_copy("sdxl", tmp_path / "own")
+    for folder in (tmp_path / "notes", tmp_path / "p"):
+        before = sorted(folder.iterdir())
+        with pytest.raises(InputError, match="is in the way"):
+            encode_prompts.encode(config, folder)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
+    """Written without this project's writer, and without metadata."""
+    class Mine(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "mine"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            tensor = tfds.features.Tensor
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+                "prompt": tfds.features.Text(),
+                "prompt_embeds": tensor(shape=(7, 40), dtype=np.float16, encoding="bytes"),
+                "pooled_prompt_embeds": tensor(shape=(12,), dtype=np.float32),
+                "features__image_reward": tensor(shape=(35,), dtype=np.int32),
+                **{f"features__{name}": tensor(shape=(8,), dtype=np.float32)
+                   for name in ("hps_v2_1", "clip_score", "pickscore")}}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(5, 0),
+                    "negative": self._generate_examples(1, 1)}
+
+        def _generate_examples(self, count, seed):
+            made = columns(count, seed)
+            made["prompt_embeds"] = made["prompt_embeds"].astype(np.float16)
+            for i in range(count):
+                yield i, {name.replace("/", "__"): value[i] for name, value in made.items()}
+
+    builder = Mine(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    config = changed(sdxl, **{"data.encoded": str(builder.data_dir), "data.prompts": "",
+                              "eval.prompts": "", "test.prompts": ""})
+    check(config)
+    prompts, tokens, features = prepared.evaluation(
+        config, "eval", encoded_prompts.open_of(config).attach(
+            families.load(config.pretrained, text=False)), [])
+    assert len(prompts) == config.eval.num_prompts == len(tokens["prompt_embeds"])
+    assert not features
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def test_shards_cover_all_rows_once():
+    shards = record_shards.plan({"train": 10, "evaluation": 3, "none": 0}, 4)
+    assert [(s.split, s.start, s.stop, s.count) for s in shards] == [
+        ("train", 0, 4, 3), ("train", 4, 8, 3), ("train", 8, 10, 3), ("evaluation", 0, 3, 1)]
+
+
+def test_flags_that_do_not_fit_are_one_line(tmp_path):
+    flags = ["--config=configs/sd15_r0.py:dryrun", f"--out={tmp_path / 'e'}"]
+    for wrong, message in [
+            (["--process=2", "--processes=2"], "--process=2 must be below --processes=2"),
+            (["--process=1"], "--process and --processes go together")]:
+        assert message in one_line_error(run("encode_prompts", *flags, *wrong))
+    assert not (tmp_path / "e").exists()

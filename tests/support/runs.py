@@ -1,0 +1,132 @@
+"""Workdirs of runs that nobody trained, and stock libraries that have nothing to say."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fast_xla
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import yaml
+
+from r0_jax import sample
+from r0_jax.method import train_state
+from r0_jax.method.generator import Generator
+from r0_jax.pipelines import families
+from r0_jax.workdir.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
+LATENTS = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4), np.float32)
+# Linears and convolutions, 1 x 1 and 3 x 3.
+TARGETS = r".*\.(to_q|to_v|to_out\.0|proj_in|conv1)|time_embedding\.linear_1"
+RANK, ALPHA = 3, 6.0
+CLOSE = 2 / 255
+
+
+def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
+    """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
+    config = {
+        "pretrained": str(pretrained), "data": {"encoded": ""}, "dtype": "float32",
+        "attention": "xla", "steps": 100, "batch_size": 8,
+        "seed": 3, "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
+        "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
+        "objective": {"method": "r0plus"},
+        "rewards": {"hps": {"weight": 1.0}, "clip": {"weight": 0.5}},
+        "heldout_rewards": {"pickscore": {"weight": 1.0}},
+        "regularizers": {"weight": {"weight": 0.01}, "output": {"weight": 0.0}},
+    }  # fmt: skip
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    pipeline = families.load(pretrained)
+    part = pipeline.generator_part
+    base, shapes = pipeline.params[part], pipeline.networks[part].shapes
+    generator = Generator(rank, ALPHA, targets, fixed=pipeline.fixed)
+    start = jax.eval_shape(lambda base: generator.init(jax.random.key(0), base, shapes), base)
+    with Checkpoints(workdir, best_metric="heldout/pickscore") as checkpoints:
+        for step, score in scores.items():
+            random = np.random.default_rng(step)
+            params, ema_params = (
+                {name: jnp.asarray(base.get(name, 0) + 0.2 * random.standard_normal(x.shape),
+                                   x.dtype) for name, x in start.items()} for _ in range(2)
+            )  # fmt: skip
+            state = train_state.init(params, optax.sgd(0.0))
+            state = state._replace(step=jnp.int32(step), ema_params=ema_params)
+            checkpoints.save(state)
+            if score is not None:
+                checkpoints.add_metrics(step, {"heldout/pickscore": score})
+
+
+@contextlib.contextmanager
+def silent():
+    """Fails if diffusers, transformers or PEFT log a warning, or anything warns in Python."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    said = [record.getMessage() for record in records]
+    # diffusers says this of every LoRA without a text encoder's part, whatever the file holds.
+    expected = ("No LoRA keys associated to ",
+                # Of Taiyi's BERT, in the pipeline that its authors chose for it.
+                "Expected types for text_encoder: ")
+    assert [x for x in said if not x.startswith(expected)] == []
+
+
+def images_of(pipeline, steps=4, noise=LATENTS):
+    """Stock diffusers' images from the noise."""
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    return pipeline(PROMPTS, num_inference_steps=steps, guidance_scale=1, latents=latents,
+                    output_type="np").images  # fmt: skip
+
+
+def ours(source, noise=LATENTS):
+    return np.concatenate(list(sample.draw(source, PROMPTS, latents=noise)))
+
+
+def difference(a, b):
+    return np.abs(a - b).max()
+
+
+def card(folder):
+    """The front matter, the snippet and the rest."""
+    _, front, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    return yaml.safe_load(front), snippet, text
+
+
+def commands(module, calls):
+    """[(exit status, stdout, stderr)] of one command with each of several lists of arguments."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMMANDS, module, json.dumps([[str(x) for x in c] for c in calls])],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": fast_xla.FLAGS}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_refusals(module, cases):
+    """Each is one line on stderr that says what the case says, and status 2."""
+    for (arguments, said), (status, out, err) in zip(
+        cases, commands(module, [arguments for arguments, _ in cases]), strict=True
+    ):
+        assert (status, out) == (2, ""), (arguments, err)
+        assert re.fullmatch(f"error: .*{said}.*\n", err), (arguments, err)
