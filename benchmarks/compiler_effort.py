@@ -42,8 +42,11 @@ def decoder() -> Part:
     def loss(vae: Params, latents: jax.Array) -> jax.Array:
         return jnp.mean(pipeline.decode_unclipped(vae, latents) ** 2)
 
-    return jax.grad(loss, 1), pipeline.params["vae"], (
-        jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32),)
+    return (
+        jax.grad(loss, 1),
+        pipeline.params["vae"],
+        (jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32),),
+    )
 
 
 def transformer() -> Part:
@@ -55,8 +58,7 @@ def transformer() -> Part:
     def loss(params: Params, *inputs: jax.Array) -> jax.Array:
         return jnp.mean(jax.checkpoint(network)(params, *inputs).astype(jnp.float32) ** 2)
 
-    bf16 = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-            for name, x in network.shapes.items()}
+    bf16 = {name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for name, x in network.shapes.items()}
     return jax.grad(loss), bf16, tuple(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs)
 
 
@@ -64,28 +66,42 @@ def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
     chip, devices = topology.find(_TOPOLOGY.value)
     where = sharding.replicated(sharding.make_mesh({}, devices))
     step, params, inputs = part
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                        ({k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()},
-                         *inputs))
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        ({k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()}, *inputs),
+    )
     lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",))
     begin = time.perf_counter()
     compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
     seconds = time.perf_counter() - begin
     moved = hlo_cost.cost(compiled.as_text()).hbm_bytes
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    return (name, f"{effort:g}", f"{moved / 1e9:.1f}", f"{1e3 * moved / chip.hbm_bandwidth:.1f}",
-            f"{peak / 1e9:.2f}", f"{seconds:.0f}")
+    return (
+        name,
+        f"{effort:g}",
+        f"{moved / 1e9:.1f}",
+        f"{1e3 * moved / chip.hbm_bandwidth:.1f}",
+        f"{peak / 1e9:.2f}",
+        f"{seconds:.0f}",
+    )
 
 
 def main(argv: list[str]) -> None:
     del argv
-    parts = {f"SDXL's decoder, {_SIZE.value} px": decoder(),
-             f"{_BLOCKS.value} blocks of SD3's transformer": transformer()}
+    parts = {
+        f"SDXL's decoder, {_SIZE.value} px": decoder(),
+        f"{_BLOCKS.value} blocks of SD3's transformer": transformer(),
+    }
     rows = [row(name, part, effort) for name, part in parts.items() for effort in (-1.0, 0.0)]
-    text = measure.table(("forward and gradient", "effort", "HBM, GB", "at least, ms", "peak, GB",
-                          "compiled, s"), rows)
-    measure.publish(_OUT.value, "## What the compiler's effort changes",
-                    f"{text}\n\n{_TOPOLOGY.value}. {measure.machine('jax', 'libtpu')}")
+    text = measure.table(
+        ("forward and gradient", "effort", "HBM, GB", "at least, ms", "peak, GB", "compiled, s"),
+        rows,
+    )
+    measure.publish(
+        _OUT.value,
+        "## What the compiler's effort changes",
+        f"{text}\n\n{_TOPOLOGY.value}. {measure.machine('jax', 'libtpu')}",
+    )
 
 
 if __name__ == "__main__":

@@ -60,8 +60,11 @@ GB = 1e9
 def define_flags() -> None:
     flags.DEFINE_string("folder", tempfile.gettempdir(), "where files are made, and deleted")
     flags.DEFINE_string("out", None, "Markdown file whose section is written")
-    flags.DEFINE_string("config", str(
-        ROOT / "r0_jax/stand_ins/published/stable_diffusion_xl/unet/config.json"), "of the UNet")
+    flags.DEFINE_string(
+        "config",
+        str(ROOT / "r0_jax/stand_ins/published/stable_diffusion_xl/unet/config.json"),
+        "of the UNet",
+    )
     flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
     flags.DEFINE_string("task", "", "of the processes that this one starts")
 
@@ -81,24 +84,35 @@ def size(shapes: Shapes, itemsize: int) -> int:
 def random_leaves(shapes: Shapes, dtype: str) -> dict[str, Lazy]:
     """Small normal numbers, drawn when they are read."""
     rng = np.random.default_rng(SEED)
-    return {name: lazy.computed(x.shape, dtype, lambda x=x: rng.standard_normal(
-        x.shape, np.float32) * np.float32(0.02)) for name, x in shapes.items()}
+    return {
+        name: lazy.computed(
+            x.shape, dtype, lambda x=x: rng.standard_normal(x.shape, np.float32) * np.float32(0.02)
+        )
+        for name, x in shapes.items()
+    }
 
 
 def write_pipeline(folder: Path, fields: dict[str, Any]) -> None:
     """An SDXL folder whose UNet has full size, in float16; the rest is a miniature that fits."""
     width = fields["cross_attention_dim"] // 2
-    pooled = (fields["projection_class_embeddings_input_dim"]
-              - 6 * fields["addition_time_embed_dim"])
-    miniature.write(folder / "pipeline", FAMILY, text_encoder={"hidden_size": width},
-                    text_encoder_2={"hidden_size": width, "projection_dim": pooled})
+    pooled = fields["projection_class_embeddings_input_dim"] - 6 * fields["addition_time_embed_dim"]
+    miniature.write(
+        folder / "pipeline",
+        FAMILY,
+        text_encoder={"hidden_size": width},
+        text_encoder_2={"hidden_size": width, "projection_dim": pooled},
+    )
     (folder / UNET / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     rng = np.random.default_rng(SEED)
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         shape = convert.file_shape(name, shape)
-        return Tensor(convert.to_key(name), shape, np.dtype(np.float16), lambda: (
-            np.float32(0.02) * rng.standard_normal(shape, np.float32)).astype(np.float16))
+        return Tensor(
+            convert.to_key(name),
+            shape,
+            np.dtype(np.float16),
+            lambda: (np.float32(0.02) * rng.standard_normal(shape, np.float32)).astype(np.float16),
+        )
 
     write(folder / WEIGHTS, [tensor(name, x.shape) for name, x in network(fields).shapes.items()])
 
@@ -113,8 +127,11 @@ def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
     write_bytes(workdir / "config.json", config.to_json().encode())
     shapes = network(fields).shapes
     generator = Generator(rank, config.lora.alpha, config.lora.targets)
-    trained = jax.eval_shape(lambda: generator.init(jax.random.key(0), shapes, shapes)) if rank \
+    trained = (
+        jax.eval_shape(lambda: generator.init(jax.random.key(0), shapes, shapes))
+        if rank
         else {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in shapes.items()}
+    )
     placed = lazy.place(random_leaves(trained, "float32"), split(trained))
     state = train_state.init({}, optax.sgd(0.0))._replace(ema_params=placed)
     with Checkpoints(workdir) as checkpoints:
@@ -180,15 +197,22 @@ def load(folder: Path, repeats: int) -> dict[str, float]:
         loaded.append(seconds)
         memory.append(peak - before - shards)
         del placed
-    return {"devices": jax.device_count(), "bytes": path.stat().st_size, "shards": shards,
-            "seconds": statistics.median(loaded), "plain": statistics.median(plain),
-            "memory": max(memory), "largest": largest}
+    return {
+        "devices": jax.device_count(),
+        "bytes": path.stat().st_size,
+        "shards": shards,
+        "seconds": statistics.median(loaded),
+        "plain": statistics.median(plain),
+        "memory": max(memory),
+        "largest": largest,
+    }
 
 
 def export_run(folder: Path, form: str) -> dict[str, float]:
     before = resident("VmRSS")
-    seconds, peak, _ = watched(lambda: export.export(
-        folder / "run", folder / "exported", form, dtype="float16"))
+    seconds, peak, _ = watched(
+        lambda: export.export(folder / "run", folder / "exported", form, dtype="float16")
+    )
     unet = network(read_json(folder / UNET / "config.json"))
     largest = 4 * max(x.size for x in unet.shapes.values())  # merged in float32
     written = sum(path.stat().st_size for path in (folder / "exported").rglob("*.safetensors"))
@@ -217,9 +241,17 @@ def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
     """Runs a task on fake CPU devices and returns what it found."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "benchmarks.load", f"--task={task}", f"--folder={folder}",
-               f"--config={fields}", f"--repeats={flags.FLAGS.repeats}"]
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.load",
+        f"--task={task}",
+        f"--folder={folder}",
+        f"--config={fields}",
+        f"--repeats={flags.FLAGS.repeats}",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"{shlex.join(command)} failed")
@@ -230,8 +262,10 @@ def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
 
 def check_room(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise InputError(f"{folder} has {free / GB:.0f} GB free, of {needed / GB:.0f} GB that this "
-                         "takes: give another --folder")
+        raise InputError(
+            f"{folder} has {free / GB:.0f} GB free, of {needed / GB:.0f} GB that this "
+            "takes: give another --folder"
+        )
 
 
 def measure(folder: Path, fields: Path) -> dict[str, Any]:
@@ -245,13 +279,15 @@ def measure(folder: Path, fields: Path) -> dict[str, Any]:
     found["exports"] = {}
     for form in ("diffusers", "peft"):
         found["exports"][f"LoRA of rank {rank}, `--format={form}`"] = start(
-            f"export:{form}", folder, fields)
+            f"export:{form}", folder, fields
+        )
         shutil.rmtree(folder / "exported")
     shutil.rmtree(folder / "run")
     start("run:0", folder, fields)
     count = sum(x.size for x in shapes.values())
     found["exports"][f"all {count / 1e9:.2f} G weights, `--format=diffusers`"] = start(
-        "export:diffusers", folder, fields)
+        "export:diffusers", folder, fields
+    )
     return found
 
 
@@ -260,15 +296,21 @@ def text(found: dict[str, Any], command: str) -> str:
     loads = "".join(
         f"| {x['devices']} | {x['seconds']:.1f} | {x['bytes'] / GB / x['seconds']:.2f} | "
         f"{x['bytes'] / GB / x['plain']:.2f} | {x['shards'] / GB:.2f} | {x['memory'] / 1e6:.0f} | "
-        f"{x['memory'] / x['largest']:.2f} |\n" for x in found["load"])
+        f"{x['memory'] / x['largest']:.2f} |\n"
+        for x in found["load"]
+    )
     exports = "".join(
         f"| {name} | {x['seconds']:.0f} | {x['bytes'] / GB:.2f} | {x['memory'] / 1e6:.0f} | "
-        f"{x['memory'] / x['largest']:.1f} |\n" for name, x in found["exports"].items())
+        f"{x['memory'] / x['largest']:.1f} |\n"
+        for name, x in found["exports"].items()
+    )
     first = found["load"][0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
-        "jax", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint"))
-    return f"""A UNet of {first['bytes'] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by
+    packages = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("jax", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint")
+    )
+    return f"""A UNet of {first["bytes"] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by
 the rule `('.*', 'fsdp')` over fake CPU devices, each of which holds all that is under 4 MB; "plain"
 reads the same file, and does nothing with it, in the same process between the loads. The file is in
 the page cache as far as memory lets it. Seconds are medians of {flags.FLAGS.repeats}; memory is the
@@ -300,16 +342,29 @@ def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
     if given.task:
-        print(json.dumps(run_task(given.task, Path(given.folder), Path(given.config),
-                                  given.repeats)))
+        print(
+            json.dumps(run_task(given.task, Path(given.folder), Path(given.config), given.repeats))
+        )
         return
     if not os.path.exists("/proc/self/clear_refs"):
         raise InputError("memory is read from /proc, which only Linux has")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         found = measure(Path(folder), Path(given.config).absolute())
-    section = text(found, shlex.join(["python", "-m", "benchmarks.load",
-                                      *(f"--{name}={given[name].value}" for name in (
-                                          "config", "repeats", "out") if given[name].present)]))
+    section = text(
+        found,
+        shlex.join(
+            [
+                "python",
+                "-m",
+                "benchmarks.load",
+                *(
+                    f"--{name}={given[name].value}"
+                    for name in ("config", "repeats", "out")
+                    if given[name].present
+                ),
+            ]
+        ),
+    )
     publish(given.out, TITLE, section)
 
 

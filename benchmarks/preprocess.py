@@ -29,10 +29,18 @@ from r0_jax.shapes.captions import captions_for
 from r0_jax.shapes.scene import render, sample_layouts, sample_scenes
 
 SIZE = 224
-POLICIES = {"crop": "crop (CLIP, PickScore, ImageReward)", "pad": "pad (HPS)",
-            "squash": "squash (Chinese-CLIP)"}
-SHAPES = {"square": (1024, 1024), "tall": (1344, 768), "wide": (768, 1344), "512 px": (512, 512),
-          "64 px": (64, 64)}
+POLICIES = {
+    "crop": "crop (CLIP, PickScore, ImageReward)",
+    "pad": "pad (HPS)",
+    "squash": "squash (Chinese-CLIP)",
+}
+SHAPES = {
+    "square": (1024, 1024),
+    "tall": (1344, 768),
+    "wide": (768, 1344),
+    "512 px": (512, 512),
+    "64 px": (64, 64),
+}
 # Pixels of scenes and of the CLIP that sees them: 4 2/3 times, as 1024 px are 4 4/7 times 224.
 _SCENE, _TOWER = 224, 48
 HEADINGS = "# Preprocessing against PIL", "# Coming down from 1024 px"
@@ -48,7 +56,7 @@ def official(image: Image.Image, prepare: Preprocess) -> Float[np.ndarray, "s s 
     """Pixels in [0, 1] as the published code makes them: PIL, in 8 bits, before mean and std."""
     size, (w, h) = prepare.size, image.size
     if prepare.policy == "crop":  # torchvision's or transformers' resize and centre crop
-        width, height = ((size, int(size * h / w)) if w <= h else (int(size * w / h), size))
+        width, height = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     elif prepare.policy == "pad":  # hpsv2's ResizeMaxSize, on an image
         width, height = (round(n * (size / max(w, h))) for n in (w, h))
     else:
@@ -78,8 +86,9 @@ def contents(h: int, w: int) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"]]]
     yield "hard edges", (255 * blocks[:h, :w]).astype(np.uint8)
 
 
-def difference(image: UInt8[np.ndarray, "h w 3"], prepare: Preprocess
-               ) -> Float[np.ndarray, "s s 3"]:
+def difference(
+    image: UInt8[np.ndarray, "h w 3"], prepare: Preprocess
+) -> Float[np.ndarray, "s s 3"]:
     """How far our pixels are from `official`'s, in units of 1/255."""
     plain = dataclasses.replace(prepare, mean=(0.0,) * 3, std=(1.0,) * 3)
     ours = plain(jnp.asarray(image[None], jnp.float32) / 255)[0]
@@ -106,8 +115,13 @@ def against_pil(count: int) -> str:
         prepare = Preprocess(SIZE, policy, corner="round")
         for name, (h, w) in SHAPES.items():
             found = [difference(image, prepare) for _, image in contents(h, w)]
-            rows.append([label, f"{name}, {w} x {h}",
-                         *(f"{f(x):.2f}" for x in found for f in (np.mean, np.max))])
+            rows.append(
+                [
+                    label,
+                    f"{name}, {w} x {h}",
+                    *(f"{f(x):.2f}" for x in found for f in (np.mean, np.max)),
+                ]
+            )
     header = ["policy", "image", "photo-like: mean", "largest", "hard edges: mean", "largest"]
     return f"""    python -m benchmarks.preprocess --out=docs/rewards.md
 
@@ -140,11 +154,13 @@ def scenes(count: int, size: int) -> tuple[Float[np.ndarray, "n h w 3"], list[st
     return render(drawn, sample_layouts(rng, drawn), size=size), prompts
 
 
-def judged(images: Float[np.ndarray, "n h w 3"], prompts: list[str], resize: str
-           ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
+def judged(
+    images: Float[np.ndarray, "n h w 3"], prompts: list[str], resize: str
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
     """Scores and flat image gradients of the embedded world's CLIP."""
-    clip = rewards.load("clip", reward_entry("clip_score", path=str(CHECKPOINTS / "clip"),
-                                             resize=resize))
+    clip = rewards.load(
+        "clip", reward_entry("clip_score", path=str(CHECKPOINTS / "clip"), resize=resize)
+    )
     scores, gradients = clip.value_and_grad(images, prompts)
     return np.asarray(scores), np.asarray(gradients).reshape(len(images), -1)
 
@@ -159,11 +175,18 @@ def effect(count: int) -> list[list[str]]:
         for resize in RESIZES[1:]:
             others, gradients_there = judged(images, prompts, resize)
             cosines = np.sum(gradients * gradients_there, 1) / (
-                np.linalg.norm(gradients, axis=1) * np.linalg.norm(gradients_there, axis=1))
+                np.linalg.norm(gradients, axis=1) * np.linalg.norm(gradients_there, axis=1)
+            )
             apart = np.abs(others - scores)
-            rows.append([f"{resize}, {name}", f"{apart.mean() / scores.std():.4f}",
-                         f"{apart.max() / scores.std():.4f}", f"{cosines.mean():.4f}",
-                         f"{cosines.min():.4f}"])
+            rows.append(
+                [
+                    f"{resize}, {name}",
+                    f"{apart.mean() / scores.std():.4f}",
+                    f"{apart.max() / scores.std():.4f}",
+                    f"{cosines.mean():.4f}",
+                    f"{cosines.min():.4f}",
+                ]
+            )
     return rows
 
 
@@ -173,14 +196,24 @@ def cost(preprocessings: dict[str, Sequence[Preprocess]], repeats: int) -> list[
     images = jnp.asarray(np.random.default_rng(0).random((1, 1024, 1024, 3), np.float32))
     rows = []
     for name, several in preprocessings.items():
+
         def gradients(images, several=several):
-            return [value_and_gradient(lambda x, i=i, p=prepare: jnp.sin(i + p(x)).sum((1, 2, 3)),
-                                       images) for i, prepare in enumerate(several)]
+            return [
+                value_and_gradient(
+                    lambda x, i=i, p=prepare: jnp.sin(i + p(x)).sum((1, 2, 3)), images
+                )
+                for i, prepare in enumerate(several)
+            ]
 
         compiled = jax.jit(gradients).lower(images).compile()
-        rows.append([name, f"{measure.milliseconds(lambda c=compiled: c(images), repeats):.1f}",
-                     f"{compiled.cost_analysis()['flops'] / 1e9:.2f}",
-                     f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{measure.milliseconds(lambda c=compiled: c(images), repeats):.1f}",
+                f"{compiled.cost_analysis()['flops'] / 1e9:.2f}",
+                f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+            ]
+        )
     return rows
 
 
@@ -188,9 +221,12 @@ def from_1024(count: int, repeats: int) -> str:
     """The second section."""
     plain = Preprocess(SIZE)
     chosen = {f"one, {resize}": [dataclasses.replace(plain, resize=resize)] for resize in RESIZES}
-    chosen |= {"three that crop": [plain] * 3,
-               "one that crops, one that pads, one that squashes":
-               [dataclasses.replace(plain, policy=policy) for policy in POLICIES]}
+    chosen |= {
+        "three that crop": [plain] * 3,
+        "one that crops, one that pads, one that squashes": [
+            dataclasses.replace(plain, policy=policy) for policy in POLICIES
+        ],
+    }
     rows = cost(chosen, repeats)
     forward = float(rows[0][2]) / 2
     return f"""    python -m benchmarks.preprocess --out=docs/rewards.md
@@ -201,8 +237,18 @@ pixels for each of the {SIZE} x {SIZE}. "reduce" averages whole blocks first (2 
 `reducing_gap` of PIL's resize does, and leaves bicubic a factor of at least 2. Against "bicubic",
 on {count} scenes of the embedded world and its own CLIP, at the same ratio of sizes:
 
-{measure.table(["resize, images", "score, mean change / std of scores", "largest",
-                "cosine of image gradients, mean", "smallest"], effect(count))}
+{
+        measure.table(
+            [
+                "resize, images",
+                "score, mean change / std of scores",
+                "largest",
+                "cosine of image gradients, mean",
+                "smallest",
+            ],
+            effect(count),
+        )
+    }
 
 One image from 1024 to {SIZE} px, forward and each reward's own gradient, in one program:
 

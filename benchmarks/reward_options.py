@@ -26,8 +26,10 @@ OPTIONS = {
     "plain sum": ["objective.normalization=none"],
     "running spread": ["objective.normalization=running_std"],
     "conflicts projected": ["objective.conflicts=project"],
-    "caps at the guided base's scores": ["rewards.clip_score.cap=0.949",
-                                         "rewards.preference.cap=0.630"],
+    "caps at the guided base's scores": [
+        "rewards.clip_score.cap=0.949",
+        "rewards.preference.cap=0.630",
+    ],
     "sharpness 0.01": ["objective.sharpness=0.01"],
 }
 _BASE = "base_25_guided"
@@ -38,20 +40,33 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/reward_options", "folder of the runs")
     flags.DEFINE_string("out", None, "document whose section is written; else it is printed")
     flags.DEFINE_integer("steps", 100, "of each run", lower_bound=1)
-    flags.DEFINE_integer("num_prompts", 300, "of the validation set, that are judged",
-                         lower_bound=2)
+    flags.DEFINE_integer(
+        "num_prompts", 300, "of the validation set, that are judged", lower_bound=2
+    )
 
 
 def finished(folder: Path, changes: list[str]) -> dict[str, Any]:
     """The run's eval.json, once `r0_jax.main` has made it."""
     given = flags.FLAGS
-    settings = [f"steps={given.steps}", f"test.num_prompts={given.num_prompts}",
-                f"test.prompts={PROMPTS / 'validation.txt'}", f"eval_every={given.steps}",
-                "best_metric=", *changes]
+    settings = [
+        f"steps={given.steps}",
+        f"test.num_prompts={given.num_prompts}",
+        f"test.prompts={PROMPTS / 'validation.txt'}",
+        f"eval_every={given.steps}",
+        "best_metric=",
+        *changes,
+    ]
     if not (folder / "eval.json").is_file():
-        done = subprocess.run([sys.executable, "-m", "r0_jax.main",
-                               "--config=configs/shapes_r0.py", f"--workdir={folder}",
-                               *[f"--config.{setting}" for setting in settings]])
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "r0_jax.main",
+                "--config=configs/shapes_r0.py",
+                f"--workdir={folder}",
+                *[f"--config.{setting}" for setting in settings],
+            ]
+        )
         if done.returncode:
             raise InputError(f"the run in {folder} failed: see above")
     return json.loads((folder / "eval.json").read_text("utf-8"))
@@ -62,18 +77,27 @@ def row(name: str, model: dict[str, Any], signs: dict[str, float]) -> list[str]:
         return f"{model[metric]['value']:.{digits}f}"
 
     low, high = model["judge_accuracy"]["ci95"]
-    return [name, f"{value('judge_accuracy')} ± {(high - low) / 2:.3f}",
-            value("reward/clip_score"), value("reward/preference"), value("heldout_clip_score"),
-            value("frechet_distance", 4), value("diversity"),
-            *[f"{signs[sign]:.2f}" if sign in signs else "" for sign in _SIGNS]]
+    return [
+        name,
+        f"{value('judge_accuracy')} ± {(high - low) / 2:.3f}",
+        value("reward/clip_score"),
+        value("reward/preference"),
+        value("heldout_clip_score"),
+        value("frechet_distance", 4),
+        value("diversity"),
+        *[f"{signs[sign]:.2f}" if sign in signs else "" for sign in _SIGNS],
+    ]
 
 
 def last_signs(folder: Path) -> dict[str, float]:
     """Of hacking, of the last evaluation: multiples of what the base's images have."""
     found: dict[str, float] = {}
     for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
-        found |= {name.removeprefix("hacking/"): value for name, value in json.loads(line).items()
-                  if name.startswith("hacking/")}
+        found |= {
+            name.removeprefix("hacking/"): value
+            for name, value in json.loads(line).items()
+            if name.startswith("hacking/")
+        }
     return found
 
 
@@ -84,13 +108,26 @@ def main(argv: list[str]) -> None:
         folder = Path(given.workdir, name.replace(" ", "_").replace("'", ""))
         models = finished(folder, changes)["models"]
         if not rows:
-            rows = [row(base, models[key], {}) for base, key in
-                    (("base, 25 steps, guided", _BASE), ("base, 4 steps", "base_4"))]
+            rows = [
+                row(base, models[key], {})
+                for base, key in (("base, 25 steps, guided", _BASE), ("base, 4 steps", "base_4"))
+            ]
         rows.append(row(f"R0, 4 steps, {name}", models["r0_4"], last_signs(folder)))
-    header = ["", "judge accuracy", "clip_score", "preference", "held-out CLIP", "Frechet",
-              "diversity", *[sign.replace("_", " ") for sign in _SIGNS]]
-    changed = "\n".join(f"- {name}: `{' '.join(f'--config.{x}' for x in changes)}`"
-                        for name, changes in OPTIONS.items() if changes)
+    header = [
+        "",
+        "judge accuracy",
+        "clip_score",
+        "preference",
+        "held-out CLIP",
+        "Frechet",
+        "diversity",
+        *[sign.replace("_", " ") for sign in _SIGNS],
+    ]
+    changed = "\n".join(
+        f"- {name}: `{' '.join(f'--config.{x}' for x in changes)}`"
+        for name, changes in OPTIONS.items()
+        if changes
+    )
     text = f"""    python -m benchmarks.reward_options {measure.given_flags()} --out=docs/rewards.md
 
 {given.steps} steps of `configs/shapes_r0.py` each, which itself takes more, and

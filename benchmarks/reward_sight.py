@@ -48,8 +48,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the noise")
 
 
-def preferred(scores: Float[np.ndarray, "p s"], accepted: Bool[np.ndarray, "p s"],
-              rejected: Bool[np.ndarray, "p s"], seed: int) -> dict:
+def preferred(
+    scores: Float[np.ndarray, "p s"],
+    accepted: Bool[np.ndarray, "p s"],
+    rejected: Bool[np.ndarray, "p s"],
+    seed: int,
+) -> dict:
     """The share of pairs (accepted, rejected) of one prompt in which the accepted image scores
     higher, with a 95 % interval over prompts; NaN without pairs."""
     higher = scores[:, :, None] > scores[:, None, :]
@@ -57,12 +61,14 @@ def preferred(scores: Float[np.ndarray, "p s"], accepted: Bool[np.ndarray, "p s"
     counts = np.stack([(higher & pairs).sum((1, 2)), pairs.sum((1, 2))], axis=1)
     if not pairs.any():
         return {"value": float("nan"), "ci95": [float("nan")] * 2}
-    return statistics.bootstrap_ci(lambda c: c[:, 0].sum() / max(c[:, 1].sum(), 1), counts,
-                                   seed=seed)
+    return statistics.bootstrap_ci(
+        lambda c: c[:, 0].sum() / max(c[:, 1].sum(), 1), counts, seed=seed
+    )
 
 
-def implicit_reward(pipeline: Pipeline, seed: int
-                    ) -> Callable[[np.ndarray, list[str], float], Float[np.ndarray, " n"]]:
+def implicit_reward(
+    pipeline: Pipeline, seed: int
+) -> Callable[[np.ndarray, list[str], float], Float[np.ndarray, " n"]]:
     """(images, prompts, level) -> how much closer to the image the base's clean prediction of it,
     noised to `level`, is with the prompt than without."""
     table = grid.noise_levels(pipeline.scheduler_config)
@@ -78,10 +84,12 @@ def implicit_reward(pipeline: Pipeline, seed: int
         told = pipeline.encode_prompt(params, tokens)
 
         def error(conditioning):
-            output = pipeline.denoise(params[pipeline.generator_part], noised, timesteps,
-                                      conditioning)
-            x0, _ = noise_schedule.x0_and_epsilon(table.prediction_type, output, noised, alpha,
-                                                  sigma)
+            output = pipeline.denoise(
+                params[pipeline.generator_part], noised, timesteps, conditioning
+            )
+            x0, _ = noise_schedule.x0_and_epsilon(
+                table.prediction_type, output, noised, alpha, sigma
+            )
             return jnp.mean((x0 - latents) ** 2, axis=(1, 2, 3))
 
         return error(pipeline.encode_negative(params, empty, told)) - error(told)
@@ -94,8 +102,10 @@ def implicit_reward(pipeline: Pipeline, seed: int
             noise = rng.standard_normal((len(images), *pipeline.latent_shape)).astype(np.float32)
             for start in range(0, len(images), _BATCH):
                 rows = slice(start, start + _BATCH)
-                found[rows] += np.asarray(closer(params, images[rows], take(tokens, rows), index,
-                                                 noise[rows])) / DRAWS
+                found[rows] += (
+                    np.asarray(closer(params, images[rows], take(tokens, rows), index, noise[rows]))
+                    / DRAWS
+                )
         return found
 
     return measure
@@ -110,20 +120,23 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
     weights = opened.weights(opened.params(run.choose_step(Path(given.workdir), given.step)))
 
-    distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts:]
+    distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts :]
     shape = (len(distinct), given.samples_per_prompt)
     prompts = [prompt for prompt in distinct for _ in range(given.samples_per_prompt)]
     noise, keys = fixed_noise(given.seed, len(prompts), pipeline.latent_shape)
     mesh = sharding.local_mesh()
-    sampler = ImageSampler(pipeline, grid.grid(pipeline.scheduler_config,
-                                                   config.sampler.num_steps), 1.0, mesh=mesh)
-    params = lazy.place({**pipeline.params, pipeline.generator_part: weights},
-                        sharding.replicated(mesh))
+    sampler = ImageSampler(
+        pipeline, grid.grid(pipeline.scheduler_config, config.sampler.num_steps), 1.0, mesh=mesh
+    )
+    params = lazy.place(
+        {**pipeline.params, pipeline.generator_part: weights}, sharding.replicated(mesh)
+    )
     drawn = draw(sampler, params, pipeline.tokenize(prompts), noise, keys, _BATCH)
     verdict = judge(drawn, prompts)
     accepted = verdict.correct.reshape(shape)
-    outline = (~verdict.shape & verdict.presence & verdict.colour & verdict.size
-               & verdict.relation).reshape(shape)
+    outline = (
+        ~verdict.shape & verdict.presence & verdict.colour & verdict.size & verdict.relation
+    ).reshape(shape)
     kinds = {"all": ~accepted, "outline only": outline, "other": ~accepted & ~outline}
 
     pairs = [int((accepted.sum(1) * rejected.sum(1)).sum()) for rejected in kinds.values()]

@@ -38,8 +38,12 @@ TOWERS = [*open_clip.ARCHITECTURES, "image_reward"]
 
 
 def define_flags() -> None:
-    flags.DEFINE_multi_enum("tower", ["ViT-L-14", "ViT-H-14", "image_reward"], TOWERS,
-                            "HPS, PickScore are ViT-H-14; repeat the flag for several")
+    flags.DEFINE_multi_enum(
+        "tower",
+        ["ViT-L-14", "ViT-H-14", "image_reward"],
+        TOWERS,
+        "HPS, PickScore are ViT-H-14; repeat the flag for several",
+    )
     flags.DEFINE_integer("layers", 0, "keep so many layers; 0: all", lower_bound=0)
     flags.DEFINE_integer("batch_size", 8, "images at once", lower_bound=1)
     flags.DEFINE_integer("repeats", 9, "timed calls, after one that warms up", lower_bound=1)
@@ -65,11 +69,21 @@ class Pair(NamedTuple):
 def build(tower: str, layers: int, batch_size: int) -> Pair:
     """The networks, PyTorch's with random weights of the scale of trained ones."""
     if tower == "image_reward":
-        vision = {"image_size": SIZE, "patch_size": 16, "width": 1024, "layers": layers or 24,
-                  "heads": 16}
-        text = {"vocab_size": 30524, "hidden_size": 768, "num_attention_heads": 12,
-                "num_hidden_layers": min(layers or 12, 12), "intermediate_size": 3072,
-                "max_position_embeddings": 512}
+        vision = {
+            "image_size": SIZE,
+            "patch_size": 16,
+            "width": 1024,
+            "layers": layers or 24,
+            "heads": 16,
+        }
+        text = {
+            "vocab_size": 30524,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "num_hidden_layers": min(layers or 12, 12),
+            "intermediate_size": 3072,
+            "max_position_embeddings": 512,
+        }
         module = torch_twins.ImageReward(vision, text)
         config = ImageRewardConfig.from_json({"vision_config": vision, "text_config": text})
         network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
@@ -78,9 +92,16 @@ def build(tower: str, layers: int, batch_size: int) -> Pair:
         network, inputs = stacked_towers.build(tower, layers), ()
         config = network.config
         cfg: VisionCfg = config.vision_cfg
-        module = torch_twins.Vision(cfg.width, cfg.layers, cfg.heads, cfg.patch_size,
-                                    cfg.image_size, config.embed_dim, config.activation,
-                                    cfg.mlp_ratio)
+        module = torch_twins.Vision(
+            cfg.width,
+            cfg.layers,
+            cfg.heads,
+            cfg.patch_size,
+            cfg.image_size,
+            config.embed_dim,
+            config.activation,
+            cfg.mlp_ratio,
+        )
     generator = torch.Generator().manual_seed(0)
     for name, value in module.named_parameters():
         value.requires_grad_(False)  # only the image's gradient is asked for
@@ -104,12 +125,20 @@ def ours(pair: Pair, images: np.ndarray) -> list[Timing]:
     """Of the forward pass and of the image gradient."""
     given = flags.FLAGS
     state = pair.module.state_dict()
-    params = {name: jnp.asarray(convert.from_checkpoint(
-        name, state[convert.to_key(name)].numpy()), given.dtype) for name in pair.network.shapes}
+    params = {
+        name: jnp.asarray(
+            convert.from_checkpoint(name, state[convert.to_key(name)].numpy()), given.dtype
+        )
+        for name in pair.network.shapes
+    }
 
     def forward(params, images):
-        return pair.network(params, *pair.inputs, images).astype(jnp.float32).reshape(
-            len(images), -1).mean(axis=-1)
+        return (
+            pair.network(params, *pair.inputs, images)
+            .astype(jnp.float32)
+            .reshape(len(images), -1)
+            .mean(axis=-1)
+        )
 
     def gradient(params, images):
         return jax.grad(lambda x: forward(params, x).sum())(images)
@@ -121,8 +150,14 @@ def ours(pair: Pair, images: np.ndarray) -> list[Timing]:
         compile_time = time.perf_counter() - begin
         call = functools.partial(compiled, params, there)
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        found.append(Timing(measure.milliseconds(call, given.repeats), compile_time, memory,
-                            np.asarray(call(), np.float32)))
+        found.append(
+            Timing(
+                measure.milliseconds(call, given.repeats),
+                compile_time,
+                memory,
+                np.asarray(call(), np.float32),
+            )
+        )
     return found
 
 
@@ -173,34 +208,57 @@ def theirs(pair: Pair, images: np.ndarray) -> list[Timing]:
 def rows(tower: str) -> list[list[str]]:
     """One row for the forward pass, one for the image gradient."""
     given = flags.FLAGS
-    images = np.random.default_rng(0).standard_normal(
-        (given.batch_size, SIZE, SIZE, 3)).astype(np.float32)
+    images = (
+        np.random.default_rng(0)
+        .standard_normal((given.batch_size, SIZE, SIZE, 3))
+        .astype(np.float32)
+    )
     pair, found = build(tower, given.layers, given.batch_size), []
     both = zip(("forward", "image gradient"), ours(pair, images), theirs(pair, images), strict=True)
     for name, here, there in both:
         apart = np.abs(here.value - there.value).max() / np.abs(there.value).max()
         memory = ["" if x.memory is None else f"{x.memory:.0f}" for x in (here, there)]
-        found.append([f"{tower}, {name}", f"{here.milliseconds:.1f}", f"{there.milliseconds:.1f}",
-                      f"{there.milliseconds / here.milliseconds:.2f}", f"{apart:.0e}",
-                      f"{here.compile_time:.1f}", f"{there.compile_time:.1f}", *memory])
+        found.append(
+            [
+                f"{tower}, {name}",
+                f"{here.milliseconds:.1f}",
+                f"{there.milliseconds:.1f}",
+                f"{there.milliseconds / here.milliseconds:.2f}",
+                f"{apart:.0e}",
+                f"{here.compile_time:.1f}",
+                f"{there.compile_time:.1f}",
+                *memory,
+            ]
+        )
     return found
 
 
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    jax.config.update("jax_default_matmul_precision",
-                      "highest" if given.dtype == "float32" else "default")
+    jax.config.update(
+        "jax_default_matmul_precision", "highest" if given.dtype == "float32" else "default"
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = [row for tower in given.tower for row in rows(tower)]
-    header = ["tower", "r0_jax ms", "PyTorch ms", "PyTorch / r0_jax", "apart", "r0_jax compile s",
-              "PyTorch compile s", "r0_jax MiB", "PyTorch MiB"]
+    header = [
+        "tower",
+        "r0_jax ms",
+        "PyTorch ms",
+        "PyTorch / r0_jax",
+        "apart",
+        "r0_jax compile s",
+        "PyTorch compile s",
+        "r0_jax MiB",
+        "PyTorch MiB",
+    ]
     text = f"""    python -m benchmarks.rewards {measure.given_flags()}
 
-{given.batch_size} images of {SIZE} px, {given.layers or 'all'} layers, {given.dtype}, PyTorch
-{'compiled' if given.torch_compile else 'eager'}. "apart" is the largest difference as a share of
+{given.batch_size} images of {SIZE} px, {given.layers or "all"} layers, {given.dtype}, PyTorch
+{"compiled" if given.torch_compile else "eager"}. "apart" is the largest difference as a share of
 the largest element; memory is beyond weights and images{
-    '' if any(row[-1] for row in found) else ' (PyTorch does not tell on a CPU)'}.
+        "" if any(row[-1] for row in found) else " (PyTorch does not tell on a CPU)"
+    }.
 
 {measure.table(header, found)}
 

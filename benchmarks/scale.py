@@ -31,8 +31,11 @@ _RESULTS = Path("runs", "scale")
 _GIB = 2**30
 
 MODELS = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px", "sd3": "SD3-medium, 1024 px"}
-METHODS = {"lora-r0plus": ("LoRA R0+", "r0plus"), "lora-r0": ("LoRA R0", ""),
-           "full-r0plus": ("full R0+", "r0plus,full")}
+METHODS = {
+    "lora-r0plus": ("LoRA R0+", "r0plus"),
+    "lora-r0": ("LoRA R0", ""),
+    "full-r0plus": ("full R0+", "r0plus,full"),
+}
 SLICES = {"v5e-16": 16, "v5p-8": 4, "v6e-8": 8}  # and their chips
 WEAK = {"v5e-8": 8, "v5e-256": 256}  # chips in groups of 8, between which the batch alone is split
 
@@ -46,17 +49,30 @@ class Row(NamedTuple):
 
     def command(self) -> list[str]:
         """One image a chip; weights split over `fsdp` chips."""
-        return ["--config=configs/" + self.recipe, f"--topology={self.topology}",
-                f"--config.batch_size={self.chips}", f"--config.mesh.fsdp={self.fsdp}"]
+        return [
+            "--config=configs/" + self.recipe,
+            f"--topology={self.topology}",
+            f"--config.batch_size={self.chips}",
+            f"--config.mesh.fsdp={self.fsdp}",
+        ]
 
 
 def rows() -> list[Row]:
-    table = [Row(f"{model}-{method}-{name}", f"{model}_r0.py" + (variant and f":{variant}"), name,
-                 chips, chips)
-             for model in MODELS for method, (_, variant) in METHODS.items()
-             for name, chips in SLICES.items()]
-    return table + [Row(f"weak-{chips}", "sdxl_r0.py:r0plus", name, chips, 8)
-                    for name, chips in WEAK.items()]
+    table = [
+        Row(
+            f"{model}-{method}-{name}",
+            f"{model}_r0.py" + (variant and f":{variant}"),
+            name,
+            chips,
+            chips,
+        )
+        for model in MODELS
+        for method, (_, variant) in METHODS.items()
+        for name, chips in SLICES.items()
+    ]
+    return table + [
+        Row(f"weak-{chips}", "sdxl_r0.py:r0plus", name, chips, 8) for name, chips in WEAK.items()
+    ]
 
 
 def main(argv: list[str]) -> None:
@@ -67,8 +83,11 @@ def main(argv: list[str]) -> None:
     for row in rows():
         if _ONLY.value in row.name and not _read(row):
             print(row.name, flush=True)
-            ended = subprocess.run([sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
-                                   stdout=subprocess.PIPE, check=False)
+            ended = subprocess.run(
+                [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
+                stdout=subprocess.PIPE,
+                check=False,
+            )
             if ended.returncode == 0:
                 write_bytes(_path(row), ended.stdout)
             else:
@@ -94,37 +113,58 @@ def _read(row: Row) -> dict[str, Any] | None:
 def document() -> str:
     """The tables of what was compiled."""
     found = {row.name: read for row in rows() if (read := _read(row))}
-    lines = ["| | | slice | a chip holds, GiB | fits | TFLOP a step | HBM, GB | sent, GB | "
-             "bound by | images/s | MFU | compiled, s | host, GB |",
-             "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|"]
+    lines = [
+        "| | | slice | a chip holds, GiB | fits | TFLOP a step | HBM, GB | sent, GB | "
+        "bound by | images/s | MFU | compiled, s | host, GB |",
+        "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|",
+    ]
     for model, said in MODELS.items():
         for method, (how, _) in METHODS.items():
-            lines += [_line(said, how, name, found[key]) for name in SLICES
-                      if (key := f"{model}-{method}-{name}") in found]
+            lines += [
+                _line(said, how, name, found[key])
+                for name in SLICES
+                if (key := f"{model}-{method}-{name}") in found
+            ]
     text = "\n".join(lines)
     if all(f"weak-{chips}" in found for chips in WEAK.values()):
         few, many = (found[f"weak-{chips}"]["collective_bytes"] for chips in WEAK.values())
-        text += (f"\n\nWeak scaling, SDXL LoRA R0+ with weights split over 8 chips: a chip sends "
-                 f"{few / 1e9:.2f} GB a step among 8 chips and {many / 1e9:.2f} GB among 256, "
-                 f"{many / few - 1:+.1%}.")
-    text += ("\n\nOne image a chip (recipes take 2 to 4 at once, unless --config.device_batch=1); "
-             "weights split over all chips of a slice. `-`: not known.")
+        text += (
+            f"\n\nWeak scaling, SDXL LoRA R0+ with weights split over 8 chips: a chip sends "
+            f"{few / 1e9:.2f} GB a step among 8 chips and {many / 1e9:.2f} GB among 256, "
+            f"{many / few - 1:+.1%}."
+        )
+    text += (
+        "\n\nOne image a chip (recipes take 2 to 4 at once, unless --config.device_batch=1); "
+        "weights split over all chips of a slice. `-`: not known."
+    )
     if len(found) < len(rows()):
-        text += (f" {len(found)} of {len(rows())} programs were compiled so far: "
-                 "`python -m benchmarks.scale --out=docs/scale.md` goes on.")
+        text += (
+            f" {len(found)} of {len(rows())} programs were compiled so far: "
+            "`python -m benchmarks.scale --out=docs/scale.md` goes on."
+        )
     return text + f"\n\n{measure.machine('jax', 'libtpu')}"
 
 
 def _line(model: str, how: str, name: str, found: dict[str, Any]) -> str:
-    memory = (f"{found['peak_bytes_per_chip'] / _GIB:.1f} of "
-              f"{found['hbm_bytes_per_chip'] / _GIB:.1f}")
-    cells = [model, how, name, memory, "yes" if found["fits"] else "**no**",
-             f"{found['flops_per_step'] / 1e12:,.0f}"]
+    memory = (
+        f"{found['peak_bytes_per_chip'] / _GIB:.1f} of {found['hbm_bytes_per_chip'] / _GIB:.1f}"
+    )
+    cells = [
+        model,
+        how,
+        name,
+        memory,
+        "yes" if found["fits"] else "**no**",
+        f"{found['flops_per_step'] / 1e12:,.0f}",
+    ]
     if found["seconds"]:
-        cells += [f"{found['bytes_accessed'] / 1e9:,.0f}",
-                  f"{found['collective_bytes'] / 1e9:.1f}",
-                  re.sub("hbm", "HBM", found["bound_by"]),
-                  f"{found['predicted_images_per_sec']:,.1f}", f"{found['predicted_mfu']:.0%}"]
+        cells += [
+            f"{found['bytes_accessed'] / 1e9:,.0f}",
+            f"{found['collective_bytes'] / 1e9:.1f}",
+            re.sub("hbm", "HBM", found["bound_by"]),
+            f"{found['predicted_images_per_sec']:,.1f}",
+            f"{found['predicted_mfu']:.0%}",
+        ]
     else:
         cells += ["-"] * 5
     cells += [f"{found['compile_seconds']:.0f}", f"{found['host_bytes'] / 1e9:.1f}"]

@@ -36,12 +36,14 @@ def define_flags() -> None:
 def build(tower: str, layers: int) -> Network:
     """The vision tower, cut to `layers` layers if that is not 0."""
     fields = open_clip.ARCHITECTURES[tower]
-    config = OpenCLIPConfig.from_json(fields | {"vision_cfg": fields["vision_cfg"] | (
-        {"layers": layers} if layers else {})})
+    config = OpenCLIPConfig.from_json(
+        fields | {"vision_cfg": fields["vision_cfg"] | ({"layers": layers} if layers else {})}
+    )
 
     def construct(rngs):
-        module = VisionTransformer(config.vision_cfg, config.embed_dim, config.activation,
-                                   rngs=rngs)
+        module = VisionTransformer(
+            config.vision_cfg, config.embed_dim, config.activation, rngs=rngs
+        )
         module.config = config
         return module
 
@@ -56,12 +58,15 @@ def random_params(network: Network, seed: int, dtype: str) -> Params:
         noise = 0.02 * jax.random.normal(key, shape, jnp.float32)
         return (noise + name.endswith("scale")).astype(dtype)
 
-    return {name: draw(name, struct.shape, key)
-            for (name, struct), key in zip(network.shapes.items(), keys, strict=True)}
+    return {
+        name: draw(name, struct.shape, key)
+        for (name, struct), key in zip(network.shapes.items(), keys, strict=True)
+    }
 
 
 def ways(network: Network) -> dict:
     """name -> function of (list of params or stacked params, images): (features, gradients)."""
+
     def one(params, images):
         def feature(x):
             return network(params, x).astype(jnp.float32).mean(axis=-1)
@@ -71,7 +76,8 @@ def ways(network: Network) -> dict:
 
     return {
         "one after another": lambda params, images: jax.tree.map(
-            lambda *x: jnp.stack(x), *[one(p, images) for p in params]),
+            lambda *x: jnp.stack(x), *[one(p, images) for p in params]
+        ),
         "vmap": lambda params, images: jax.vmap(one, (0, None))(params, images),
         "map": lambda params, images: jax.lax.map(functools.partial(one, images=images), params),
     }
@@ -94,10 +100,16 @@ def rows(network: Network, batch_size: int) -> list[list[str]]:
         first = gradients if first is None else first
         took = measure.milliseconds(lambda c=compiled, p=params: c(p, images), given.repeats)
         plain = plain or took
-        found.append([
-            f"{batch_size}, {name}", f"{took:.1f}", f"{plain / took:.2f}", f"{compile_time:.1f}",
-            f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
-            f"{np.abs(gradients - first).max() / np.abs(first).max():.0e}"])
+        found.append(
+            [
+                f"{batch_size}, {name}",
+                f"{took:.1f}",
+                f"{plain / took:.2f}",
+                f"{compile_time:.1f}",
+                f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+                f"{np.abs(gradients - first).max() / np.abs(first).max():.0e}",
+            ]
+        )
     return found
 
 
@@ -106,11 +118,17 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     network = build(given.tower, given.layers)
     found = [row for size in given.batch_sizes for row in rows(network, int(size))]
-    header = ["images, towers", "ms", "times as fast", "s to compile", "temporary MiB",
-              "gradients apart"]
+    header = [
+        "images, towers",
+        "ms",
+        "times as fast",
+        "s to compile",
+        "temporary MiB",
+        "gradients apart",
+    ]
     text = f"""    python -m benchmarks.stacked_towers {measure.given_flags()}
 
-{given.towers} towers {given.tower}, {given.layers or 'all'} layers, {given.dtype}: features and
+{given.towers} towers {given.tower}, {given.layers or "all"} layers, {given.dtype}: features and
 image gradients of all.
 
 {measure.table(header, found)}

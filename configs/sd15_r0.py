@@ -46,12 +46,13 @@ def get_config(variants: str = "") -> ConfigDict:
         # The paper's three. Each has weight 1, since gradients are normalized one by one: weights
         # that others give to raw scores (ReNO: 5, 1 and 0.01) would not mean the same.
         config.rewards.hps_v2_1 = base.reward_entry("hps_v2_1", path="models/hps_v2_1")
-        config.rewards.image_reward = base.reward_entry("image_reward",
-                                                          path="models/image_reward")
-        config.rewards.clip_score = base.reward_entry("clip_score",
-                                                        path="models/clip-vit-large-patch14")
-        config.heldout_rewards.pickscore = base.reward_entry("pickscore",
-                                                               path="models/PickScore_v1")
+        config.rewards.image_reward = base.reward_entry("image_reward", path="models/image_reward")
+        config.rewards.clip_score = base.reward_entry(
+            "clip_score", path="models/clip-vit-large-patch14"
+        )
+        config.heldout_rewards.pickscore = base.reward_entry(
+            "pickscore", path="models/PickScore_v1"
+        )
     config.best_metric = "heldout/pickscore"
     config.regularizers.weight.weight = 1e-4
     config.regularizers.guidance.weight = 0.3

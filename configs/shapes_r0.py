@@ -30,10 +30,12 @@ def get_config(method: str = "r0") -> ConfigDict:
         config.rewards.clip_score = base.reward_entry("clip_score", path=clip)
         config.rewards.preference = base.reward_entry("clip_score", path=preference)
         # Only measured, and a judge of the preference model's own features.
-        config.heldout_rewards.aesthetic = base.reward_entry("aesthetic", path=preference,
-                                                               head=head)
+        config.heldout_rewards.aesthetic = base.reward_entry(
+            "aesthetic", path=preference, head=head
+        )
         config.heldout_rewards.heldout_clip = base.reward_entry(
-            "clip_score", path=str(CHECKPOINTS / "heldout_clip"))
+            "clip_score", path=str(CHECKPOINTS / "heldout_clip")
+        )
     config.regularizers.weight.weight = 1e-4
     # At these levels the base's own idea of the prompt tells a dented outline from a clean one; the
     # rewards hardly do. A weight of 5, or one of 3 at all levels, overdoes it.

@@ -33,11 +33,18 @@ from r0_jax import config as base
 def get_config(variants: str = "") -> ConfigDict:
     config = sd15_r0.get_config()
     with config.unlocked():
-        config.rewards = ConfigDict({
-            "chinese_clip": base.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
-            "aesthetic": base.reward_entry("aesthetic", path="models/clip-vit-large-patch14")})
-        config.heldout_rewards = ConfigDict({
-            "heldout_chinese_clip": base.reward_entry("chinese_clip",
-                                                        path="models/clip_cn_vit-h-14")})
+        config.rewards = ConfigDict(
+            {
+                "chinese_clip": base.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
+                "aesthetic": base.reward_entry("aesthetic", path="models/clip-vit-large-patch14"),
+            }
+        )
+        config.heldout_rewards = ConfigDict(
+            {
+                "heldout_chinese_clip": base.reward_entry(
+                    "chinese_clip", path="models/clip_cn_vit-h-14"
+                )
+            }
+        )
     config.best_metric = "heldout/heldout_chinese_clip"
     return base.apply_variants(config, variants, "Taiyi")

@@ -33,19 +33,29 @@ def main() -> int:
     environments = [_environment(flags, port, i) for i in range(flags.processes)]
     if flags.dry_run:
         for command, added in zip(commands, environments, strict=True):
-            print(shlex.join(["env", *(f"{name}={value}" for name, value in added.items()),
-                              *command]))
+            print(
+                shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command])
+            )
         return 0
     # A group of their own: Ctrl-C reaches them through here, once.
-    processes = [subprocess.Popen(command, env=os.environ | added, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, start_new_session=True)
-                 for command, added in zip(commands, environments, strict=True)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | added,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for command, added in zip(commands, environments, strict=True)
+    ]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _send(processes, number))
     unheard = functools.partial(_send, processes, signal.SIGTERM)
-    printers = [threading.Thread(target=_print, args=(i, stream, out, unheard))
-                for i, process in enumerate(processes)
-                for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))]
+    printers = [
+        threading.Thread(target=_print, args=(i, stream, out, unheard))
+        for i, process in enumerate(processes)
+        for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    ]
     for printer in printers:
         printer.start()
     status = _wait(processes, flags.grace)
@@ -61,14 +71,24 @@ def main() -> int:
 
 def _flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python launch/local.py --processes=N [flags] -- -m MODULE [its flags]")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python launch/local.py --processes=N [flags] -- -m MODULE [its flags]",
+    )
     parser.error = _error
     parser.add_argument("--processes", type=_positive, required=True, help="how many")
-    parser.add_argument("--devices_per_process", type=_positive, default=1,
-                        help="CPU devices that JAX shows in each")
-    parser.add_argument("--grace", type=_positive, default=120,
-                        help="seconds for the others when a process has failed")
+    parser.add_argument(
+        "--devices_per_process",
+        type=_positive,
+        default=1,
+        help="CPU devices that JAX shows in each",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_positive,
+        default=120,
+        help="seconds for the others when a process has failed",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("command", nargs="*", help="-m MODULE or FILE, and its flags")
     flags = parser.parse_args()

@@ -18,8 +18,10 @@ TENSOR_PARALLEL = (
     (r".*\.DenseReluDense\.wi(_[01])?\.kernel", "column"),
     (r".*\.DenseReluDense\.wo\.kernel", "row"),
     # Stable Diffusion 3's transformer; UNets say down_blocks... first.
-    (r"transformer_blocks\..*\.attn2?\.(to_[qkv]|add_[qkv]_proj)(\.lora_B)?\.(kernel|bias)",
-     "column"),
+    (
+        r"transformer_blocks\..*\.attn2?\.(to_[qkv]|add_[qkv]_proj)(\.lora_B)?\.(kernel|bias)",
+        "column",
+    ),
     (r"transformer_blocks\..*\.attn2?\.(to_out\.0|to_add_out)(\.lora_A)?\.kernel", "row"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.0\.proj(\.lora_B)?\.(kernel|bias)", "column"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.2(\.lora_A)?\.kernel", "row"),
@@ -131,11 +133,13 @@ def get_config() -> ConfigDict:
     # images with noise of standard deviation `std`; the norm of the rewards' weighted sum is cut
     # at `clip`. Both per sample.
     config.regularizers.gradient = ConfigDict(
-        {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9})
+        {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9}
+    )
     # weight * the implicit reward of classifier-free guidance with this `scale`, evaluated on the
     # output re-noised to a level between `least` and `most`.
     config.regularizers.guidance = ConfigDict(
-        {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98})
+        {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98}
+    )
 
     config.lora = ConfigDict()
     # Rank of the adapters, at most the smaller side of every layer's matrix; 0 trains all weights
@@ -273,9 +277,16 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
         config.lora.alpha, config.lora.rank = 4 * config.lora.alpha / config.lora.rank, 4
 
 
-def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
-                 logit_scale: bool = False, function: str = "", cap: float = 1e9,
-                 resize: str = "bicubic") -> ConfigDict:
+def reward_entry(
+    type: str,
+    weight: float = 1.0,
+    path: str = "",
+    head: str = "",
+    logit_scale: bool = False,
+    function: str = "",
+    cap: float = 1e9,
+    resize: str = "bicubic",
+) -> ConfigDict:
     """One reward.
 
     Args:
@@ -290,6 +301,15 @@ def reward_entry(type: str, weight: float = 1.0, path: str = "", head: str = "",
       resize: how images come down to the size of the reward's tower: "bicubic", with antialiasing,
         as published; "reduce": means of whole blocks of pixels first (docs/rewards.md compares).
     """
-    return ConfigDict({"type": type, "weight": weight, "path": path, "head": head,
-                       "logit_scale": logit_scale, "function": function, "cap": cap,
-                       "resize": resize})
+    return ConfigDict(
+        {
+            "type": type,
+            "weight": weight,
+            "path": path,
+            "head": head,
+            "logit_scale": logit_scale,
+            "function": function,
+            "cap": cap,
+            "resize": resize,
+        }
+    )

@@ -19,29 +19,47 @@ from r0_jax.pipelines import families
 REMATS = ("blocks", "calls", "none")
 # Field -> least and most of its numbers; what has checks of its own is not here.
 RANGES = {
-    "seed": (0, 2**32 - 1), "steps": (1, math.inf), "log_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf), "eval_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf), "early_stop": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "steps": (1, math.inf),
+    "log_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "eval_every": (1, math.inf),
+    "keep_checkpoints": (1, math.inf),
+    "early_stop": (0, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
-    "ema_decay": (0, 1), "sampler.num_steps": (1, grid.MOST_STEPS), "sampler.eta": (0, 1),
-    "eval.num_prompts": (1, math.inf), "eval.grid": (1, math.inf), "lora.rank": (0, math.inf),
-    "lora.alpha": (0, math.inf), "objective.delta": (0, math.inf),
+    "ema_decay": (0, 1),
+    "sampler.num_steps": (1, grid.MOST_STEPS),
+    "sampler.eta": (0, 1),
+    "eval.num_prompts": (1, math.inf),
+    "eval.grid": (1, math.inf),
+    "lora.rank": (0, math.inf),
+    "lora.alpha": (0, math.inf),
+    "objective.delta": (0, math.inf),
     "objective.sharpness": (0, math.inf),
-    "regularizers.gradient.weight": (0, 1), "regularizers.gradient.samples": (1, math.inf),
-    "regularizers.gradient.std": (0, math.inf), "regularizers.gradient.clip": (0, math.inf),
-    "regularizers.feature.least": (0, 1), "regularizers.feature.most": (0, 1),
-    "regularizers.guidance.least": (0, 1), "regularizers.guidance.most": (0, 1),
-    "regularizers.guidance.scale": (0, math.inf), "processes.start_timeout": (1, math.inf),
-    "processes.lost_timeout": (1, math.inf), "processes.hang_timeout": (1, math.inf),
-}  # fmt: skip
+    "regularizers.gradient.weight": (0, 1),
+    "regularizers.gradient.samples": (1, math.inf),
+    "regularizers.gradient.std": (0, math.inf),
+    "regularizers.gradient.clip": (0, math.inf),
+    "regularizers.feature.least": (0, 1),
+    "regularizers.feature.most": (0, 1),
+    "regularizers.guidance.least": (0, 1),
+    "regularizers.guidance.most": (0, 1),
+    "regularizers.guidance.scale": (0, math.inf),
+    "processes.start_timeout": (1, math.inf),
+    "processes.lost_timeout": (1, math.inf),
+    "processes.hang_timeout": (1, math.inf),
+}
 
 
 def check_config(config: ConfigDict, device: Any = None) -> None:
     """InputError for values that no later check would name, where the config is to run on `device`,
     by default on this machine."""
     check_fields(config)
-    ranges = RANGES | {f"regularizers.{name}.weight": (0, math.inf) for name in config.regularizers
-                       if name != "gradient"}
+    ranges = RANGES | {
+        f"regularizers.{name}.weight": (0, math.inf)
+        for name in config.regularizers
+        if name != "gradient"
+    }
     for field, (least, most) in ranges.items():
         value = functools.reduce(lambda part, name: part[name], field.split("."), config)
         if not (least <= value <= most and value < math.inf):
@@ -52,19 +70,23 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         if isinstance(value, float) and not math.isfinite(value) and field != "optimizer.clip_norm":
             raise InputError(f"{field}={value} must be a finite number")
     if config.objective.method not in ("r0", "r0plus"):
-        raise InputError(f"objective.method={config.objective.method!r} is unknown; "
-                         "use 'r0' or 'r0plus'")
+        raise InputError(
+            f"objective.method={config.objective.method!r} is unknown; use 'r0' or 'r0plus'"
+        )
     if config.remat not in REMATS:
-        raise InputError(f"remat={config.remat!r} is unknown; use "
-                         f"{', '.join(map(repr, REMATS))}")
+        raise InputError(f"remat={config.remat!r} is unknown; use {', '.join(map(repr, REMATS))}")
     for field, known in (("normalization", NORMALIZATIONS), ("conflicts", CONFLICTS)):
         if config.objective[field] not in known:
-            raise InputError(f"objective.{field}={config.objective[field]!r} is unknown; "
-                             f"use {' or '.join(map(repr, known))}")
+            raise InputError(
+                f"objective.{field}={config.objective[field]!r} is unknown; "
+                f"use {' or '.join(map(repr, known))}"
+            )
     r0 = config.objective.method == "r0"
     if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
-        raise InputError(f"objective.grad_steps={config.objective.grad_steps} must be between 1 "
-                         f"and sampler.num_steps={config.sampler.num_steps}")
+        raise InputError(
+            f"objective.grad_steps={config.objective.grad_steps} must be between 1 "
+            f"and sampler.num_steps={config.sampler.num_steps}"
+        )
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
     attention_backend.check(config.attention, config.dtype, device)
@@ -78,14 +100,21 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
     measured = [f"eval/{name}" for name in config.rewards]
     measured += [f"heldout/{name}" for name in config.heldout_rewards]
     if config.best_metric and config.best_metric not in measured:
-        raise InputError(f"best_metric={config.best_metric!r} is not measured; there are "
-                         f"{', '.join(measured)}, or '' to keep none")
+        raise InputError(
+            f"best_metric={config.best_metric!r} is not measured; there are "
+            f"{', '.join(measured)}, or '' to keep none"
+        )
     if config.early_stop and not config.best_metric:
-        raise InputError(f"early_stop={config.early_stop} needs best_metric, which it follows; "
-                         f"there are {', '.join(measured)}")
+        raise InputError(
+            f"early_stop={config.early_stop} needs best_metric, which it follows; "
+            f"there are {', '.join(measured)}"
+        )
     if not any(entry.weight for entry in config.regularizers.values()):
-        warnings.warn("all regularizers have weight 0: rewards alone collapse the generator; "
-                      "set regularizers.weight.weight", stacklevel=2)
+        warnings.warn(
+            "all regularizers have weight 0: rewards alone collapse the generator; "
+            "set regularizers.weight.weight",
+            stacklevel=2,
+        )
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -94,14 +123,18 @@ def check_fields(config: ConfigDict) -> None:
     there = [name for name, _ in named_fields(config.to_dict())]
     known = [name for name, _ in named_fields(base.get_config().to_dict())]
     if missing := [name for name in known if name not in there]:
-        raise InputError(f"the config has no {missing[0]}: begin it with "
-                         "config = r0_jax.config.get_config(), as the recipes in configs/ do")
+        raise InputError(
+            f"the config has no {missing[0]}: begin it with "
+            "config = r0_jax.config.get_config(), as the recipes in configs/ do"
+        )
     # A recipe unlocks its config to add rewards, and can then mistype whatever else it sets.
     for name in there:
         if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
             near = "".join(difflib.get_close_matches(name, known, n=1))
-            raise InputError(f"the config has a field that does not exist, {name}"
-                             + (f"; did you mean {near}?" if near else ""))
+            raise InputError(
+                f"the config has a field that does not exist, {name}"
+                + (f"; did you mean {near}?" if near else "")
+            )
     for section in ("rewards", "heldout_rewards"):
         for name, entry in config[section].items():
             check_reward(f"{section}.{name}", entry)
@@ -112,8 +145,10 @@ def check_reward(name: str, entry: Any) -> None:
     expected = base.reward_entry(type="").to_dict()
     fields = entry.to_dict() if isinstance(entry, ConfigDict) else {}
     if different := set(fields) ^ set(expected):
-        raise InputError(f"{name} should not have, or lacks, {min(different)}: "
-                         "make it with r0_jax.config.reward_entry(...)")
+        raise InputError(
+            f"{name} should not have, or lacks, {min(different)}: "
+            "make it with r0_jax.config.reward_entry(...)"
+        )
     for field, default in expected.items():
         kind, value = type(default), fields[field]
         if not (isinstance(value, kind) or (kind is float and type(value) is int)):

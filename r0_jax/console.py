@@ -17,24 +17,34 @@ class TrainingProgress:
     def __init__(self, steps: int, start_step: int, console: Console):
         self._console, self._steps = console, steps
         self._next_line = time.monotonic()
-        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(24),
-                             TextColumn("{task.description}"), console=console,
-                             disable=not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(24),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("compiling", total=steps, completed=start_step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics of `step`."""
-        shown = [f"{name.removeprefix('reward/')} {value:.3f}" for name, value in metrics.items()
-                 if name.startswith("reward/")]
+        shown = [
+            f"{name.removeprefix('reward/')} {value:.3f}"
+            for name, value in metrics.items()
+            if name.startswith("reward/")
+        ]
         shown.append(f"{metrics['perf/images_per_sec']:.1f} images/s")
         shown.append(f"{_clock(metrics['perf/seconds_left'])} left")
         text = "  ".join(shown)
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and (
-                time.monotonic() >= self._next_line or step == self._steps):
+            time.monotonic() >= self._next_line or step == self._steps
+        ):
             self._next_line = time.monotonic() + _SECONDS
-            self._console.print(f"step {step}/{self._steps}  {text}", highlight=False,
-                                soft_wrap=True)
+            self._console.print(
+                f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=True
+            )
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -51,9 +61,14 @@ class EncodingProgress:
         self._console, self._prompts, self._done = console, prompts, 0
         self._since: tuple[float, int] | None = None  # time and prompts done, after compilation
         self._next_line = time.monotonic() + _SECONDS
-        self._bar = Progress(TextColumn("prompts"), MofNCompleteColumn(), BarColumn(24),
-                             TextColumn("{task.description}"), console=console,
-                             disable=not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("prompts"),
+            MofNCompleteColumn(),
+            BarColumn(24),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("compiling", total=prompts)
 
     @property
@@ -73,8 +88,9 @@ class EncodingProgress:
         self._bar.update(self._task, completed=self._done, description=text)
         if not self._console.is_terminal and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _SECONDS
-            self._console.print(f"{self._done}/{self._prompts} prompts  {text}", highlight=False,
-                                soft_wrap=True)
+            self._console.print(
+                f"{self._done}/{self._prompts} prompts  {text}", highlight=False, soft_wrap=True
+            )
 
     def __enter__(self) -> "EncodingProgress":
         self._bar.start()

@@ -82,16 +82,24 @@ def _open_clip(resize_mode: str) -> Layout:
 
     return Layout(
         _network(OpenCLIP, OpenCLIPConfig),
-        lambda fields: {OPEN_CLIP_CONFIG: {"model_cfg": fields,
-                                           "preprocess_cfg": {"resize_mode": resize_mode}}},
-        "open_clip_model.safetensors", tokenizer)
+        lambda fields: {
+            OPEN_CLIP_CONFIG: {"model_cfg": fields, "preprocess_cfg": {"resize_mode": resize_mode}}
+        },
+        "open_clip_model.safetensors",
+        tokenizer,
+    )
 
 
 def _clip_files(fields: Fields) -> dict[str, Fields]:
     size = CLIPConfig.from_json(fields).vision_config.image_size
-    return {"config.json": {"model_type": "clip"} | fields,
-            "preprocessor_config.json": {"resample": 3, "size": {"shortest_edge": size},
-                                         "crop_size": {"height": size, "width": size}}}
+    return {
+        "config.json": {"model_type": "clip"} | fields,
+        "preprocessor_config.json": {
+            "resample": 3,
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+        },
+    }
 
 
 def _clip_tokenizer(folder: Path, fields: Fields) -> object:
@@ -102,12 +110,24 @@ def _clip_tokenizer(folder: Path, fields: Fields) -> object:
 _HPS = _open_clip("longest")
 _CLIP_H = {
     "projection_dim": 1024,
-    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                    "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024,
-                    "eos_token_id": 2},
-    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-                      "num_attention_heads": 16, "patch_size": 14, "hidden_act": "gelu",
-                      "projection_dim": 1024},
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+        "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+    },
 }
 # Reward -> its layout, its architectures by name, and the one it is published in ("": several).
 REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
@@ -116,26 +136,43 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
     "clip_score": (_open_clip("shortest"), open_clip.ARCHITECTURES, ""),
     "pickscore": (
         Layout(_network(CLIPModel, CLIPConfig), _clip_files, "model.safetensors", _clip_tokenizer),
-        {"CLIP-H": _CLIP_H}, "CLIP-H"),
+        {"CLIP-H": _CLIP_H},
+        "CLIP-H",
+    ),
     "image_reward": (
-        Layout(_network(ImageReward, ImageRewardConfig),
-               lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
-               "model.safetensors",
-               lambda folder, fields: prompt_text.wordpiece(
-                   folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size,
-                   SPECIAL)),
-        {"v1.0": {}}, "v1.0"),
+        Layout(
+            _network(ImageReward, ImageRewardConfig),
+            lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
+            "model.safetensors",
+            lambda folder, fields: prompt_text.wordpiece(
+                folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size, SPECIAL
+            ),
+        ),
+        {"v1.0": {}},
+        "v1.0",
+    ),
     "chinese_clip": (
-        Layout(_network(CNCLIP, CNCLIPConfig),
-               lambda fields: {"config.json": {"model_type": "cn_clip"} | fields},
-               "model.safetensors",
-               lambda folder, fields: prompt_text.wordpiece(
-                   folder, 2, CNCLIPConfig.from_json(fields).text.vocab_size)),
-        chinese_clip.ARCHITECTURES, ""),
+        Layout(
+            _network(CNCLIP, CNCLIPConfig),
+            lambda fields: {"config.json": {"model_type": "cn_clip"} | fields},
+            "model.safetensors",
+            lambda folder, fields: prompt_text.wordpiece(
+                folder, 2, CNCLIPConfig.from_json(fields).text.vocab_size
+            ),
+        ),
+        chinese_clip.ARCHITECTURES,
+        "",
+    ),
     "aesthetic": (
-        Layout(lambda fields: Network.abstract(lambda rngs: ScoreMLP(fields["inputs"], rngs=rngs)),
-               lambda fields: {}, HEAD, None),
-        {"ViT-L-14": {"inputs": 768}}, "ViT-L-14"),
+        Layout(
+            lambda fields: Network.abstract(lambda rngs: ScoreMLP(fields["inputs"], rngs=rngs)),
+            lambda fields: {},
+            HEAD,
+            None,
+        ),
+        {"ViT-L-14": {"inputs": 768}},
+        "ViT-L-14",
+    ),
 }
 
 
@@ -143,16 +180,28 @@ def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
     flags.DEFINE_enum("reward", None, list(REWARDS), "what the checkpoint is", required=True)
     flags.DEFINE_string("checkpoint", None, "the published file", required=True)
-    flags.DEFINE_string("out", None, "the folder to make; for aesthetic, a CLIP folder to put the "
-                        "head into", required=True)
-    flags.DEFINE_string("tokenizer", None, "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a "
-                        "folder with a tokenizer of that kind")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "the folder to make; for aesthetic, a CLIP folder to put the head into",
+        required=True,
+    )
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with a tokenizer of that kind",
+    )
     flags.DEFINE_string("architecture", None, "by name, where the reward is published in several")
     flags.DEFINE_string("architecture_config", None, "or a JSON file with its fields")
 
 
-def convert_reward(reward: str, checkpoint: Path, out: Path, tokenizer: Path | None = None,
-                   fields: Fields | None = None) -> None:
+def convert_reward(
+    reward: str,
+    checkpoint: Path,
+    out: Path,
+    tokenizer: Path | None = None,
+    fields: Fields | None = None,
+) -> None:
     """Makes the folder `out`, in the dtype of the checkpoint; `fields` are the architecture's.
 
     Raises InputError for a file that is not what `reward` is published as; nothing is written
@@ -172,8 +221,9 @@ def convert_reward(reward: str, checkpoint: Path, out: Path, tokenizer: Path | N
             write_tokenizer(tokenizer, Path(tried))
             layout.tokenizer(Path(tried), fields)
         write_tokenizer(tokenizer, out)
-    convert.save_tensors({key: np.asarray(tensors[key], order="C") for key in keys.values()},
-                         out / layout.weights)
+    convert.save_tensors(
+        {key: np.asarray(tensors[key], order="C") for key in keys.values()}, out / layout.weights
+    )
     for name, contents in layout.files(fields).items():
         write_bytes(out / name, json.dumps(contents, indent=1).encode())
 
@@ -199,19 +249,26 @@ def _read_pickle(path: Path) -> Tensors:
     try:
         import torch
     except ImportError:
-        raise InputError(f"{path} is a pickle, which only torch reads: pip install torch, or give "
-                         "a .safetensors file") from None
+        raise InputError(
+            f"{path} is a pickle, which only torch reads: pip install torch, or give "
+            "a .safetensors file"
+        ) from None
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # which one depends on where the file stops making sense
         reason = str(e).splitlines()[0] if str(e) else "it ends too early"
-        raise InputError(f"{path} is no whole file of plain tensors, and nothing else in it is "
-                         f"ever run ({reason})") from None
+        raise InputError(
+            f"{path} is no whole file of plain tensors, and nothing else in it is "
+            f"ever run ({reason})"
+        ) from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)} \
-        if isinstance(state, Mapping) else {}
+    tensors = (
+        {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        if isinstance(state, Mapping)
+        else {}
+    )
     if not tensors:
         raise InputError(f"{path} holds no tensors by name")
 
@@ -226,8 +283,14 @@ def _read_pickle(path: Path) -> Tensors:
 
 def write_tokenizer(source: Path, out: Path) -> None:
     """Puts a tokenizer's files into `out`: OpenAI's merges, BERT's vocabulary, or a folder's."""
-    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "vocab.txt")
+    names = (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    )
     if not source.exists():
         raise InputError(f"--tokenizer={source}: no such file or folder")
     if source.is_dir():
@@ -243,8 +306,10 @@ def write_tokenizer(source: Path, out: Path) -> None:
     elif source.suffix == ".txt":
         write_bytes(out / "vocab.txt", source.read_bytes())
     else:
-        raise InputError(f"--tokenizer={source}: expected OpenAI's merges (.txt.gz), BERT's "
-                         "vocab.txt, or a folder")
+        raise InputError(
+            f"--tokenizer={source}: expected OpenAI's merges (.txt.gz), BERT's "
+            "vocab.txt, or a folder"
+        )
 
 
 def _write_bpe(path: Path, out: Path) -> None:
@@ -253,11 +318,16 @@ def _write_bpe(path: Path, out: Path) -> None:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
-    merges = [line for line in lines[1:1 + _BPE_MERGES] if len(line.split()) == 2]
+    merges = [line for line in lines[1 : 1 + _BPE_MERGES] if len(line.split()) == 2]
     # Bytes that print stand for themselves and come first; the others follow from code 256 on.
     letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
-    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges),
-              _START, _END]
+    tokens = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m.split()) for m in merges),
+        _START,
+        _END,
+    ]
     vocab = {token: i for i, token in enumerate(tokens)}
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | special
@@ -275,12 +345,18 @@ def main(argv: list[str]) -> None:
     else:
         name = given.architecture or usual
         if name not in architectures:
-            raise InputError(f"--architecture={name}: {given.reward} is published as "
-                             f"{', '.join(architectures)}")
+            raise InputError(
+                f"--architecture={name}: {given.reward} is published as {', '.join(architectures)}"
+            )
         fields = architectures[name]
     out = remote.output(given.out)
-    convert_reward(given.reward, remote.local(given.checkpoint), out,
-                   remote.local(given.tokenizer) if given.tokenizer else None, fields)
+    convert_reward(
+        given.reward,
+        remote.local(given.checkpoint),
+        out,
+        remote.local(given.tokenizer) if given.tokenizer else None,
+        fields,
+    )
     print(f"{given.reward} is in {out}")
 
 

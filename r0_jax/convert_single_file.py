@@ -30,23 +30,36 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Family -> where its configs are published, and the first letters of the keys of its other parts.
 _FAMILIES = {
-    "StableDiffusionPipeline": ("stable-diffusion-v1-5/stable-diffusion-v1-5", {
-        "text encoder": ("cond_stage_model.transformer.",),
-        "VAE": ("first_stage_model.", "vae.")}),
-    "StableDiffusionXLPipeline": ("stabilityai/stable-diffusion-xl-base-1.0", {
-        "first text encoder": ("conditioner.embedders.0.transformer.",),
-        "second text encoder": ("conditioner.embedders.1.model.",),
-        "VAE": ("first_stage_model.", "vae.")}),
-    "StableDiffusion3Pipeline": ("stabilityai/stable-diffusion-3-medium-diffusers", {
-        "first text encoder": ("text_encoders.clip_l.",),
-        "second text encoder": ("text_encoders.clip_g.",),
-        "VAE": ("first_stage_model.", "vae.")}),
+    "StableDiffusionPipeline": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        {"text encoder": ("cond_stage_model.transformer.",), "VAE": ("first_stage_model.", "vae.")},
+    ),
+    "StableDiffusionXLPipeline": (
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        {
+            "first text encoder": ("conditioner.embedders.0.transformer.",),
+            "second text encoder": ("conditioner.embedders.1.model.",),
+            "VAE": ("first_stage_model.", "vae."),
+        },
+    ),
+    "StableDiffusion3Pipeline": (
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        {
+            "first text encoder": ("text_encoders.clip_l.",),
+            "second text encoder": ("text_encoders.clip_g.",),
+            "VAE": ("first_stage_model.", "vae."),
+        },
+    ),
 }
 _T5 = "text_encoders.t5xxl.transformer.shared.weight"
 # What a pipeline can do without, and we do.
 _LEFT_OUT = {
-    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None,
-                                "image_encoder": None, "requires_safety_checker": False},
+    "StableDiffusionPipeline": {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    },
     "StableDiffusionXLPipeline": {"feature_extractor": None, "image_encoder": None},
     "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
 }
@@ -57,9 +70,13 @@ def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
     flags.DEFINE_string("checkpoint", None, "the .safetensors file", required=True)
     flags.DEFINE_string("out", None, "the diffusers folder to make", required=True)
-    flags.DEFINE_string("config", None, "a diffusers folder of the family, for its configs and "
-                        "tokenizers; by default the published one, where the cache of the Hugging "
-                        "Face Hub has it")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "a diffusers folder of the family, for its configs and "
+        "tokenizers; by default the published one, where the cache of the Hugging "
+        "Face Hub has it",
+    )
 
 
 def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None) -> str:
@@ -77,8 +94,10 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
     config = config or _cached_config(family)
     index = read_index(config)
     if (found := index["_class_name"]) != family:
-        raise InputError(f"{checkpoint} is {describe(family)}, --config={config} is "
-                         f"{describe(found)}: give the configs of the same family")
+        raise InputError(
+            f"{checkpoint} is {describe(family)}, --config={config} is "
+            f"{describe(found)}: give the configs of the same family"
+        )
     left_out = dict(_LEFT_OUT[family])
     if family == "StableDiffusion3Pipeline" and _T5 not in shapes:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
@@ -93,8 +112,12 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
         _copy_configs(config, building / "config")
         with _told(checkpoint, config):
             pipeline = getattr(diffusers, family).from_single_file(
-                str(checkpoint), config=str(building / "config"), local_files_only=True,
-                torch_dtype=getattr(torch, _common(dtypes)), **left_out)
+                str(checkpoint),
+                config=str(building / "config"),
+                local_files_only=True,
+                torch_dtype=getattr(torch, _common(dtypes)),
+                **left_out,
+            )
         _check_whole(pipeline, checkpoint, config)
         try:
             pipeline.save_pretrained(building / "pipeline")
@@ -110,6 +133,7 @@ def find_family(shapes: Shapes, path: Path) -> str:
     Raises InputError, which calls it `path`, for another kind of checkpoint and where a part is
     missing.
     """
+
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in shapes)
 
@@ -119,11 +143,15 @@ def find_family(shapes: Shapes, path: Path) -> str:
         family = "StableDiffusion3Pipeline"
     elif first is None:
         example = min(shapes, default="nothing")
-        raise InputError(f"{path} is not a single-file checkpoint of a pipeline (it holds "
-                         f"{example}): {supported}")
+        raise InputError(
+            f"{path} is not a single-file checkpoint of a pipeline (it holds "
+            f"{example}): {supported}"
+        )
     elif first[1:2] != (4,):
-        raise InputError(f"{path} is a checkpoint for inpainting or editing: its UNet reads "
-                         f"{first[1]} channels, not 4")
+        raise InputError(
+            f"{path} is a checkpoint for inpainting or editing: its UNet reads "
+            f"{first[1]} channels, not 4"
+        )
     elif has("conditioner.embedders.1.model."):
         family = "StableDiffusionXLPipeline"
     elif has("conditioner.embedders.0.model."):
@@ -134,8 +162,11 @@ def find_family(shapes: Shapes, path: Path) -> str:
         family = "StableDiffusionPipeline"
     for part, prefixes in _FAMILIES[family][1].items():
         if not has(*prefixes):
-            advice = (": take the file that is called incl_clips"
-                      if family == "StableDiffusion3Pipeline" else ": take the whole checkpoint")
+            advice = (
+                ": take the file that is called incl_clips"
+                if family == "StableDiffusion3Pipeline"
+                else ": take the whole checkpoint"
+            )
             raise InputError(f"{path}, which is {describe(family)}, has no {part}{advice}")
     return family
 
@@ -147,11 +178,15 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip or path.suffix in _PICKLES:
-        raise InputError(f"{path} is a pickle, which may run any program when it is read, so it is "
-                         "not: get the checkpoint as .safetensors, which most are published as")
+        raise InputError(
+            f"{path} is a pickle, which may run any program when it is read, so it is "
+            "not: get the checkpoint as .safetensors, which most are published as"
+        )
     tensors = TensorFile(path).tensors
-    return ({key: tensor.shape for key, tensor in tensors.items()},
-            {tensor.dtype for tensor in tensors.values() if "float" in tensor.dtype})
+    return (
+        {key: tensor.shape for key, tensor in tensors.items()},
+        {tensor.dtype for tensor in tensors.values() if "float" in tensor.dtype},
+    )
 
 
 def _common(dtypes: set[str]) -> str:
@@ -172,14 +207,22 @@ def _cached_config(family: str) -> Path:
         raise InputError(
             f"a checkpoint holds no configs and no tokenizers: give --config=DIR, a diffusers "
             f"folder of {describe(family)} such as {published} on the Hugging Face Hub, of which "
-            "the JSON and TXT files are enough (model_index.json and a folder a part)") from None
+            "the JSON and TXT files are enough (model_index.json and a folder a part)"
+        ) from None
 
 
 def _copy_configs(source: Path, target: Path) -> None:
     """All of a diffusers folder but its weights, which diffusers would take for a missing part."""
+
     def unwanted(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if not (Path(folder, name).is_dir() or (
-            name.endswith((".json", ".txt", ".model")) and ".index." not in name))]
+        return [
+            name
+            for name in names
+            if not (
+                Path(folder, name).is_dir()
+                or (name.endswith((".json", ".txt", ".model")) and ".index." not in name)
+            )
+        ]
 
     shutil.copytree(source, target, ignore=unwanted)
 
@@ -190,8 +233,10 @@ def _import():
         import torch
         import transformers
     except ImportError as error:
-        raise InputError(f"single files are read by diffusers and torch, and {error.name} is not "
-                         "installed: make install-dev") from None
+        raise InputError(
+            f"single files are read by diffusers and torch, and {error.name} is not "
+            "installed: make install-dev"
+        ) from None
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -212,14 +257,17 @@ def _told(checkpoint: Path, config: Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if "meta tensor" in reason:  # what torch says of parameters that were never filled
             reason = "weights that the configs ask for are missing"
-        raise InputError(f"diffusers cannot read {checkpoint} with the configs of {config}: "
-                         f"{reason}") from None
+        raise InputError(
+            f"diffusers cannot read {checkpoint} with the configs of {config}: {reason}"
+        ) from None
     finally:
         logger.handlers[:] = handlers
     for message in unused:
         if "were not used" in message:
-            raise InputError(f"{checkpoint} does not fit the configs of {config}: "
-                             f"{' '.join(message.split())[:200]}")
+            raise InputError(
+                f"{checkpoint} does not fit the configs of {config}: "
+                f"{' '.join(message.split())[:200]}"
+            )
 
 
 def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
@@ -228,15 +276,20 @@ def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
             module.tie_weights()
         for name, value in getattr(module, "state_dict", dict)().items():
             if value.is_meta:
-                raise InputError(f"{checkpoint} has no {name} for the {part} of {config}: they "
-                                 "belong to different models, or the checkpoint is not whole")
+                raise InputError(
+                    f"{checkpoint} has no {name} for the {part} of {config}: they "
+                    "belong to different models, or the checkpoint is not whole"
+                )
 
 
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    family = convert_single_file(remote.local(given.checkpoint), remote.output(given.out),
-                                 remote.local(given.config) if given.config else None)
+    family = convert_single_file(
+        remote.local(given.checkpoint),
+        remote.output(given.out),
+        remote.local(given.config) if given.config else None,
+    )
     print(f"{given.out} is {describe(family)}")
 
 

@@ -48,10 +48,15 @@ def define_flags() -> flags.FlagHolder[ConfigDict]:
     flags.DEFINE_string("out", None, "folder of the dataset", required=True)
     flags.DEFINE_enum("dtype", "bfloat16", list(encoded_prompts.DTYPES), "of floats on disk")
     flags.DEFINE_integer("batch_size", 32, "prompts encoded at once", lower_bound=1)
-    flags.DEFINE_integer("shard_prompts", encoded_prompts.SHARD_PROMPTS,
-                         "prompts in a file: what a kill may cost", lower_bound=1)
-    flags.DEFINE_integer("process", None, "which of the processes that share the work this is, "
-                         "from 0", lower_bound=0)
+    flags.DEFINE_integer(
+        "shard_prompts",
+        encoded_prompts.SHARD_PROMPTS,
+        "prompts in a file: what a kill may cost",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "process", None, "which of the processes that share the work this is, from 0", lower_bound=0
+    )
     flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
     return cli.define_config()
 
@@ -74,16 +79,22 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     """Embeddings by the pipeline's text encoders; all prompts are tokenized at once."""
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
     prompts = {TRAIN: files.read_prompts(config.data.prompts), NEGATIVE: [""]}
-    asked = [files.read_prompts(section.prompts)[:section.num_prompts]
-             for section in (config.eval, config.test) if section.prompts]
+    asked = [
+        files.read_prompts(section.prompts)[: section.num_prompts]
+        for section in (config.eval, config.test)
+        if section.prompts
+    ]
     if asked:
         prompts[EVALUATION] = list(dict.fromkeys(itertools.chain(*asked)))
     tokens = {split: pipeline.tokenize(texts) for split, texts in prompts.items()}
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices, as far as they divide a batch.
-    where = (sharding.batch_sharding(mesh) if batch_size % sharding.batch_parts(mesh) == 0
-             else sharding.replicated(mesh))
+    where = (
+        sharding.batch_sharding(mesh)
+        if batch_size % sharding.batch_parts(mesh) == 0
+        else sharding.replicated(mesh)
+    )
 
     @jax.jit
     def encode(params, ids):
@@ -103,11 +114,15 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
             # The last batch of a shard is filled up, so that one program does.
             rows = np.minimum(np.arange(start, start + batch_size), shard.stop - 1)
             found = jax.device_get(encode(params, jax.device_put(take(ids, rows), where)))
-            yield {name: value[:shard.stop - start] for name, value in found.items()}
+            yield {name: value[: shard.stop - start] for name, value in found.items()}
 
     lengths = {name: ids.shape[1] for name, ids in tokens[NEGATIVE].items()}
-    facts = {"pipeline": encoded_prompts.describe_pipeline(pipeline), "tokens": lengths,
-             "computed_in": config.dtype, "text_encoders": _fingerprints(pipeline)}
+    facts = {
+        "pipeline": encoded_prompts.describe_pipeline(pipeline),
+        "tokens": lengths,
+        "computed_in": config.dtype,
+        "text_encoders": _fingerprints(pipeline),
+    }
     return Embeddings(prompts, parts, facts)
 
 
@@ -126,12 +141,16 @@ def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
         for found in read(shard):
             yield {name: found[name] for name in embeds}
 
-    prompts = {split: [text for part in read(Shard(split, 0, 1, 0, rows))
-                       for text in part["prompt"].tolist()]
-               for split, rows in encoded.rows.items()}
+    prompts = {
+        split: [
+            text for part in read(Shard(split, 0, 1, 0, rows)) for text in part["prompt"].tolist()
+        ]
+        for split, rows in encoded.rows.items()
+    }
     kept = ("pipeline", "tokens", "computed_in", "text_encoders")
-    return Embeddings(prompts, parts, {name: encoded.metadata[name] for name in kept
-                                       if name in encoded.metadata})
+    return Embeddings(
+        prompts, parts, {name: encoded.metadata[name] for name in kept if name in encoded.metadata}
+    )
 
 
 def load_rewards(config: ConfigDict) -> dict[str, Reward]:
@@ -141,58 +160,91 @@ def load_rewards(config: ConfigDict) -> dict[str, Reward]:
     return {name: reward for name, reward in loaded.items() if reward.text_features is not None}
 
 
-def encode(config: ConfigDict, out: Path, *, dtype: str = "bfloat16", batch_size: int = 32,
-           shard_prompts: int = encoded_prompts.SHARD_PROMPTS, process: int = 0,
-           processes: int = 1) -> bool:
+def encode(
+    config: ConfigDict,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    batch_size: int = 32,
+    shard_prompts: int = encoded_prompts.SHARD_PROMPTS,
+    process: int = 0,
+    processes: int = 1,
+) -> bool:
     """Writes this process's share of the dataset; whether it is complete now."""
     find = of_dataset if config.data.encoded else of_text
     embeddings = find(config, batch_size)
     found = load_rewards(config)
     for reward in found.values():
         if share := reward.truncated_share(embeddings.prompts[TRAIN]):
-            warnings.warn(f"the reward {reward.name} does not read the end of {share:.0%} of "
-                          "the prompts: they are too long for it", stacklevel=2)
+            warnings.warn(
+                f"the reward {reward.name} does not read the end of {share:.0%} of "
+                "the prompts: they are too long for it",
+                stacklevel=2,
+            )
 
     @functools.cache
     def device_params(name: str):
         return lazy.place(found[name].params)
 
     def features(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        return {f"features/{name}": np.asarray(reward.text_features(device_params(name), texts))
-                for name, reward in found.items()}
+        return {
+            f"features/{name}": np.asarray(reward.text_features(device_params(name), texts))
+            for name, reward in found.items()
+        }
 
     # One prompt says what columns there are.
-    one = next(embeddings.parts(Shard(NEGATIVE if NEGATIVE in embeddings.prompts else TRAIN,
-                                      0, 1, 0, 1)))
+    one = next(
+        embeddings.parts(Shard(NEGATIVE if NEGATIVE in embeddings.prompts else TRAIN, 0, 1, 0, 1))
+    )
     texts = embeddings.prompts[TRAIN]
     schema = encoded_prompts.schema_of({"prompt": texts[:1], **one, **features(texts[:1])}, dtype)
     entries = {**config.rewards, **config.heldout_rewards}
-    facts = {**embeddings.facts, "dtype": dtype, "shard_prompts": shard_prompts,
-             "rewards": {name: encoded_prompts.describe_reward(reward, entries[name])
-                         for name, reward in found.items()},
-             "sources": {"pretrained": config.pretrained, "prompts": config.data.prompts,
-                         "encoded": config.data.encoded}}
+    facts = {
+        **embeddings.facts,
+        "dtype": dtype,
+        "shard_prompts": shard_prompts,
+        "rewards": {
+            name: encoded_prompts.describe_reward(reward, entries[name])
+            for name, reward in found.items()
+        },
+        "sources": {
+            "pretrained": config.pretrained,
+            "prompts": config.data.prompts,
+            "encoded": config.data.encoded,
+        },
+    }
     metadata = encoded_prompts.describe(schema, embeddings.prompts, facts)
     rows = {split: len(texts) for split, texts in embeddings.prompts.items()}
     mine = shards.missing(out, shards.plan(rows, shard_prompts)[process::processes])
 
     with EncodingProgress(sum(shard.stop - shard.start for shard in mine), console) as progress:
+
         def source(shard: Shard) -> Iterator[Columns]:
             texts, start = embeddings.prompts[shard.split], shard.start
             # Of the empty prompt they are never asked for, and a reward may not know what to say.
-            known = (features(texts[shard.start:shard.stop]) if shard.split != NEGATIVE else
-                     {name: np.zeros((1, *kind[0]), kind[1]) for name, kind in schema.items()
-                      if name.startswith("features/")})
+            known = (
+                features(texts[shard.start : shard.stop])
+                if shard.split != NEGATIVE
+                else {
+                    name: np.zeros((1, *kind[0]), kind[1])
+                    for name, kind in schema.items()
+                    if name.startswith("features/")
+                }
+            )
             for part in embeddings.parts(shard):
                 stop = start + len(next(iter(part.values())))
                 rows = slice(start - shard.start, stop - shard.start)
-                yield {"prompt": texts[start:stop], **part,
-                       **{name: value[rows] for name, value in known.items()}}
+                yield {
+                    "prompt": texts[start:stop],
+                    **part,
+                    **{name: value[rows] for name, value in known.items()},
+                }
                 progress.advance(stop - start)
                 start = stop
 
-        return encoded_prompts.write_shards(out, rows, schema, metadata, source, shard_prompts,
-                                            process, processes)
+        return encoded_prompts.write_shards(
+            out, rows, schema, metadata, source, shard_prompts, process, processes
+        )
 
 
 def _fingerprints(pipeline: Pipeline) -> dict[str, str]:
@@ -212,10 +264,20 @@ def main(argv: list[str]) -> None:
     train.enable_compilation_cache(config)
     out = remote.output(fields.out)
     check_writable(out)
-    complete = encode(config, out, dtype=fields.dtype, batch_size=fields.batch_size,
-                      shard_prompts=fields.shard_prompts, process=process, processes=processes)
-    print(f"{out} is complete: train with --config.data.encoded={out}" if complete else
-          f"the share of process {process} is in {out}; other processes are not done yet")
+    complete = encode(
+        config,
+        out,
+        dtype=fields.dtype,
+        batch_size=fields.batch_size,
+        shard_prompts=fields.shard_prompts,
+        process=process,
+        processes=processes,
+    )
+    print(
+        f"{out} is complete: train with --config.data.encoded={out}"
+        if complete
+        else f"the share of process {process} is in {out}; other processes are not done yet"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes the result table of a run, or of any pipeline of the embedded world.
 
-    python -m r0_jax.evaluate --workdir=W                    all three, as the run's config says
-    python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
+python -m r0_jax.evaluate --workdir=W                    all three, as the run's config says
+python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
 import contextlib
@@ -32,14 +32,17 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "with --pipeline: folder for eval.json and images")
     flags.DEFINE_bool("overwrite", False, "with --pipeline: replace the eval.json in --out")
     flags.DEFINE_string("prompts", None, "file of test prompts; default: the recipe's")
-    flags.DEFINE_integer("num_prompts", None, "how many of them; default: the recipe's",
-                         lower_bound=2)
+    flags.DEFINE_integer(
+        "num_prompts", None, "how many of them; default: the recipe's", lower_bound=2
+    )
     # The seed after it is used too, for the images that diversity is measured on.
-    flags.DEFINE_integer("seed", None, "of the noise; default: the recipe's", lower_bound=0,
-                         upper_bound=2**32 - 2)
+    flags.DEFINE_integer(
+        "seed", None, "of the noise; default: the recipe's", lower_bound=0, upper_bound=2**32 - 2
+    )
     flags.DEFINE_string("step", "", "with --workdir: a step, best or latest")
-    flags.DEFINE_string("pretrained", None, "with --workdir: the run's pretrained pipeline, where "
-                        "it has moved")
+    flags.DEFINE_string(
+        "pretrained", None, "with --workdir: the run's pretrained pipeline, where it has moved"
+    )
     flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
     flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1 it is on")
 
@@ -49,8 +52,11 @@ def main(argv: list[str]) -> None:
     fields = flags.FLAGS
     if (fields.workdir is None) == (fields.pipeline is None):
         raise InputError("give either --workdir=W or --pipeline=DIR")
-    with contextlib.nullcontext() if fields.workdir is None else mirror.workdir(
-            fields.workdir) as folder:
+    with (
+        contextlib.nullcontext()
+        if fields.workdir is None
+        else mirror.workdir(fields.workdir) as folder
+    ):
         evaluate(fields, folder)
 
 
@@ -58,8 +64,10 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
     """What the flags ask for, of the run in `workdir` or of --pipeline."""
     if workdir is not None:
         if fields.out or fields.overwrite:
-            raise InputError("--out and --overwrite go with --pipeline, not with --workdir, where "
-                             "the table lies in the folder of the run")
+            raise InputError(
+                "--out and --overwrite go with --pipeline, not with --workdir, where "
+                "the table lies in the folder of the run"
+            )
         folder, config = workdir, run.read_config(workdir)
         pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
     else:
@@ -75,8 +83,9 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
     if not isinstance(config.get("test"), ConfigDict):
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
     if missing := sorted(set(base.get_config().test) - set(config.test)):
-        raise InputError(f"{folder}/config.json has no test.{missing[0]}: it is of an older run "
-                         "or cut short")
+        raise InputError(
+            f"{folder}/config.json has no test.{missing[0]}: it is of an older run or cut short"
+        )
     run.check_writable(folder / "samples" / "eval")
     with config.unlocked():
         config.pretrained = pretrained
@@ -95,8 +104,10 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
     else:
         pipeline = families.load(fields.pipeline)
         scheduler = grid.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
-        model = Model(ImageSampler(pipeline, scheduler, fields.guidance_scale,
-                                   mesh=sharding.global_mesh()), pipeline.params)
+        model = Model(
+            ImageSampler(pipeline, scheduler, fields.guidance_scale, mesh=sharding.global_mesh()),
+            pipeline.params,
+        )
         name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)
@@ -109,8 +120,9 @@ def _check_free(out: Path, overwrite: bool) -> None:
     """An evaluation, perhaps of a run, is not lost to another one by mistake."""
     there = [path for path in (out / "eval.json", out / "samples" / "eval") if path.exists()]
     if there and not overwrite:
-        raise InputError(f"{there[0]} exists already; choose another --out or replace it with "
-                         "--overwrite")
+        raise InputError(
+            f"{there[0]} exists already; choose another --out or replace it with --overwrite"
+        )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ from r0_jax.training import train
 from r0_jax.workdir import mirror
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run, also in gs:// or s3://; by "
-                               "default runs/ and the name of the config with its argument")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of this run, also in gs:// or s3://; by "
+    "default runs/ and the name of the config with its argument",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -51,8 +51,9 @@ def url_of(path: str | os.PathLike) -> str | None:
     if not found or (found[1] not in PACKAGES and "://" not in text):
         return None
     if found[1] not in PACKAGES:
-        raise InputError(f"{text}: {found[1]}:// is not supported; use gs://, s3:// or a path of "
-                         "this machine")
+        raise InputError(
+            f"{text}: {found[1]}:// is not supported; use gs://, s3:// or a path of this machine"
+        )
     if not (rest := found[2].strip("/")):
         raise InputError(f"{text} names no bucket: give {found[1]}://bucket/path")
     return f"{found[1]}://{rest}"
@@ -105,11 +106,19 @@ def _wanted(there: Mapping[str, Stamp]) -> dict[str, Stamp]:
     """A folder's files without gigabytes that are never read: other formats, pickles beside
     safetensors, and single-file checkpoints beside a pipeline's parts."""
     whole = {os.path.dirname(name) for name in there if name.endswith(".safetensors")}
-    return {name: stamp for name, stamp in there.items() if not (
-        name.endswith(_NOT_OURS)
-        or (name.endswith(_PICKLED) and os.path.dirname(name) in whole)
-        or ("model_index.json" in there and "/" not in name
-            and name.endswith((".safetensors", *_PICKLED))))}
+    return {
+        name: stamp
+        for name, stamp in there.items()
+        if not (
+            name.endswith(_NOT_OURS)
+            or (name.endswith(_PICKLED) and os.path.dirname(name) in whole)
+            or (
+                "model_index.json" in there
+                and "/" not in name
+                and name.endswith((".safetensors", *_PICKLED))
+            )
+        )
+    }
 
 
 def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
@@ -167,10 +176,16 @@ def list_files(url: str) -> dict[str, Stamp]:
         store(url).invalidate_cache()
         found = store(url).find(url, detail=True)
         root = store(url)._strip_protocol(url)
-    named = {path.removeprefix(root): info for path, info in found.items()
-             if path == root or path.startswith(f"{root}/")}
-    return {name.strip("/"): (int(info["size"]), _changed(info)) for name, info in named.items()
-            if not name.endswith("/") and ".." not in name.split("/")}
+    named = {
+        path.removeprefix(root): info
+        for path, info in found.items()
+        if path == root or path.startswith(f"{root}/")
+    }
+    return {
+        name.strip("/"): (int(info["size"]), _changed(info))
+        for name, info in named.items()
+        if not name.endswith("/") and ".." not in name.split("/")
+    }
 
 
 def _changed(info: Mapping[str, Any]) -> int:
@@ -211,8 +226,9 @@ def told(url: str) -> Iterator[None]:
     except ImportError as error:
         scheme = url.split(":")[0]
         needed = "google-cloud-storage" if "google" in str(error) else PACKAGES[scheme]
-        raise InputError(f"{url}: {scheme}:// needs a package that is not installed: pip install "
-                         f"{needed}") from None
+        raise InputError(
+            f"{url}: {scheme}:// needs a package that is not installed: pip install {needed}"
+        ) from None
     except Exception as error:  # botocore's, google.auth's and aiohttp's have no common base
         if isinstance(error, OSError) and error.filename and Path(error.filename).is_absolute():
             raise  # of this machine's disk
@@ -224,9 +240,11 @@ def _refusal(url: str, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{url}: there is no such bucket or object ({text})")
     if re.search("credential|anonymous|401|unauthorized|token", f"{kind} {text}", re.IGNORECASE):
-        advice = ("gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
-                  if url.startswith("gs://") else
-                  "aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        advice = (
+            "gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
+            if url.startswith("gs://")
+            else "aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
         return InputError(f"{url}: no valid credentials ({text}): {advice}")
     if isinstance(error, PermissionError) or re.search("forbidden|403|denied", text, re.IGNORECASE):
         return InputError(f"{url}: access is denied ({text})")

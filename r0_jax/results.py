@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
     try:
         with StopSignal() as stop, contextlib.ExitStack() as held:
             root = _WORKDIR.value.rstrip("/")
-            folders = [held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
-                       for seed in _SEED.value]
+            folders = [
+                held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
+                for seed in _SEED.value
+            ]
             return 0 if run_all(config, folders, out, stop) else cli.STOPPED
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
@@ -73,8 +75,9 @@ def run_all(config: ConfigDict, folders: Sequence[Path], out: Path, stop: StopSi
             config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
         if not measured(folder, config) and not train.train_and_evaluate(config, folder, stop):
             return False
-    evaluations = [json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-                   for folder in folders]
+    evaluations = [
+        json.loads((folder / "eval.json").read_text(encoding="utf-8")) for folder in folders
+    ]
     prompts = write_picture(folders[0], out.with_suffix(".png"))
     images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
@@ -92,8 +95,9 @@ def measured(folder: Path, config: ConfigDict) -> bool:
     except (ValueError, InputError):  # broken: measured anew
         return False
     return evaluation.get("test") == config.test.to_dict() and (
-        evaluation.get("seed"), evaluation.get("checkpoint")) == (
-        config.seed, f"step {run.choose_step(folder)}")
+        evaluation.get("seed"),
+        evaluation.get("checkpoint"),
+    ) == (config.seed, f"step {run.choose_step(folder)}")
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -106,10 +110,13 @@ def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for metric in metrics:
             entries = [evaluation["models"][name][metric] for evaluation in evaluations]
             values = [_number(entry["value"]) for entry in entries]
-            lows, highs = zip(*(map(_number, entry.get("ci95") or (None, None))
-                                for entry in entries), strict=True)
-            models[name][metric] = {"value": float(np.mean(values)),
-                                    "ci95": [float(np.min(lows)), float(np.max(highs))]}
+            lows, highs = zip(
+                *(map(_number, entry.get("ci95") or (None, None)) for entry in entries), strict=True
+            )
+            models[name][metric] = {
+                "value": float(np.mean(values)),
+                "ci95": [float(np.min(lows)), float(np.max(highs))],
+            }
     return {"models": models}
 
 
@@ -155,8 +162,15 @@ def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     for what, metric, low, high in _TARGETS:
         if metric not in evaluations[0]["models"][names[0]]:
             continue
-        values = np.asarray([[_number(evaluation["models"][name][metric]["value"])
-                              for name in (names[-1], names[0])] for evaluation in evaluations])
+        values = np.asarray(
+            [
+                [
+                    _number(evaluation["models"][name][metric]["value"])
+                    for name in (names[-1], names[0])
+                ]
+                for evaluation in evaluations
+            ]
+        )
         ratio = values[:, 0].mean() / values[:, 1].mean()
         each = ", ".join(f"{r0 / base:.3f}" for r0, base in values)
         reached = "yes" if low <= ratio <= high else "no"
@@ -168,19 +182,25 @@ def write_picture(folder: Path, path: Path) -> list[str]:
     """Writes rows of models and columns of prompts, from a run's samples/eval; the prompts."""
     lines = (folder / "samples" / "eval" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines[:_COLUMNS]]
-    drawn = [images.load_png(folder / "samples" / "eval" / record["files"][model])
-             for model in records[0]["files"] for record in records]
+    drawn = [
+        images.load_png(folder / "samples" / "eval" / record["files"][model])
+        for model in records[0]["files"]
+        for record in records
+    ]
     images.save_png(path, images.grid(np.stack(drawn), columns=len(records), pad=4))
     return [record["prompt"] for record in records]
 
 
 def versions() -> str:
     """One line: packages and hardware."""
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}"
-                         for name in ("jax", "flax", "optax", "numpy"))
+    packages = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy")
+    )
     device = jax.devices()[0]
-    return (f"Python {platform.python_version()}, {packages}; {jax.device_count()} × "
-            f"{device.device_kind} device, {os.cpu_count()} CPU cores ({platform.machine()}).")
+    return (
+        f"Python {platform.python_version()}, {packages}; {jax.device_count()} × "
+        f"{device.device_kind} device, {os.cpu_count()} CPU cores ({platform.machine()})."
+    )
 
 
 if __name__ == "__main__":

@@ -53,37 +53,66 @@ class Source(NamedTuple):
 def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
     flags.DEFINE_string("pipeline", None, "diffusers folder; its own scheduler is used")
-    flags.DEFINE_string("workdir", None, "or the folder of a run: its generator (EMA) on the grid "
-                        "it was trained on")
-    flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder",
-                        required=True)
-    flags.DEFINE_string("out", None, "folder for 00000.png, ... and contact_sheet.png",
-                        required=True)
-    flags.DEFINE_integer("num_inference_steps", None, "default: 4, or as many as the run trained",
-                         lower_bound=1)
-    flags.DEFINE_float("guidance_scale", 1.0, "above 1: classifier-free guidance, two network "
-                       "calls a step", lower_bound=0)
-    flags.DEFINE_list("sigmas", None, "with --pipeline, of SD3: the noise levels of the steps, "
-                      "before the scheduler's shift; their number is that of the steps. In up "
-                      "to 4 steps by default as in training, 1,.75,.5,.25")
-    flags.DEFINE_float("eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0,
-                       upper_bound=1)
-    flags.DEFINE_integer("seed", 0, "of the noise; image i depends on it and i, not on the batch",
-                         lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string(
+        "workdir", None, "or the folder of a run: its generator (EMA) on the grid it was trained on"
+    )
+    flags.DEFINE_string(
+        "prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder", required=True
+    )
+    flags.DEFINE_string(
+        "out", None, "folder for 00000.png, ... and contact_sheet.png", required=True
+    )
+    flags.DEFINE_integer(
+        "num_inference_steps", None, "default: 4, or as many as the run trained", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "guidance_scale",
+        1.0,
+        "above 1: classifier-free guidance, two network calls a step",
+        lower_bound=0,
+    )
+    flags.DEFINE_list(
+        "sigmas",
+        None,
+        "with --pipeline, of SD3: the noise levels of the steps, "
+        "before the scheduler's shift; their number is that of the steps. In up "
+        "to 4 steps by default as in training, 1,.75,.5,.25",
+    )
+    flags.DEFINE_float(
+        "eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0, upper_bound=1
+    )
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "of the noise; image i depends on it and i, not on the batch",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
+    )
     flags.DEFINE_string("latents", None, ".npy with the noise itself: [prompts, h, w, c], N(0, 1)")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
-    flags.DEFINE_string("step", "", "of a run: its step, best (by the held-out reward) or latest; "
-                        "by default the best where that was measured, else the latest")
+    flags.DEFINE_string(
+        "step",
+        "",
+        "of a run: its step, best (by the held-out reward) or latest; "
+        "by default the best where that was measured, else the latest",
+    )
     flags.DEFINE_string("pretrained", None, "of a run: its pretrained pipeline, where it has moved")
-    flags.DEFINE_string("encoded", None, "take the prompts' embeddings from among the evaluation "
-                        "prompts of this folder (docs/encoded_prompts.md): no text encoder is read")
+    flags.DEFINE_string(
+        "encoded",
+        None,
+        "take the prompts' embeddings from among the evaluation "
+        "prompts of this folder (docs/encoded_prompts.md): no text encoder is read",
+    )
     flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
 
 
-def from_pipeline(folder: str | Path, num_inference_steps: int,
-                  sigmas: Sequence[float | int] | None = None,
-                  encoded: EncodedPrompts | None = None) -> Source:
+def from_pipeline(
+    folder: str | Path,
+    num_inference_steps: int,
+    sigmas: Sequence[float | int] | None = None,
+    encoded: EncodedPrompts | None = None,
+) -> Source:
     """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines. With
     `encoded` it needs no text encoders."""
     pipeline = families.load(folder, text=encoded is None)
@@ -107,12 +136,15 @@ def from_run(
         run = open_run(workdir, pretrained, text=encoded is None)
     except InputError as problem:
         if encoded is None and (folder := read_config(Path(workdir)).data.encoded):
-            raise InputError(f"{problem} (the run was trained without text encoders, and is "
-                             f"sampled so too with --encoded={folder})") from None
+            raise InputError(
+                f"{problem} (the run was trained without text encoders, and is "
+                f"sampled so too with --encoded={folder})"
+            ) from None
         raise
     weights = run.weights(run.params(chosen), "float32")
-    scheduler = grid.grid(run.pipeline.scheduler_config,
-                              num_inference_steps or run.config.sampler.num_steps)
+    scheduler = grid.grid(
+        run.pipeline.scheduler_config, num_inference_steps or run.config.sampler.num_steps
+    )
     params = run.pipeline.params | {run.pipeline.generator_part: weights}
     pipeline = run.pipeline if encoded is None else encoded.attach(run.pipeline)
     return Source(pipeline, params, scheduler)
@@ -196,8 +228,10 @@ def main(argv: list[str]) -> None:
     out = remote.output(fields.out)
     earlier = _earlier(out)
     if earlier and not fields.overwrite:
-        raise InputError(f"{out} holds images already ({earlier[0].name}); choose another --out or "
-                         "replace them with --overwrite")
+        raise InputError(
+            f"{out} holds images already ({earlier[0].name}); choose another --out or "
+            "replace them with --overwrite"
+        )
     check_writable(out)
     prompts = files.read_prompts(fields.prompts)
     encoded = tokens = None
@@ -213,18 +247,30 @@ def main(argv: list[str]) -> None:
     else:
         with mirror.workdir(fields.workdir) as folder:
             source = from_run(
-                folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded)
+                folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded
+            )
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
-    text = {"seed": fields.seed, "num_inference_steps": len(source.scheduler.timesteps),
-            "guidance_scale": fields.guidance_scale, "eta": fields.eta}
+    text = {
+        "seed": fields.seed,
+        "num_inference_steps": len(source.scheduler.timesteps),
+        "guidance_scale": fields.guidance_scale,
+        "eta": fields.eta,
+    }
     latents = None
     if fields.latents is not None:
-        latents = read_latents(remote.local(fields.latents),
-                               (len(prompts), *source.pipeline.latent_shape))
+        latents = read_latents(
+            remote.local(fields.latents), (len(prompts), *source.pipeline.latent_shape)
+        )
         text["latents"] = Path(fields.latents).name
     batches = draw(
-        source, prompts, guidance_scale=fields.guidance_scale, eta=fields.eta, seed=fields.seed,
-        latents=latents, dtype=fields.dtype, batch_size=fields.batch_size,
+        source,
+        prompts,
+        guidance_scale=fields.guidance_scale,
+        eta=fields.eta,
+        seed=fields.seed,
+        latents=latents,
+        dtype=fields.dtype,
+        batch_size=fields.batch_size,
         tokens=tokens and {name: tokens[name] for name in source.pipeline.embeds},
     )
     _write(out, prompts, batches, text, math.ceil(len(prompts) / fields.batch_size))
@@ -250,17 +296,25 @@ def _earlier(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("*.*") if names.fullmatch(path.name))
 
 
-def _write(out: Path, prompts: list[str], batches: Iterator[np.ndarray], text: dict[str, object],
-           count: int) -> None:
+def _write(
+    out: Path,
+    prompts: list[str],
+    batches: Iterator[np.ndarray],
+    text: dict[str, object],
+    count: int,
+) -> None:
     console = rich.console.Console(stderr=True)
     shown, written = [], 0
-    for batch in rich.progress.track(batches, "sampling", total=count, console=console,
-                                     disable=not console.is_terminal):
+    for batch in rich.progress.track(
+        batches, "sampling", total=count, console=console, disable=not console.is_terminal
+    ):
         broken = ~np.isfinite(batch).all(axis=(1, 2, 3))
         if broken.any():
             prompt = prompts[written + int(broken.argmax())]
-            raise InputError(f"the image of {prompt!r} came out as NaN, so it is not written: try "
-                             "--dtype=float32, and see whether the pipeline's weights are whole")
+            raise InputError(
+                f"the image of {prompt!r} came out as NaN, so it is not written: try "
+                "--dtype=float32, and see whether the pipeline's weights are whole"
+            )
         if not written:
             for path in _earlier(out):  # or a longer list's images would stay among the new ones
                 path.unlink()

@@ -47,12 +47,17 @@ class Item(NamedTuple):
 
 def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
-    flags.DEFINE_string("images", None, f"folder of images ({', '.join(_SUFFIXES)}): named by the "
-                        "number of their prompt, from 0, or as many as there are prompts, in the "
-                        "order of their names: img_2 before img_10")
+    flags.DEFINE_string(
+        "images",
+        None,
+        f"folder of images ({', '.join(_SUFFIXES)}): named by the "
+        "number of their prompt, from 0, or as many as there are prompts, in the "
+        "order of their names: img_2 before img_10",
+    )
     flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
-    flags.DEFINE_list("rewards", None, "type=folder, ..., or name:type=folder; types: "
-                      + ", ".join(rewards.TYPES))
+    flags.DEFINE_list(
+        "rewards", None, "type=folder, ..., or name:type=folder; types: " + ", ".join(rewards.TYPES)
+    )
     flags.DEFINE_string("out", None, "file to write: one JSON object an image")
     flags.DEFINE_string("check", None, "module:function of your own reward, to be tried")
     flags.DEFINE_integer("batch_size", 16, "images scored at once", lower_bound=1)
@@ -71,8 +76,9 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
         if kind not in rewards.TYPES:
             raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
         if name in _OWN_FIELDS:
-            raise InputError(f"--rewards: {name!r} is a field of its own in --out: give another "
-                             "name")
+            raise InputError(
+                f"--rewards: {name!r} is a field of its own in --out: give another name"
+            )
         if name in loaded:
             raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
         reward = rewards.load(kind, where, dtype).renamed(name)
@@ -89,9 +95,16 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
-    found = sorted((path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES
-                    and path.stem != "contact_sheet" and not path.name.startswith(".")),
-                   key=_natural)
+    found = sorted(
+        (
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in _SUFFIXES
+            and path.stem != "contact_sheet"
+            and not path.name.startswith(".")
+        ),
+        key=_natural,
+    )
     if not found:
         raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
     others = [path for path in found if not re.fullmatch(r"\d+", path.stem)]
@@ -102,15 +115,20 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
                 raise InputError(f"{other.name} and {path.name} have the same number")
         extra = [path.name for number, path in by_number.items() if number >= len(prompts)]
         if extra:
-            raise InputError(f"{folder / extra[0]} has no prompt: there are {len(prompts)}, "
-                             "counted from 0")
+            raise InputError(
+                f"{folder / extra[0]} has no prompt: there are {len(prompts)}, counted from 0"
+            )
         missing = [f"{i:05d}" for i in range(len(prompts)) if i not in by_number]
-        return ([Item(by_number[i], prompts[i]) for i in sorted(by_number)],
-                [f"image {name} is missing" for name in missing])
+        return (
+            [Item(by_number[i], prompts[i]) for i in sorted(by_number)],
+            [f"image {name} is missing" for name in missing],
+        )
     if len(found) != len(prompts):
         but = "" if len(others) == len(found) else f" ({others[0].name} is not)"
-        raise InputError(f"{folder} holds {len(found)} images, but there are {len(prompts)} "
-                         f"prompts: name images by the number of their prompt, from 0{but}")
+        raise InputError(
+            f"{folder} holds {len(found)} images, but there are {len(prompts)} "
+            f"prompts: name images by the number of their prompt, from 0{but}"
+        )
     return [Item(*both) for both in zip(found, prompts, strict=True)], []
 
 
@@ -128,8 +146,8 @@ def doubt(items: Sequence[Item]) -> str | None:
     for i in range(1, len(items)):
         gap = rows[i] == rows[i - 1] is not None and int(names[i][1]) != int(names[i - 1][1]) + 1
         if gap or (rows[i] is None) != (rows[i - 1] is None):
-            said = ", ".join(f"{item.path.name} with {item.prompt!r}" for item in items[i:i + 3])
-            more = ", ... (see --out)" if items[i + 3:] else ""
+            said = ", ".join(f"{item.path.name} with {item.prompt!r}" for item in items[i : i + 3])
+            more = ", ... (see --out)" if items[i + 3 :] else ""
             return f"names are not numbered one by one, so images are paired in order: {said}{more}"
     return None
 
@@ -141,8 +159,9 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
-def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
-            ) -> Iterator[tuple[list[int], np.ndarray]]:
+def batches(
+    items: Sequence[Item], size: int, bad: Callable[[int, str], None]
+) -> Iterator[tuple[list[int], np.ndarray]]:
     """(indices of items, images [b, h, w, 3]) of one shape, b <= size and the same for all of it:
     the last batch is filled up with its last image.
 
@@ -163,8 +182,11 @@ def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
     for group in groups.values():
         b = min(size, len(group))
         for start in range(0, len(group), b):
-            held = {i: image for i in group[start:start + b]
-                    if (image := trying(images.load_png, i)) is not None}
+            held = {
+                i: image
+                for i in group[start : start + b]
+                if (image := trying(images.load_png, i)) is not None
+            }
             # A header may not tell of an orientation.
             for shape in dict.fromkeys(image.shape for image in held.values()):
                 indices = [i for i, image in held.items() if image.shape == shape]
@@ -172,8 +194,9 @@ def batches(items: Sequence[Item], size: int, bad: Callable[[int, str], None]
                 yield indices, np.stack([held[indices[row]] for row in rows])
 
 
-def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
-          bad: Callable[[str], None]) -> dict[int, dict[str, float]]:
+def score(
+    found: Sequence[Reward], items: Sequence[Item], batch_size: int, bad: Callable[[str], None]
+) -> dict[int, dict[str, float]]:
     """{index of item: {reward: score}} of every image that could be read; `bad` is told of the
     others, in their order.
 
@@ -182,8 +205,7 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
     prompts = list(dict.fromkeys(item.prompt for item in items))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     params = {r.name: lazy.place(r.params) for r in found}
-    features = {r.name: r.text_features and r.text_features(params[r.name], prompts)
-                for r in found}
+    features = {r.name: r.text_features and r.text_features(params[r.name], prompts) for r in found}
     scorers = {r.name: jax.jit(r.score) for r in found}
     rows: dict[int, dict[str, float]] = {}
     bar = progress.Progress(console=console, disable=not console.is_terminal)
@@ -210,16 +232,21 @@ def score(found: Sequence[Reward], items: Sequence[Item], batch_size: int,
     return rows
 
 
-def summary(found: Sequence[Reward], rows: Sequence[dict[str, float]], prompts: Sequence[str]
-            ) -> Table:
+def summary(
+    found: Sequence[Reward], rows: Sequence[dict[str, float]], prompts: Sequence[str]
+) -> Table:
     """Mean and 95 % interval of each reward, and the share of prompts that it cut off."""
     table = Table("reward", "mean", "95 % interval", "prompts cut off")
     for reward in found:
         entry = statistics.mean_ci(np.asarray([row[reward.name] for row in rows]))
         low, high = entry["ci95"]
         cut = reward.truncated_share(prompts)
-        table.add_row(reward.name, f"{entry['value']:.4f}", f"{low:.4f} to {high:.4f}",
-                      "" if cut is None else f"{cut:.0%}")
+        table.add_row(
+            reward.name,
+            f"{entry['value']:.4f}",
+            f"{low:.4f} to {high:.4f}",
+            "" if cut is None else f"{cut:.0%}",
+        )
     return table
 
 
@@ -236,8 +263,9 @@ def main(argv: list[str]) -> None:
         check(given.check)
         print(f"{given.check} can be trained on")
         return
-    missing = [f"--{name}=..." for name in ("images", "prompts", "rewards", "out")
-               if not given[name].value]
+    missing = [
+        f"--{name}=..." for name in ("images", "prompts", "rewards", "out") if not given[name].value
+    ]
     if missing:
         raise InputError(f"missing {' and '.join(missing)} (see --help), or --check=...")
     out = remote.output(given.out)
@@ -254,9 +282,17 @@ def main(argv: list[str]) -> None:
         print(f"warning: {problem}, so it is not scored", file=console.file)
     if not rows:
         raise InputError(f"none of the images in {given.images} can be read")
-    lines = [json.dumps({"file": items[i].path.name, "prompt": items[i].prompt,
-                         **{k: v if np.isfinite(v) else None for k, v in rows[i].items()}},
-                        ensure_ascii=False) for i in sorted(rows)]
+    lines = [
+        json.dumps(
+            {
+                "file": items[i].path.name,
+                "prompt": items[i].prompt,
+                **{k: v if np.isfinite(v) else None for k, v in rows[i].items()},
+            },
+            ensure_ascii=False,
+        )
+        for i in sorted(rows)
+    ]
     images.write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
     Console().print(summary(found, list(rows.values()), [items[i].prompt for i in sorted(rows)]))
     left_out = f", {len(problems)} left out" if problems else ""

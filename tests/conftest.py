@@ -35,11 +35,16 @@ def pytest_sessionfinish(session):
         key = measured.test.removeprefix("tests/"), kind
         if key not in worst or measured.error > worst[key].error:
             worst[key] = measured
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
-        "jax", "flax", "torch", "diffusers", "transformers"))
-    rows = "".join(f"| `{test}` | {kind} | {m.error:.1e} | {m.tolerance:.0e} |\n"
-                   for (test, kind), m in worst.items())
-    Path(path).write_text(f"""# Parity with PyTorch
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("jax", "flax", "torch", "diffusers", "transformers")
+    )
+    rows = "".join(
+        f"| `{test}` | {kind} | {m.error:.1e} | {m.tolerance:.0e} |\n"
+        for (test, kind), m in worst.items()
+    )
+    Path(path).write_text(
+        f"""# Parity with PyTorch
 
 The same random weights and inputs in diffusers or transformers and here: the largest difference
 as a share of the largest element, float32 except where a test's name says otherwise; gradients
@@ -57,4 +62,6 @@ the cosine of the image gradients. Gradients are with respect to images, latents
 embeddings; text encoders are frozen and have none. `python tests/support/full_width.py NAME`
 measures one; {os.cpu_count()} CPU cores.
 
-{full_width.table()}""", encoding="utf-8")
+{full_width.table()}""",
+        encoding="utf-8",
+    )

@@ -105,9 +105,14 @@ def test_good_flags_and_overrides_reach_main(folder):
     assert result.stdout == "3 8 (2, 4) False 5\n"
 
 
-@pytest.mark.parametrize("config, name", [
-    ("base.py", "base"), ("./base.py:r0plus,full", "base_r0plus_full"),
-    ("base.py:a/b", "base_a_b")])
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ("base.py", "base"),
+        ("./base.py:r0plus,full", "base_r0plus_full"),
+        ("base.py:a/b", "base_a_b"),
+    ],
+)
 def test_a_config_has_a_name(folder, config, name):
     result = call(folder, f"--config={config}", "--out=o", "--fail=name")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{name}\n")

@@ -28,9 +28,15 @@ def test_the_base_and_a_reward_are_enough():
     config_check.check_config(config(own=base.reward_entry("function", weight=2, function="a:b")))
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("test.guidance_scale", math.nan), ("test.guidance_scale", math.inf),
-    ("optimizer.learning_rate", math.nan), ("optimizer.clip_norm", math.nan)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("test.guidance_scale", math.nan),
+        ("test.guidance_scale", math.inf),
+        ("optimizer.learning_rate", math.nan),
+        ("optimizer.clip_norm", math.nan),
+    ],
+)
 def test_numbers_that_are_none_wherever_they_stand(field, value):
     found = config()
     found.update_from_flattened_dict({field: value})
@@ -42,11 +48,18 @@ def test_numbers_that_are_none_wherever_they_stand(field, value):
     config_check.check_config(found)  # no clipping
 
 
-@pytest.mark.parametrize("override", [
-    {"lora.alpha": math.nan}, {"lora.alpha": math.inf}, {"objective.delta": math.nan},
-    {"regularizers.guidance.scale": math.nan}, {"regularizers.guidance.most": 1.5},
-    {"regularizers.feature.least": -0.1}, {"regularizers.weight.weight": math.inf},
-])
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"lora.alpha": math.nan},
+        {"lora.alpha": math.inf},
+        {"objective.delta": math.nan},
+        {"regularizers.guidance.scale": math.nan},
+        {"regularizers.guidance.most": 1.5},
+        {"regularizers.feature.least": -0.1},
+        {"regularizers.weight.weight": math.inf},
+    ],
+)
 def test_numbers_that_no_step_survives(override):
     found = config()
     found.update_from_flattened_dict(override)
@@ -62,10 +75,13 @@ def test_attention_that_this_machine_has_not():
         config_check.check_config(found)
 
 
-@pytest.mark.parametrize(("section", "name", "said"), [
-    ("regularizers", "wieght", "regularizers.wieght; did you mean regularizers.weight"),
-    ("objective", "qqqqqq", "objective.qqqqqq"),
-])
+@pytest.mark.parametrize(
+    ("section", "name", "said"),
+    [
+        ("regularizers", "wieght", "regularizers.wieght; did you mean regularizers.weight"),
+        ("objective", "qqqqqq", "objective.qqqqqq"),
+    ],
+)
 def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
     found = config()
     with found.unlocked():
@@ -78,13 +94,16 @@ def entry_with(**fields):
     return ConfigDict({**base.reward_entry("clip_score").to_dict(), **fields})
 
 
-@pytest.mark.parametrize(("entry", "said"), [
-    (3, "rewards.own should not have, or lacks, cap"),
-    (entry_with(path=Path("clip")), "rewards.own.path=.* of type str"),
-    (entry_with(weight="1"), "rewards.own.weight='1' must be of type float"),
-    (entry_with(weight=math.nan), "rewards.own.weight=nan must be finite"),
-    (entry_with(cap=math.nan), "rewards.own.cap=nan must be finite"),
-])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (3, "rewards.own should not have, or lacks, cap"),
+        (entry_with(path=Path("clip")), "rewards.own.path=.* of type str"),
+        (entry_with(weight="1"), "rewards.own.weight='1' must be of type float"),
+        (entry_with(weight=math.nan), "rewards.own.weight=nan must be finite"),
+        (entry_with(cap=math.nan), "rewards.own.cap=nan must be finite"),
+    ],
+)
 def test_a_reward_that_is_none(entry, said):
     with pytest.raises(InputError, match=said):
         config_check.check_config(config(own=entry))

@@ -21,12 +21,19 @@ from r0_jax.stand_ins import miniature
 FAMILIES = {  # name -> (miniature, changes); diffusers gives SD3's CLIP-L an identity projection
     "sd15": ("StableDiffusionPipeline", {}),
     "sdxl": ("StableDiffusionXLPipeline", {}),
-    "sd3": ("StableDiffusion3Pipeline", {
-        "text_encoder": {"projection_dim": 16}, "transformer": {"pooled_projection_dim": 28}}),
+    "sd3": (
+        "StableDiffusion3Pipeline",
+        {"text_encoder": {"projection_dim": 16}, "transformer": {"pooled_projection_dim": 28}},
+    ),
 }
-RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
-          ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-          ("conv_shortcut", "skip_connection")]
+RESNET = [
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+]
 
 
 # --- original names ----------------------------------------------------------------------
@@ -34,28 +41,40 @@ RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", 
 
 def unet(tensors, levels):
     """The UNet's of CompVis and sgm; every level has one layer down and two up."""
+
     def rename(key):
-        for ours, theirs in [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"),
-                             ("conv_out", "out.2"), ("time_embedding.linear_1", "time_embed.0"),
-                             ("time_embedding.linear_2", "time_embed.2"),
-                             ("add_embedding.linear_1", "label_emb.0.0"),
-                             ("add_embedding.linear_2", "label_emb.0.2")]:
+        for ours, theirs in [
+            ("conv_in", "input_blocks.0.0"),
+            ("conv_norm_out", "out.0"),
+            ("conv_out", "out.2"),
+            ("time_embedding.linear_1", "time_embed.0"),
+            ("time_embedding.linear_2", "time_embed.2"),
+            ("add_embedding.linear_1", "label_emb.0.0"),
+            ("add_embedding.linear_2", "label_emb.0.2"),
+        ]:
             if key.startswith(f"{ours}."):
                 return key.replace(ours, theirs)
         head, rest = re.fullmatch(r"(\w+(?:\.\d+)?\.\w+\.\d+)\.(.+)", key).groups()
         if ".resnets." in key:
             for ours, theirs in RESNET:
                 rest = re.sub(rf"^{ours}\.", f"{theirs}.", rest)
-        places = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0":
-                  "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
+        places = {
+            "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1",
+            "mid_block.resnets.1": "middle_block.2",
+        }
         for i in range(levels):
-            places |= {f"down_blocks.{i}.resnets.0": f"input_blocks.{2 * i + 1}.0",
-                       f"down_blocks.{i}.attentions.0": f"input_blocks.{2 * i + 1}.1",
-                       f"down_blocks.{i}.downsamplers.0": f"input_blocks.{2 * i + 2}.0",
-                       f"up_blocks.{i}.upsamplers.0": f"output_blocks.{2 * i + 1}.2"}
+            places |= {
+                f"down_blocks.{i}.resnets.0": f"input_blocks.{2 * i + 1}.0",
+                f"down_blocks.{i}.attentions.0": f"input_blocks.{2 * i + 1}.1",
+                f"down_blocks.{i}.downsamplers.0": f"input_blocks.{2 * i + 2}.0",
+                f"up_blocks.{i}.upsamplers.0": f"output_blocks.{2 * i + 1}.2",
+            }
             for j in range(2):
-                places |= {f"up_blocks.{i}.resnets.{j}": f"output_blocks.{2 * i + j}.0",
-                           f"up_blocks.{i}.attentions.{j}": f"output_blocks.{2 * i + j}.1"}
+                places |= {
+                    f"up_blocks.{i}.resnets.{j}": f"output_blocks.{2 * i + j}.0",
+                    f"up_blocks.{i}.attentions.{j}": f"output_blocks.{2 * i + j}.1",
+                }
         rest = rest.replace("conv.", "op.") if "downsamplers" in head else rest
         return f"{places[head]}.{rest}"
 
@@ -68,11 +87,16 @@ def vae(tensors):
         for ours, theirs in [
             (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
             (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-            (r"up_blocks\.0\.resnets", "up.1.block"), (r"up_blocks\.1\.resnets", "up.0.block"),
+            (r"up_blocks\.0\.resnets", "up.1.block"),
+            (r"up_blocks\.1\.resnets", "up.0.block"),
             (r"up_blocks\.0\.upsamplers\.0", "up.1.upsample"),
-            (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-            (r"mid_block\.attentions\.0", "mid.attn_1"), ("conv_shortcut", "nin_shortcut"),
-            ("conv_norm_out", "norm_out"), ("group_norm", "norm"), (r"to_out\.0", "proj_out"),
+            (r"mid_block\.resnets\.0", "mid.block_1"),
+            (r"mid_block\.resnets\.1", "mid.block_2"),
+            (r"mid_block\.attentions\.0", "mid.attn_1"),
+            ("conv_shortcut", "nin_shortcut"),
+            ("conv_norm_out", "norm_out"),
+            ("group_norm", "norm"),
+            (r"to_out\.0", "proj_out"),
             (r"to_([qkv])", r"\1"),
         ]:
             key = re.sub(ours, theirs, key)
@@ -84,21 +108,29 @@ def vae(tensors):
 
 def open_clip(tensors, prefix):
     """CLIP as open_clip has it, queries, keys and values in one."""
-    names = {"text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-             "text_model.embeddings.position_embedding.weight": "positional_embedding",
-             "text_model.final_layer_norm.weight": "ln_final.weight",
-             "text_model.final_layer_norm.bias": "ln_final.bias"}
+    names = {
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+    }
     found = {prefix + theirs: tensors[ours] for ours, theirs in names.items()}
     found[f"{prefix}text_projection"] = np.ascontiguousarray(tensors["text_projection.weight"].T)
     layers = {key.split(".")[3] for key in tensors if ".layers." in key}
     for i in layers:
         ours, theirs = f"text_model.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
         for end in ("weight", "bias"):
-            for a, b in [("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"),
-                         ("mlp.fc2", "mlp.c_proj"), ("self_attn.out_proj", "attn.out_proj")]:
+            for a, b in [
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+                ("self_attn.out_proj", "attn.out_proj"),
+            ]:
                 found[f"{theirs}{b}.{end}"] = tensors[f"{ours}{a}.{end}"]
             found[f"{theirs}attn.in_proj_{end}"] = np.concatenate(
-                [tensors[f"{ours}self_attn.{x}_proj.{end}"] for x in "qkv"])
+                [tensors[f"{ours}self_attn.{x}_proj.{end}"] for x in "qkv"]
+            )
     return found
 
 
@@ -112,7 +144,8 @@ def mmdit(tensors):
             value = swapped(value)
         for ours, theirs in [
             (r"transformer_blocks\.(\d+)\.", r"joint_blocks.\1."),
-            (r"pos_embed\.proj", "x_embedder.proj"), (r"pos_embed\.pos_embed", "pos_embed"),
+            (r"pos_embed\.proj", "x_embedder.proj"),
+            (r"pos_embed\.pos_embed", "pos_embed"),
             (r"time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
             (r"time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
             (r"time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
@@ -123,7 +156,8 @@ def mmdit(tensors):
             (r"norm1_context\.linear", "context_block.adaLN_modulation.1"),
             (r"attn\.to_out\.0", "x_block.attn.proj"),
             (r"attn\.to_add_out", "context_block.attn.proj"),
-            (r"ff\.net\.0\.proj", "x_block.mlp.fc1"), (r"ff\.net\.2", "x_block.mlp.fc2"),
+            (r"ff\.net\.0\.proj", "x_block.mlp.fc1"),
+            (r"ff\.net\.2", "x_block.mlp.fc2"),
             (r"ff_context\.net\.0\.proj", "context_block.mlp.fc1"),
             (r"ff_context\.net\.2", "context_block.mlp.fc2"),
         ]:
@@ -131,10 +165,13 @@ def mmdit(tensors):
         found[key] = value
     for i in range(last + 1):
         for end in ("weight", "bias"):
-            for block, names in [("x_block", ["to_q", "to_k", "to_v"]),
-                                 ("context_block", [f"add_{x}_proj" for x in "qkv"])]:
+            for block, names in [
+                ("x_block", ["to_q", "to_k", "to_v"]),
+                ("context_block", [f"add_{x}_proj" for x in "qkv"]),
+            ]:
                 found[f"joint_blocks.{i}.{block}.attn.qkv.{end}"] = np.concatenate(
-                    [found.pop(f"joint_blocks.{i}.attn.{name}.{end}") for name in names])
+                    [found.pop(f"joint_blocks.{i}.attn.{name}.{end}") for name in names]
+                )
     return {f"model.diffusion_model.{key}": value for key, value in found.items()}
 
 
@@ -147,8 +184,9 @@ def original(folder, name):
     parts = {path.parent.name: load_file(path) for path in folder.glob("*/*.safetensors")}
     found = vae(parts["vae"])
     if name == "sd15":
-        found |= unet(parts["unet"], 1) | prefixed(parts["text_encoder"],
-                                                   "cond_stage_model.transformer.")
+        found |= unet(parts["unet"], 1) | prefixed(
+            parts["text_encoder"], "cond_stage_model.transformer."
+        )
         found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(24)
         found["model_ema.decay"] = np.float32(0.9).reshape(1)
     elif name == "sdxl":
@@ -157,8 +195,11 @@ def original(folder, name):
         found |= open_clip(parts["text_encoder_2"], "conditioner.embedders.1.model.")
     else:
         found |= mmdit(parts["transformer"])
-        for part, there in [("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"),
-                            ("text_encoder_3", "t5xxl")]:
+        for part, there in [
+            ("text_encoder", "clip_l"),
+            ("text_encoder_2", "clip_g"),
+            ("text_encoder_3", "t5xxl"),
+        ]:
             found |= prefixed(parts[part], f"text_encoders.{there}.transformer.")
     return found
 
@@ -177,8 +218,9 @@ def world(tmp_path_factory):
             path = folder / "base" / "text_encoder" / "model.safetensors"
             tensors = load_file(path) | {"text_projection.weight": np.eye(16, dtype=np.float32)}
             save_file(tensors, path, {"format": "pt"})
-        shutil.copytree(folder / "base", folder / "config",
-                        ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            folder / "base", folder / "config", ignore=shutil.ignore_patterns("*.safetensors")
+        )
         save_file(original(folder / "base", name), folder / "file.safetensors")
     return root
 
@@ -203,10 +245,20 @@ def test_the_command_brings_back_the_folder(world, tmp_path, name):
     out = tmp_path / "out"
     file, config = world / name / "file.safetensors", world / name / "config"
     result = subprocess.run(
-        [sys.executable, "-m", "r0_jax.convert_single_file", f"--out={out}",
-         f"--checkpoint={file}", f"--config={config}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "r0_jax.convert_single_file",
+            f"--out={out}",
+            f"--checkpoint={file}",
+            f"--config={config}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"},
+    )
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     assert result.stdout.startswith(f"{out} is ") and FAMILIES[name][0] in result.stdout
     check_equal(out, world / name / "base")
@@ -214,13 +266,16 @@ def test_the_command_brings_back_the_folder(world, tmp_path, name):
 
 
 def test_sd3_without_t5_and_in_the_dtype_of_the_file(world, tmp_path):
-    tensors = {key: value.astype(np.float16)
-               for key, value in load_file(world / "sd3" / "file.safetensors").items()
-               if "t5xxl" not in key}
+    tensors = {
+        key: value.astype(np.float16)
+        for key, value in load_file(world / "sd3" / "file.safetensors").items()
+        if "t5xxl" not in key
+    }
     save_file(tensors, tmp_path / "half.safetensors")
     # Weights that lie beside the configs are not taken for what the file lacks.
-    single.convert_single_file(tmp_path / "half.safetensors", tmp_path / "out",
-                               world / "sd3" / "base")
+    single.convert_single_file(
+        tmp_path / "half.safetensors", tmp_path / "out", world / "sd3" / "base"
+    )
     index = json.loads((tmp_path / "out" / "model_index.json").read_text("utf-8"))
     assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
     assert not (tmp_path / "out" / "text_encoder_3").exists()
@@ -251,8 +306,12 @@ def test_configs_of_another_size_are_told(world, tmp_path):
     told("unet", "expected shape", block_out_channels=[16])
     told("vae", "weights that the configs ask for are missing", layers_per_block=3)
     told("text_encoder", "has no .*layers.2.* for the text_encoder", num_hidden_layers=3)
-    told("unet", "does not fit the configs .*not used", down_block_types=["DownBlock2D"],
-         up_block_types=["UpBlock2D"])
+    told(
+        "unet",
+        "does not fit the configs .*not used",
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -271,8 +330,13 @@ def test_bad_input_is_one_line(world, tmp_path):
     inpainting = made("inpainting", lambda x: x | {first: np.zeros((8, 9, 3, 3), np.float32)})
     no_text = made("no_text", without("cond_stage_model."))
     no_vae = made("no_vae", without("first_stage_model."))
-    two = made("two", lambda x: without("cond_stage_model.")(x) | {
-        "cond_stage_model.model.ln_final.bias": np.zeros(1, np.float32)})
+    two = made(
+        "two",
+        lambda x: (
+            without("cond_stage_model.")(x)
+            | {"cond_stage_model.model.ln_final.bias": np.zeros(1, np.float32)}
+        ),
+    )
     lora = made("lora", lambda x: {"lora_unet_conv_in.alpha": np.float32(1).reshape(1)})
     gap = made("gap", without("model.diffusion_model.middle_block.1.proj_in."))
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
@@ -281,33 +345,40 @@ def test_bad_input_is_one_line(world, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "renamed.safetensors")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine", "utf-8")
-    shutil.copytree(world / "sd15" / "config", tmp_path / "untold",
-                    ignore=shutil.ignore_patterns("tokenizer"))
+    shutil.copytree(
+        world / "sd15" / "config", tmp_path / "untold", ignore=shutil.ignore_patterns("tokenizer")
+    )
     before = set(os.listdir(tmp_path))
 
     def call(checkpoint, config=world / "sd15" / "config", out="out"):
         return ["--checkpoint", checkpoint, "--config", config, "--out", tmp_path / out]
 
-    check_refusals("r0_jax.convert_single_file", [
-        (["--out=o"], "missing --checkpoint"),
-        ([*call(good), "--chekpoint=x"], "unknown flag --chekpoint; did you mean --checkpoint"),
-        (call(tmp_path / "none.safetensors"), "none.safetensors: no such file"),
-        (call(tmp_path / "old.ckpt"), "old.ckpt is a pickle, .*get the checkpoint as .safetensors"),
-        (call(tmp_path / "renamed.safetensors"), "renamed.safetensors is a pickle"),
-        (call(tmp_path / "cut.safetensors"), "not a complete safetensors file"),
-        (call(tmp_path / "noise.safetensors"), "not a complete safetensors file"),
-        (call(lora), "not a single-file checkpoint of a pipeline .it holds lora_unet_conv"),
-        (call(inpainting), "inpainting or editing: its UNet reads 9 channels"),
-        (call(no_text), "Stable Diffusion 1.x .*has no text encoder"),
-        (call(no_vae), "has no VAE"),
-        (call(two), "Stable Diffusion 2.x"),
-        (call(good, world / "sdxl" / "config"), "give the configs of the same family"),
-        (call(good, tmp_path / "none"), "none is not a folder"),
-        (call(good, out="full"), "full exists already"),
-        (call(good), "diffusers and torch, and diffusers is not installed: make install-dev"),
-        (["--checkpoint", good, "--out", tmp_path / "out"], "give --config=DIR, .*v1-5"),
-        (call(good, tmp_path / "untold"), "untold/tokenizer/vocab.json is missing"),
-    ])  # fmt: skip
+    check_refusals(
+        "r0_jax.convert_single_file",
+        [
+            (["--out=o"], "missing --checkpoint"),
+            ([*call(good), "--chekpoint=x"], "unknown flag --chekpoint; did you mean --checkpoint"),
+            (call(tmp_path / "none.safetensors"), "none.safetensors: no such file"),
+            (
+                call(tmp_path / "old.ckpt"),
+                "old.ckpt is a pickle, .*get the checkpoint as .safetensors",
+            ),
+            (call(tmp_path / "renamed.safetensors"), "renamed.safetensors is a pickle"),
+            (call(tmp_path / "cut.safetensors"), "not a complete safetensors file"),
+            (call(tmp_path / "noise.safetensors"), "not a complete safetensors file"),
+            (call(lora), "not a single-file checkpoint of a pipeline .it holds lora_unet_conv"),
+            (call(inpainting), "inpainting or editing: its UNet reads 9 channels"),
+            (call(no_text), "Stable Diffusion 1.x .*has no text encoder"),
+            (call(no_vae), "has no VAE"),
+            (call(two), "Stable Diffusion 2.x"),
+            (call(good, world / "sdxl" / "config"), "give the configs of the same family"),
+            (call(good, tmp_path / "none"), "none is not a folder"),
+            (call(good, out="full"), "full exists already"),
+            (call(good), "diffusers and torch, and diffusers is not installed: make install-dev"),
+            (["--checkpoint", good, "--out", tmp_path / "out"], "give --config=DIR, .*v1-5"),
+            (call(good, tmp_path / "untold"), "untold/tokenizer/vocab.json is missing"),
+        ],
+    )
     with pytest.raises(InputError, match="configs ask for are missing"):
         single.convert_single_file(gap, tmp_path / "out", world / "sd15" / "config")
     assert set(os.listdir(tmp_path)) == before

@@ -53,28 +53,34 @@ def test_bad_input_is_one_line(folder, tmp_path):
     pipeline = ["--pipeline", folder / "base", "--prompts=p.txt"]
     out = ["--out", tmp_path / "out"]
 
-    check_refusals("r0_jax.evaluate", [
-        (["--seed=1"], "give either --workdir=W or --pipeline=DIR"),
-        ([*pipeline, *out, "--workdir=w"], "give either --workdir=W or --pipeline=DIR"),
-        ([*pipeline], "--pipeline needs --out=DIR"),
-        ([*pipeline, *out, "--step=best"], "--step and --pretrained go with --workdir"),
-        ([*pipeline, *out, "--pretrained=d"], "--step and --pretrained go with --workdir"),
-        (["--workdir", folder / "run", *out], "--out and --overwrite go with --pipeline"),
-        (["--workdir", folder / "run"], "no test.prompts: give --prompts=FILE"),
-        ([*pipeline, "--out", tmp_path / "table"], "eval.json exists already; .* --overwrite"),
-        ([*pipeline, "--out", tmp_path / "images"], "samples/eval exists already; .* --overwrite"),
-        ([*pipeline, "--out", tmp_path / "table", "--overwrite"], "p.txt: no such file"),
-        ([*pipeline, "--out", tmp_path / "table" / "eval.json"], "eval.json is not a folder"),
-        (blocked, "samples is not a folder"),
-        (foreign, "config.json has no test, so it is not the config of an R0 run"),
-        (older, "config.json has no test.features: it is of an older run"),
-        (moved, "gone/away, the pretrained .* say where it is now with --pretrained=DIR"),
-        ([*moved, "--pretrained", tmp_path / "table"], "model_index.json is missing"),
-        ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
-        ([*pipeline, *out, "--seed=-1"], "--seed=-1"),
-        ([*pipeline, *out, "--seed=4294967295"], "--seed=4294967295"),
-        ([*pipeline, *out, "--num_inference_steps=0"], "--num_inference_steps=0"),
-    ])  # fmt: skip
+    check_refusals(
+        "r0_jax.evaluate",
+        [
+            (["--seed=1"], "give either --workdir=W or --pipeline=DIR"),
+            ([*pipeline, *out, "--workdir=w"], "give either --workdir=W or --pipeline=DIR"),
+            ([*pipeline], "--pipeline needs --out=DIR"),
+            ([*pipeline, *out, "--step=best"], "--step and --pretrained go with --workdir"),
+            ([*pipeline, *out, "--pretrained=d"], "--step and --pretrained go with --workdir"),
+            (["--workdir", folder / "run", *out], "--out and --overwrite go with --pipeline"),
+            (["--workdir", folder / "run"], "no test.prompts: give --prompts=FILE"),
+            ([*pipeline, "--out", tmp_path / "table"], "eval.json exists already; .* --overwrite"),
+            (
+                [*pipeline, "--out", tmp_path / "images"],
+                "samples/eval exists already; .* --overwrite",
+            ),
+            ([*pipeline, "--out", tmp_path / "table", "--overwrite"], "p.txt: no such file"),
+            ([*pipeline, "--out", tmp_path / "table" / "eval.json"], "eval.json is not a folder"),
+            (blocked, "samples is not a folder"),
+            (foreign, "config.json has no test, so it is not the config of an R0 run"),
+            (older, "config.json has no test.features: it is of an older run"),
+            (moved, "gone/away, the pretrained .* say where it is now with --pretrained=DIR"),
+            ([*moved, "--pretrained", tmp_path / "table"], "model_index.json is missing"),
+            ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
+            ([*pipeline, *out, "--seed=-1"], "--seed=-1"),
+            ([*pipeline, *out, "--seed=4294967295"], "--seed=4294967295"),
+            ([*pipeline, *out, "--num_inference_steps=0"], "--num_inference_steps=0"),
+        ],
+    )
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "table" / "eval.json").read_text("utf-8") == "{}"
 
@@ -110,15 +116,27 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
 
 def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys):
     """Its attention, which this machine has not; and its report is made anew."""
-    seen, fields = [], {"workdir": str(folder / "run"), "prompts": "p.txt", "num_prompts": None,
-                        "pretrained": None, "seed": None, "step": "", "pipeline": None, "out": None,
-                        "overwrite": False}
+    seen, fields = (
+        [],
+        {
+            "workdir": str(folder / "run"),
+            "prompts": "p.txt",
+            "num_prompts": None,
+            "pretrained": None,
+            "seed": None,
+            "step": "",
+            "pipeline": None,
+            "out": None,
+            "overwrite": False,
+        },
+    )
     config = run.read_config(folder / "run")
     config.attention = "cudnn"
     monkeypatch.setattr(evaluate.run, "read_config", lambda workdir: config)
     monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields))
-    monkeypatch.setattr(evaluate, "evaluate_run",
-                        lambda folder, config, step: seen.append(config.attention))
+    monkeypatch.setattr(
+        evaluate, "evaluate_run", lambda folder, config, step: seen.append(config.attention)
+    )
     monkeypatch.setattr(evaluate.report, "print_table", lambda table: None)
     monkeypatch.setattr(evaluate.report, "write_report", lambda folder: "anew")
     with pytest.warns(UserWarning, match="computed by 'xla': .*needs an NVIDIA GPU"):

@@ -30,9 +30,18 @@ def test_taesd_of_pytorch_is_as_far_from_itself():
     """Rounding decides some of its ReLUs, whose gradient switches; hence what is allowed of it."""
     case = full_width.CASES["taesd"]
     found = full_width.in_torch(case)
-    exact = full_width.in_torch(case._replace(theirs=lambda module, *inputs: [
-        x.float() for x in case.theirs(module.double(), *(x.double() for x in inputs))]))
+    exact = full_width.in_torch(
+        case._replace(
+            theirs=lambda module, *inputs: [
+                x.float() for x in case.theirs(module.double(), *(x.double() for x in inputs))
+            ]
+        )
+    )
     parity.assert_close(found["output 0"], exact["output 0"], full_width.OUTPUT)
-    parity.assert_close(found["gradient 0"], exact["gradient 0"], case.gradient,
-                        "gradient, PyTorch's float32 against its float64")
+    parity.assert_close(
+        found["gradient 0"],
+        exact["gradient 0"],
+        case.gradient,
+        "gradient, PyTorch's float32 against its float64",
+    )
     assert parity.MEASURED[-1].error > full_width.GRADIENT

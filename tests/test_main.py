@@ -58,18 +58,34 @@ def world(tmp_path_factory) -> Path:
 
 
 def command(world: Path, workdir: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "r0_jax.main", f"--config={world / 'recipe.py'}",
-            f"--workdir={workdir}", *flags]
+    return [
+        sys.executable,
+        "-m",
+        "r0_jax.main",
+        f"--config={world / 'recipe.py'}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 def start(world: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(world, workdir, *flags), cwd=ROOT, capture_output=True,
-                          text=True, env=environment(), timeout=600)
+    return subprocess.run(
+        command(world, workdir, *flags),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
+    )
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": fast_xla.FLAGS}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": fast_xla.FLAGS,
+    }
 
 
 def measured(workdir: Path) -> list[dict]:
@@ -77,7 +93,8 @@ def measured(workdir: Path) -> list[dict]:
     found: dict[int, dict] = {}
     for line in map(json.loads, (workdir / "metrics.jsonl").read_text("utf-8").splitlines()):
         found.setdefault(line["step"], {}).update(
-            {k: v for k, v in line.items() if not k.startswith("perf/")})
+            {k: v for k, v in line.items() if not k.startswith("perf/")}
+        )
     return list(found.values())
 
 
@@ -98,10 +115,16 @@ def test_a_run_leaves_what_it_promises(world):
     lines = measured(whole)
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "heldout/heldout" in line] == [0, 2, 4]
-    assert all({"reward/clip_score", "reward_std/clip_score"} <= line.keys() for line in lines
-               if "train/loss" in line)
+    assert all(
+        {"reward/clip_score", "reward_std/clip_score"} <= line.keys()
+        for line in lines
+        if "train/loss" in line
+    )
     assert {p.name for p in (whole / "samples").glob("*.png")} >= {
-        "step_000000.png", "step_000002.png", "step_000004.png"}
+        "step_000000.png",
+        "step_000002.png",
+        "step_000004.png",
+    }
     assert (whole / "report.html").stat().st_size > 10_000
     assert json.loads((whole / "config.json").read_text())["steps"] == STEPS
     [events] = (whole / "tensorboard").iterdir()
@@ -119,8 +142,13 @@ def test_two_and_two_steps_are_four(world, tmp_path):
 
 def test_a_killed_run_continues(world, tmp_path):
     workdir = tmp_path / "w"
-    process = subprocess.Popen(command(world, workdir), cwd=ROOT, env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(world, workdir),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(lambda: (workdir / "checkpoints").is_dir() and len(checkpoints(workdir)) > 0, process)
     process.kill()
     process.wait()
@@ -130,11 +158,21 @@ def test_a_killed_run_continues(world, tmp_path):
 
 def test_sigterm_saves_and_ends_as_what_is_to_be_started_again(world, tmp_path):
     workdir = tmp_path / "w"
-    process = subprocess.Popen(command(world, workdir, "--config.steps=100000"), cwd=ROOT,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    wait_for(lambda: (workdir / "metrics.jsonl").is_file()
-             and "train/loss" in (workdir / "metrics.jsonl").read_text(), process)
+    process = subprocess.Popen(
+        command(world, workdir, "--config.steps=100000"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(
+        lambda: (
+            (workdir / "metrics.jsonl").is_file()
+            and "train/loss" in (workdir / "metrics.jsonl").read_text()
+        ),
+        process,
+    )
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
@@ -159,8 +197,16 @@ def test_a_run_ends_early_when_the_held_out_reward_no_longer_grows(world, tmp_pa
         assert "ended at step 2: in 2 evaluations heldout/heldout did not exceed" in ended.stderr
         assert "report: " in ended.stdout
         assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2]
-    assert start(world, tmp_path / "w", "--config.steps=9", *flags, "--config.early_stop=3",
-                 ).returncode == 0
+    assert (
+        start(
+            world,
+            tmp_path / "w",
+            "--config.steps=9",
+            *flags,
+            "--config.early_stop=3",
+        ).returncode
+        == 0
+    )
     assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2, 3]
 
 
@@ -181,17 +227,20 @@ def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
     assert checkpoints(workdir) == before
 
 
-@pytest.mark.parametrize(("flags", "named"), [
-    (["--config.lora.rnak=3"], "lora.rank"),
-    (["--config.batch_size=7", "--config.device_batch=2"], "batch_size=7"),
-    (["--config.pretrained=/nowhere"], "/nowhere"),
-    (["--config.data.prompts=/nowhere.txt"], "/nowhere.txt"),
-    (["--config.objective.method=r1"], "r0plus"),
-    (["--config.lora.targets=nothing"], "lora.targets"),
-    (["--config.sampler.num_steps=5"], "sampler.num_steps=5 must be from 1 to 4"),
-    (["--config.best_metric=heldout/hedlout"], "heldout/heldout"),
-    (["--config.test.prompts=/nowhere.txt"], "/nowhere.txt"),
-])
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--config.lora.rnak=3"], "lora.rank"),
+        (["--config.batch_size=7", "--config.device_batch=2"], "batch_size=7"),
+        (["--config.pretrained=/nowhere"], "/nowhere"),
+        (["--config.data.prompts=/nowhere.txt"], "/nowhere.txt"),
+        (["--config.objective.method=r1"], "r0plus"),
+        (["--config.lora.targets=nothing"], "lora.targets"),
+        (["--config.sampler.num_steps=5"], "sampler.num_steps=5 must be from 1 to 4"),
+        (["--config.best_metric=heldout/hedlout"], "heldout/heldout"),
+        (["--config.test.prompts=/nowhere.txt"], "/nowhere.txt"),
+    ],
+)
 def test_bad_input_is_one_line(world, tmp_path, flags, named):
     assert named in one_line_error(start(world, tmp_path / "w", *flags))
     assert not (tmp_path / "w" / "checkpoints").exists() or not checkpoints(tmp_path / "w")
@@ -213,8 +262,9 @@ def test_fewer_steps_than_there_are(world, tmp_path):
 
 def test_an_empty_prompt_file_and_a_truncated_weight_file(world, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    error = one_line_error(start(world, tmp_path / "w",
-                                 f"--config.data.prompts={tmp_path / 'empty.txt'}"))
+    error = one_line_error(
+        start(world, tmp_path / "w", f"--config.data.prompts={tmp_path / 'empty.txt'}")
+    )
     assert "empty.txt" in error
     shutil.copytree(world / "sd", tmp_path / "sd")
     weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -224,27 +274,48 @@ def test_an_empty_prompt_file_and_a_truncated_weight_file(world, tmp_path):
 
 
 def test_a_test_that_cannot_be_made_shows_before_the_training(world, tmp_path):
-    error = one_line_error(start(world, tmp_path / "w", "--config.test.base_steps=2000",
-                                 f"--config.test.prompts={world / 'prompts.txt'}"))
+    error = one_line_error(
+        start(
+            world,
+            tmp_path / "w",
+            "--config.test.base_steps=2000",
+            f"--config.test.prompts={world / 'prompts.txt'}",
+        )
+    )
     assert "num_inference_steps=2000 is more than the 1000 timesteps" in error
     assert not (tmp_path / "w").exists()
 
 
 def test_nonfinite_steps_stop_the_run(world, tmp_path):
-    error = one_line_error(start(world, tmp_path / "w", "--config.optimizer.learning_rate=1e30",
-                                 "--config.max_skipped_in_a_row=2", "--config.steps=50",
-                                 "--config.eval_every=100"))
+    error = one_line_error(
+        start(
+            world,
+            tmp_path / "w",
+            "--config.optimizer.learning_rate=1e30",
+            "--config.max_skipped_in_a_row=2",
+            "--config.steps=50",
+            "--config.eval_every=100",
+        )
+    )
     assert "the last 2 steps (to step" in error and "--workdir" in error
 
 
 def test_neither_torch_nor_tensorflow_is_imported(world, tmp_path):
-    code = ("import sys, runpy; sys.argv = sys.argv[1:]\n"
-            "try:\n    runpy.run_module('r0_jax.main', run_name='__main__')\n"
-            "except SystemExit as e:\n    assert not e.code, e.code\n"
-            "print({'torch', 'tensorflow'} & set(sys.modules))")
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_module('r0_jax.main', run_name='__main__')\n"
+        "except SystemExit as e:\n    assert not e.code, e.code\n"
+        "print({'torch', 'tensorflow'} & set(sys.modules))"
+    )
     args = command(world, tmp_path / "w", "--config.steps=1")[2:]
-    result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=environment(),
-                            capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.stdout.strip().endswith("set()"), result.stderr
 
 
@@ -252,10 +323,13 @@ def test_signs_of_hacking_are_logged_and_an_overlap_is_told(world):
     said = (world / "stderr.txt").read_text("utf-8")
     assert "the held-out reward heldout is clip_score again, which is trained on" in said
     lines = (world / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()
-    signs = [{name: value for name, value in json.loads(line).items()
-              if name.startswith("hacking/")} for line in lines]
+    signs = [
+        {name: value for name, value in json.loads(line).items() if name.startswith("hacking/")}
+        for line in lines
+    ]
     signs = [found for found in signs if found]
-    assert signs[0].keys() == {f"hacking/{name}" for name in (
-        "saturation", "contrast", "diversity", "grid_energy_4")}
+    assert signs[0].keys() == {
+        f"hacking/{name}" for name in ("saturation", "contrast", "diversity", "grid_energy_4")
+    }
     assert signs[0] == pytest.approx(dict.fromkeys(signs[0], 1.0), abs=1e-4)  # it is the base
     assert signs[-1] != signs[0]

@@ -22,12 +22,15 @@ from r0_jax.weights.network import Network
 
 REWARDS = {  # what each recipe trains on
     **{name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3")},
-    "taiyi": ["chinese_clip", "aesthetic"]}
+    "taiyi": ["chinese_clip", "aesthetic"],
+}
 RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "taiyi": taiyi_r0}
 
 
-@pytest.mark.parametrize("name, variants", [
-    ("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun,r0plus"), ("taiyi", "dryrun")])
+@pytest.mark.parametrize(
+    "name, variants",
+    [("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun,r0plus"), ("taiyi", "dryrun")],
+)
 def test_a_dry_run_trains_resumes_evaluates_and_exports(tmp_path, name, variants):
     workdir = tmp_path / "run"
     flags = [f"--config=configs/{name}_r0.py:{variants}", f"--workdir={workdir}"]
@@ -53,9 +56,10 @@ def test_a_dry_run_trains_resumes_evaluates_and_exports(tmp_path, name, variants
     config = json.loads((workdir / "config.json").read_text())
     assert os.environ["XDG_CACHE_HOME"] in config["data"]["prompts"]
     forms = ["diffusers"] + ["peft"] * ("full" not in variants)
-    for status, _, stderr in commands("r0_jax.export", [
-            ["--workdir", workdir, "--out", tmp_path / form, f"--format={form}"]
-            for form in forms]):
+    for status, _, stderr in commands(
+        "r0_jax.export",
+        [["--workdir", workdir, "--out", tmp_path / form, f"--format={form}"] for form in forms],
+    ):
         assert (status, stderr) == (0, "")
     assert families.load(tmp_path / "diffusers", family=config["family"])
 
@@ -78,8 +82,12 @@ def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(name):
 
 
 def test_a_rank_that_a_layer_has_not_is_one_line(tmp_path):
-    result = run("main", "--config=configs/sd15_r0.py:dryrun", f"--workdir={tmp_path / 'w'}",
-                 "--config.lora.rank=9")
+    result = run(
+        "main",
+        "--config=configs/sd15_r0.py:dryrun",
+        f"--workdir={tmp_path / 'w'}",
+        "--config.lora.rank=9",
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "lora.rank=9 is above what fits down_blocks.0.attentions.0.transformer_blocks.0" in line
@@ -94,8 +102,9 @@ def tiny_decoder(folder):
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     config = AutoencoderTinyConfig.from_json(fields)
     network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
-    convert.save(miniature.random_params(network, 0),
-                 folder / "diffusion_pytorch_model.safetensors")
+    convert.save(
+        miniature.random_params(network, 0), folder / "diffusion_pytorch_model.safetensors"
+    )
 
 
 def test_without_weights_a_recipe_says_what_is_missing(tmp_path):
@@ -122,9 +131,14 @@ def test_variants_change_what_they_say_and_combine(name):
     assert set(plain) == set(base.get_config())
 
 
-@pytest.mark.parametrize("name, folder, count", [
-    ("sd15", "stable_diffusion/unet", 128), ("sdxl", "stable_diffusion_xl/unet", 560),
-    ("sd3", "stable_diffusion_3/transformer", 191)])
+@pytest.mark.parametrize(
+    "name, folder, count",
+    [
+        ("sd15", "stable_diffusion/unet", 128),
+        ("sdxl", "stable_diffusion_xl/unet", 560),
+        ("sd3", "stable_diffusion_3/transformer", 191),
+    ],
+)
 def test_adapters_are_on_the_layers_that_the_published_sets_name(name, folder, count):
     """The attention of both UNets; of SD3 diffusers' DreamBooth set, whose last block lacks one."""
     fields = config_of(folder)

@@ -36,8 +36,11 @@ URLS = ["gs://bucket/runs/w", "s3://bucket/runs/w"]
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*")
-            if path.is_file() and not path.name.startswith(".")}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def write(folder: Path, **contents: str) -> None:
@@ -50,19 +53,33 @@ def write(folder: Path, **contents: str) -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("path", "url"), [
-    ("gs://b/x", "gs://b/x"), ("s3://b/x/", "s3://b/x"), (Path("gs://b/x"), "gs://b/x"),
-    (Path("s3://b"), "s3://b"), ("runs/x", None), ("/runs/gs:/x", None), (Path("a:/b"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("gs://b/x", "gs://b/x"),
+        ("s3://b/x/", "s3://b/x"),
+        (Path("gs://b/x"), "gs://b/x"),
+        (Path("s3://b"), "s3://b"),
+        ("runs/x", None),
+        ("/runs/gs:/x", None),
+        (Path("a:/b"), None),
+    ],
+)
 def test_urls_survive_pathlib(path, url):
     assert remote.url_of(path) == url
 
 
-@pytest.mark.parametrize(("path", "said"), [
-    ("http://host/x", "http://host/x: http:// is not supported; use gs://, s3:// or a path of this "
-                      "machine"),
-    ("hdfs://host/x", "hdfs:// is not supported"), ("gs://", "names no bucket"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "http://host/x",
+            "http://host/x: http:// is not supported; use gs://, s3:// or a path of this machine",
+        ),
+        ("hdfs://host/x", "hdfs:// is not supported"),
+        ("gs://", "names no bucket"),
+    ],
+)
 def test_other_schemes_are_one_line(path, said):
     with pytest.raises(InputError, match=said):
         remote.local(path)
@@ -77,9 +94,11 @@ def test_a_folder_is_fetched_once_and_anew_where_it_changed(store, monkeypatch):
 
     fetched = []
     get_file = remote.store("s3://bucket").get_file
-    monkeypatch.setattr(type(remote.store("s3://bucket")), "get_file",
-                        lambda self, source, target: fetched.append(source) or
-                        get_file(source, target))
+    monkeypatch.setattr(
+        type(remote.store("s3://bucket")),
+        "get_file",
+        lambda self, source, target: fetched.append(source) or get_file(source, target),
+    )
     write(there, b__c="TWO", d="three")
     (there / "a").unlink()
     remote._fetched.cache_clear()  # another process
@@ -102,29 +121,48 @@ def test_a_killed_fetch_leaves_nothing_that_counts(store, monkeypatch):  # noqa:
 
 
 def test_what_is_never_read_is_not_fetched(store):  # noqa: F811
-    write(store / "bucket/sd", **{"model_index.json": "", "sd.safetensors": "", "x.ckpt": "",
-                                  "unet__a.safetensors": "", "unet__a.bin": "", "unet__a.onnx": "",
-                                  "vae__a.bin": ""})
-    assert set(files(remote.local("gs://bucket/sd"))) == {"model_index.json", "unet/a.safetensors",
-                                                          "vae/a.bin"}
+    write(
+        store / "bucket/sd",
+        **{
+            "model_index.json": "",
+            "sd.safetensors": "",
+            "x.ckpt": "",
+            "unet__a.safetensors": "",
+            "unet__a.bin": "",
+            "unet__a.onnx": "",
+            "vae__a.bin": "",
+        },
+    )
+    assert set(files(remote.local("gs://bucket/sd"))) == {
+        "model_index.json",
+        "unet/a.safetensors",
+        "vae/a.bin",
+    }
 
 
-@pytest.mark.parametrize(("path", "said"), [
-    ("gs://bucket/nothing", "no such object or folder"), ("s3://other/x", "no such bucket"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("gs://bucket/nothing", "no such object or folder"),
+        ("s3://other/x", "no such bucket"),
+    ],
+)
 def test_what_is_not_there_is_one_line(store, path, said):  # noqa: F811
     with pytest.raises(InputError, match=said):
         remote.local(path)
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (ImportError("Please install gcsfs"), "pip install gcsfs"),
-    (ImportError("No module named 'google.cloud'"), "pip install google-cloud-storage"),
-    (PermissionError("Forbidden"), "access is denied"),
-    (RuntimeError("Your default credentials were not found"), "gcloud auth"),
-    (OSError("Anonymous caller does not have storage.objects.list access, 401"), "gcloud auth"),
-    (ConnectionRefusedError("refused"), "gs://b/x cannot be reached"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("Please install gcsfs"), "pip install gcsfs"),
+        (ImportError("No module named 'google.cloud'"), "pip install google-cloud-storage"),
+        (PermissionError("Forbidden"), "access is denied"),
+        (RuntimeError("Your default credentials were not found"), "gcloud auth"),
+        (OSError("Anonymous caller does not have storage.objects.list access, 401"), "gcloud auth"),
+        (ConnectionRefusedError("refused"), "gs://b/x cannot be reached"),
+    ],
+)
 def test_what_stores_raise_is_one_line(error, said):
     with pytest.raises(InputError, match=said) as raised, remote.told("gs://b/x"):
         raise error
@@ -144,8 +182,11 @@ def test_a_package_that_is_not_installed(monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(InputError, match=r"^s3://b/x: s3:// needs a package that is not installed: "
-                                         r"pip install s3fs$"):
+    with pytest.raises(
+        InputError,
+        match=r"^s3://b/x: s3:// needs a package that is not installed: "
+        r"pip install s3fs$",
+    ):
         remote.local("s3://b/x")
     backend.fsspec_backend._get_filesystem.cache_clear()
 
@@ -176,8 +217,10 @@ def test_a_mirror_is_pushed_and_pulled(store, tmp_path, monkeypatch, url):  # no
     there = store / "bucket/runs/w"
     with mirror.workdir(url, training=True) as folder:
         assert folder.name == "w" and not any(folder.iterdir()) and mirror.is_mirror(folder)
-        write(folder, **{"metrics.jsonl": "1\n", "prompts__a": "x", "prompts.tmp__a": "x",
-                         ".lock": ""})
+        write(
+            folder,
+            **{"metrics.jsonl": "1\n", "prompts__a": "x", "prompts.tmp__a": "x", ".lock": ""},
+        )
         mirror.push(folder)
         assert files(there) == {"metrics.jsonl": "1\n", "prompts/a": "x"}
         with (folder / "metrics.jsonl").open("a") as file:
@@ -201,9 +244,16 @@ def test_a_mirror_is_pushed_and_pulled(store, tmp_path, monkeypatch, url):  # no
 
 def test_who_only_reads_changes_only_what_it_writes(store):  # noqa: F811
     there = store / "bucket/runs/w"
-    write(there, **{"metrics.jsonl": "1\n", "eval.json": "old",
-                    "checkpoints__3__metrics__metrics": "{}", "checkpoints__3__state__a": "x",
-                    "checkpoints__4__state__a": "half"})
+    write(
+        there,
+        **{
+            "metrics.jsonl": "1\n",
+            "eval.json": "old",
+            "checkpoints__3__metrics__metrics": "{}",
+            "checkpoints__3__state__a": "x",
+            "checkpoints__4__state__a": "half",
+        },
+    )
     with mirror.workdir("s3://bucket/runs/w") as folder:
         assert checkpoint.steps(folder) == [3]
         assert not (folder / "checkpoints/3/state").exists()
@@ -216,8 +266,12 @@ def test_who_only_reads_changes_only_what_it_writes(store):  # noqa: F811
 
 
 def test_one_run_a_workdir(store):  # noqa: F811
-    with mirror.workdir("s3://bucket/w", training=True), pytest.raises(
-            InputError, match="another process of this machine is training in s3://bucket/w"):
+    with (
+        mirror.workdir("s3://bucket/w", training=True),
+        pytest.raises(
+            InputError, match="another process of this machine is training in s3://bucket/w"
+        ),
+    ):
         with mirror.workdir("s3://bucket/w", training=True):
             pass
     with pytest.raises(InputError, match="no such bucket"):
@@ -230,39 +284,66 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
     kind = type(remote.store("s3://bucket"))
     put, rm = kind.put_file, kind.rm_file
     name = lambda url: url.removeprefix("s3://bucket/w/")  # noqa: E731
-    monkeypatch.setattr(kind, "put_file", lambda self, path, url: (
-        order.append(f"+{name(url)}"), put(self, path, url)))
-    monkeypatch.setattr(kind, "rm_file", lambda self, url: (
-        order.append(f"-{name(url)}"), rm(self, url)))
+    monkeypatch.setattr(
+        kind,
+        "put_file",
+        lambda self, path, url: (order.append(f"+{name(url)}"), put(self, path, url)),
+    )
+    monkeypatch.setattr(
+        kind, "rm_file", lambda self, url: (order.append(f"-{name(url)}"), rm(self, url))
+    )
     write(there, checkpoints__1__state__left="of a kill")
     with mirror.workdir("s3://bucket/w", training=True) as folder:
         assert checkpoint.steps(folder) == []
-        write(folder, **{"checkpoints__1__metrics__metrics": "{}", "checkpoints__1__state__a": "x",
-                         "checkpoints__2.orbax-checkpoint-tmp__state__a": "x", "zz": "1"})
+        write(
+            folder,
+            **{
+                "checkpoints__1__metrics__metrics": "{}",
+                "checkpoints__1__state__a": "x",
+                "checkpoints__2.orbax-checkpoint-tmp__state__a": "x",
+                "zz": "1",
+            },
+        )
         order.clear()
         mirror.push(folder)
-        assert order == ["+zz", "+checkpoints/1/state/a", "+checkpoints/1/metrics/metrics",
-                         "-checkpoints/1/state/left"]
+        assert order == [
+            "+zz",
+            "+checkpoints/1/state/a",
+            "+checkpoints/1/metrics/metrics",
+            "-checkpoints/1/state/left",
+        ]
         # One that is just being deleted: its files go one by one.
         write(folder, **{"checkpoints__2__metrics__metrics": "{}", "checkpoints__2__state__a": "x"})
         (folder / "checkpoints/1/state/a").unlink()
         order.clear()
         mirror.push(folder)
-        assert order == ["+checkpoints/2/state/a", "+checkpoints/2/metrics/metrics",
-                         "-checkpoints/1/metrics/metrics", "-checkpoints/1/state/a"]
+        assert order == [
+            "+checkpoints/2/state/a",
+            "+checkpoints/2/metrics/metrics",
+            "-checkpoints/1/metrics/metrics",
+            "-checkpoints/1/state/a",
+        ]
         assert {name.split("/")[1] for name in files(there) if "checkpoints" in name} == {"2"}
 
 
 def test_a_file_that_is_being_written_is_no_file_of_a_checkpoint(store):  # noqa: F811
     """Seen once and gone, it would take its checkpoint for one that is being deleted."""
     with mirror.workdir("s3://bucket/w", training=True) as folder:
-        write(folder, **{"checkpoints__1__metrics__metrics": "{}", "checkpoints__1__state__a": "x",
-                         "checkpoints__1__metrics__.metrics.7.tmp": "{"})
+        write(
+            folder,
+            **{
+                "checkpoints__1__metrics__metrics": "{}",
+                "checkpoints__1__state__a": "x",
+                "checkpoints__1__metrics__.metrics.7.tmp": "{",
+            },
+        )
         mirror.push(folder)
         (folder / "checkpoints/1/metrics/.metrics.7.tmp").unlink()
         mirror.push(folder)
-    assert set(files(store / "bucket/w")) == {"checkpoints/1/metrics/metrics",
-                                              "checkpoints/1/state/a"}
+    assert set(files(store / "bucket/w")) == {
+        "checkpoints/1/metrics/metrics",
+        "checkpoints/1/state/a",
+    }
 
 
 def small_state(step: int):
@@ -296,14 +377,19 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
             wait_for(lambda: (there / "checkpoints/3/metrics/metrics").exists())
         assert (folder / "checkpoints").exists() == url.startswith("s3")
         assert checkpoint.steps(folder) == [1, 3]
-    assert sorted(path.name for path in (there / "checkpoints").iterdir()
-                  if any(p.is_file() for p in path.rglob("*"))) == ["1", "3"]
+    assert sorted(
+        path.name
+        for path in (there / "checkpoints").iterdir()
+        if any(p.is_file() for p in path.rglob("*"))
+    ) == ["1", "3"]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with mirror.workdir(url, training=True) as folder:
         where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                              jax.eval_shape(lambda: small_state(0)))
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            jax.eval_shape(lambda: small_state(0)),
+        )
         with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
             state, _ = checkpoints.restore(target)
         jax.tree.map(np.testing.assert_array_equal, state, small_state(3))
@@ -358,15 +444,27 @@ def test_a_run_killed_and_continued_on_another_machine(tmp_path):
         env = dry_runs.environment() | {"XDG_CACHE_HOME": str(tmp_path / machine)}
         return subprocess.Popen(
             [sys.executable, STORE, str(tmp_path / "store"), *flags],
-            cwd=dry_runs.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            cwd=dry_runs.ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def train(machine, steps):
-        return start(machine, "r0_jax.main", f"--config={tmp_path / 'recipe.py'}",
-                     "--workdir=s3://bucket/runs/w", f"--config.steps={steps}")
+        return start(
+            machine,
+            "r0_jax.main",
+            f"--config={tmp_path / 'recipe.py'}",
+            "--workdir=s3://bucket/runs/w",
+            f"--config.steps={steps}",
+        )
 
     def steps():
-        return [int(path.parts[-3]) for path in
-                (bucket / "runs/w/checkpoints").glob("*/metrics/metrics")]
+        return [
+            int(path.parts[-3])
+            for path in (bucket / "runs/w/checkpoints").glob("*/metrics/metrics")
+        ]
 
     process = train("one", 10**6)
     wait_for(lambda: max(steps(), default=0) >= 2, process)
@@ -378,15 +476,22 @@ def test_a_run_killed_and_continued_on_another_machine(tmp_path):
     process = train("two", last + 2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    lines = [json.loads(line) for line in
-             (bucket / "runs/w/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (bucket / "runs/w/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, last + 3))
     assert max(steps()) == last + 2
     assert (bucket / "runs/w/report.html").stat().st_size > 10_000
     assert json.loads((bucket / "runs/w/config.json").read_text())["pretrained"] == "s3://bucket/sd"
 
-    process = start("three", "r0_jax.sample", "--workdir=s3://bucket/runs/w", "--batch_size=2",
-                    "--prompts=s3://bucket/prompts.txt", f"--out={tmp_path / 'drawn'}")
+    process = start(
+        "three",
+        "r0_jax.sample",
+        "--workdir=s3://bucket/runs/w",
+        "--batch_size=2",
+        "--prompts=s3://bucket/prompts.txt",
+        f"--out={tmp_path / 'drawn'}",
+    )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 9
@@ -395,14 +500,25 @@ def test_a_run_killed_and_continued_on_another_machine(tmp_path):
 def test_a_workdir_that_cannot_be_reached_is_one_line(tmp_path):
     (tmp_path / "store").mkdir()
     result = subprocess.run(
-        [sys.executable, STORE, str(tmp_path / "store"), "r0_jax.main",
-         "--config=configs/shapes_r0.py", "--workdir=gs://none/w"],
-        cwd=dry_runs.ROOT, env=dry_runs.environment() | {"XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=300)
+        [
+            sys.executable,
+            STORE,
+            str(tmp_path / "store"),
+            "r0_jax.main",
+            "--config=configs/shapes_r0.py",
+            "--workdir=gs://none/w",
+        ],
+        cwd=dry_runs.ROOT,
+        env=dry_runs.environment() | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 2
     [line] = [line for line in result.stderr.splitlines() if line]
-    assert line == ("error: gs://none/w: there is no such bucket or object (The bucket none does "
-                    "not exist)")
+    assert line == (
+        "error: gs://none/w: there is no such bucket or object (The bucket none does not exist)"
+    )
 
 
 def test_the_store_of_these_tests_is_not_left_behind():

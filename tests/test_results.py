@@ -18,12 +18,21 @@ from r0_jax.workdir import checkpoint, identity
 
 def evaluation(accuracy, distance, seed=0, prompts=2):
     def model(scale):
-        return {"judge_accuracy": {"value": accuracy * scale, "ci95": [0.1, 0.9]},
-                "frechet_distance": {"value": distance, "ci95": None if distance is None else
-                                     [0.5 * distance, 2 * distance]}}
+        return {
+            "judge_accuracy": {"value": accuracy * scale, "ci95": [0.1, 0.9]},
+            "frechet_distance": {
+                "value": distance,
+                "ci95": None if distance is None else [0.5 * distance, 2 * distance],
+            },
+        }
 
-    return {"models": {"base_25_guided": model(1), "r0_4": model(0.5)}, "prompts": prompts,
-            "seed": seed, "checkpoint": "step 4", "test": {"num_prompts": prompts}}
+    return {
+        "models": {"base_25_guided": model(1), "r0_4": model(0.5)},
+        "prompts": prompts,
+        "seed": seed,
+        "checkpoint": "step 4",
+        "test": {"num_prompts": prompts},
+    }
 
 
 def test_seeds_are_pooled_and_their_intervals_joined():
@@ -51,16 +60,23 @@ def run(tmp_path, monkeypatch):
     return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
 
 
-@pytest.mark.parametrize("text, said", [
-    (json.dumps(evaluation(0.8, 1.0)), True),
-    (json.dumps(evaluation(0.8, None)), True),  # measured, and not finite
-    (json.dumps(evaluation(0.8, 1.0, seed=1)), False),
-    (json.dumps(evaluation(0.8, 1.0, prompts=3)), False),
-    (json.dumps(evaluation(0.8, 1.0) | {"checkpoint": "step 2"}), False),
-    (json.dumps({k: v for k, v in evaluation(0.8, 1.0).items() if k != "test"}), False),
-    (json.dumps(evaluation(0.8, 1.0))[:-40], False),
-    ("", False), ("[]", False), ('{"prompts": 2}', False), ("null", False),
-    ('{"models": {"r0_4": null}, "prompts": 2}', False)])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (json.dumps(evaluation(0.8, 1.0)), True),
+        (json.dumps(evaluation(0.8, None)), True),  # measured, and not finite
+        (json.dumps(evaluation(0.8, 1.0, seed=1)), False),
+        (json.dumps(evaluation(0.8, 1.0, prompts=3)), False),
+        (json.dumps(evaluation(0.8, 1.0) | {"checkpoint": "step 2"}), False),
+        (json.dumps({k: v for k, v in evaluation(0.8, 1.0).items() if k != "test"}), False),
+        (json.dumps(evaluation(0.8, 1.0))[:-40], False),
+        ("", False),
+        ("[]", False),
+        ('{"prompts": 2}', False),
+        ("null", False),
+        ('{"models": {"r0_4": null}, "prompts": 2}', False),
+    ],
+)
 def test_what_is_broken_is_measured_anew(run, text, said):
     folder, config = run
     assert not results.measured(folder, config)
@@ -69,8 +85,17 @@ def test_what_is_broken_is_measured_anew(run, text, said):
 
 
 def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkeypatch):
-    flags.FLAGS(["results", "--seed=0", "--seed=1", "--num_prompts=2", "--workdir=w", "--out=o",
-                 "--config=configs/shapes_r0.py"])
+    flags.FLAGS(
+        [
+            "results",
+            "--seed=0",
+            "--seed=1",
+            "--num_prompts=2",
+            "--workdir=w",
+            "--out=o",
+            "--config=configs/shapes_r0.py",
+        ]
+    )
 
     def trained(config, folder, stop):
         found = evaluation(0.8, 1.0, config.seed, config.test.num_prompts)

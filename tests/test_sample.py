@@ -26,8 +26,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
 LATENTS = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4), np.float32)
-EULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-         "beta_schedule": "scaled_linear", "steps_offset": 1}  # fmt: skip
+EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 DDIM = EULER | {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
 DPM = EULER | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}
 
@@ -55,8 +60,13 @@ def stock(folder, steps, prompts=PROMPTS, noise=LATENTS, guidance_scale=1.0, **p
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy())
-    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance_scale,
-                    latents=latents, output_type="np").images  # fmt: skip
+    return pipeline(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        output_type="np",
+    ).images
 
 
 def noise_of(seed, count):
@@ -124,9 +134,13 @@ def test_latents_that_do_not_fit(tmp_path):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "shape.npy").read_bytes()[:-9])
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
-    for name, said in [("several.npz", "several arrays"), ("cut.npy", "not a whole"),
-                       ("empty.npy", "not a whole"), ("zip.npy", "not a whole"),
-                       ("none.npy", "no such file")]:  # fmt: skip
+    for name, said in [
+        ("several.npz", "several arrays"),
+        ("cut.npy", "not a whole"),
+        ("empty.npy", "not a whole"),
+        ("zip.npy", "not a whole"),
+        ("none.npy", "no such file"),
+    ]:
         with pytest.raises(InputError, match=said):
             sample.read_latents(tmp_path / name, shape)
     np.save(tmp_path / "good.npy", good)
@@ -145,7 +159,11 @@ def test_a_new_call_leaves_none_of_an_old_ones_images(tmp_path, capsys):
     assert len(sample._earlier(tmp_path)) == 71
     write(2, 0.75)
     assert sorted(os.listdir(tmp_path)) == [
-        "00000.png", "00001.png", "contact_sheet.png", "mine.png"]  # fmt: skip
+        "00000.png",
+        "00001.png",
+        "contact_sheet.png",
+        "mine.png",
+    ]
     assert images.load_png(tmp_path / "00001.png").mean() > 0.7
 
 
@@ -164,11 +182,23 @@ def test_images_that_are_not_finite_are_not_written(tmp_path):
 
 def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
     prompts = ["--prompts", folder / "prompts.txt"]
-    [(status, out, err), (run_status, _, run_err)] = commands("r0_jax.sample", [
-        ["--pipeline", folder / "ddim", *prompts, "--out", tmp_path / "a", "--batch_size=2",
-         "--num_inference_steps=3", "--latents", folder / "latents.npy"],
-        ["--workdir", folder / "run", *prompts, "--out", tmp_path / "b", "--seed=4294967295"],
-    ])  # fmt: skip
+    [(status, out, err), (run_status, _, run_err)] = commands(
+        "r0_jax.sample",
+        [
+            [
+                "--pipeline",
+                folder / "ddim",
+                *prompts,
+                "--out",
+                tmp_path / "a",
+                "--batch_size=2",
+                "--num_inference_steps=3",
+                "--latents",
+                folder / "latents.npy",
+            ],
+            ["--workdir", folder / "run", *prompts, "--out", tmp_path / "b", "--seed=4294967295"],
+        ],
+    )
     assert (status, err, run_status, run_err) == (0, "", 0, "")
     assert out == f"3 images are in {tmp_path / 'a'}, and contact_sheet.png\n"
     export.export(folder / "run", tmp_path / "exported", "diffusers")
@@ -182,20 +212,44 @@ def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
         assert difference(drawn, theirs) < 2 / 255
     with Image.open(tmp_path / "a" / "00002.png") as image:
         assert image.text == {
-            "prompt": PROMPTS[2], "index": "2", "seed": "0", "num_inference_steps": "3",
-            "guidance_scale": "1.0", "eta": "0.0", "latents": "latents.npy",
-        }  # fmt: skip
+            "prompt": PROMPTS[2],
+            "index": "2",
+            "seed": "0",
+            "num_inference_steps": "3",
+            "guidance_scale": "1.0",
+            "eta": "0.0",
+            "latents": "latents.npy",
+        }
 
 
 def test_a_sampler_that_is_not_here_is_replaced_and_told(folder, tmp_path):
-    [(status, out, err)] = commands("r0_jax.sample", [
-        ["--pipeline", folder / "dpm", "--prompts", folder / "prompts.txt", "--out", tmp_path,
-         "--num_inference_steps=3", "--latents", folder / "latents.npy"]])
+    [(status, out, err)] = commands(
+        "r0_jax.sample",
+        [
+            [
+                "--pipeline",
+                folder / "dpm",
+                "--prompts",
+                folder / "prompts.txt",
+                "--out",
+                tmp_path,
+                "--num_inference_steps=3",
+                "--latents",
+                folder / "latents.npy",
+            ]
+        ],
+    )
     assert status == 0 and out.startswith("3 images are in")
-    assert err.startswith("warning: images are drawn with DDIM, not with the folder's sampler: "
-                          "scheduler 'DPMSolverMultistepScheduler'") and err.count("\n") == 1
+    assert (
+        err.startswith(
+            "warning: images are drawn with DDIM, not with the folder's sampler: "
+            "scheduler 'DPMSolverMultistepScheduler'"
+        )
+        and err.count("\n") == 1
+    )
     ddim = diffusers.DDIMScheduler.from_pretrained(
-        folder / "dpm" / "scheduler", timestep_spacing="trailing", clip_sample=False)
+        folder / "dpm" / "scheduler", timestep_spacing="trailing", clip_sample=False
+    )
     theirs = stock(folder / "dpm", 3, scheduler=ddim)
     drawn = np.stack([images.load_png(tmp_path / f"{i:05d}.png") for i in range(3)])
     assert difference(drawn, theirs) < 2 / 255
@@ -209,26 +263,32 @@ def test_bad_input_is_one_line(folder, tmp_path):
     np.save(tmp_path / "two.npy", LATENTS[:2])
     (tmp_path / "used").mkdir()
     images.save_png(tmp_path / "used" / "00000.png", np.zeros((8, 8, 3)))
-    check_refusals("r0_jax.sample", [
-        ([*prompts, *to], "give either --pipeline=DIR or --workdir=W, one of them"),
-        ([*good, "--workdir", folder / "run"], "give either --pipeline=DIR or --workdir=W"),
-        ([*good, "--step=10"], "--step and --pretrained go with --workdir"),
-        (["--pipeline", folder / "pndm", *to], "missing --prompts"),
-        ([*good, "--prompts", tmp_path / "none.txt"], "none.txt: no such file"),
-        ([*good, "--prompts", tmp_path / "blank.txt"], "blank.txt has no prompts"),
-        ([*good, "--out", tmp_path / "used"], r"holds images already \(00000.png\); "),
-        ([*good, "--out", folder / "prompts.txt"], "prompts.txt is not a folder; choose another"),
-        ([*good, "--out", folder / "prompts.txt" / "x"], "prompts.txt is not a folder; choose"),
-        ([*good, "--eta=2"], "--eta=2"),
-        ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
-        ([*good, "--batch_size=0"], "--batch_size=0"),
-        ([*good, "--seed=-1"], "--seed=-1"),
-        ([*good, "--dtype=float16"], "--dtype=float16"),
-        ([*good, "--pipeline", tmp_path], "model_index.json is missing"),
-        ([*good, "--num_inference_steps=2000"], "more than the 1000 timesteps"),
-        ([*good, "--eta=0.5"], "needs a DDIMScheduler"),
-        ([*good, "--latents", tmp_path / "two.npy"], r"expected .* of shape \[3, 8, 8, 4\]"),
-        (["--workdir", folder / "run", *prompts, *to, "--step=7"], "no checkpoint of step 7"),
-        (["--workdir", tmp_path / "used", *prompts, *to], "has no config.json"),
-    ])  # fmt: skip
+    check_refusals(
+        "r0_jax.sample",
+        [
+            ([*prompts, *to], "give either --pipeline=DIR or --workdir=W, one of them"),
+            ([*good, "--workdir", folder / "run"], "give either --pipeline=DIR or --workdir=W"),
+            ([*good, "--step=10"], "--step and --pretrained go with --workdir"),
+            (["--pipeline", folder / "pndm", *to], "missing --prompts"),
+            ([*good, "--prompts", tmp_path / "none.txt"], "none.txt: no such file"),
+            ([*good, "--prompts", tmp_path / "blank.txt"], "blank.txt has no prompts"),
+            ([*good, "--out", tmp_path / "used"], r"holds images already \(00000.png\); "),
+            (
+                [*good, "--out", folder / "prompts.txt"],
+                "prompts.txt is not a folder; choose another",
+            ),
+            ([*good, "--out", folder / "prompts.txt" / "x"], "prompts.txt is not a folder; choose"),
+            ([*good, "--eta=2"], "--eta=2"),
+            ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
+            ([*good, "--batch_size=0"], "--batch_size=0"),
+            ([*good, "--seed=-1"], "--seed=-1"),
+            ([*good, "--dtype=float16"], "--dtype=float16"),
+            ([*good, "--pipeline", tmp_path], "model_index.json is missing"),
+            ([*good, "--num_inference_steps=2000"], "more than the 1000 timesteps"),
+            ([*good, "--eta=0.5"], "needs a DDIMScheduler"),
+            ([*good, "--latents", tmp_path / "two.npy"], r"expected .* of shape \[3, 8, 8, 4\]"),
+            (["--workdir", folder / "run", *prompts, *to, "--step=7"], "no checkpoint of step 7"),
+            (["--workdir", tmp_path / "used", *prompts, *to], "has no config.json"),
+        ],
+    )
     assert not (tmp_path / "out").exists()

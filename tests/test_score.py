@@ -16,7 +16,7 @@ from r0_jax.evaluation import images, statistics
 from r0_jax.rewards.reward import Reward
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULE = '''
+MODULE = """
 def redness(images, features):
     return images[..., 0].mean(axis=(1, 2))
 
@@ -28,14 +28,18 @@ def scalar(images, features):
 
 def failing(images, features):
     raise RuntimeError("boom")
-'''
+"""
 PROMPTS = ["a red square", "a blue circle", "a star", "red " * 40, "a green star"]
 
 
 def run(folder, *arguments):
-    return subprocess.run([sys.executable, "-m", "r0_jax.score", *arguments], cwd=folder,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "r0_jax.score", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +59,14 @@ def world(tmp_path_factory):
 
 
 def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
-    done = run(world, "--images=drawn", "--prompts=prompts.txt", "--out=scores.jsonl",
-               "--batch_size=2", "--rewards=clip_score=clip,again:clip_score=clip,"
-               "red:function=mine:redness")
+    done = run(
+        world,
+        "--images=drawn",
+        "--prompts=prompts.txt",
+        "--out=scores.jsonl",
+        "--batch_size=2",
+        "--rewards=clip_score=clip,again:clip_score=clip,red:function=mine:redness",
+    )
     assert done.returncode == 0, done.stderr
     assert "image 00001 is missing" in done.stderr and "00002.png is not an image" in done.stderr
     assert "3 images scored, 2 left out" in done.stdout
@@ -69,8 +78,9 @@ def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
     for row, number in zip(rows, (0, 3, 4), strict=True):
         image = images.load_png(world / "drawn" / row["file"])
         assert row["prompt"] == PROMPTS[number].strip()
-        np.testing.assert_allclose(row["clip_score"], reward(image[None], [row["prompt"]])[0],
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+            row["clip_score"], reward(image[None], [row["prompt"]])[0], atol=1e-5
+        )
         assert row["again"] == row["clip_score"]
         np.testing.assert_allclose(row["red"], image[..., 0].mean(), atol=1e-6)
 
@@ -85,11 +95,14 @@ def test_files_as_users_have_them(tmp_path):
     grey = np.linspace(0, 65535, 24 * 30).reshape(24, 30).astype(np.uint16)
     rgba = np.concatenate([drawn[0], drawn[1][..., :1]], axis=-1)
     for name, image in [
-            ("0.jpg", Image.fromarray(drawn[0]).convert("CMYK")), ("1.png", Image.fromarray(grey)),
-            ("2.webp", Image.fromarray(drawn[1])), ("3.png", Image.fromarray(rgba)),
-            ("4.bmp", Image.fromarray(drawn[0]).convert("P")),
-            ("5.PNG", Image.fromarray(drawn[0]).convert("L")),
-            ("6.png", Image.fromarray(drawn[0]))]:
+        ("0.jpg", Image.fromarray(drawn[0]).convert("CMYK")),
+        ("1.png", Image.fromarray(grey)),
+        ("2.webp", Image.fromarray(drawn[1])),
+        ("3.png", Image.fromarray(rgba)),
+        ("4.bmp", Image.fromarray(drawn[0]).convert("P")),
+        ("5.PNG", Image.fromarray(drawn[0]).convert("L")),
+        ("6.png", Image.fromarray(drawn[0])),
+    ]:
         image.save(tmp_path / name)
     (tmp_path / "._0.png").write_bytes(b"of the Finder")
     (tmp_path / "7.png").write_bytes(b"")
@@ -105,14 +118,19 @@ def test_files_as_users_have_them(tmp_path):
         asked.append(list(prompts))
         return np.asarray([[len(prompt)] for prompt in prompts], np.float32)
 
-    brightness = Reward("brightness", {}, lambda params, images, features: features[:, 0]
-                        + images.mean((1, 2, 3)), text_features)
+    brightness = Reward(
+        "brightness",
+        {},
+        lambda params, images, features: features[:, 0] + images.mean((1, 2, 3)),
+        text_features,
+    )
     problems = []
     rows = score.score([brightness], items, 4, problems.append)
     assert asked == [["a red square", "a star"]]  # each once
     assert sorted(rows) == [0, 1, 2, 3, 4, 5, 6]
-    assert [name in problem for name, problem in zip(("7.png", "8.png", "9.png"), problems,
-                                                      strict=True)] == [True] * 3
+    assert [
+        name in problem for name, problem in zip(("7.png", "8.png", "9.png"), problems, strict=True)
+    ] == [True] * 3
     found = [rows[i]["brightness"] - len(prompts[i]) for i in range(7)]
     np.testing.assert_allclose(found[1], 0.5, atol=1e-3)  # 16 bits
     np.testing.assert_allclose(found[3], drawn[0].mean() / 255, atol=1e-3)  # under transparency
@@ -144,7 +162,9 @@ def test_an_orientation_that_the_header_does_not_tell(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "read_shape", lambda path: (4, 5, 3))
     items, _ = score.pair(tmp_path, ["x", "y", "z"])
     assert [(indices, drawn.shape) for indices, drawn in score.batches(items, 3, print)] == [
-        ([0, 2], (3, 4, 5, 3)), ([1], (3, 4, 4, 3))]
+        ([0, 2], (3, 4, 5, 3)),
+        ([1], (3, 4, 4, 3)),
+    ]
 
 
 def test_check_of_a_users_reward(world):
@@ -155,28 +175,45 @@ def test_check_of_a_users_reward(world):
 
 
 def test_an_out_that_cannot_be_written_shows_before_the_work(world):
-    done = run(world, "--images=nowhere", "--prompts=prompts.txt", "--out=drawn",
-               "--rewards=clip_score=clip")
+    done = run(
+        world,
+        "--images=nowhere",
+        "--prompts=prompts.txt",
+        "--out=drawn",
+        "--rewards=clip_score=clip",
+    )
     assert done.returncode == 2
-    assert done.stderr == ("error: --out=drawn is a folder: give a file, such as "
-                           "drawn/scores.jsonl\n")
+    assert done.stderr == (
+        "error: --out=drawn is a folder: give a file, such as drawn/scores.jsonl\n"
+    )
 
 
 def test_a_blank_line_among_the_prompts_is_told_by_its_number(world, tmp_path):
     (tmp_path / "prompts.txt").write_text("a star\n\na circle\n")
-    done = run(world, "--images=drawn", f"--prompts={tmp_path / 'prompts.txt'}", "--out=x.jsonl",
-               "--rewards=clip_score=clip")
+    done = run(
+        world,
+        "--images=drawn",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        "--out=x.jsonl",
+        "--rewards=clip_score=clip",
+    )
     assert done.returncode == 2 and "prompts.txt, line 2 is blank" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(("names", "count", "said"), [
-    ([], 1, "holds no images"),
-    (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
-    (["0.png", "1.png", "grid.png"], 2,
-     r"3 images, but there are 2 prompts: .* from 0 \(grid.png is not\)$"),
-    (["5.png"], 5, "5.png has no prompt: there are 5, counted from 0"),
-    (["1.png", "01.jpg"], 5, "01.jpg and 1.png have the same number"),
-])
+@pytest.mark.parametrize(
+    ("names", "count", "said"),
+    [
+        ([], 1, "holds no images"),
+        (["a.png"], 2, "holds 1 images, but there are 2 prompts"),
+        (
+            ["0.png", "1.png", "grid.png"],
+            2,
+            r"3 images, but there are 2 prompts: .* from 0 \(grid.png is not\)$",
+        ),
+        (["5.png"], 5, "5.png has no prompt: there are 5, counted from 0"),
+        (["1.png", "01.jpg"], 5, "01.jpg and 1.png have the same number"),
+    ],
+)
 def test_images_that_do_not_say_what_they_show(tmp_path, names, count, said):
     for name in names:
         (tmp_path / name).write_bytes(b"")
@@ -189,48 +226,73 @@ def test_other_names_are_paired_in_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     items, missing = score.pair(tmp_path, ["first", "second"])
     assert [(item.path.name, item.prompt) for item in items] == [
-        ("a.JPG", "first"), ("b.png", "second")]
+        ("a.JPG", "first"),
+        ("b.png", "second"),
+    ]
     assert missing == []
 
 
 def test_names_are_ordered_as_people_count(tmp_path):
-    for name in ("img_10.png", "img_9.jpg", "img_1.png", "img_01.png", "img.png", "x1y20.png",
-                 "x1y3.png", "img_9b.png"):
+    for name in (
+        "img_10.png",
+        "img_9.jpg",
+        "img_1.png",
+        "img_01.png",
+        "img.png",
+        "x1y20.png",
+        "x1y3.png",
+        "img_9b.png",
+    ):
         (tmp_path / name).write_bytes(b"")
     items, _ = score.pair(tmp_path, ["x"] * 8)
     assert [item.path.name for item in items] == [
-        "img.png", "img_01.png", "img_1.png", "img_9.jpg", "img_9b.png", "img_10.png",
-        "x1y3.png", "x1y20.png"]
+        "img.png",
+        "img_01.png",
+        "img_1.png",
+        "img_9.jpg",
+        "img_9b.png",
+        "img_10.png",
+        "x1y3.png",
+        "x1y20.png",
+    ]
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    (["img_0", "img_1", "img_3", "img_4"], "img_3.png with 'p2', img_4.png with 'p3'"),
-    (["0", "1", "3", "4", "5", "grid"],
-     "3.png with 'p2', 4.png with 'p3', 5.png with 'p4', ... (see --out)"),
-    (["0", "1", "grid"], "grid.png with 'p2'"),
-    (["a_grid", "img_0", "img_1"], "img_0.png with 'p1', img_1.png with 'p2'"),
-    (["img_01", "img_1"], "img_1.png with 'p1'"),
-    (["img_7", "img_8", "img_9", "img_10"], None),
-    (["a_1", "a_2", "b_1", "b_2"], None),
-    (["cat_9", "dog_3", "star"], None),
-    (["0", "2"], None),  # by number
-])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["img_0", "img_1", "img_3", "img_4"], "img_3.png with 'p2', img_4.png with 'p3'"),
+        (
+            ["0", "1", "3", "4", "5", "grid"],
+            "3.png with 'p2', 4.png with 'p3', 5.png with 'p4', ... (see --out)",
+        ),
+        (["0", "1", "grid"], "grid.png with 'p2'"),
+        (["a_grid", "img_0", "img_1"], "img_0.png with 'p1', img_1.png with 'p2'"),
+        (["img_01", "img_1"], "img_1.png with 'p1'"),
+        (["img_7", "img_8", "img_9", "img_10"], None),
+        (["a_1", "a_2", "b_1", "b_2"], None),
+        (["cat_9", "dog_3", "star"], None),
+        (["0", "2"], None),  # by number
+    ],
+)
 def test_names_that_leave_a_doubt(names, said):
     items = [score.Item(pathlib.Path(f"{name}.png"), f"p{i}") for i, name in enumerate(names)]
     start = "names are not numbered one by one, so images are paired in order: "
     assert score.doubt(items) == (said and start + said)
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ("clip_score", "should read type=folder"),
-    ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
-    ("file:clip_score=clip", "'file' is a field of its own in --out"),
-    ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
-    ("pickscore=/nowhere", "rewards.pickscore.path = '/nowhere' is not there: give the folder"),
-    ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),
-    ("x:function=mine:scalar", "reward x returns .* for 2 images"),
-    ("x:function=mine:failing", "reward x fails on images .*: RuntimeError: boom$"),
-])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("clip_score", "should read type=folder"),
+        ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
+        ("file:clip_score=clip", "'file' is a field of its own in --out"),
+        ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
+        ("pickscore=/nowhere", "rewards.pickscore.path = '/nowhere' is not there: give the folder"),
+        ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),
+        ("x:function=mine:scalar", "reward x returns .* for 2 images"),
+        ("x:function=mine:failing", "reward x fails on images .*: RuntimeError: boom$"),
+    ],
+)
 def test_rewards_that_cannot_be_loaded(given, said, world, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(world)
@@ -246,8 +308,10 @@ def test_a_reward_named_twice(world):
 
 
 def test_neither_torch_nor_tensorflow_is_imported():
-    code = ("import sys; import r0_jax.score, r0_jax.convert_reward; "
-            "print([m for m in ('torch', 'tensorflow') if m in sys.modules])")
+    code = (
+        "import sys; import r0_jax.score, r0_jax.convert_reward; "
+        "print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -259,11 +323,19 @@ def test_what_is_killed_leaves_the_old_scores_alone(world, tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
         "def reward(images, features):\n"
         "    if images.shape[0] != 2:  # not while it is tried\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n    return images.mean(axis=(1, 2, 3))\n")
+        "        os.kill(os.getpid(), signal.SIGINT)\n    return images.mean(axis=(1, 2, 3))\n"
+    )
     (tmp_path / "scores.jsonl").write_text("old\n")
-    done = run(tmp_path, f"--images={world / 'drawn'}", f"--prompts={world / 'prompts.txt'}",
-               "--out=scores.jsonl", "--rewards=function=slow:reward")
+    done = run(
+        tmp_path,
+        f"--images={world / 'drawn'}",
+        f"--prompts={world / 'prompts.txt'}",
+        "--out=scores.jsonl",
+        "--rewards=function=slow:reward",
+    )
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "scores.jsonl").read_text() == "old\n"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "scores.jsonl", "slow.py"]
+        "scores.jsonl",
+        "slow.py",
+    ]

@@ -25,8 +25,9 @@ def grid(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     return schedulers.from_config(scheduler_config(config, num_steps), num_steps)
 
 
-def of_folder(config: Mapping[str, Any], num_steps: int,
-              levels: Sequence[float | int] | None = None) -> Scheduler:
+def of_folder(
+    config: Mapping[str, Any], num_steps: int, levels: Sequence[float | int] | None = None
+) -> Scheduler:
     """The folder's own sampler. One of flow matching takes `levels`; in few steps by default those
     of `grid`, where diffusers would go down to nearly 0, unless its shift_terminal says where they
     end, as in our exports."""
@@ -73,16 +74,20 @@ def shift(config: Mapping[str, Any]) -> float:
     share, a = (found - 1) * (1 - least) / found, (1 - last) / last
     true = (share + a) / (a * (1 - share))
     if not 1e-3 <= true <= 1e3:
-        raise InputError(f"{FLOW_MATCHING} with shift={found} and shift_terminal={last} is not "
-                         "supported: no shift alone makes such sigmas; set shift_terminal to null")
+        raise InputError(
+            f"{FLOW_MATCHING} with shift={found} and shift_terminal={last} is not "
+            "supported: no shift alone makes such sigmas; set shift_terminal to null"
+        )
     return true
 
 
 def _flow(config: Mapping[str, Any], num_steps: int) -> Scheduler:
     plain = {**config, "shift": shift(config), "shift_terminal": None}
     if plain.get("stochastic_sampling"):
-        raise InputError(f"{FLOW_MATCHING} with stochastic_sampling=true is not supported in "
-                         "training: set it to false")
+        raise InputError(
+            f"{FLOW_MATCHING} with stochastic_sampling=true is not supported in "
+            "training: set it to false"
+        )
     return schedulers.from_config(plain, num_steps, sigmas(num_steps))
 
 
@@ -105,8 +110,10 @@ def _flow_config(config: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     share = (true - 1) * (num_steps - 1) / (true * num_steps)
     b = (1 - share) * rest
     if b**2 < 4 * share * rest:
-        raise InputError(f"{FLOW_MATCHING} with num_train_timesteps={total} is not supported with "
-                         f"shift {true:g} in {num_steps} steps: take fewer steps")
+        raise InputError(
+            f"{FLOW_MATCHING} with num_train_timesteps={total} is not supported with "
+            f"shift {true:g} in {num_steps} steps: take fewer steps"
+        )
     # The smaller root, written so that it is exact where share is 0.
     found = 2 * rest / (b + math.sqrt(b**2 - 4 * share * rest))
     return kept | {"shift": found, "shift_terminal": true / (num_steps + true - 1)}

@@ -31,8 +31,7 @@ _FIELDS: Fields = {
 _RESCALED = _FIELDS | {"rescale_betas_zero_snr": (False, (False, True))}
 # Of classes that can sample flow matching too, which is not what this is about.
 _NO_FLOW: Fields = {"use_flow_sigmas": (False, (False, None))}
-_STABLE_DIFFUSION: Fields = {
-    "beta_start": (0.00085, NUMBER), "beta_end": (0.012, NUMBER)}
+_STABLE_DIFFUSION: Fields = {"beta_start": (0.00085, NUMBER), "beta_end": (0.012, NUMBER)}
 _CLASSES: dict[str, Fields] = {
     "DDIMScheduler": _RESCALED,
     "DDPMScheduler": _RESCALED,
@@ -44,17 +43,23 @@ _CLASSES: dict[str, Fields] = {
     "HeunDiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
     "KDPM2AncestralDiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
     "KDPM2DiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
-    "LCMScheduler": _RESCALED | _STABLE_DIFFUSION | {
-        "beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
+    "LCMScheduler": _RESCALED
+    | _STABLE_DIFFUSION
+    | {"beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
     "LMSDiscreteScheduler": _FIELDS,
     "PNDMScheduler": _FIELDS,
-    "TCDScheduler": _RESCALED | _STABLE_DIFFUSION | {
-        "beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
+    "TCDScheduler": _RESCALED
+    | _STABLE_DIFFUSION
+    | {"beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
     "UniPCMultistepScheduler": _RESCALED | _NO_FLOW,
 }
 # Where rescaled betas would end at alpha 0, these keep sigma / alpha finite.
-_FINITE = ("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler",
-           "EulerDiscreteScheduler", "UniPCMultistepScheduler")
+_FINITE = (
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,12 +70,15 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
-        raise InputError(f"scheduler {name!r} has no betas that are known; known: "
-                         f"{', '.join(_CLASSES)}")
+        raise InputError(
+            f"scheduler {name!r} has no betas that are known; known: {', '.join(_CLASSES)}"
+        )
     fields = read_fields(config, _CLASSES[name])
     if fields["num_train_timesteps"] < 1:
-        raise InputError(f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at "
-                         "least 1 is expected")
+        raise InputError(
+            f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at "
+            "least 1 is expected"
+        )
     fields.pop("use_flow_sigmas", None)
     return {"rescale_betas_zero_snr": False} | fields
 

@@ -95,16 +95,23 @@ def rollout(
         return step(grid, model_output, latents, i, etas, normal(noise_keys, i, tuple(shape)))
 
     first = last + 1 - grad_steps
-    latents = lax.fori_loop(0, first, lambda i, x: advance(denoise_frozen, x, i)[0],
-                            lax.stop_gradient(noise * grid.init_noise_sigma))
+    latents = lax.fori_loop(
+        0,
+        first,
+        lambda i, x: advance(denoise_frozen, x, i)[0],
+        lax.stop_gradient(noise * grid.init_noise_sigma),
+    )
 
     def graded(latents, i):
         after, x0 = advance(denoise, latents, i)
         return after, (latents, x0)
 
-    _, (inputs, predictions) = lax.scan(jax.checkpoint(graded) if remat else graded,
-                                        lax.stop_gradient(latents),
-                                        first + jnp.arange(grad_steps), unroll=unroll)
+    _, (inputs, predictions) = lax.scan(
+        jax.checkpoint(graded) if remat else graded,
+        lax.stop_gradient(latents),
+        first + jnp.arange(grad_steps),
+        unroll=unroll,
+    )
     return Trajectory(
         inputs[-1],
         jnp.full(batch, jnp.asarray(grid.timesteps, jnp.float32)[last]),

@@ -197,17 +197,24 @@ def from_folder(
         if is_flow(config):
             raise
         config = ddim_config(config)  # unless the noise itself is the problem
-        warnings.warn(f"images are drawn with DDIM, not with the folder's sampler: {problem}",
-                      stacklevel=2)
+        warnings.warn(
+            f"images are drawn with DDIM, not with the folder's sampler: {problem}", stacklevel=2
+        )
     return from_config(config, num_inference_steps, sigmas)
 
 
 def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler_config.json of DDIM for the network that `config` samples: trailing timesteps,
     and at the end the clean image. InputError names what of its noise is not supported."""
-    return {"_class_name": "DDIMScheduler", **noise_schedule.read(config),
-            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
-            "thresholding": False, "timestep_spacing": "trailing"}
+    return {
+        "_class_name": "DDIMScheduler",
+        **noise_schedule.read(config),
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "thresholding": False,
+        "timestep_spacing": "trailing",
+    }
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -233,12 +240,17 @@ def _check_flow(fields: dict[str, Any]) -> None:
     for name, fine, expected in (  # NaN is not fine
         ("num_train_timesteps", fields["num_train_timesteps"] >= 2, "at least 2 is"),
         ("shift", 1e-3 <= fields["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
-        ("shift_terminal", terminal is None or 0 <= terminal < 1,
-         "null, or a number from 0 to below 1, is"),
+        (
+            "shift_terminal",
+            terminal is None or 0 <= terminal < 1,
+            "null, or a number from 0 to below 1, is",
+        ),
     ):
         if not fine:
-            raise InputError(f"{FLOW_MATCHING} with {name}={fields[name]!r} is not supported: "
-                             f"{expected} expected")
+            raise InputError(
+                f"{FLOW_MATCHING} with {name}={fields[name]!r} is not supported: "
+                f"{expected} expected"
+            )
 
 
 def _spaced_timesteps(fields: dict[str, Any], n: int) -> np.ndarray:
@@ -356,8 +368,10 @@ def _flow_match(fields: dict[str, Any], n: int, sigmas: Sequence | None) -> Sche
     sigmas = shifted(sigmas)
     if fields["shift_terminal"]:  # stretched, so that the last one is this
         if n == 1:
-            raise InputError("shift_terminal is where the last of several steps starts: a single "
-                             "step cannot be stretched to it")
+            raise InputError(
+                "shift_terminal is where the last of several steps starts: a single "
+                "step cannot be stretched to it"
+            )
         sigmas = 1 - (1 - sigmas) * (1 - fields["shift_terminal"]) / (1 - sigmas[-1])
     sigmas = np.append(sigmas, 0).astype(np.float32)
     return Scheduler(

@@ -65,9 +65,16 @@ def draw(values: dict[int, float], label: str) -> str:
         axes.fill_between(x, low, high, color=_LINE, alpha=0.22, linewidth=0)
     axes.plot(x, mean, color=_LINE, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3)
     axes.annotate(
-        f"{mean[-1]:.4g}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points",
-        va="center", color=_LINE, fontsize=8, fontweight="bold", annotation_clip=False,
-    )  # fmt: skip
+        f"{mean[-1]:.4g}",
+        (x[-1], mean[-1]),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=_LINE,
+        fontsize=8,
+        fontweight="bold",
+        annotation_clip=False,
+    )
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if low.min() > 0 and high.max() > 30 * low.min():
         axes.set_yscale("log")

@@ -45,8 +45,9 @@ def diversity(images: Images) -> float:
     rows, columns = (np.arange(n) * _THUMBNAIL // n for n in (h, w))
     small = np.zeros((b, _THUMBNAIL, _THUMBNAIL, c))
     np.add.at(small, (slice(None), rows[:, None], columns[None]), images)
-    cells = np.outer(np.bincount(rows, minlength=_THUMBNAIL),
-                     np.bincount(columns, minlength=_THUMBNAIL))
+    cells = np.outer(
+        np.bincount(rows, minlength=_THUMBNAIL), np.bincount(columns, minlength=_THUMBNAIL)
+    )
     small = (small / np.maximum(cells, 1)[None, :, :, None]).reshape(b, -1)
     squares = np.sum(small**2, axis=1)
     distances = squares[:, None] + squares[None] - 2 * small @ small.T
@@ -55,8 +56,11 @@ def diversity(images: Images) -> float:
 
 def signs(images: Images, grids: Sequence[int]) -> dict[str, float]:
     """All of them by name; `grids` are the patches a side of the rewards' towers."""
-    found = {"saturation": saturation(images), "contrast": contrast(images),
-             "diversity": diversity(images)}
+    found = {
+        "saturation": saturation(images),
+        "contrast": contrast(images),
+        "diversity": diversity(images),
+    }
     return found | {f"grid_energy_{grid}": grid_energy(images, grid) for grid in sorted(set(grids))}
 
 

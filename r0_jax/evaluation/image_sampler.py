@@ -62,8 +62,14 @@ class ImageSampler:
     split over them, and every process sees all images.
     """
 
-    def __init__(self, pipeline: Pipeline, scheduler: Scheduler,
-                 guidance_scale: float, eta: float = 0.0, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scheduler: Scheduler,
+        guidance_scale: float,
+        eta: float = 0.0,
+        mesh: Mesh | None = None,
+    ):
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
@@ -71,16 +77,26 @@ class ImageSampler:
 
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
             conditioning = pipeline.encode_prompt(params, tokens)
-            negative = (pipeline.encode_negative(params, empty, conditioning) if self.guided
-                        else None)
-            latents = sample_latents(pipeline, scheduler, params[pipeline.generator_part],
-                                     noise * scheduler.init_noise_sigma, conditioning, negative,
-                                     guidance_scale, keys, eta)
+            negative = (
+                pipeline.encode_negative(params, empty, conditioning) if self.guided else None
+            )
+            latents = sample_latents(
+                pipeline,
+                scheduler,
+                params[pipeline.generator_part],
+                noise * scheduler.init_noise_sigma,
+                conditioning,
+                negative,
+                guidance_scale,
+                keys,
+                eta,
+            )
             return pipeline.decode(params["vae"], latents)
 
         self._run = sharding.spread(run, mesh) if mesh else jax.jit(run)
 
-    def __call__(self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
-                 ) -> Float[Array, "b h w 3"]:
+    def __call__(
+        self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
+    ) -> Float[Array, "b h w 3"]:
         """Images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
         return self._run(params, tokens, noise, keys)

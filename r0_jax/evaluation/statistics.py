@@ -67,10 +67,12 @@ def bootstrap_ci(
     """
     arrays = [np.asarray(array) for array in arrays]
     rng = np.random.default_rng(seed)
-    replicates = np.array([
-        statistic(*(array[rng.integers(len(array), size=len(array))] for array in arrays))
-        for _ in range(samples)
-    ])
+    replicates = np.array(
+        [
+            statistic(*(array[rng.integers(len(array), size=len(array))] for array in arrays))
+            for _ in range(samples)
+        ]
+    )
     value = float(statistic(*arrays))
     low, high = np.quantile(replicates, (0.025, 0.975)) - replicates.mean() + value
     return _entry(value, float(low), float(high))

@@ -47,11 +47,16 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
     """InputError for what would only show when the training is over."""
     if not test.prompts:
         return
-    for field, least in (("num_prompts", 2), ("diversity_prompts", 1), ("samples_per_prompt", 2),
-                         ("batch_size", 1), ("base_steps", 1)):
+    for field, least in (
+        ("num_prompts", 2),
+        ("diversity_prompts", 1),
+        ("samples_per_prompt", 2),
+        ("batch_size", 1),
+        ("base_steps", 1),
+    ):
         if test[field] < least:
             raise InputError(f"test.{field}={test[field]} must be at least {least}")
-    prompts = read_prompts(test.prompts)[:test.num_prompts]
+    prompts = read_prompts(test.prompts)[: test.num_prompts]
     if len(prompts) < 2:
         raise InputError(f"{test.prompts} has one prompt: a test needs at least 2")
     if test.world == "shapes":
@@ -60,8 +65,9 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
         raise InputError(f"test.world={test.world!r} is unknown; use 'shapes' or ''")
     entry = heldout_rewards.get(test.features)
     if test.features and (entry is None or entry.type != "clip_score"):
-        raise InputError(f"test.features={test.features!r} is not a held-out reward of type "
-                         "clip_score")
+        raise InputError(
+            f"test.features={test.features!r} is not a held-out reward of type clip_score"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,14 +90,26 @@ class Testbed:
         if config.test.world == "shapes":
             world.check_shape(pipeline.image_shape)
         text = encoded_prompts.open_of(config) is None
-        trained_on = [rewards.load(name, entry, config.dtype, text)
-                      for name, entry in config.rewards.items()]
-        heldout = [rewards.load(name, entry, config.dtype, text)
-                   for name, entry in config.heldout_rewards.items()]
-        prompts, tokens, features = prepared.evaluation(config, "test", pipeline,
-                                                              trained_on + heldout)
-        return cls(config, pipeline, prompts, trained_on, heldout, tokens, features,
-                   _image_features(config))
+        trained_on = [
+            rewards.load(name, entry, config.dtype, text) for name, entry in config.rewards.items()
+        ]
+        heldout = [
+            rewards.load(name, entry, config.dtype, text)
+            for name, entry in config.heldout_rewards.items()
+        ]
+        prompts, tokens, features = prepared.evaluation(
+            config, "test", pipeline, trained_on + heldout
+        )
+        return cls(
+            config,
+            pipeline,
+            prompts,
+            trained_on,
+            heldout,
+            tokens,
+            features,
+            _image_features(config),
+        )
 
     def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
         """{metric: {"value", "ci95"}} and the images of the prompts."""
@@ -122,27 +140,31 @@ class Testbed:
         found["seconds_per_image"] = statistics.mean_ci(seconds)
         return found, drawn
 
-    def _feature_metrics(self, model: Model, drawn: np.ndarray, batch_size: int
-                         ) -> dict[str, Any]:
+    def _feature_metrics(self, model: Model, drawn: np.ndarray, batch_size: int) -> dict[str, Any]:
         test = self.config.test
         found = {}
         if test.world == "shapes":
             scenes = world.render_prompts(self.prompts, self.config.seed)
             found["frechet_distance"] = statistics.bootstrap_ci(
-                statistics.frechet_distance, self.image_features(drawn),
-                self.image_features(scenes), seed=self.config.seed)
+                statistics.frechet_distance,
+                self.image_features(drawn),
+                self.image_features(scenes),
+                seed=self.config.seed,
+            )
         count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
         rows = np.repeat(np.arange(count), each)
         noise, keys = fixed_noise(self.config.seed + 1, len(rows), self.pipeline.latent_shape)
-        several = draw(model.sampler, model.params, take(self.tokens, rows), noise, keys,
-                       batch_size)
+        several = draw(
+            model.sampler, model.params, take(self.tokens, rows), noise, keys, batch_size
+        )
         features = self.image_features(several).reshape(count, each, -1)
         found["diversity"] = statistics.mean_ci(statistics.diversity(features))
         return found
 
 
-def timed_draw(model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array,
-               batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def timed_draw(
+    model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Images, and seconds an image of each batch, compilation left out."""
     first = np.arange(batch_size) % len(noise)
     model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
@@ -150,8 +172,11 @@ def timed_draw(model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array,
     for start in range(0, len(noise), batch_size):
         rows = slice(start, start + batch_size)
         begin = time.perf_counter()
-        drawn.append(draw(model.sampler, model.params, take(tokens, rows), noise[rows],
-                          keys[rows], batch_size))
+        drawn.append(
+            draw(
+                model.sampler, model.params, take(tokens, rows), noise[rows], keys[rows], batch_size
+            )
+        )
         seconds.append((time.perf_counter() - begin) / batch_size)
     return np.concatenate(drawn), np.asarray(seconds)
 
@@ -164,8 +189,12 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     found = tower.load(entry.path, config.dtype, text=False)
     mesh = sharding.global_mesh()
     params = lazy.place(found.params, sharding.replicated(mesh))
-    encode = sharding.spread(lambda params, x, _: normalize(
-        found.sight.apply(params, "image_features", found.prepare(x).astype(config.dtype))), mesh)
+    encode = sharding.spread(
+        lambda params, x, _: normalize(
+            found.sight.apply(params, "image_features", found.prepare(x).astype(config.dtype))
+        ),
+        mesh,
+    )
     batch_size = sharding.divisible(config.test.batch_size, mesh)
     return lambda x: score(encode, params, x, None, batch_size)
 
@@ -183,28 +212,37 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.global_mesh()
-    pipeline = pipeline.attending(attention_backend.Backend(
-        attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh))
+    pipeline = pipeline.attending(
+        attention_backend.Backend(
+            attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh
+        )
+    )
     few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
     models = {
         f"base_{config.test.base_steps}_guided": Model(
-            ImageSampler(pipeline, guided, config.test.guidance_scale, mesh=mesh),
-            pipeline.params),
+            ImageSampler(pipeline, guided, config.test.guidance_scale, mesh=mesh), pipeline.params
+        ),
         f"base_{k}": Model(few, pipeline.params),
         f"r0_{k}": Model(few, trained),
     }
-    return evaluate_models(Testbed.build(config, pipeline), models, folder,
-                           {"checkpoint": f"step {chosen}"})
+    return evaluate_models(
+        Testbed.build(config, pipeline), models, folder, {"checkpoint": f"step {chosen}"}
+    )
 
 
-def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
-                    facts: dict[str, Any]) -> dict[str, Any]:
+def evaluate_models(
+    testbed: Testbed, models: dict[str, Model], folder: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
     """The contents of `folder`/eval.json, which is written together with the first images."""
-    table: dict[str, Any] = {"models": {}, "prompts": len(testbed.prompts),
-                             "seed": testbed.config.seed, **facts,
-                             "test": testbed.config.test.to_dict()}
+    table: dict[str, Any] = {
+        "models": {},
+        "prompts": len(testbed.prompts),
+        "seed": testbed.config.seed,
+        **facts,
+        "test": testbed.config.test.to_dict(),
+    }
     files: dict[str, list[str]] = {}
     everywhere = sharding.replicated(sharding.global_mesh())
     for name, model in models.items():
@@ -215,21 +253,31 @@ def evaluate_models(testbed: Testbed, models: dict[str, Model], folder: Path,
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
         if jax.process_index() == 0:
             for i, file in enumerate(files[name]):
-                images.save_png(folder / "samples" / "eval" / file, drawn[i],
-                                {"prompt": testbed.prompts[i]})
+                images.save_png(
+                    folder / "samples" / "eval" / file, drawn[i], {"prompt": testbed.prompts[i]}
+                )
     if jax.process_index() == 0:
         _write(folder, testbed, table, files)
     return table
 
 
-def _write(folder: Path, testbed: Testbed, table: dict[str, Any], files: dict[str, list[str]]
-           ) -> None:
-    lines = [json.dumps({"index": i, "prompt": prompt,
-                         "files": {name: paths[i] for name, paths in files.items()}},
-                        ensure_ascii=False)
-             for i, prompt in enumerate(testbed.prompts[:SHOWN])]
-    images.write_bytes(folder / "samples" / "eval" / "prompts.jsonl",
-                       ("\n".join(lines) + "\n").encode("utf-8"))
+def _write(
+    folder: Path, testbed: Testbed, table: dict[str, Any], files: dict[str, list[str]]
+) -> None:
+    lines = [
+        json.dumps(
+            {
+                "index": i,
+                "prompt": prompt,
+                "files": {name: paths[i] for name, paths in files.items()},
+            },
+            ensure_ascii=False,
+        )
+        for i, prompt in enumerate(testbed.prompts[:SHOWN])
+    ]
+    images.write_bytes(
+        folder / "samples" / "eval" / "prompts.jsonl", ("\n".join(lines) + "\n").encode("utf-8")
+    )
     text = json.dumps(finite(table), indent=1, allow_nan=False)
     images.write_bytes(folder / "eval.json", text.encode("utf-8"))
 

@@ -27,14 +27,24 @@ _BATCH = 32  # images drawn at once
 class Validation:
     """validation(params, step) -> metrics, and the grid, which is samples/step_NNNNNN.png too."""
 
-    def __init__(self, config: ConfigDict, folder: Path, pipeline: Pipeline,
-                 generator: Generator, rewards: list[Reward], frozen: dict[str, Any],
-                 heldout: set[str], mesh: Mesh, check: Callable[[], None]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: Path,
+        pipeline: Pipeline,
+        generator: Generator,
+        rewards: list[Reward],
+        frozen: dict[str, Any],
+        heldout: set[str],
+        mesh: Mesh,
+        check: Callable[[], None],
+    ):
         """`check` is called between batches, and may raise what ends the measurement."""
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout, self.check = rewards, heldout, check
         self.prompts, self.tokens, self.features = prepared.evaluation(
-            config, "eval", pipeline, rewards, folder / "eval_prompts.json")
+            config, "eval", pipeline, rewards, folder / "eval_prompts.json"
+        )
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
         grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
@@ -45,9 +55,10 @@ class Validation:
         self.batch, self.everywhere = sharding.divisible(_BATCH, mesh), sharding.replicated(mesh)
         self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
 
-    def __call__(self, params: dict[str, jax.Array], step: int
-                 ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
-        """"heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
+    def __call__(
+        self, params: dict[str, jax.Array], step: int
+    ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
+        """ "heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
         "hacking/<sign>", as a multiple of the base's. And the first images, side by side."""
         if self.base_signs is None:
             self.base_signs = self._signs(self._draw(self.frozen["base"]))
@@ -59,21 +70,22 @@ class Validation:
             params = self.frozen["rewards"].get(reward.name)
             if params is None:  # held out: on the devices for only this long
                 params = lazy.place(reward.scoring_params, self.everywhere)
-            scores = score(self.scores[reward.name], params, drawn, features, self.batch,
-                           self.check)
+            scores = score(
+                self.scores[reward.name], params, drawn, features, self.batch, self.check
+            )
             del params
             kind = "heldout" if reward.name in self.heldout else "eval"
             values[f"{kind}/{reward.name}"] = float(np.mean(scores))
-        sheet = images.grid(drawn[:self.config.eval.grid], columns=4)
+        sheet = images.grid(drawn[: self.config.eval.grid], columns=4)
         if jax.process_index() == 0:
-            images.save_png(self.folder / "samples" / f"step_{step:06d}.png", sheet,
-                            {"step": str(step)})
+            images.save_png(
+                self.folder / "samples" / f"step_{step:06d}.png", sheet, {"step": str(step)}
+            )
         return values, sheet
 
     def _draw(self, weights: Params) -> np.ndarray:
         parts = {**self.frozen, self.part: weights}
-        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch,
-                    self.check)
+        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch, self.check)
 
     def _signs(self, drawn: np.ndarray) -> dict[str, float]:
         return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
@@ -86,8 +98,15 @@ def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarr
     return np.asarray(noise), jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np.ndarray,
-         keys: jax.Array, batch_size: int, check: Callable[[], None] = lambda: None) -> np.ndarray:
+def draw(
+    sampler: ImageSampler,
+    parts: dict[str, Any],
+    tokens: Tokens,
+    noise: np.ndarray,
+    keys: jax.Array,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """Images [N, h, w, 3] in [0, 1]; the last batch is filled up, so that one program does."""
     drawn = []
     for start in range(0, len(noise), batch_size):
@@ -100,8 +119,14 @@ def draw(sampler: ImageSampler, parts: dict[str, Any], tokens: Tokens, noise: np
     return np.concatenate(drawn)
 
 
-def score(scorer, params, drawn: np.ndarray, features: np.ndarray | None, batch_size: int,
-          check: Callable[[], None] = lambda: None) -> np.ndarray:
+def score(
+    scorer,
+    params,
+    drawn: np.ndarray,
+    features: np.ndarray | None,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """One reward's scores [N] of images [N, h, w, 3]."""
     found = []
     for start in range(0, len(drawn), batch_size):

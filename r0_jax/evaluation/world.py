@@ -17,19 +17,22 @@ def check_prompts(prompts: Sequence[str], source: str) -> None:
     """InputError unless every prompt is a caption of the world's grammar."""
     for number, prompt in enumerate(prompts, start=1):
         if parse(prompt) is None:
-            raise InputError(f"{source}: prompt {number}, {prompt!r}, is no caption of a scene, so "
-                             "the judge cannot look for it; leave it out or set test.world to ''")
+            raise InputError(
+                f"{source}: prompt {number}, {prompt!r}, is no caption of a scene, so "
+                "the judge cannot look for it; leave it out or set test.world to ''"
+            )
 
 
 def check_shape(shape: Sequence[int]) -> None:
     """InputError unless images of [h, w, 3] are square, as scenes are."""
     if shape[0] != shape[1]:
-        raise InputError(f"the pipeline draws images of {shape[0]} x {shape[1]} pixels, and scenes "
-                         "are square: set sample_size in its config, or test.world to ''")
+        raise InputError(
+            f"the pipeline draws images of {shape[0]} x {shape[1]} pixels, and scenes "
+            "are square: set sample_size in its config, or test.world to ''"
+        )
 
 
-def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
-                  ) -> dict[str, Any]:
+def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]) -> dict[str, Any]:
     """judge_accuracy, of all and by language (Chinese: not ASCII), and by attribute."""
     verdict = judge(images, list(prompts))
     chinese = np.asarray([not prompt.isascii() for prompt in prompts])

@@ -1,8 +1,8 @@
 """Gives a trained generator to PyTorch: a diffusers folder, or a LoRA file, and a ComfyUI workflow.
 
-    python -m r0_jax.export --workdir=W --out=DIR --format=diffusers
-    python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffusers
-    python -m r0_jax.export --workdir=W --out=DIR --format=kohya    LoRA for ComfyUI, A1111, Forge
+python -m r0_jax.export --workdir=W --out=DIR --format=diffusers
+python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffusers
+python -m r0_jax.export --workdir=W --out=DIR --format=kohya    LoRA for ComfyUI, A1111, Forge
 """
 
 from typing import get_args
@@ -19,17 +19,30 @@ def define_flags() -> None:
     """The command's flags; not on import, since flags are global and programs share names."""
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "folder to write", required=True)
-    flags.DEFINE_enum("format", None, list(get_args(Format)),
-                      "a whole pipeline with adapters merged, or the adapters alone as diffusers "
-                      "(peft) or ComfyUI and A1111 (kohya) read them", required=True)
-    flags.DEFINE_string("step", "", "checkpoint: its step, best (by the held-out reward) or latest;"
-                        " by default the best where that was measured, else the latest")
+    flags.DEFINE_enum(
+        "format",
+        None,
+        list(get_args(Format)),
+        "a whole pipeline with adapters merged, or the adapters alone as diffusers "
+        "(peft) or ComfyUI and A1111 (kohya) read them",
+        required=True,
+    )
+    flags.DEFINE_string(
+        "step",
+        "",
+        "checkpoint: its step, best (by the held-out reward) or latest;"
+        " by default the best where that was measured, else the latest",
+    )
     flags.DEFINE_bool("ema", True, "the exponential moving average; --noema for the raw parameters")
     flags.DEFINE_enum("dtype", "float32", list(convert.DTYPES), "of the trained weights on disk")
     flags.DEFINE_bool("overwrite", False, "replace what an earlier export left in --out")
     flags.DEFINE_string("pretrained", None, "the pretrained pipeline, where it has moved")
-    flags.DEFINE_string("base_model", None, "the pretrained pipeline as the model card calls it: "
-                        "its name on the Hub, or the path that a reader has")
+    flags.DEFINE_string(
+        "base_model",
+        None,
+        "the pretrained pipeline as the model card calls it: "
+        "its name on the Hub, or the path that a reader has",
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +50,14 @@ def main(argv: list[str]) -> None:
     fields = flags.FLAGS
     with mirror.workdir(fields.workdir) as folder:
         step = export(
-            folder, remote.output(fields.out), fields.format, step=fields.step, ema=fields.ema,
-            dtype=fields.dtype, overwrite=fields.overwrite, pretrained=fields.pretrained,
+            folder,
+            remote.output(fields.out),
+            fields.format,
+            step=fields.step,
+            ema=fields.ema,
+            dtype=fields.dtype,
+            overwrite=fields.overwrite,
+            pretrained=fields.pretrained,
             base_model=fields.base_model,
         )
     print(f"step {step} of {fields.workdir} is in {fields.out} ({fields.format})")

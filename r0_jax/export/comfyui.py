@@ -38,16 +38,29 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = {
     "KSamplerSelect": ({}, ("sampler_name",), ("SAMPLER",)),
     "ManualSigmas": ({}, ("sigmas",), ("SIGMAS",)),
     "SamplerCustom": (
-        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING",
-         "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
-        ("add_noise", "noise_seed", "control_after_generate", "cfg"), ("LATENT", "LATENT")),
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "sampler": "SAMPLER",
+            "sigmas": "SIGMAS",
+            "latent_image": "LATENT",
+        },
+        ("add_noise", "noise_seed", "control_after_generate", "cfg"),
+        ("LATENT", "LATENT"),
+    ),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, (), ("IMAGE",)),
     "SaveImage": ({"images": "IMAGE"}, ("filename_prefix",), ()),
     "Note": ({}, ("text",), ()),
 }
 # The noise that ComfyUI has built in for SD 1.x and SDXL; another one cannot be told to it.
-_NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-          "beta_schedule": "scaled_linear", "trained_betas": None}
+_NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+}
 _SAMPLING = {"v_prediction": "v_prediction", "sample": "x0"}  # and "epsilon", which it assumes
 # What ComfyUI has for the infinite sigma where rescale_betas_zero_snr leaves no signal at all.
 _MOST_NOISE = math.sqrt(1 / 4.8973451890853435e-08 - 1)
@@ -57,10 +70,16 @@ _CHECKPOINTS = {
     "stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
     "stable-diffusion-3-medium-diffusers": "sd3_medium.safetensors",
 }
-_ENCODERS = {"text_encoder": "clip_l.safetensors", "text_encoder_2": "clip_g.safetensors",
-             "text_encoder_3": "t5xxl_fp16.safetensors"}
-_CLIP_TYPES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl",
-               "StableDiffusion3Pipeline": "sd3"}
+_ENCODERS = {
+    "text_encoder": "clip_l.safetensors",
+    "text_encoder_2": "clip_g.safetensors",
+    "text_encoder_3": "t5xxl_fp16.safetensors",
+}
+_CLIP_TYPES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +106,21 @@ class _Graph:
         height = 60 + 26 * rows
         self._bottoms[column] = top + height + 40
         node = {
-            "id": number, "type": kind, "pos": [380 * column, top], "size": [330, height],
-            "flags": {}, "order": number - 1, "mode": 0,
-            "inputs": [{"name": name, "type": type_, "link": self._link(values[name], number, slot)}
-                       for slot, (name, type_) in enumerate(inputs.items())],
-            "outputs": [{"name": type_, "type": type_, "links": [], "slot_index": slot}
-                        for slot, type_ in enumerate(outputs)],
+            "id": number,
+            "type": kind,
+            "pos": [380 * column, top],
+            "size": [330, height],
+            "flags": {},
+            "order": number - 1,
+            "mode": 0,
+            "inputs": [
+                {"name": name, "type": type_, "link": self._link(values[name], number, slot)}
+                for slot, (name, type_) in enumerate(inputs.items())
+            ],
+            "outputs": [
+                {"name": type_, "type": type_, "links": [], "slot_index": slot}
+                for slot, type_ in enumerate(outputs)
+            ],
             "properties": {"Node name for S&R": kind},
             "widgets_values": [values[name] for name in widgets],
         }
@@ -107,9 +135,16 @@ class _Graph:
         return number
 
     def to_json(self) -> dict[str, Any]:
-        return {"last_node_id": len(self.nodes), "last_link_id": len(self.links),
-                "nodes": self.nodes, "links": self.links, "groups": [], "config": {}, "extra": {},
-                "version": 0.4}
+        return {
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": self.nodes,
+            "links": self.links,
+            "groups": [],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
 
 
 def why_not(run: Run, form: str) -> str:
@@ -120,15 +155,21 @@ def why_not(run: Run, form: str) -> str:
     if form == "peft" and pipeline.generator_part == "unet":
         return "it reads the LoRA of a UNet as `--format=kohya` writes it"
     noise = {"num_train_timesteps": 1000} if few_step.is_flow(config) else _NOISE
-    wrong = [name for name, value in noise.items() if config.get(
-        name, 1000 if name == "num_train_timesteps" else None) != value]
+    wrong = [
+        name
+        for name, value in noise.items()
+        if config.get(name, 1000 if name == "num_train_timesteps" else None) != value
+    ]
     return f"it has one noise schedule a family, and {wrong[0]} is another here" if wrong else ""
 
 
 def _parts(run: Run) -> dict[str, str]:
     """{part: class} of the pretrained pipeline, whether or not its text encoders were loaded."""
-    return {name: entry[-1] for name, entry in read_index(run.pretrained).items()
-            if isinstance(entry, list) and entry and entry[-1] is not None}
+    return {
+        name: entry[-1]
+        for name, entry in read_index(run.pretrained).items()
+        if isinstance(entry, list) and entry and entry[-1] is not None
+    }
 
 
 def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
@@ -144,8 +185,9 @@ def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
     return np.append(levels, 0).astype(np.float32)
 
 
-def workflow(run: Run, form: str, folder: Path, name: str, base_model: str, prompt: str
-             ) -> dict[str, Any]:
+def workflow(
+    run: Run, form: str, folder: Path, name: str, base_model: str, prompt: str
+) -> dict[str, Any]:
     """The graph, as JSON; only where there is nothing to say for `why_not`.
 
     Args:
@@ -157,66 +199,108 @@ def workflow(run: Run, form: str, folder: Path, name: str, base_model: str, prom
     size = {"width": run.pipeline.image_shape[1], "height": run.pipeline.image_shape[0]}
     if few_step.is_flow(config):
         shift = few_step.shift(run.pipeline.scheduler_config)
-        model, = graph.add(1, "ModelSamplingSD3", model=model, shift=round(shift, 6))
-        latents, = graph.add(2, "EmptySD3LatentImage", **size, batch_size=1)
+        (model,) = graph.add(1, "ModelSamplingSD3", model=model, shift=round(shift, 6))
+        (latents,) = graph.add(2, "EmptySD3LatentImage", **size, batch_size=1)
     else:
         if sampling := _SAMPLING.get(config.get("prediction_type")):
-            model, = graph.add(1, "ModelSamplingDiscrete", model=model, sampling=sampling,
-                               zsnr=bool(config.get("rescale_betas_zero_snr")))
-        latents, = graph.add(2, "EmptyLatentImage", **size, batch_size=1)
-    positive, = graph.add(1, "CLIPTextEncode", clip=clip, text=prompt)
-    negative, = graph.add(1, "CLIPTextEncode", "Negative, unused at cfg 1", clip=clip, text="")
-    sampler, = graph.add(2, "KSamplerSelect", sampler_name="euler")
+            (model,) = graph.add(
+                1,
+                "ModelSamplingDiscrete",
+                model=model,
+                sampling=sampling,
+                zsnr=bool(config.get("rescale_betas_zero_snr")),
+            )
+        (latents,) = graph.add(2, "EmptyLatentImage", **size, batch_size=1)
+    (positive,) = graph.add(1, "CLIPTextEncode", clip=clip, text=prompt)
+    (negative,) = graph.add(1, "CLIPTextEncode", "Negative, unused at cfg 1", clip=clip, text="")
+    (sampler,) = graph.add(2, "KSamplerSelect", sampler_name="euler")
     levels = ", ".join(np.format_float_positional(sigma, trim="-") for sigma in sigmas(run))
-    grid, = graph.add(2, "ManualSigmas", "The trained grid", sigmas=levels)
+    (grid,) = graph.add(2, "ManualSigmas", "The trained grid", sigmas=levels)
     samples, _ = graph.add(
-        3, "SamplerCustom", model=model, positive=positive, negative=negative, sampler=sampler,
-        sigmas=grid, latent_image=latents, add_noise=True, noise_seed=0,
-        control_after_generate="randomize", cfg=1.0)
-    image, = graph.add(4, "VAEDecode", samples=samples, vae=vae)
+        3,
+        "SamplerCustom",
+        model=model,
+        positive=positive,
+        negative=negative,
+        sampler=sampler,
+        sigmas=grid,
+        latent_image=latents,
+        add_noise=True,
+        noise_seed=0,
+        control_after_generate="randomize",
+        cfg=1.0,
+    )
+    (image,) = graph.add(4, "VAEDecode", samples=samples, vae=vae)
     graph.add(4, "SaveImage", images=image, filename_prefix=name)
     graph.add(0, "Note", "Where files go", text=f"{told}\n\n{_older(run)}".strip())
     return graph.to_json()
 
 
-def _load(graph: _Graph, run: Run, form: str, folder: Path, name: str, base_model: str
-          ) -> tuple[_Output, _Output, _Output, str]:
+def _load(
+    graph: _Graph, run: Run, form: str, folder: Path, name: str, base_model: str
+) -> tuple[_Output, _Output, _Output, str]:
     """Adds the loaders; their model, CLIP and VAE, and what goes where in ComfyUI's models/."""
     part = run.pipeline.generator_part
     if form == "diffusers":
-        model, = graph.add(0, "UNETLoader", weight_dtype="default",
-                           unet_name=f"{name}/{part}/diffusion_pytorch_model.safetensors")
-        vae, = graph.add(0, "VAELoader", vae_name=f"{name}/vae/diffusion_pytorch_model.safetensors")
+        (model,) = graph.add(
+            0,
+            "UNETLoader",
+            weight_dtype="default",
+            unet_name=f"{name}/{part}/diffusion_pytorch_model.safetensors",
+        )
+        (vae,) = graph.add(
+            0, "VAELoader", vae_name=f"{name}/vae/diffusion_pytorch_model.safetensors"
+        )
         clip = _load_clip(graph, run, folder, name)
-        return model, clip, vae, (f"Put {name}, or a link to it, into models/diffusion_models, "
-                                  "models/text_encoders and models/vae.")
+        return (
+            model,
+            clip,
+            vae,
+            (
+                f"Put {name}, or a link to it, into models/diffusion_models, "
+                "models/text_encoders and models/vae."
+            ),
+        )
     base = base_model.rstrip("/").split("/")[-1]
-    model, clip, vae = graph.add(0, "CheckpointLoaderSimple", ckpt_name=_CHECKPOINTS.get(
-        base, f"{base}.safetensors"))
+    model, clip, vae = graph.add(
+        0, "CheckpointLoaderSimple", ckpt_name=_CHECKPOINTS.get(base, f"{base}.safetensors")
+    )
     if part == "transformer":  # whose checkpoints come with and without encoders
         clip = _load_clip(graph, run, None, name)
     file = f"{name}.safetensors" if form == "kohya" else f"{name}/pytorch_lora_weights.safetensors"
-    model, = graph.add(0, "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
-    return model, clip, vae, (f"Put {file.split('/')[0]} into models/loras and the whole "
-                              f"checkpoint of {base_model} into models/checkpoints.")
+    (model,) = graph.add(0, "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
+    return (
+        model,
+        clip,
+        vae,
+        (
+            f"Put {file.split('/')[0]} into models/loras and the whole "
+            f"checkpoint of {base_model} into models/checkpoints."
+        ),
+    )
 
 
 def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Output:
     """Text encoders that the run has: of `folder` where they are one file there, as ComfyUI wants
     them, else under the names that ComfyUI's users know them by."""
     parts = [part for part in _ENCODERS if part in _parts(run)]
-    files = [f"{name}/{part}/model.safetensors"
-             if folder and (folder / part / "model.safetensors").is_file() else _ENCODERS[part]
-             for part in parts]
+    files = [
+        f"{name}/{part}/model.safetensors"
+        if folder and (folder / part / "model.safetensors").is_file()
+        else _ENCODERS[part]
+        for part in parts
+    ]
     kind = _CLIP_TYPES[type(run.pipeline).__name__]
     match files:
         case [one]:
             return graph.add(0, "CLIPLoader", clip_name=one, type=kind, device="default")[0]
         case [one, two]:
-            return graph.add(0, "DualCLIPLoader", clip_name1=one, clip_name2=two, type=kind,
-                             device="default")[0]
-    return graph.add(0, "TripleCLIPLoader", clip_name1=files[0], clip_name2=files[1],
-                     clip_name3=files[2])[0]
+            return graph.add(
+                0, "DualCLIPLoader", clip_name1=one, clip_name2=two, type=kind, device="default"
+            )[0]
+    return graph.add(
+        0, "TripleCLIPLoader", clip_name1=files[0], clip_name2=files[1], clip_name3=files[2]
+    )[0]
 
 
 def _older(run: Run) -> str:
@@ -224,5 +308,7 @@ def _older(run: Run) -> str:
     steps = run.config.sampler.num_steps
     if 1000 % steps:
         return ""
-    return ("A ComfyUI from before 2026 may have no ManualSigmas: BasicScheduler with scheduler "
-            f"simple, steps {steps} and denoise 1 gives the same sigmas.")
+    return (
+        "A ComfyUI from before 2026 may have no ManualSigmas: BasicScheduler with scheduler "
+        f"simple, steps {steps} and denoise 1 gives the same sigmas."
+    )

@@ -38,8 +38,10 @@ def export(
     _check_out(out, overwrite)
     config, name = read_config(workdir), out.resolve().name
     if form != "diffusers" and not config.lora.rank:
-        raise InputError(f"{workdir} trained all weights, so there are no adapters to write: use "
-                         "--format=diffusers")
+        raise InputError(
+            f"{workdir} trained all weights, so there are no adapters to write: use "
+            "--format=diffusers"
+        )
     if form == "kohya":
         kohya.check_family(read_index(find_pretrained(workdir, config, pretrained))["_class_name"])
     chosen = choose_step(workdir, step)
@@ -59,8 +61,10 @@ def export(
         else:
             write_diffusers(run, params, building, dtype)
         if not comfyui.why_not(run, form):
-            _write_json(building / comfyui.FILE, comfyui.workflow(run, form, building, name,
-                                                                  base_model, model_card.PROMPT))
+            _write_json(
+                building / comfyui.FILE,
+                comfyui.workflow(run, form, building, name, base_model, model_card.PROMPT),
+            )
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
                 shutil.copyfile(path, building / path.name)
@@ -119,16 +123,25 @@ def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
 def _copy_part(source: Path, target: Path) -> bool:
     """Copies what is text and the safetensors of a part; False if there is nothing to copy."""
     # By the index too: it may give its shards any name.
-    stem = next((stem for stem in ("diffusion_pytorch_model", "model")
-                 for end in (".safetensors", ".safetensors.index*.json")
-                 if any(source.glob(f"{stem}*{end}"))), None)
+    stem = next(
+        (
+            stem
+            for stem in ("diffusion_pytorch_model", "model")
+            for end in (".safetensors", ".safetensors.index*.json")
+            if any(source.glob(f"{stem}*{end}"))
+        ),
+        None,
+    )
     pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in source.glob("*"))
     if not source.is_dir() or (pickled and stem is None):
         return False
     target.mkdir()
     for path in source.iterdir():
-        if (path.suffix in (".json", ".txt", ".model") and ".index." not in path.name
-                and path.is_file()):
+        if (
+            path.suffix in (".json", ".txt", ".model")
+            and ".index." not in path.name
+            and path.is_file()
+        ):
             shutil.copyfile(path, target / path.name)
     if stem is None:
         return True
@@ -156,13 +169,17 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise InputError(f"{out} exists already; choose another --out, or replace an earlier "
-                         "export with --overwrite")
+        raise InputError(
+            f"{out} exists already; choose another --out, or replace an earlier "
+            "export with --overwrite"
+        )
     path = out / "README.md"
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if model_card.MADE_WITH not in card:
-        raise InputError(f"{out} is not an earlier export, so --overwrite does not delete it; "
-                         "choose another --out")
+        raise InputError(
+            f"{out} is not an earlier export, so --overwrite does not delete it; "
+            "choose another --out"
+        )
 
 
 def _check_apart(out: Path, run: Run) -> None:
@@ -176,8 +193,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to {folder.parent}: {error.strerror.lower()}; choose "
-                         "another --out") from None
+        raise InputError(
+            f"cannot write to {folder.parent}: {error.strerror.lower()}; choose another --out"
+        ) from None
 
 
 def _move(building: Path, out: Path) -> None:

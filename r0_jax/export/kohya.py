@@ -29,21 +29,32 @@ Tensors = dict[str, Shaped[np.ndarray, "..."]]
 _FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _WIDTH_2 = 1024  # of the text encoder of Stable Diffusion 2.x, whose class is that of 1.x
 _OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
-_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-           "conv_shortcut": "skip_connection"}
-_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\."
-                    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\."
+    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 
 
 def check_family(family: str) -> None:
     """InputError where kohya's format has no layout for a class of pipelines."""
     if family not in _FAMILIES:
-        raise InputError(f"--format=kohya is for Stable Diffusion 1.x, 2.x and SDXL, not for "
-                         f"{describe(family)}: use --format=peft, which ComfyUI reads too")
+        raise InputError(
+            f"--format=kohya is for Stable Diffusion 1.x, 2.x and SDXL, not for "
+            f"{describe(family)}: use --format=peft, which ComfyUI reads too"
+        )
 
 
 def write(run: Run, params: HostParams, path: Path, dtype: str, step: int, base_model: str) -> None:
@@ -65,8 +76,9 @@ def tensors(run: Run, params: HostParams, dtype: str) -> Tensors:
         module, factor = name.removesuffix(".kernel").rsplit(".", 1)
         key = module_key(module, layers, xl)
         side = {"lora_A": "lora_down", "lora_B": "lora_up"}[factor]
-        found[f"{key}.{side}.weight"] = np.asarray(convert.to_checkpoint(name, np.asarray(value)),
-                                                   convert.DTYPES[dtype], order="C")
+        found[f"{key}.{side}.weight"] = np.asarray(
+            convert.to_checkpoint(name, np.asarray(value)), convert.DTYPES[dtype], order="C"
+        )
         found[f"{key}.alpha"] = np.asarray(run.generator.alpha, np.float32)
     return dict(sorted(found.items()))
 
@@ -80,8 +92,10 @@ def module_key(module: str, layers: Sequence[int], xl: bool) -> str:
     """
     sgm = _sgm_name(module, layers)
     if sgm is None:
-        raise InputError(f"kohya's files have no name for {module}: use --format=peft, or train "
-                         "with lora.targets that leave it out")
+        raise InputError(
+            f"kohya's files have no name for {module}: use --format=peft, or train "
+            "with lora.targets that leave it out"
+        )
     return "lora_unet_" + (sgm if xl else module).replace(".", "_")
 
 
@@ -128,8 +142,9 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha,
         # Of windows larger than one pixel, which networks.lora leaves out unless told these.
-        "ss_network_args": json.dumps({"conv_dim": adapter.rank, "conv_alpha": adapter.alpha}
-                                      if windows else {}),
+        "ss_network_args": json.dumps(
+            {"conv_dim": adapter.rank, "conv_alpha": adapter.alpha} if windows else {}
+        ),
         "ss_base_model_version": version,
         "ss_sd_model_name": base_model,
         "ss_v2": version.startswith("sd_v2"),
@@ -146,11 +161,11 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
         "modelspec.title": title,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.description": f"Draws with {base_model} in {steps} steps without guidance, "
-                                 "made by regularized reward maximization (R0).",
+        "made by regularized reward maximization (R0).",
         "modelspec.date": datetime.date.today().isoformat(),
         "modelspec.hash_sha256": f"0x{digest}",
         "modelspec.usage_hint": f"Strength 1, {steps} steps, CFG scale 1, sampler Euler, schedule "
-                                "Simple.",
+        "Simple.",
         "modelspec.tags": "few-step",
         "modelspec.prediction_type": _prediction(run.scheduler_config),
     }
@@ -168,12 +183,18 @@ def data_hash(written: Tensors) -> str:
 def _base(run: Run) -> tuple[str, str, str]:
     """ss_base_model_version of sd-scripts, architecture and implementation of ModelSpec."""
     if _family(run) == "StableDiffusionXLPipeline":
-        return ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base",
-                "https://github.com/Stability-AI/generative-models")
+        return (
+            "sdxl_base_v1-0",
+            "stable-diffusion-xl-v1-base",
+            "https://github.com/Stability-AI/generative-models",
+        )
     predicts_v = _prediction(run.scheduler_config) == "v"
     if run.pipeline.networks["unet"].config.cross_attention_dim == _WIDTH_2:
-        return (("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers") if predicts_v else
-                ("sd_v2", "stable-diffusion-v2-512", "diffusers"))
+        return (
+            ("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers")
+            if predicts_v
+            else ("sd_v2", "stable-diffusion-v2-512", "diffusers")
+        )
     return "sd_v1_v" if predicts_v else "sd_v1", "stable-diffusion-v1", "diffusers"
 
 

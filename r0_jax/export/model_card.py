@@ -36,8 +36,10 @@ def write(
     num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
     tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
     listed = "\n".join(f"- {tag}" for tag in tags)
-    rows = "\n".join(f"| {name} | {_escape(value)} |"
-                     for name, value in _recipe(run, step, ema, base_model).items())
+    rows = "\n".join(
+        f"| {name} | {_escape(value)} |"
+        for name, value in _recipe(run, step, ema, base_model).items()
+    )
     return f"""---
 base_model: {json.dumps(base_model, ensure_ascii=False)}
 base_model_relation: {"adapter" if is_lora else "finetune"}

@@ -41,19 +41,25 @@ class Context:
         """The base's one-shot clean prediction at the generator's own noisy input."""
         at = self.trajectory
         model_output = self.base(at.latents, at.timesteps)
-        return jax.lax.stop_gradient(noise_schedule.x0_and_epsilon(
-            self.table.prediction_type, model_output, at.latents, at.alpha, at.sigma)[0])
+        return jax.lax.stop_gradient(
+            noise_schedule.x0_and_epsilon(
+                self.table.prediction_type, model_output, at.latents, at.alpha, at.sigma
+            )[0]
+        )
 
-    def renoise(self, x0: Float[Array, "b h w c"], level: tuple[float, float], tag: int
-                ) -> "Noised":
+    def renoise(
+        self, x0: Float[Array, "b h w c"], level: tuple[float, float], tag: int
+    ) -> "Noised":
         """x0 noised to a random level of each sample; `level` is (least, most) as a share of the
         trained timesteps."""
         steps = len(self.table.timesteps)
         share = level[0] + (level[1] - level[0]) * rollout.uniform(self.keys, tag)
         # The table runs from the noisiest timestep down.
         index = jnp.clip((1 - share) * steps, 0, steps - 1).astype(jnp.int32)
-        alpha, sigma = (jnp.asarray(x)[index][:, None, None, None]
-                        for x in (self.table.alphas, self.table.sigmas))
+        alpha, sigma = (
+            jnp.asarray(x)[index][:, None, None, None]
+            for x in (self.table.alphas, self.table.sigmas)
+        )
         noise = rollout.normal(self.keys, tag + 1, x0.shape[1:])
         timesteps = jnp.asarray(self.table.timesteps, jnp.float32)[index]
         return Noised(alpha * x0 + sigma * noise, timesteps, alpha, sigma)

@@ -35,18 +35,24 @@ class Generator:
         """Trainable parameters, float32, with which the generator equals the base."""
         if self.rank:
             return lora.init(key, shapes, self.targets, self.rank)
-        return {name: jnp.array(value, jnp.float32) for name, value in base.items()
-                if name not in self.fixed}
+        return {
+            name: jnp.array(value, jnp.float32)
+            for name, value in base.items()
+            if name not in self.fixed
+        }
 
     def weights(self, params: Params, base: Params) -> Params:
         """The network's weights in `dtype`, differentiable in `params`, which may be packed."""
-        merged = (lora.merge(base, params, self.scale) if self.rank
-                  else {**base, **stacks.unpack(params)})
+        merged = (
+            lora.merge(base, params, self.scale) if self.rank else {**base, **stacks.unpack(params)}
+        )
         return {name: value.astype(self.dtype) for name, value in merged.items()}
 
     def squared_distance(self, params: Params, base: Params) -> jax.Array:
         """||theta - theta_pretrained||^2, the sum over all weights, in float32."""
         if self.rank:
             return lora.squared_norm(params, self.scale)
-        return sum(jnp.sum((value - base[name].astype(jnp.float32)) ** 2)
-                   for name, value in stacks.unpack(params).items())
+        return sum(
+            jnp.sum((value - base[name].astype(jnp.float32)) ** 2)
+            for name, value in stacks.unpack(params).items()
+        )

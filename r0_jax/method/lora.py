@@ -26,8 +26,10 @@ def targets(shapes: Shapes, pattern: str) -> list[str]:
     except re.error as e:
         raise InputError(f"lora.targets is not a regular expression ({e}): {pattern!r}") from None
     if not found:
-        raise InputError(f"lora.targets matches no layer of the network: {pattern!r}; "
-                         f"a layer is called, for example, {modules[len(modules) // 2]}")
+        raise InputError(
+            f"lora.targets matches no layer of the network: {pattern!r}; "
+            f"a layer is called, for example, {modules[len(modules) // 2]}"
+        )
     return found
 
 
@@ -38,9 +40,11 @@ def check_rank(shapes: Shapes, pattern: str, rank: int) -> None:
     most = {module: min(prod(shape[:-1]), shape[-1]) for module, shape in kernels.items()}
     module = min(most, key=most.get)
     if rank > most[module]:
-        raise InputError(f"lora.rank={rank} is above what fits {module}, a matrix of rank "
-                         f"{most[module]}: use {most[module]} at most, or leave this layer out of "
-                         "lora.targets")
+        raise InputError(
+            f"lora.rank={rank} is above what fits {module}, a matrix of rank "
+            f"{most[module]}: use {most[module]} at most, or leave this layer out of "
+            "lora.targets"
+        )
 
 
 def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params:
@@ -76,8 +80,10 @@ def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Pa
 
 def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """The adapters with their scale in B, so that 1 is what to scale A B by."""
-    return {name: value * scale if name.endswith(".lora_B.kernel") else value
-            for name, value in adapters.items()}
+    return {
+        name: value * scale if name.endswith(".lora_B.kernel") else value
+        for name, value in adapters.items()
+    }
 
 
 def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:

@@ -45,9 +45,15 @@ class Objective:
     the VAE, "decoder".
     """
 
-    def __init__(self, pipeline: Pipeline, generator: Generator, rewards: Sequence[Reward],
-                 config: ConfigDict, decoder: TinyDecoder | None = None,
-                 gathered: Sharding | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        generator: Generator,
+        rewards: Sequence[Reward],
+        config: ConfigDict,
+        decoder: TinyDecoder | None = None,
+        gathered: Sharding | None = None,
+    ):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
         self.num_steps = config.sampler.num_steps
@@ -63,9 +69,15 @@ class Objective:
             return jax.random.randint(key, (), 0, self.num_steps)
         return self.num_steps - 1
 
-    def loss(self, params: Params, frozen: dict[str, Any], batch: dict[str, jax.Array],
-             keys: rollout.Keys, last: jax.Array | int, spreads: dict[str, jax.Array]
-             ) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self,
+        params: Params,
+        frozen: dict[str, Any],
+        batch: dict[str, jax.Array],
+        keys: rollout.Keys,
+        last: jax.Array | int,
+        spreads: dict[str, jax.Array],
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Mean over the batch's samples; metrics are means too.
 
         batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
@@ -76,22 +88,37 @@ class Objective:
             return self._loss(params, frozen, batch, keys, last, spreads)
 
     def _loss(self, params, frozen, batch, keys, last, spreads):
-        rolled, drawn = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag)
-                         for tag in (_ROLLOUT, _REGULARIZERS))
+        rolled, drawn = (
+            jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (_ROLLOUT, _REGULARIZERS)
+        )
         conditioning = self.pipeline.encode_prompt(frozen, batch)
         trajectory = self._rollout(params, frozen, conditioning, keys, rolled, last)
 
-        images = (self.decoder.decode_unclipped(frozen["decoder"], trajectory.x0) if self.decoder
-                  else self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0))
-        gradient = reward_gradient(self.rewards, frozen["rewards"], lax.stop_gradient(images),
-                                   _features(batch), drawn, spreads, self.config)
+        images = (
+            self.decoder.decode_unclipped(frozen["decoder"], trajectory.x0)
+            if self.decoder
+            else self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
+        )
+        gradient = reward_gradient(
+            self.rewards,
+            frozen["rewards"],
+            lax.stop_gradient(images),
+            _features(batch),
+            drawn,
+            spreads,
+            self.config,
+        )
         loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))
         metrics = {f"reward/{name}": jnp.mean(x) for name, x in gradient.scores.items()}
-        metrics |= {f"{SQUARE}{name}": jnp.mean(x**2) for name, x in gradient.scores.items()
-                    if name in spreads}
+        metrics |= {
+            f"{SQUARE}{name}": jnp.mean(x**2)
+            for name, x in gradient.scores.items()
+            if name in spreads
+        }
         metrics |= {f"norm/reward_grads/{name}": jnp.mean(x) for name, x in gradient.norms.items()}
-        metrics |= {f"cosine/reward_grads/{pair}": jnp.mean(x)
-                    for pair, x in gradient.cosines.items()}
+        metrics |= {
+            f"cosine/reward_grads/{pair}": jnp.mean(x) for pair, x in gradient.cosines.items()
+        }
 
         context = self._context(params, frozen, conditioning, trajectory, drawn)
         for name, penalty in PENALTIES.items():
@@ -105,15 +132,23 @@ class Objective:
     def _rollout(self, params, frozen, conditioning, keys, rolled, last) -> rollout.Trajectory:
         def denoiser(weights: Params) -> rollout.Denoise:
             return lambda latents, timesteps: self.pipeline.denoise(
-                weights, latents, timesteps, conditioning)
+                weights, latents, timesteps, conditioning
+            )
 
         weights = self.generator.weights(params, frozen["base"])
         return rollout.rollout(
-            denoiser(weights), denoiser(lax.stop_gradient(weights)), self.grid,
-            rollout.normal(keys, _NOISE, self.pipeline.latent_shape), rolled, last=last,
-            grad_steps=self.grad_steps, random_eta=self.config.sampler.random_eta,
-            eta=self.config.sampler.eta, unroll=self.config.objective.unroll,
-            remat=self.config.remat == "calls")
+            denoiser(weights),
+            denoiser(lax.stop_gradient(weights)),
+            self.grid,
+            rollout.normal(keys, _NOISE, self.pipeline.latent_shape),
+            rolled,
+            last=last,
+            grad_steps=self.grad_steps,
+            random_eta=self.config.sampler.random_eta,
+            eta=self.config.sampler.eta,
+            unroll=self.config.objective.unroll,
+            remat=self.config.remat == "calls",
+        )
 
     def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
         def base(latents, timesteps):
@@ -122,8 +157,10 @@ class Objective:
         def base_pair(latents, timesteps):
             empty = self.pipeline.encode_negative(frozen, frozen["empty"], conditioning)
             output = self.pipeline.denoise(
-                frozen["base"], *jax.tree.map(both, (latents, timesteps), (latents, timesteps)),
-                jax.tree.map(both, conditioning, empty))
+                frozen["base"],
+                *jax.tree.map(both, (latents, timesteps), (latents, timesteps)),
+                jax.tree.map(both, conditioning, empty),
+            )
             return output[0::2], output[1::2]
 
         def both(a, b):  # alternating, so that each device keeps its own samples
@@ -132,8 +169,15 @@ class Objective:
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
 
-        return Context(trajectory, keys, base, base_pair, base_features,
-                       lambda: self.generator.squared_distance(params, frozen["base"]), self.table)
+        return Context(
+            trajectory,
+            keys,
+            base,
+            base_pair,
+            base_features,
+            lambda: self.generator.squared_distance(params, frozen["base"]),
+            self.table,
+        )
 
 
 def _features(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -132,8 +132,7 @@ def skip_if_nonfinite(
     A skipped step leaves parameters, EMA and optimizer untouched and is counted; `step` advances
     either way, so that the next step sees other data.
     """
-    finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(
-        global_norm(new_state.params))
+    finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(global_norm(new_state.params))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
     return kept._replace(
         step=new_state.step,

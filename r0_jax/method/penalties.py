@@ -52,8 +52,8 @@ def guidance(context: Context, options: ConfigDict) -> Float[Array, ""]:
 
     def clean(model_output: jax.Array) -> jax.Array:
         return noise_schedule.x0_and_epsilon(
-            context.table.prediction_type, model_output, noised.latents, noised.alpha,
-            noised.sigma)[0]
+            context.table.prediction_type, model_output, noised.latents, noised.alpha, noised.sigma
+        )[0]
 
     prompted, empty = map(clean, context.base_pair(noised.latents, noised.timesteps))
     target = lax.stop_gradient(x0 + options.scale * (prompted - empty))

@@ -55,6 +55,7 @@ def reward_gradient(
     clipped = jnp.clip(images, 0.0, 1.0)
     options, scores, norms, gradients = config.objective, {}, {}, {}
     for reward in rewards:
+
         def score(images, reward=reward):
             return reward.score(params[reward.name], images, features.get(reward.name))
 
@@ -70,9 +71,11 @@ def reward_gradient(
         elif options.normalization == "running_std":
             gradient = gradient / (spreads[reward.name] + options.delta)
         gradients[reward.name] = entry.weight * gradient
-    cosines = {f"{a}~{b}": _dot(gradients[a], gradients[b])[:, 0, 0, 0] / (
-        _norm(gradients[a]) * _norm(gradients[b]) + 1e-12)[:, 0, 0, 0]
-        for a, b in itertools.combinations(gradients, 2)}
+    cosines = {
+        f"{a}~{b}": _dot(gradients[a], gradients[b])[:, 0, 0, 0]
+        / (_norm(gradients[a]) * _norm(gradients[b]) + 1e-12)[:, 0, 0, 0]
+        for a, b in itertools.combinations(gradients, 2)
+    }
     if options.conflicts == "project":
         gradients = _projected(gradients)
     total = sum(gradients.values(), start=jnp.zeros_like(images))

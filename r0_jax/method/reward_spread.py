@@ -23,15 +23,19 @@ def init(names: Sequence[str]) -> Moments:
     return {name: jnp.zeros(3) for name in names}
 
 
-def update(moments: Moments, means: dict[str, Float[Array, ""]],
-           squares: dict[str, Float[Array, ""]]) -> Moments:
+def update(
+    moments: Moments, means: dict[str, Float[Array, ""]], squares: dict[str, Float[Array, ""]]
+) -> Moments:
     """After a step, of whose scores `means` are the means and `squares` those of the squares."""
-    return {name: DECAY * old + (1 - DECAY) * jnp.stack([jnp.ones(()), means[name], squares[name]])
-            for name, old in moments.items()}
+    return {
+        name: DECAY * old + (1 - DECAY) * jnp.stack([jnp.ones(()), means[name], squares[name]])
+        for name, old in moments.items()
+    }
 
 
 def std(moments: Moments) -> dict[str, Float[Array, ""]]:
     """The standard deviation of each reward's scores; 1 before the first step."""
+
     def one(moment: jax.Array) -> jax.Array:
         seen = moment[0]
         mean, square = moment[1:] / jnp.maximum(seen, 1 - DECAY)  # its least after a step

@@ -21,8 +21,9 @@ _BLOCK = re.compile(r"(?<=transformer_blocks\.)(\d+)(?=\.)")
 Params = dict[str, Shaped[Array, "..."]]
 
 
-def groups(params: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct]
-           ) -> dict[str, list[str]]:
+def groups(
+    params: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct],
+) -> dict[str, list[str]]:
     """{name of a stack: names of what is in it, of one shape and of blocks 0, 1, ...}; an array
     that stays alone keeps its name."""
     found: dict[str, list[str]] = {}
@@ -58,14 +59,17 @@ def pack(tree: Any, groups: Mapping[str, list[str]]) -> Any:
     def stacked(x: Any) -> Any:
         if not is_params(x):
             return x
-        return {key: jnp.stack([x[name] for name in listed]) if "*" in key else x[key]
-                for key, listed in groups.items()}
+        return {
+            key: jnp.stack([x[name] for name in listed]) if "*" in key else x[key]
+            for key, listed in groups.items()
+        }
 
     return jax.tree.map(stacked, tree, is_leaf=is_params)
 
 
 def unpack(tree: Any) -> Any:
     """The inverse of `pack`."""
+
     def is_packed(x: Any) -> bool:
         return isinstance(x, dict) and any("*" in str(key) for key in x)
 
@@ -74,8 +78,11 @@ def unpack(tree: Any) -> Any:
             return x
         found = {}
         for key, value in x.items():
-            found |= (dict(zip(members(key, len(value)), split(value), strict=True)) if "*" in key
-                      else {key: value})
+            found |= (
+                dict(zip(members(key, len(value)), split(value), strict=True))
+                if "*" in key
+                else {key: value}
+            )
         return found
 
     return jax.tree.map(alone, tree, is_leaf=is_packed)

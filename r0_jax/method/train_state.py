@@ -35,10 +35,18 @@ class TrainState(NamedTuple):
     moments: Moments
 
 
-def init(params: Params, optimizer: optax.GradientTransformation,
-         spread_of: Sequence[str] = ()) -> TrainState:
+def init(
+    params: Params, optimizer: optax.GradientTransformation, spread_of: Sequence[str] = ()
+) -> TrainState:
     """The state before the first step; `spread_of` names rewards whose spread is needed."""
     counter = jnp.zeros((), jnp.int32)
-    state = TrainState(counter, params, params, optimizer.init(params), counter, counter,
-                       reward_spread.init(spread_of))
+    state = TrainState(
+        counter,
+        params,
+        params,
+        optimizer.init(params),
+        counter,
+        counter,
+        reward_spread.init(spread_of),
+    )
     return jax.tree.map(jnp.copy, state)  # a donated state must not hold one buffer twice

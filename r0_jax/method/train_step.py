@@ -15,12 +15,14 @@ from r0_jax.method.objective import SQUARE, Metrics, Objective
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import sharding
 
-TrainStep = Callable[[TrainState, dict[str, Any], dict[str, jax.Array], jax.Array],
-                     tuple[TrainState, Metrics]]
+TrainStep = Callable[
+    [TrainState, dict[str, Any], dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
+]
 
 
-def make_train_step(objective: Objective, optimizer: optax.GradientTransformation,
-                    config: ConfigDict, mesh: Mesh) -> TrainStep:
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainStep:
     """(state, frozen, batch, key) -> (state, metrics); pure, to be jitted with shardings.
 
     `batch` is the global one. It is cut into microbatches of `config.device_batch` samples a
@@ -30,8 +32,9 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     count = sharding.microbatches(config.batch_size, config.device_batch, mesh)
     over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
 
-    def train_step(state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array],
-                   key: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         state = stacks.pack(state, stacks.groups(state.params))
         key = jax.random.fold_in(key, state.step)
         step_key, sample_key = jax.random.split(key)
@@ -42,7 +45,8 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
         def microbatch(batch, keys):
             (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, frozen, batch, keys, last, spreads)
+                state.params, frozen, batch, keys, last, spreads
+            )
             return loss, metrics, grads
 
         def cut(x):
@@ -53,6 +57,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         if count == 1:
             loss, metrics, grads = microbatch(batch, keys)
         else:
+
             def add(total, part):
                 return jax.tree.map(lambda t, x: t + x / count, total, microbatch(*part)), None
 
@@ -66,9 +71,14 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     return train_step
 
 
-def _update(state: TrainState, grads, loss, metrics: Metrics,
-            optimizer: optax.GradientTransformation, config: ConfigDict
-            ) -> tuple[TrainState, Metrics]:
+def _update(
+    state: TrainState,
+    grads,
+    loss,
+    metrics: Metrics,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+) -> tuple[TrainState, Metrics]:
     norm = optim.global_norm(grads)
     squares = {name: metrics.pop(SQUARE + name) for name in state.moments}
     means = {name: metrics[f"reward/{name}"] for name in state.moments}
@@ -76,12 +86,22 @@ def _update(state: TrainState, grads, loss, metrics: Metrics,
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optim.update_ema(state.ema_params, params, config.ema_decay)
-    new = TrainState(state.step + 1, params, ema_params, opt_state, state.skipped,
-                     state.skipped_in_a_row, moments)
+    new = TrainState(
+        state.step + 1,
+        params,
+        ema_params,
+        opt_state,
+        state.skipped,
+        state.skipped_in_a_row,
+        moments,
+    )
     new = optim.skip_if_nonfinite(state, new, norm)
     return stacks.unpack(new), {
-        "train/loss": loss, **metrics, "norm/grads": norm,
-        "norm/params": optim.global_norm(new.params), "train/skipped": new.skipped,
+        "train/loss": loss,
+        **metrics,
+        "norm/grads": norm,
+        "norm/params": optim.global_norm(new.params),
+        "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,
         **{f"reward_std/{name}": x for name, x in reward_spread.std(new.moments).items()},
         # The optimizer does not count the steps that were skipped.

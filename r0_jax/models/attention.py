@@ -30,8 +30,9 @@ def dot_product_attention(
         x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
     )  # [B, T, heads, head_dim]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out = attention_backend.attend(query, key, value, bias=bias, mask=mask, scale=scale,
-                                   is_causal=is_causal)
+    out = attention_backend.attend(
+        query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal
+    )
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -42,8 +43,15 @@ class Placeholder(nnx.Module):
 class Attention(nnx.Module):
     """diffusers `models/attention_processor.py::Attention`, self or cross."""
 
-    def __init__(self, channels: int, heads: int, *, cross_attention_dim: int | None = None,
-                 qkv_bias: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        cross_attention_dim: int | None = None,
+        qkv_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
         context = cross_attention_dim or channels
         self.heads = heads
         self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
@@ -51,8 +59,9 @@ class Attention(nnx.Module):
         self.to_v = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs), Placeholder()])
 
-    def __call__(self, x: Float[Array, "b t c"],
-                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self, x: Float[Array, "b t c"], context: Float[Array, "b s d"] | None = None
+    ) -> Float[Array, "b t c"]:
         context = x if context is None else context
         query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.to_out[0](dot_product_attention(query, key, value, self.heads))
@@ -82,11 +91,17 @@ class GELU(nnx.Module):
 class FeedForward(nnx.Module):
     """Up to four times the width, through a GEGLU unless told otherwise, and back."""
 
-    def __init__(self, channels: int, *, activation: type[GEGLU] | type[GELU] = GEGLU,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, *, activation: type[GEGLU] | type[GELU] = GEGLU, rngs: nnx.Rngs
+    ):
         inner = 4 * channels
-        self.net = nnx.List([activation(channels, inner, rngs=rngs), Placeholder(),
-                             nnx.Linear(inner, channels, rngs=rngs)])
+        self.net = nnx.List(
+            [
+                activation(channels, inner, rngs=rngs),
+                Placeholder(),
+                nnx.Linear(inner, channels, rngs=rngs),
+            ]
+        )
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         return self.net[2](self.net[0](x))

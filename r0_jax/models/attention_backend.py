@@ -65,23 +65,31 @@ def check(name: str, dtype: str, device: Any = None) -> None:
     """InputError unless the backend is one that the device (this machine's first one by default)
     has, for networks in `dtype`."""
     if name not in (*NAMES, AUTO):
-        raise InputError(f"attention={name!r} is unknown; use "
-                         f"{', '.join(map(repr, (AUTO, *NAMES)))}")
+        raise InputError(
+            f"attention={name!r} is unknown; use {', '.join(map(repr, (AUTO, *NAMES)))}"
+        )
     device = jax.devices()[0] if device is None else device
     if name == "cudnn":
         client = getattr(device, "client", None)  # none of a topology that is not there
         if "cuda" not in getattr(client, "platform_version", ""):
-            raise InputError("attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
-                             f"{device.platform} here: use 'xla'")
+            raise InputError(
+                "attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
+                f"{device.platform} here: use 'xla'"
+            )
         if float(device.compute_capability) < 8:
-            raise InputError("attention='cudnn' needs a GPU of compute capability 8.0 or newer, "
-                             f"but {device.device_kind} has {device.compute_capability}: use 'xla'")
+            raise InputError(
+                "attention='cudnn' needs a GPU of compute capability 8.0 or newer, "
+                f"but {device.device_kind} has {device.compute_capability}: use 'xla'"
+            )
         if dtype != "bfloat16":
-            raise InputError(f"attention='cudnn' needs dtype='bfloat16', but dtype={dtype!r}: set "
-                             "one or the other")
+            raise InputError(
+                f"attention='cudnn' needs dtype='bfloat16', but dtype={dtype!r}: set "
+                "one or the other"
+            )
     if name == "splash" and device.platform != "tpu":
-        raise InputError("attention='splash' needs a TPU, but JAX computes on "
-                         f"{device.platform} here: use 'xla'")
+        raise InputError(
+            f"attention='splash' needs a TPU, but JAX computes on {device.platform} here: use 'xla'"
+        )
 
 
 def attend(
@@ -105,16 +113,27 @@ def attend(
     if cudnn and bias is None:
         return _cudnn_of_any_length(query, key, value, scale=scale, is_causal=is_causal)
     return jax.nn.dot_product_attention(
-        query, key, value, bias, None if mask is None else mask[:, None, None, :], scale=scale,
-        is_causal=is_causal, implementation="cudnn" if cudnn else "xla")
+        query,
+        key,
+        value,
+        bias,
+        None if mask is None else mask[:, None, None, :],
+        scale=scale,
+        is_causal=is_causal,
+        implementation="cudnn" if cudnn else "xla",
+    )
 
 
 def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
     """Not what `jax.nn.dot_product_attention` would refuse."""
     most = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
-    return (query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0
-            and query.shape[-1] <= most and (even or not biased))
+    return (
+        query.dtype in (jnp.bfloat16, jnp.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= most
+        and (even or not biased)
+    )
 
 
 def _cudnn_of_any_length(query, key, value, **options):
@@ -122,6 +141,7 @@ def _cudnn_of_any_length(query, key, value, **options):
     out: JAX refuses to differentiate them, taking the bias that is not there for one that is."""
     t, s = query.shape[1], key.shape[1]
     if t % 2 or s % 2:
+
         def length(x):
             return jnp.full(len(x), x.shape[1], jnp.int32)
 
@@ -137,8 +157,9 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
     mesh, masks = backend.mesh, () if mask is None else (mask,)
 
     def of_one_device(query, key, value, *masks):
-        return _splash_blocks(query, key, value, *masks, scale=scale, is_causal=is_causal,
-                              interpret=backend.interpret)
+        return _splash_blocks(
+            query, key, value, *masks, scale=scale, is_causal=is_causal, interpret=backend.interpret
+        )
 
     if mesh is None or mesh.size == 1:
         return of_one_device(query, key, value, *masks)
@@ -147,8 +168,12 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
     heads = "tensor" if query.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(batch, None, heads)  # [B, T, n, C]
     return jax.shard_map(
-        of_one_device, mesh=mesh, in_specs=(spec,) * 3 + (PartitionSpec(batch),) * len(masks),
-        out_specs=spec, check_vma=False)(query, key, value, *masks)
+        of_one_device,
+        mesh=mesh,
+        in_specs=(spec,) * 3 + (PartitionSpec(batch),) * len(masks),
+        out_specs=spec,
+        check_vma=False,
+    )(query, key, value, *masks)
 
 
 def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret):
@@ -165,16 +190,25 @@ def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret)
     # Tokens attend within their segment: 0 all queries and the keys to be seen, 1 the others.
     unseen = jnp.zeros((b, s), bool) if mask is None else ~mask
     unseen = jnp.pad(unseen, ((0, 0), (0, -s % block_kv)), constant_values=True)
-    segments = splash.SegmentIds(q=jnp.zeros((b, query.shape[2]), jnp.int32),
-                                 kv=unseen.astype(jnp.int32))
+    segments = splash.SegmentIds(
+        q=jnp.zeros((b, query.shape[2]), jnp.int32), kv=unseen.astype(jnp.int32)
+    )
     kind = splash_mask.CausalMask if is_causal else splash_mask.FullMask
     shape = (query.shape[2], key.shape[2])
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([kind(shape) for _ in range(heads)]),
         block_sizes=splash.BlockSizes(
-            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
-            block_q_dq=block_q, block_kv_dq=block_kv),
-        head_shards=1, q_seq_shards=1, interpret=interpret)
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     out = jax.vmap(kernel)(query, key, value, segments)
     return out.swapaxes(1, 2)[:, :t, :, :channels]
 

@@ -43,23 +43,34 @@ class AutoencoderKLConfig:
         # Norms and softmax are float32 here, and nothing runs in float16: no need to upcast.
         unused = frozenset({"force_upcast", "down_block_types", "up_block_types"})
         config = configs.parse(cls, fields, only=only, unused=unused)
-        configs.check_least(config, 1, "in_channels", "out_channels", "latent_channels",
-                            "layers_per_block")
+        configs.check_least(
+            config, 1, "in_channels", "out_channels", "latent_channels", "layers_per_block"
+        )
         configs.check_scaling(config)
         configs.check_groups(config)
         levels = len(config.block_out_channels)
-        for name, kind in (("down_block_types", "DownEncoderBlock2D"),
-                           ("up_block_types", "UpDecoderBlock2D")):
+        for name, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             kinds = fields.get(name, (kind,))
             if not isinstance(kinds, list | tuple) or list(kinds) != [kind] * levels:
-                raise InputError(f"AutoencoderKLConfig: {name} = {kinds} is not supported: "
-                                 f"{levels} of {kind} are expected")
+                raise InputError(
+                    f"AutoencoderKLConfig: {name} = {kinds} is not supported: "
+                    f"{levels} of {kind} are expected"
+                )
         return config
 
 
 def _resnet(inputs: int, outputs: int, config: AutoencoderKLConfig, rngs) -> ResnetBlock2D:
-    return ResnetBlock2D(inputs, outputs, time_embed_dim=None, norm_eps=_EPS,
-                         norm_num_groups=config.norm_num_groups, rngs=rngs)
+    return ResnetBlock2D(
+        inputs,
+        outputs,
+        time_embed_dim=None,
+        norm_eps=_EPS,
+        norm_num_groups=config.norm_num_groups,
+        rngs=rngs,
+    )
 
 
 class SpatialAttention(nnx.Module):
@@ -84,8 +95,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([_resnet(channels, channels, config, rngs) for _ in range(2)])
         self.has_attention = config.mid_block_add_attention
         if self.has_attention:
-            self.attentions = nnx.List([SpatialAttention(
-                channels, norm_num_groups=config.norm_num_groups, rngs=rngs)])
+            self.attentions = nnx.List(
+                [SpatialAttention(channels, norm_num_groups=config.norm_num_groups, rngs=rngs)]
+            )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         first, second = self.resnets
@@ -127,13 +139,18 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         widths = config.block_out_channels
         self.conv_in = conv3x3(config.in_channels, widths[0], rngs=rngs)
-        self.down_blocks = nnx.List([
-            DownEncoderBlock2D(widths[max(i - 1, 0)], width, config,
-                               downsamples=i < len(widths) - 1, rngs=rngs)
-            for i, width in enumerate(widths)])
+        self.down_blocks = nnx.List(
+            [
+                DownEncoderBlock2D(
+                    widths[max(i - 1, 0)], width, config, downsamples=i < len(widths) - 1, rngs=rngs
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
         self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
-        self.conv_norm_out = GroupNorm(widths[-1], num_groups=config.norm_num_groups,
-                                       epsilon=_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(
+            widths[-1], num_groups=config.norm_num_groups, epsilon=_EPS, rngs=rngs
+        )
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -149,12 +166,17 @@ class Decoder(nnx.Module):
         widths = config.block_out_channels[::-1]
         self.conv_in = conv3x3(config.latent_channels, widths[0], rngs=rngs)
         self.mid_block = MidBlock(widths[0], config, rngs=rngs)
-        self.up_blocks = nnx.List([
-            UpDecoderBlock2D(widths[max(i - 1, 0)], width, config,
-                             upsamples=i < len(widths) - 1, rngs=rngs)
-            for i, width in enumerate(widths)])
-        self.conv_norm_out = GroupNorm(widths[-1], num_groups=config.norm_num_groups,
-                                       epsilon=_EPS, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                UpDecoderBlock2D(
+                    widths[max(i - 1, 0)], width, config, upsamples=i < len(widths) - 1, rngs=rngs
+                )
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(
+            widths[-1], num_groups=config.norm_num_groups, epsilon=_EPS, rngs=rngs
+        )
         self.conv_out = conv3x3(widths[-1], config.out_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -177,8 +199,9 @@ class AutoencoderKL(nnx.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = nnx.Conv(latents, latents, kernel_size=(1, 1), rngs=rngs)
 
-    def encode(self, images: Float[Array, "b h w c"]
-               ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
+    def encode(
+        self, images: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
         """Mean and log-variance (clipped to [-30, 20]) of the latents' posterior."""
         moments = self.encoder(images)
         if self.config.use_quant_conv:

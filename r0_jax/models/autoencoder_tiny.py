@@ -36,24 +36,36 @@ class AutoencoderTinyConfig:
         only = {"act_fn": ("relu",), "upsample_fn": ("nearest",)}
         # The magnitude and shift are for latents kept as bytes; block_out_channels repeats the
         # decoder's for pipelines to count.
-        unused = frozenset({"latent_magnitude", "latent_shift", "force_upcast",
-                            "block_out_channels"})
+        unused = frozenset(
+            {"latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"}
+        )
         config = configs.parse(cls, fields, only=only, unused=unused)
-        configs.check_least(config, 1, "in_channels", "out_channels", "latent_channels",
-                            "upsampling_scaling_factor", "encoder_block_out_channels",
-                            "decoder_block_out_channels")
+        configs.check_least(
+            config,
+            1,
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "upsampling_scaling_factor",
+            "encoder_block_out_channels",
+            "decoder_block_out_channels",
+        )
         configs.check_scaling(config)
         configs.check_least(config, 0, "num_encoder_blocks", "num_decoder_blocks")
         for part in ("encoder", "decoder"):
             widths = getattr(config, f"{part}_block_out_channels")
             counts = getattr(config, f"num_{part}_blocks")
             if len(set(widths)) > 1:  # no layer there changes the width
-                raise InputError(f"AutoencoderTinyConfig: {part}_block_out_channels = "
-                                 f"{list(widths)} is not supported: one width is expected")
+                raise InputError(
+                    f"AutoencoderTinyConfig: {part}_block_out_channels = "
+                    f"{list(widths)} is not supported: one width is expected"
+                )
             if len(counts) != len(widths):
-                raise InputError(f"AutoencoderTinyConfig: num_{part}_blocks = {list(counts)} is "
-                                 f"not supported: {len(widths)} numbers are expected, as many as "
-                                 f"{part}_block_out_channels has")
+                raise InputError(
+                    f"AutoencoderTinyConfig: num_{part}_blocks = {list(counts)} is "
+                    f"not supported: {len(widths)} numbers are expected, as many as "
+                    f"{part}_block_out_channels has"
+                )
         return config
 
     @property
@@ -97,8 +109,11 @@ class EncoderTiny(nnx.Module):
         width = config.encoder_block_out_channels[0]
         layers = []
         for i, blocks in enumerate(config.num_encoder_blocks):
-            layers.append(conv3x3(config.in_channels, width, rngs=rngs) if i == 0 else
-                          conv3x3(width, width, strides=2, use_bias=False, rngs=rngs))
+            layers.append(
+                conv3x3(config.in_channels, width, rngs=rngs)
+                if i == 0
+                else conv3x3(width, width, strides=2, use_bias=False, rngs=rngs)
+            )
             layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
         layers.append(conv3x3(width, config.latent_channels, rngs=rngs))
         self.layers = nnx.List(layers)
@@ -117,8 +132,10 @@ class DecoderTiny(nnx.Module):
         for i, blocks in enumerate(config.num_decoder_blocks):
             layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
             if i < len(config.num_decoder_blocks) - 1:
-                layers += [Upsample(config.upsampling_scaling_factor),
-                           conv3x3(width, width, use_bias=False, rngs=rngs)]
+                layers += [
+                    Upsample(config.upsampling_scaling_factor),
+                    conv3x3(width, width, use_bias=False, rngs=rngs),
+                ]
         layers.append(conv3x3(width, config.out_channels, rngs=rngs))
         self.layers = nnx.List(layers)
 

@@ -16,8 +16,12 @@ from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
 # Another type may count its positions otherwise (roberta: from pad_token_id + 1).
-_ONLY = {"model_type": ("bert",), "position_embedding_type": ("absolute",), "is_decoder": (False,),
-         "add_cross_attention": (False,)}
+_ONLY = {
+    "model_type": ("bert",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +61,9 @@ class BertEmbeddings(nnx.Module):
             self.token_type_embeddings = embed(config.type_vocab_size, width, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"],
-                 token_type_ids: Int[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self, input_ids: Int[Array, "b t"], token_type_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t c"]:
         x = self.word_embeddings(input_ids)
         if self.token_types:
             if token_type_ids is None:
@@ -77,11 +82,16 @@ class BertSelfAttention(nnx.Module):
         self.key = nnx.Linear(context_size, width, rngs=rngs)
         self.value = nnx.Linear(context_size, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b s"] | None = None,
-                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "b s"] | None = None,
+        context: Float[Array, "b s d"] | None = None,
+    ) -> Float[Array, "b t c"]:
         context = x if context is None else context
-        return dot_product_attention(self.query(x), self.key(context), self.value(context),
-                                     self.heads, mask=mask)
+        return dot_product_attention(
+            self.query(x), self.key(context), self.value(context), self.heads, mask=mask
+        )
 
 
 class BertOutput(nnx.Module):
@@ -91,8 +101,9 @@ class BertOutput(nnx.Module):
         self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"],
-                 residual: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], residual: Float[Array, "b t c"]
+    ) -> Float[Array, "b t c"]:
         return self.LayerNorm(self.dense(x) + residual)
 
 
@@ -101,8 +112,12 @@ class BertAttention(nnx.Module):
         self.self = BertSelfAttention(config, context_size=context_size, rngs=rngs)
         self.output = BertOutput(config.hidden_size, config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b s"] | None = None,
-                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "b s"] | None = None,
+        context: Float[Array, "b s d"] | None = None,
+    ) -> Float[Array, "b t c"]:
         return self.output(self.self(x, mask, context), x)
 
 
@@ -126,8 +141,12 @@ class BertLayer(nnx.Module):
         self.intermediate = BertIntermediate(config, rngs=rngs)
         self.output = BertOutput(config.intermediate_size, config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b t"] | None = None,
-                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "b t"] | None = None,
+        context: Float[Array, "b s d"] | None = None,
+    ) -> Float[Array, "b t c"]:
         x = self.attention(x, mask)
         if self.crosses:
             x = self.crossattention(x, None, context)
@@ -136,11 +155,19 @@ class BertLayer(nnx.Module):
 
 class BertEncoder(nnx.Module):
     def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
-        self.layer = nnx.List([BertLayer(config, context_size=context_size, rngs=rngs)
-                               for _ in range(config.num_hidden_layers)])
+        self.layer = nnx.List(
+            [
+                BertLayer(config, context_size=context_size, rngs=rngs)
+                for _ in range(config.num_hidden_layers)
+            ]
+        )
 
-    def __call__(self, x: Float[Array, "b t c"], mask: Bool[Array, "b t"] | None = None,
-                 context: Float[Array, "b s d"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "b t"] | None = None,
+        context: Float[Array, "b s d"] | None = None,
+    ) -> Float[Array, "b t c"]:
         return repeat(self.layer, lambda layer, x: layer(x, mask, context), x)
 
 
@@ -169,9 +196,12 @@ class BertModel(nnx.Module):
         if add_pooling_layer:
             self.pooler = BertPooler(config, rngs=rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"],
-                 attention_mask: Int[Array, "b t"] | Bool[Array, "b t"] | None = None,
-                 token_type_ids: Int[Array, "b t"] | None = None) -> BertFeatures:
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | Bool[Array, "b t"] | None = None,
+        token_type_ids: Int[Array, "b t"] | None = None,
+    ) -> BertFeatures:
         """`attention_mask` is 0 at pads; without it pads are attended to, as Taiyi does."""
         mask = None if attention_mask is None else attention_mask != 0
         hidden = self.encoder(self.embeddings(input_ids, token_type_ids), mask)

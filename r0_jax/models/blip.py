@@ -53,8 +53,9 @@ class ImageRewardConfig:
         vision = configs.parse(BLIPVisionConfig, vision)
         configs.check_least(vision, 1, *(f.name for f in dataclasses.fields(vision)))
         if vision.width % vision.heads:
-            raise InputError(f"BLIPVisionConfig: heads = {vision.heads} does not divide width = "
-                             f"{vision.width}")
+            raise InputError(
+                f"BLIPVisionConfig: heads = {vision.heads} does not divide width = {vision.width}"
+            )
         # That its layers attend to the image is what this class says, not a field.
         text = {k: v for k, v in text.items() if k not in ("add_cross_attention", "encoder_width")}
         return cls(vision, BertConfig.from_json({"vocab_size": 30524} | text))
@@ -63,8 +64,9 @@ class ImageRewardConfig:
 class PatchEmbed(nnx.Module):
     def __init__(self, config: BLIPVisionConfig, *, rngs: nnx.Rngs):
         patch = config.patch_size
-        self.proj = nnx.Conv(3, config.width, kernel_size=(patch, patch), strides=patch,
-                             padding="VALID", rngs=rngs)
+        self.proj = nnx.Conv(
+            3, config.width, kernel_size=(patch, patch), strides=patch, padding="VALID", rngs=rngs
+        )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
         patches = self.proj(images)
@@ -109,8 +111,9 @@ class BLIPVisionTransformer(nnx.Module):
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
         self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, width)))
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.blocks = nnx.List([VisionBlock(width, config.heads, rngs=rngs)
-                                for _ in range(config.layers)])
+        self.blocks = nnx.List(
+            [VisionBlock(width, config.heads, rngs=rngs) for _ in range(config.layers)]
+        )
         self.norm = LayerNorm(width, epsilon=_EPS, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
@@ -128,8 +131,9 @@ class MEDBert(nnx.Module):
         self.embeddings = BertEmbeddings(config, token_types=False, rngs=rngs)
         self.encoder = BertEncoder(config, context_size=context_size, rngs=rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"], mask: Bool[Array, "b t"],
-                 context: Float[Array, "b s d"]) -> Float[Array, "b t c"]:
+    def __call__(
+        self, input_ids: Int[Array, "b t"], mask: Bool[Array, "b t"], context: Float[Array, "b s d"]
+    ) -> Float[Array, "b t c"]:
         return self.encoder(self.embeddings(input_ids), mask, context)
 
 
@@ -141,8 +145,9 @@ class BLIP(nnx.Module):
         self.vision_proj = nnx.Linear(width, _PROJECTION, rngs=rngs)
         self.text_proj = nnx.Linear(text.hidden_size, _PROJECTION, rngs=rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
-                 ) -> Float[Array, "b c"]:
+    def __call__(
+        self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
+    ) -> Float[Array, "b c"]:
         """The first text token after it has read the image; id 0 is padding."""
         tokens = self.visual_encoder(images)
         return self.text_encoder(input_ids, input_ids != 0, tokens)[:, 0]
@@ -154,8 +159,9 @@ class ImageReward(nnx.Module):
         self.blip = BLIP(config, rngs=rngs)
         self.mlp = ScoreMLP(config.text_config.hidden_size, rngs=rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
-                 ) -> Float[Array, " b"]:
+    def __call__(
+        self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
+    ) -> Float[Array, " b"]:
         """Standardized scores of preprocessed images, in the dtype of the MLP's weights."""
         token = self.blip(input_ids, images)
         token = token.astype(self.mlp.layers[0].kernel.get_value().dtype)

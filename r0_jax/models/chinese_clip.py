@@ -38,13 +38,23 @@ class ChineseCLIPConfig:
         for name in ("text_config", "vision_config"):
             part = fields.get(f"{name}_dict") or fields.get(name)
             if not isinstance(part, Mapping):
-                raise InputError(f"ChineseCLIPConfig: {name} is missing: this is not the "
-                                 "config.json of a ChineseCLIPModel")
+                raise InputError(
+                    f"ChineseCLIPConfig: {name} is missing: this is not the "
+                    "config.json of a ChineseCLIPModel"
+                )
             parts[name] = {k: v for k, v in part.items() if k != "model_type"}
-        return configs.parse(cls, {
-            "text_config": BertConfig.from_json(parts["text_config"]),
-            "vision_config": CLIPVisionConfig.from_json(parts["vision_config"]),
-            **{k: fields[k] for k in ("projection_dim", "logit_scale_init_value") if k in fields}})
+        return configs.parse(
+            cls,
+            {
+                "text_config": BertConfig.from_json(parts["text_config"]),
+                "vision_config": CLIPVisionConfig.from_json(parts["vision_config"]),
+                **{
+                    k: fields[k]
+                    for k in ("projection_dim", "logit_scale_init_value")
+                    if k in fields
+                },
+            },
+        )
 
 
 class ChineseCLIPModel(nnx.Module):
@@ -82,33 +92,60 @@ class CNCLIPConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CNCLIPConfig":
         """Parses what cn_clip calls `vision_model_config` and `text_model_config` together."""
-        names = {"vision_layers": "layers", "vision_width": "width", "vision_patch_size":
-                 "patch_size", "image_resolution": "image_size", "vision_head_width": "head_width"}
+        names = {
+            "vision_layers": "layers",
+            "vision_width": "width",
+            "vision_patch_size": "patch_size",
+            "image_resolution": "image_size",
+            "vision_head_width": "head_width",
+        }
         for name in ("embed_dim", "vision_width", "text_hidden_size"):
             if name not in fields:
-                raise InputError(f"CNCLIPConfig: {name} is missing: give the fields of cn_clip's "
-                                 "vision and text model configs in one file")
-        text = {k.removeprefix("text_"): v for k, v in fields.items()
-                if k.startswith("text_") or k == "vocab_size"}
-        vision = configs.parse(VisionCfg, {new: fields[old] for old, new in names.items()
-                                           if old in fields})
+                raise InputError(
+                    f"CNCLIPConfig: {name} is missing: give the fields of cn_clip's "
+                    "vision and text model configs in one file"
+                )
+        text = {
+            k.removeprefix("text_"): v
+            for k, v in fields.items()
+            if k.startswith("text_") or k == "vocab_size"
+        }
+        vision = configs.parse(
+            VisionCfg, {new: fields[old] for old, new in names.items() if old in fields}
+        )
         configs.check_least(vision, 1, "layers", "head_width", "patch_size")
         return cls(fields["embed_dim"], vision, BertConfig.from_json(text))
 
 
-_BASE = {"vocab_size": 21128, "text_hidden_size": 768, "text_num_hidden_layers": 12,
-         "text_num_attention_heads": 12, "text_intermediate_size": 3072}
-_LARGE = {"vocab_size": 21128, "text_hidden_size": 1024, "text_num_hidden_layers": 24,
-          "text_num_attention_heads": 16, "text_intermediate_size": 4096}
+_BASE = {
+    "vocab_size": 21128,
+    "text_hidden_size": 768,
+    "text_num_hidden_layers": 12,
+    "text_num_attention_heads": 12,
+    "text_intermediate_size": 3072,
+}
+_LARGE = {
+    "vocab_size": 21128,
+    "text_hidden_size": 1024,
+    "text_num_hidden_layers": 24,
+    "text_num_attention_heads": 16,
+    "text_intermediate_size": 4096,
+}
 _L_14 = {"embed_dim": 768, "vision_layers": 24, "vision_width": 1024, "vision_patch_size": 14}
 # Published architectures, by cn_clip's names: what its checkpoints, without a config, need.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "ViT-B-16": _BASE | {"embed_dim": 512, "vision_layers": 12, "vision_width": 768,
-                         "vision_patch_size": 16},
+    "ViT-B-16": _BASE
+    | {"embed_dim": 512, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 16},
     "ViT-L-14": _BASE | _L_14,
     "ViT-L-14-336": _BASE | _L_14 | {"image_resolution": 336},
-    "ViT-H-14": _LARGE | {"embed_dim": 1024, "vision_layers": 32, "vision_width": 1280,
-                          "vision_head_width": 80, "vision_patch_size": 14},
+    "ViT-H-14": _LARGE
+    | {
+        "embed_dim": 1024,
+        "vision_layers": 32,
+        "vision_width": 1280,
+        "vision_head_width": 80,
+        "vision_patch_size": 14,
+    },
 }
 
 
@@ -123,7 +160,8 @@ class CNCLIP(nnx.Module):
         self.visual = VisionTransformer(config.vision, config.embed_dim, "quick_gelu", rngs=rngs)
         self.bert = BertModel(config.text, add_pooling_layer=False, rngs=rngs)
         self.text_projection = nnx.Param(
-            jax.random.normal(rngs.params(), (width, config.embed_dim)) * width**-0.5)
+            jax.random.normal(rngs.params(), (width, config.embed_dim)) * width**-0.5
+        )
         self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:

@@ -81,16 +81,28 @@ class CLIPConfig:
     def from_json(cls, fields: Mapping[str, Any]) -> "CLIPConfig":
         """Parses a published `config.json` of a `CLIPModel`."""
         if not ("text_config" in fields and "vision_config" in fields):
-            raise InputError("CLIPConfig: text_config and vision_config are missing: "
-                             "this is not the config.json of a CLIPModel")
+            raise InputError(
+                "CLIPConfig: text_config and vision_config are missing: "
+                "this is not the config.json of a CLIPModel"
+            )
         # Old files repeat the sub-configs under *_config_dict, and those are the ones in force,
         # down to the defaults of what they leave out.
-        text, vision = (fields[name] if fields.get(f"{name}_dict") is None
-                        else fields[f"{name}_dict"] for name in ("text_config", "vision_config"))
-        return configs.parse(cls, {
-            "text_config": CLIPTextConfig.from_json({"text_config": text}),
-            "vision_config": CLIPVisionConfig.from_json({"vision_config": vision}),
-            **{k: fields[k] for k in ("projection_dim", "logit_scale_init_value") if k in fields}})
+        text, vision = (
+            fields[name] if fields.get(f"{name}_dict") is None else fields[f"{name}_dict"]
+            for name in ("text_config", "vision_config")
+        )
+        return configs.parse(
+            cls,
+            {
+                "text_config": CLIPTextConfig.from_json({"text_config": text}),
+                "vision_config": CLIPVisionConfig.from_json({"vision_config": vision}),
+                **{
+                    k: fields[k]
+                    for k in ("projection_dim", "logit_scale_init_value")
+                    if k in fields
+                },
+            },
+        )
 
 
 class CLIPAttention(nnx.Module):
@@ -102,8 +114,11 @@ class CLIPAttention(nnx.Module):
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        return self.out_proj(dot_product_attention(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, is_causal=self.is_causal))
+        return self.out_proj(
+            dot_product_attention(
+                self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, is_causal=self.is_causal
+            )
+        )
 
 
 class CLIPMLP(nnx.Module):
@@ -119,8 +134,9 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, is_causal: bool, rngs):
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attn = CLIPAttention(width, config.num_attention_heads, is_causal=is_causal,
-                                       rngs=rngs)
+        self.self_attn = CLIPAttention(
+            width, config.num_attention_heads, is_causal=is_causal, rngs=rngs
+        )
         self.layer_norm1 = LayerNorm(width, epsilon=eps, rngs=rngs)
         self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
         self.layer_norm2 = LayerNorm(width, epsilon=eps, rngs=rngs)
@@ -132,14 +148,19 @@ class CLIPEncoderLayer(nnx.Module):
 
 class CLIPEncoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, is_causal: bool, rngs):
-        self.layers = nnx.List([CLIPEncoderLayer(config, is_causal=is_causal, rngs=rngs)
-                                for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [
+                CLIPEncoderLayer(config, is_causal=is_causal, rngs=rngs)
+                for _ in range(config.num_hidden_layers)
+            ]
+        )
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.with_penultimate(x)[0]
 
-    def with_penultimate(self, x: Float[Array, "b t c"]
-                         ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
+    def with_penultimate(
+        self, x: Float[Array, "b t c"]
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
         """The last block's output, and what went into that block."""
         *first, last = self.layers
         x = repeat(first, lambda layer, x: layer(x), x)
@@ -149,8 +170,9 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextEmbeddings(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.token_embedding = embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.position_embedding = embed(config.max_position_embeddings, config.hidden_size,
-                                        rngs=rngs)
+        self.position_embedding = embed(
+            config.max_position_embeddings, config.hidden_size, rngs=rngs
+        )
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         positions = self.position_embedding(jnp.arange(input_ids.shape[1]))
@@ -171,8 +193,9 @@ class CLIPTextTransformer(nnx.Module):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, rngs=rngs)
         self.encoder = CLIPEncoder(config, is_causal=True, rngs=rngs)
-        self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
-                                          rngs=rngs)
+        self.final_layer_norm = LayerNorm(
+            config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs
+        )
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> TextFeatures:
         last, penultimate = self.encoder.with_penultimate(self.embeddings(input_ids))
@@ -189,8 +212,15 @@ class CLIPVisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = nnx.Conv(config.num_channels, width, kernel_size=(patch, patch),
-                                        strides=patch, padding="VALID", use_bias=False, rngs=rngs)
+        self.patch_embedding = nnx.Conv(
+            config.num_channels,
+            width,
+            kernel_size=(patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            rngs=rngs,
+        )
         tokens = (config.image_size // patch) ** 2 + 1
         self.position_embedding = embed(tokens, width, rngs=rngs)
 
@@ -235,8 +265,9 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.text_model = CLIPTextTransformer(config, rngs=rngs)
-        self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim,
-                                          use_bias=False, rngs=rngs)
+        self.text_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
+        )
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> TextFeatures:
         features = self.text_model(input_ids)
@@ -265,12 +296,10 @@ class CLIPModel(nnx.Module):
         """Projected features of images that went through CLIP's preprocessing; not normalized."""
         return self.visual_projection(self.vision_model(images))
 
-    def __call__(self, input_ids: Int[Array, "t l"], images: Float[Array, "b h w 3"]
-                 ) -> Float[Array, "b t"]:
+    def __call__(
+        self, input_ids: Int[Array, "t l"], images: Float[Array, "b h w 3"]
+    ) -> Float[Array, "b t"]:
         """exp(logit_scale) times the cosine of every image with every text."""
         text, image = self.text_features(input_ids), self.image_features(images)
         text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
         return jnp.exp(self.logit_scale.get_value()) * image @ text.T
-
-
-

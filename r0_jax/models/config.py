@@ -29,8 +29,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tuple] = {},
-          unused: frozenset[str] = frozenset()) -> Config:
+def parse(
+    cls: type[Config],
+    fields: Mapping[str, Any],
+    *,
+    only: Mapping[str, tuple] = {},
+    unused: frozenset[str] = frozenset(),
+) -> Config:
     """An instance of the dataclass `cls`, whose field names and defaults mirror the library's.
 
     Args:
@@ -49,24 +54,33 @@ def parse(cls: type[Config], fields: Mapping[str, Any], *, only: Mapping[str, tu
             if _hashable(value) not in only[name]:
                 raise InputError(
                     f"{cls.__name__}: {name} = {json.dumps(value)} is not supported "
-                    f"(supported: {', '.join(json.dumps(v) for v in only[name])})")
+                    f"(supported: {', '.join(json.dumps(v) for v in only[name])})"
+                )
             if name not in known:
                 continue
         if name not in known:
-            raise InputError(f"{cls.__name__}: the config field {name!r} = {json.dumps(value)} "
-                             "is not supported")
+            raise InputError(
+                f"{cls.__name__}: the config field {name!r} = {json.dumps(value)} is not supported"
+            )
         values[name] = _hashable(value)
         if not _is_of_type(values[name], known[name]):
-            raise InputError(f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
-                             f"{known[name]} is expected")
+            raise InputError(
+                f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
+                f"{known[name]} is expected"
+            )
     try:
         return cls(**values)
     except TypeError as e:
         raise InputError(f"{cls.__name__}: {e}") from None
 
 
-def parse_transformers(cls: type[Config], fields: Mapping[str, Any], *,
-                       only: Mapping[str, tuple] = {}, ids: tuple[str, ...] = ()) -> Config:
+def parse_transformers(
+    cls: type[Config],
+    fields: Mapping[str, Any],
+    *,
+    only: Mapping[str, tuple] = {},
+    ids: tuple[str, ...] = (),
+) -> Config:
     """`parse` for files of transformers, whose every whole number but `ids` counts something.
 
     They carry dozens of generation and training defaults: fields that the network does not have
@@ -74,20 +88,25 @@ def parse_transformers(cls: type[Config], fields: Mapping[str, Any], *,
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     config = parse(cls, {k: v for k, v in fields.items() if k in types or k in only}, only=only)
-    check_least(config, 1, *(name for name, kind in types.items()
-                             if kind is int and name not in ids))
+    check_least(
+        config, 1, *(name for name, kind in types.items() if kind is int and name not in ids)
+    )
     return config
 
 
 def check_layers(config: Any) -> None:
     """InputError unless the heads divide the width and the activation is known."""
     if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{type(config).__name__}: num_attention_heads = "
-                         f"{config.num_attention_heads} does not divide hidden_size = "
-                         f"{config.hidden_size}")
+        raise InputError(
+            f"{type(config).__name__}: num_attention_heads = "
+            f"{config.num_attention_heads} does not divide hidden_size = "
+            f"{config.hidden_size}"
+        )
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{type(config).__name__}: hidden_act = {config.hidden_act!r} is not "
-                         f"supported (supported: {', '.join(ACTIVATIONS)})")
+        raise InputError(
+            f"{type(config).__name__}: hidden_act = {config.hidden_act!r} is not "
+            f"supported (supported: {', '.join(ACTIVATIONS)})"
+        )
 
 
 def check_least(config: Any, least: int, *names: str) -> None:
@@ -96,8 +115,10 @@ def check_least(config: Any, least: int, *names: str) -> None:
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else (value,)
         if not values or min(values) < least:
-            raise InputError(f"{type(config).__name__}: {name} = {json.dumps(value)} is not "
-                             f"supported: at least {least} is expected")
+            raise InputError(
+                f"{type(config).__name__}: {name} = {json.dumps(value)} is not "
+                f"supported: at least {least} is expected"
+            )
 
 
 def check_groups(config: Any) -> None:
@@ -105,19 +126,24 @@ def check_groups(config: Any) -> None:
     check_least(config, 1, "block_out_channels", "norm_num_groups")
     groups, widths = config.norm_num_groups, config.block_out_channels
     if any(width % groups for width in widths):
-        raise InputError(f"{type(config).__name__}: norm_num_groups = {groups} does not divide "
-                         f"block_out_channels = {list(widths)}")
+        raise InputError(
+            f"{type(config).__name__}: norm_num_groups = {groups} does not divide "
+            f"block_out_channels = {list(widths)}"
+        )
 
 
 def check_scaling(config: Any) -> None:
     """InputError unless latents can be scaled and shifted by what an autoencoder's config says."""
     for name, fine, expected in (  # NaN is not fine
-            ("scaling_factor", 1e-6 <= config.scaling_factor <= 1e6, "a number above 0"),
-            ("shift_factor", abs(config.shift_factor or 0) <= 1e6, "a number")):
+        ("scaling_factor", 1e-6 <= config.scaling_factor <= 1e6, "a number above 0"),
+        ("shift_factor", abs(config.shift_factor or 0) <= 1e6, "a number"),
+    ):
         if not fine:
-            raise InputError(f"{type(config).__name__}: {name} = "
-                             f"{json.dumps(getattr(config, name))} is not supported: {expected}, "
-                             "and no more than a million, is expected")
+            raise InputError(
+                f"{type(config).__name__}: {name} = "
+                f"{json.dumps(getattr(config, name))} is not supported: {expected}, "
+                "and no more than a million, is expected"
+            )
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
@@ -126,8 +152,11 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
         return any(_is_of_type(value, kind) for kind in kinds)
     if get_origin(annotation) is tuple:
         kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
-        return (isinstance(value, tuple) and len(value) == len(kinds)
-                and all(map(_is_of_type, value, kinds)))
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(map(_is_of_type, value, kinds))
+        )
     if isinstance(value, bool):  # which is an int to Python
         return annotation is bool
     return isinstance(value, int | float if annotation is float else annotation)

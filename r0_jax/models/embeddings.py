@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-def sinusoidal(timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool,
-               freq_shift: int | float) -> Float[Array, "b c"]:
+def sinusoidal(
+    timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: int | float
+) -> Float[Array, "b c"]:
     """Sines and cosines of the timesteps (0 to 1000) at geometric frequencies, in float32."""
     half = channels // 2
     exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
@@ -22,15 +23,22 @@ def sinusoidal(timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos:
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with a SiLU between them, and before them the projection of a condition."""
 
-    def __init__(self, channels: int, time_embed_dim: int, *, cond_proj_dim: int | None = None,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        time_embed_dim: int,
+        *,
+        cond_proj_dim: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.linear_1 = nnx.Linear(channels, time_embed_dim, rngs=rngs)
         if cond_proj_dim is not None:
             self.cond_proj = nnx.Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
         self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b c"],
-                 condition: Float[Array, "b d"] | None = None) -> Float[Array, "b t"]:
+    def __call__(
+        self, x: Float[Array, "b c"], condition: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b t"]:
         # The sinusoids are float32; the network computes in the dtype of its weights.
         x = x.astype(self.linear_1.kernel.get_value().dtype)
         if condition is not None:

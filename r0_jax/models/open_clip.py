@@ -66,8 +66,10 @@ class OpenCLIPConfig:
         """Parses a published model config; InputError names a field that is not supported."""
         for name in ("embed_dim", "vision_cfg", "text_cfg"):
             if name not in fields:
-                raise InputError(f"OpenCLIPConfig: {name} is missing: this is not the model_cfg of "
-                                 "a CLIP of open_clip")
+                raise InputError(
+                    f"OpenCLIPConfig: {name} is missing: this is not the model_cfg of "
+                    "a CLIP of open_clip"
+                )
         parts = {"vision_cfg": VisionCfg, "text_cfg": TextCfg}
         for name in parts:
             if not isinstance(fields[name], Mapping):
@@ -75,12 +77,16 @@ class OpenCLIPConfig:
         parsed = {name: configs.parse(part, fields[name]) for name, part in parts.items()}
         config = configs.parse(cls, {k: v for k, v in fields.items() if k not in parts} | parsed)
         configs.check_least(config, 1, "embed_dim")
-        for part, names in ((config.vision_cfg, ("layers", "head_width", "patch_size")),
-                            (config.text_cfg, ("layers", "heads", "context_length"))):
+        for part, names in (
+            (config.vision_cfg, ("layers", "head_width", "patch_size")),
+            (config.text_cfg, ("layers", "heads", "context_length")),
+        ):
             configs.check_least(part, 1, *names)
             if part.heads < 1 or part.width % part.heads:
-                raise InputError(f"{type(part).__name__}: width = {part.width} is not a multiple "
-                                 "of the width of its heads")
+                raise InputError(
+                    f"{type(part).__name__}: width = {part.width} is not a multiple "
+                    "of the width of its heads"
+                )
         return config
 
     @property
@@ -103,8 +109,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "ViT-bigG-14": {
         "embed_dim": 1280,
-        "vision_cfg": {"layers": 48, "width": 1664, "head_width": 104, "mlp_ratio": 4.9231,
-                       "patch_size": 14},
+        "vision_cfg": {
+            "layers": 48,
+            "width": 1664,
+            "head_width": 104,
+            "mlp_ratio": 4.9231,
+            "patch_size": 14,
+        },
         "text_cfg": {"width": 1280, "heads": 20, "layers": 32},
     },
 }
@@ -122,8 +133,9 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         projected = x @ self.in_proj_weight.get_value().T + _row(self.in_proj_bias)
         query, key, value = jnp.split(projected, 3, axis=-1)
-        return self.out_proj(dot_product_attention(query, key, value, self.heads,
-                                                   is_causal=self.is_causal))
+        return self.out_proj(
+            dot_product_attention(query, key, value, self.heads, is_causal=self.is_causal)
+        )
 
 
 class MLP(nnx.Module):
@@ -137,8 +149,16 @@ class MLP(nnx.Module):
 
 
 class ResidualAttentionBlock(nnx.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, *,
-                 is_causal: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        *,
+        is_causal: bool,
+        rngs: nnx.Rngs,
+    ):
         self.ln_1 = LayerNorm(width, epsilon=_EPS, rngs=rngs)
         self.attn = Attention(width, heads, is_causal=is_causal, rngs=rngs)
         self.ln_2 = LayerNorm(width, epsilon=_EPS, rngs=rngs)
@@ -150,12 +170,17 @@ class ResidualAttentionBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    def __init__(self, cfg: VisionCfg | TextCfg, activation: str, *, is_causal: bool,
-                 rngs: nnx.Rngs):
-        self.resblocks = nnx.List([
-            ResidualAttentionBlock(cfg.width, cfg.heads, cfg.mlp_ratio, activation,
-                                   is_causal=is_causal, rngs=rngs)
-            for _ in range(cfg.layers)])
+    def __init__(
+        self, cfg: VisionCfg | TextCfg, activation: str, *, is_causal: bool, rngs: nnx.Rngs
+    ):
+        self.resblocks = nnx.List(
+            [
+                ResidualAttentionBlock(
+                    cfg.width, cfg.heads, cfg.mlp_ratio, activation, is_causal=is_causal, rngs=rngs
+                )
+                for _ in range(cfg.layers)
+            ]
+        )
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return repeat(self.resblocks, lambda block, x: block(x), x)
@@ -168,8 +193,15 @@ class VisionTransformer(nnx.Module):
         tokens = (cfg.image_size // patch) ** 2 + 1
         self.positional_embedding = _normal((tokens, width), width, rngs)
         self.proj = _normal((width, embed_dim), width, rngs)
-        self.conv1 = nnx.Conv(3, width, kernel_size=(patch, patch), strides=patch,
-                              padding="VALID", use_bias=False, rngs=rngs)
+        self.conv1 = nnx.Conv(
+            3,
+            width,
+            kernel_size=(patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            rngs=rngs,
+        )
         self.ln_pre = LayerNorm(width, epsilon=_EPS, rngs=rngs)
         self.transformer = Transformer(cfg, activation, is_causal=False, rngs=rngs)
         self.ln_post = LayerNorm(width, epsilon=_EPS, rngs=rngs)
@@ -188,8 +220,13 @@ class OpenCLIP(nnx.Module):
     """Both towers and the temperature."""
 
     # What only `text_features` needs.
-    text_parts = ("positional_embedding", "text_projection", "transformer", "token_embedding",
-                  "ln_final")
+    text_parts = (
+        "positional_embedding",
+        "text_projection",
+        "transformer",
+        "token_embedding",
+        "ln_final",
+    )
 
     def __init__(self, config: OpenCLIPConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -197,8 +234,9 @@ class OpenCLIP(nnx.Module):
         self.positional_embedding = _normal((text.context_length, width), width, rngs)
         self.text_projection = _normal((width, config.embed_dim), width, rngs)
         self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))  # ln(1 / 0.07)
-        self.visual = VisionTransformer(config.vision_cfg, config.embed_dim, config.activation,
-                                        rngs=rngs)
+        self.visual = VisionTransformer(
+            config.vision_cfg, config.embed_dim, config.activation, rngs=rngs
+        )
         self.transformer = Transformer(text, config.activation, is_causal=True, rngs=rngs)
         self.token_embedding = embed(text.vocab_size, width, rngs=rngs)
         self.ln_final = LayerNorm(width, epsilon=_EPS, rngs=rngs)

@@ -8,11 +8,25 @@ from jaxtyping import Array, Float
 from r0_jax.models.normalization import GroupNorm
 
 
-def conv3x3(inputs: int, outputs: int, *, strides: int = 1, padding=((1, 1), (1, 1)),
-            use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Conv:
+def conv3x3(
+    inputs: int,
+    outputs: int,
+    *,
+    strides: int = 1,
+    padding=((1, 1), (1, 1)),
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     # Explicit padding: flax's 'SAME' pads a stride of 2 on the bottom and right only.
-    return nnx.Conv(inputs, outputs, kernel_size=(3, 3), strides=strides, padding=padding,
-                    use_bias=use_bias, rngs=rngs)
+    return nnx.Conv(
+        inputs,
+        outputs,
+        kernel_size=(3, 3),
+        strides=strides,
+        padding=padding,
+        use_bias=use_bias,
+        rngs=rngs,
+    )
 
 
 class ResnetBlock2D(nnx.Module):
@@ -21,23 +35,33 @@ class ResnetBlock2D(nnx.Module):
     With `time_scale_shift` the time scales and shifts what comes out of the second norm instead.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, time_embed_dim: int | None,
-                 norm_num_groups: int, norm_eps: float, time_scale_shift: bool = False,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        time_embed_dim: int | None,
+        norm_num_groups: int,
+        norm_eps: float,
+        time_scale_shift: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.time_scale_shift = time_scale_shift
         self.norm1 = GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv1 = conv3x3(inputs, outputs, rngs=rngs)
         if time_embed_dim is not None:
             self.time_emb_proj = nnx.Linear(
-                time_embed_dim, 2 * outputs if time_scale_shift else outputs, rngs=rngs)
+                time_embed_dim, 2 * outputs if time_scale_shift else outputs, rngs=rngs
+            )
         self.norm2 = GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv2 = conv3x3(outputs, outputs, rngs=rngs)
         self.has_shortcut = inputs != outputs
         if self.has_shortcut:
             self.conv_shortcut = nnx.Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"],
-                 time_embedding: Float[Array, "b t"] | None = None) -> Float[Array, "b h w d"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b h w d"]:
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if time_embedding is not None:
             time = self.time_emb_proj(jax.nn.silu(time_embedding))[:, None, None, :]
@@ -54,8 +78,9 @@ class Downsample2D(nnx.Module):
     """A convolution of stride 2; `padding` 0 stands for a row and column at the end (the VAE)."""
 
     def __init__(self, channels: int, *, padding: int, rngs: nnx.Rngs):
-        self.conv = conv3x3(channels, channels, strides=2,
-                            padding=((padding, padding or 1),) * 2, rngs=rngs)
+        self.conv = conv3x3(
+            channels, channels, strides=2, padding=((padding, padding or 1),) * 2, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return self.conv(x)
@@ -67,8 +92,9 @@ class Upsample2D(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"],
-                 size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "b h2 w2 c"]:
         _, h, w, _ = x.shape
         if size in (None, (2 * h, 2 * w)):
             return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))

@@ -18,8 +18,18 @@ class ScoreMLP(nnx.Module):
         self.config = {"inputs": inputs}
         widths = (inputs, *WIDTHS)
         linears = [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
-        self.layers = nnx.List([linears[0], Placeholder(), linears[1], Placeholder(), linears[2],
-                                Placeholder(), linears[3], linears[4]])
+        self.layers = nnx.List(
+            [
+                linears[0],
+                Placeholder(),
+                linears[1],
+                Placeholder(),
+                linears[2],
+                Placeholder(),
+                linears[3],
+                linears[4],
+            ]
+        )
 
     def __call__(self, features: Float[Array, "b d"]) -> Float[Array, " b"]:
         for i in (0, 2, 4, 6, 7):

@@ -42,12 +42,16 @@ class T5Config:
         config = configs.parse_transformers(cls, fields, only=_ONLY)
         # A direction's buckets: half of all, and half of those for single distances.
         configs.check_least(config, 4, "relative_attention_num_buckets")
-        configs.check_least(config, config.relative_attention_num_buckets // 4 + 1,
-                            "relative_attention_max_distance")
+        configs.check_least(
+            config,
+            config.relative_attention_num_buckets // 4 + 1,
+            "relative_attention_max_distance",
+        )
         if config.activation not in ACTIVATIONS:
             raise InputError(
                 f"T5Config: feed_forward_proj = {config.feed_forward_proj!r} is not supported "
-                f"(supported: {', '.join(ACTIVATIONS)}, each also with gated- before it)")
+                f"(supported: {', '.join(ACTIVATIONS)}, each also with gated- before it)"
+            )
         return config
 
     @property
@@ -61,8 +65,9 @@ class T5Config:
         return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
 
 
-def relative_position_buckets(length: int, num_buckets: int, max_distance: int
-                              ) -> Int[np.ndarray, "t t"]:
+def relative_position_buckets(
+    length: int, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "t t"]:
     """The bucket of each (query, key): one a distance while near, then ever wider ones, the last
     from `max_distance` on; the keys after the query have the upper half."""
     key_is_after = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -103,14 +108,18 @@ class T5Attention(nnx.Module):
         return jnp.moveaxis(bias, -1, 0)[None]
 
     def __call__(self, x, bias, mask):
-        return self.o(dot_product_attention(self.q(x), self.k(x), self.v(x), self.heads, bias=bias,
-                                            mask=mask, scale=1.0))
+        return self.o(
+            dot_product_attention(
+                self.q(x), self.k(x), self.v(x), self.heads, bias=bias, mask=mask, scale=1.0
+            )
+        )
 
 
 class T5LayerSelfAttention(nnx.Module):
     def __init__(self, config: T5Config, *, has_relative_attention_bias: bool, rngs: nnx.Rngs):
         self.SelfAttention = T5Attention(
-            config, has_relative_attention_bias=has_relative_attention_bias, rngs=rngs)
+            config, has_relative_attention_bias=has_relative_attention_bias, rngs=rngs
+        )
         self.layer_norm = _norm(config, rngs)
 
     def __call__(self, x, bias, mask):
@@ -145,10 +154,14 @@ class T5LayerFF(nnx.Module):
 
 class T5Block(nnx.Module):
     def __init__(self, config: T5Config, *, has_relative_attention_bias: bool, rngs: nnx.Rngs):
-        self.layer = nnx.List([
-            T5LayerSelfAttention(
-                config, has_relative_attention_bias=has_relative_attention_bias, rngs=rngs),
-            T5LayerFF(config, rngs=rngs)])
+        self.layer = nnx.List(
+            [
+                T5LayerSelfAttention(
+                    config, has_relative_attention_bias=has_relative_attention_bias, rngs=rngs
+                ),
+                T5LayerFF(config, rngs=rngs),
+            ]
+        )
 
     def __call__(self, x, bias, mask):
         return self.layer[1](self.layer[0](x, bias, mask))
@@ -156,12 +169,17 @@ class T5Block(nnx.Module):
 
 class T5Stack(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        self.block = nnx.List([T5Block(config, has_relative_attention_bias=i == 0, rngs=rngs)
-                               for i in range(config.num_layers)])
+        self.block = nnx.List(
+            [
+                T5Block(config, has_relative_attention_bias=i == 0, rngs=rngs)
+                for i in range(config.num_layers)
+            ]
+        )
         self.final_layer_norm = _norm(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t c"],
-                 attention_mask: Int[Array, "b t"] | None) -> Float[Array, "b t c"]:
+    def __call__(
+        self, x: Float[Array, "b t c"], attention_mask: Int[Array, "b t"] | None
+    ) -> Float[Array, "b t c"]:
         mask = None if attention_mask is None else attention_mask != 0
         # The first block's, for all of them.
         bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
@@ -177,7 +195,8 @@ class T5EncoderModel(nnx.Module):
         self.shared = embed(config.vocab_size, config.d_model, rngs=rngs)
         self.encoder = T5Stack(config, rngs=rngs)
 
-    def __call__(self, input_ids: Int[Array, "b t"],
-                 attention_mask: Int[Array, "b t"] | None = None) -> Float[Array, "b t c"]:
+    def __call__(
+        self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t c"]:
         """The last hidden state; without a mask (0 at pads) pads are attended to, as SD 3 does."""
         return self.encoder(self.shared(input_ids), attention_mask)

@@ -42,26 +42,35 @@ class SD3Transformer2DConfig:
     def from_json(cls, fields: Mapping[str, Any]) -> "SD3Transformer2DConfig":
         """Parses a published `transformer/config.json`; InputError names what is not supported."""
         config = configs.parse(cls, fields)
-        configs.check_least(config, 1, *(
-            field.name for field in dataclasses.fields(cls) if field.type is int))
+        configs.check_least(
+            config, 1, *(field.name for field in dataclasses.fields(cls) if field.type is int)
+        )
         configs.check_least(config, config.patch_size, "sample_size")
         if config.width % 4:  # sines and cosines of a row and a column
-            raise InputError(f"SD3Transformer2DConfig: attention_head_dim = "
-                             f"{config.attention_head_dim} is not supported: with "
-                             f"num_attention_heads = {config.num_attention_heads} it makes "
-                             f"{config.width} channels, not a multiple of 4")
+            raise InputError(
+                f"SD3Transformer2DConfig: attention_head_dim = "
+                f"{config.attention_head_dim} is not supported: with "
+                f"num_attention_heads = {config.num_attention_heads} it makes "
+                f"{config.width} channels, not a multiple of 4"
+            )
         if config.caption_projection_dim != config.width:
-            raise InputError(f"SD3Transformer2DConfig: caption_projection_dim = "
-                             f"{config.caption_projection_dim} is not supported: text and image "
-                             f"tokens attend to each other, and the image's have {config.width} "
-                             "channels (attention_head_dim x num_attention_heads)")
+            raise InputError(
+                f"SD3Transformer2DConfig: caption_projection_dim = "
+                f"{config.caption_projection_dim} is not supported: text and image "
+                f"tokens attend to each other, and the image's have {config.width} "
+                "channels (attention_head_dim x num_attention_heads)"
+            )
         if not set(config.dual_attention_layers) <= set(range(config.num_layers)):
-            raise InputError(f"SD3Transformer2DConfig: dual_attention_layers = "
-                             f"{list(config.dual_attention_layers)} is not supported: layers are "
-                             f"counted from 0 to {config.num_layers - 1}")
+            raise InputError(
+                f"SD3Transformer2DConfig: dual_attention_layers = "
+                f"{list(config.dual_attention_layers)} is not supported: layers are "
+                f"counted from 0 to {config.num_layers - 1}"
+            )
         if config.qk_norm not in (None, "rms_norm"):
-            raise InputError(f"SD3Transformer2DConfig: qk_norm = {config.qk_norm!r} is not "
-                             "supported (supported: null, rms_norm)")
+            raise InputError(
+                f"SD3Transformer2DConfig: qk_norm = {config.qk_norm!r} is not "
+                "supported (supported: null, rms_norm)"
+            )
         return config
 
     @property
@@ -75,22 +84,31 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         patch, self.table_size = config.patch_size, config.pos_embed_max_size
-        self.proj = nnx.Conv(config.in_channels, config.width, kernel_size=(patch, patch),
-                             strides=patch, padding="VALID", rngs=rngs)
+        self.proj = nnx.Conv(
+            config.in_channels,
+            config.width,
+            kernel_size=(patch, patch),
+            strides=patch,
+            padding="VALID",
+            rngs=rngs,
+        )
         # Fixed, and yet the file holds it: as a parameter it is read and written like the rest.
-        self.pos_embed = nnx.Param(_positions(
-            self.table_size, config.sample_size // patch, config.width))
+        self.pos_embed = nnx.Param(
+            _positions(self.table_size, config.sample_size // patch, config.width)
+        )
 
     def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b hp wp d"]:
         tokens = self.proj(latents)
         _, h, w, width = tokens.shape
         size = self.table_size
         if max(h, w) > size:
-            raise InputError(f"latents of {h} x {w} patches are too large for the transformer: "
-                             f"its pos_embed_max_size is {size}")
+            raise InputError(
+                f"latents of {h} x {w} patches are too large for the transformer: "
+                f"its pos_embed_max_size is {size}"
+            )
         table = jax.lax.stop_gradient(self.pos_embed.get_value()).reshape(1, size, size, width)
         top, left = (size - h) // 2, (size - w) // 2
-        return (tokens + table[:, top:top + h, left:left + w]).astype(tokens.dtype)
+        return (tokens + table[:, top : top + h, left : left + w]).astype(tokens.dtype)
 
 
 def _positions(size: int, base_size: int, channels: int) -> Float[Array, "1 t c"]:
@@ -108,11 +126,13 @@ class CombinedTimestepTextProjEmbeddings(nnx.Module):
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         self.timestep_embedder = TimestepEmbedding(_SINUSOIDS, config.width, rngs=rngs)
         # The same two layers, of the pooled text.
-        self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, config.width,
-                                               rngs=rngs)
+        self.text_embedder = TimestepEmbedding(
+            config.pooled_projection_dim, config.width, rngs=rngs
+        )
 
-    def __call__(self, timesteps: Float[Array, " b"], pooled_prompt_embeds: Float[Array, "b p"]
-                 ) -> Float[Array, "b d"]:
+    def __call__(
+        self, timesteps: Float[Array, " b"], pooled_prompt_embeds: Float[Array, "b p"]
+    ) -> Float[Array, "b d"]:
         sinusoids = sinusoidal(timesteps, _SINUSOIDS, flip_sin_to_cos=True, freq_shift=0)
         return self.timestep_embedder(sinusoids) + self.text_embedder(pooled_prompt_embeds)
 
@@ -137,8 +157,9 @@ class AdaLayerNorm(nnx.Module):
         self.linear = nnx.Linear(channels, vectors * channels, rngs=rngs)
         self.norm = _layer_norm(channels, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], conditioning: Float[Array, "b d"]
-                 ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b 1 d"]]]:
+    def __call__(
+        self, x: Float[Array, "b t d"], conditioning: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b 1 d"]]]:
         vectors = self.linear(jax.nn.silu(conditioning))[:, None]
         return self.norm(x), jnp.split(vectors, self.vectors, axis=-1)
 
@@ -175,23 +196,26 @@ class JointAttention(SelfAttention):
         super().__init__(config, rngs=rngs)
         self.context_pre_only = context_pre_only
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-            _linear(config, rngs) for _ in range(3))
+            _linear(config, rngs) for _ in range(3)
+        )
         if not context_pre_only:
             self.to_add_out = _linear(config, rngs)
         if self.normalizes:
             self.norm_added_q, self.norm_added_k = (_rms_norm(config, rngs) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b s d"]
-                 ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Float[Array, "b s d"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"] | None]:
         pairs = zip(self._image(x), self._text(context), strict=True)
         joined = (jnp.concatenate(pair, axis=1) for pair in pairs)  # the image comes first
         out = dot_product_attention(*joined, self.heads)
-        image, text = out[:, :x.shape[1]], out[:, x.shape[1]:]
+        image, text = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return self.to_out[0](image), None if self.context_pre_only else self.to_add_out(text)
 
     def _text(self, context):
-        query, key, value = (proj(context) for proj in (
-            self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        query, key, value = (
+            proj(context) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
         if self.normalizes:
             query = self._per_head(self.norm_added_q, query)
             key = self._per_head(self.norm_added_k, key)
@@ -213,8 +237,14 @@ class JointTransformerBlock(nnx.Module):
     the image also attends to itself alone.
     """
 
-    def __init__(self, config: SD3Transformer2DConfig, *, context_pre_only: bool,
-                 dual_attention: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: SD3Transformer2DConfig,
+        *,
+        context_pre_only: bool,
+        dual_attention: bool,
+        rngs: nnx.Rngs,
+    ):
         width = config.width
         self.context_pre_only, self.dual_attention = context_pre_only, dual_attention
         self.norm1 = AdaLayerNorm(width, 9 if dual_attention else 6, rngs=rngs)
@@ -243,8 +273,8 @@ class JointTransformerBlock(nnx.Module):
             context_shift, context_scale, context_gate, *context_mlp = vectors
 
         attended, context_attended = self.attn(
-            _modulate(normed, shift, scale),
-            _modulate(context_normed, context_shift, context_scale))
+            _modulate(normed, shift, scale), _modulate(context_normed, context_shift, context_scale)
+        )
         x = x + gate * attended
         if self.dual_attention:
             shift, scale, gate = dual
@@ -268,10 +298,17 @@ class SD3Transformer2DModel(nnx.Module):
         self.pos_embed = PatchEmbed(config, rngs=rngs)
         self.time_text_embed = CombinedTimestepTextProjEmbeddings(config, rngs=rngs)
         self.context_embedder = nnx.Linear(config.joint_attention_dim, width, rngs=rngs)
-        self.transformer_blocks = nnx.List([
-            JointTransformerBlock(config, context_pre_only=i == config.num_layers - 1,
-                                  dual_attention=i in config.dual_attention_layers, rngs=rngs)
-            for i in range(config.num_layers)])
+        self.transformer_blocks = nnx.List(
+            [
+                JointTransformerBlock(
+                    config,
+                    context_pre_only=i == config.num_layers - 1,
+                    dual_attention=i in config.dual_attention_layers,
+                    rngs=rngs,
+                )
+                for i in range(config.num_layers)
+            ]
+        )
         self.norm_out = AdaLayerNorm(width, 2, rngs=rngs)
         self.proj_out = nnx.Linear(width, config.patch_size**2 * config.out_channels, rngs=rngs)
 
@@ -287,7 +324,8 @@ class SD3Transformer2DModel(nnx.Module):
         A row or column of latents that does not fill a patch is left out of it, as in diffusers.
         """
         tokens, conditioning = self._transform(
-            latents, timesteps, prompt_embeds, pooled_prompt_embeds, self.config.num_layers)
+            latents, timesteps, prompt_embeds, pooled_prompt_embeds, self.config.num_layers
+        )
         b, h, w, width = tokens.shape
         normed, (scale, shift) = self.norm_out(tokens.reshape(b, h * w, width), conditioning)
         patch = self.config.patch_size
@@ -302,14 +340,22 @@ class SD3Transformer2DModel(nnx.Module):
         pooled_prompt_embeds: Float[Array, "b p"],
     ) -> Float[Array, "b hm wm cm"]:
         """The image's tokens after half of the blocks, as a map: the network's own features."""
-        return self._transform(latents, timesteps, prompt_embeds, pooled_prompt_embeds,
-                               (self.config.num_layers + 1) // 2)[0]
+        return self._transform(
+            latents,
+            timesteps,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            (self.config.num_layers + 1) // 2,
+        )[0]
 
     def _transform(self, latents, timesteps, prompt_embeds, pooled_prompt_embeds, blocks: int):
         tokens = self.pos_embed(latents)
         b, h, w, width = tokens.shape
         conditioning = self.time_text_embed(timesteps, pooled_prompt_embeds)
         x, context = tokens.reshape(b, h * w, width), self.context_embedder(prompt_embeds)
-        x, _ = repeat(list(self.transformer_blocks)[:blocks],
-                      lambda block, pair: block(*pair, conditioning), (x, context))
+        x, _ = repeat(
+            list(self.transformer_blocks)[:blocks],
+            lambda block, pair: block(*pair, conditioning),
+            (x, context),
+        )
         return x.reshape(b, h, w, width), conditioning

@@ -60,24 +60,37 @@ class UNet2DConditionConfig:
             configs.check_least(config, 1, "sample_size")
         configs.check_groups(config)
         levels = len(config.block_out_channels)
-        for name, known in (("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
-                            ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D"))):
+        for name, known in (
+            ("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
+            ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D")),
+        ):
             kinds = getattr(config, name)
             if len(kinds) != levels or not set(kinds) <= set(known):
-                raise InputError(f"UNet2DConditionConfig: {name} = {list(kinds)} is not supported: "
-                                 f"{levels} of {', '.join(known)} are expected")
-        for name in ("attention_head_dim", "transformer_layers_per_block", "layers_per_block",
-                     "reverse_transformer_layers_per_block", "only_cross_attention",
-                     "cross_attention_dim"):
+                raise InputError(
+                    f"UNet2DConditionConfig: {name} = {list(kinds)} is not supported: "
+                    f"{levels} of {', '.join(known)} are expected"
+                )
+        for name in (
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "layers_per_block",
+            "reverse_transformer_layers_per_block",
+            "only_cross_attention",
+            "cross_attention_dim",
+        ):
             values = config.per_level(name)
             if len(values) != levels:
-                raise InputError(f"UNet2DConditionConfig: {name} = {values} is not supported: "
-                                 f"one value, or {levels} of them, are expected")
+                raise InputError(
+                    f"UNet2DConditionConfig: {name} = {values} is not supported: "
+                    f"one value, or {levels} of them, are expected"
+                )
         width, *others = config.per_level("cross_attention_dim")
         if any(other != width for other in others):
-            raise InputError(f"UNet2DConditionConfig: cross_attention_dim = "
-                             f"{list(config.cross_attention_dim)} is not supported: all levels "
-                             "read one prompt, of one width")
+            raise InputError(
+                f"UNet2DConditionConfig: cross_attention_dim = "
+                f"{list(config.cross_attention_dim)} is not supported: all levels "
+                "read one prompt, of one width"
+            )
         config = dataclasses.replace(config, cross_attention_dim=width)
         configs.check_least(config, 1, "layers_per_block")
         config._check_depths()
@@ -87,9 +100,11 @@ class UNet2DConditionConfig:
             heads, width = config.per_level("attention_head_dim")[i], config.block_out_channels[i]
             mid = (config.mid_block_type or "") if i == levels - 1 else ""
             if "CrossAttn" in down + mid + up and not 1 <= heads <= width:
-                raise InputError(f"UNet2DConditionConfig: attention_head_dim, which is the number "
-                                 f"of heads, = {heads} is not supported: 1 to {width} are expected "
-                                 f"at a level of {width} channels")
+                raise InputError(
+                    f"UNet2DConditionConfig: attention_head_dim, which is the number "
+                    f"of heads, = {heads} is not supported: 1 to {width} are expected "
+                    f"at a level of {width} channels"
+                )
         return config
 
     def per_level(self, name: str) -> tuple[Any, ...]:
@@ -108,80 +123,133 @@ class UNet2DConditionConfig:
         down = up = self.per_level("transformer_layers_per_block")[level]
         if self.reverse_transformer_layers_per_block is not None:
             up = self.reverse_transformer_layers_per_block[::-1][level]
-        return (down if isinstance(down, tuple) else (down,) * layers,
-                up if isinstance(up, tuple) else (up,) * (layers + 1))
+        return (
+            down if isinstance(down, tuple) else (down,) * layers,
+            up if isinstance(up, tuple) else (up,) * (layers + 1),
+        )
 
     def _check_depths(self) -> None:
         for i, layers in enumerate(self.per_level("layers_per_block")):
             for name, depths, count in zip(
-                    ("transformer_layers_per_block", "reverse_transformer_layers_per_block"),
-                    self.depths(i), (layers, layers + 1), strict=True):
+                ("transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+                self.depths(i),
+                (layers, layers + 1),
+                strict=True,
+            ):
                 if len(depths) != count or min(depths) < 0:
                     raise InputError(
                         f"UNet2DConditionConfig: {name} = {getattr(self, name)} is not supported: "
                         f"one number of 0 or more, or {count} of them, are expected at the level "
-                        f"of {self.block_out_channels[i]} channels")
+                        f"of {self.block_out_channels[i]} channels"
+                    )
 
     def _check_embeddings(self) -> None:
         classes = self.class_embed_type is not None or self.num_class_embeds is not None
         if self.class_embeddings_concat and (self.addition_embed_type is not None or not classes):
-            raise InputError("UNet2DConditionConfig: class_embeddings_concat = true is not "
-                             "supported without a class, or with an addition_embed_type")
+            raise InputError(
+                "UNet2DConditionConfig: class_embeddings_concat = true is not "
+                "supported without a class, or with an addition_embed_type"
+            )
         adds_text_time = self.addition_embed_type == "text_time"
         projects = adds_text_time or self.class_embed_type in ("projection", "simple_projection")
-        for name, needed in (("addition_time_embed_dim", adds_text_time),
-                             ("projection_class_embeddings_input_dim", projects),
-                             ("num_class_embeds", False), ("time_cond_proj_dim", False)):
+        for name, needed in (
+            ("addition_time_embed_dim", adds_text_time),
+            ("projection_class_embeddings_input_dim", projects),
+            ("num_class_embeds", False),
+            ("time_cond_proj_dim", False),
+        ):
             if getattr(self, name) is not None:
                 configs.check_least(self, 1, name)
             elif needed:
                 raise InputError(
                     f"UNet2DConditionConfig: {name} is missing, but addition_embed_type = "
                     f"{self.addition_embed_type} with class_embed_type = {self.class_embed_type} "
-                    "needs it")
+                    "needs it"
+                )
 
 
 # Fields that change the network, with the only values implemented.
 _ONLY = {
-    "act_fn": ("silu", "swish"), "center_input_sample": (False,), "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "center_input_sample": (False,),
+    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
-    "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,), "num_attention_heads": (None,),
-    "dual_cross_attention": (False,), "addition_embed_type": (None, "text_time"),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "addition_embed_type": (None, "text_time"),
     "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",), "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
-    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
     "cross_attention_norm": (None,),
 }
 # Fields without an effect on the output: softmax is float32 here whatever upcast_attention says,
 # and the rest only matter together with a value above that is refused.
-_UNUSED = frozenset({"upcast_attention", "dropout", "addition_embed_type_num_heads",
-                     "mid_block_only_cross_attention"})
+_UNUSED = frozenset(
+    {
+        "upcast_attention",
+        "dropout",
+        "addition_embed_type_num_heads",
+        "mid_block_only_cross_attention",
+    }
+)
 
 
 class _Block(nnx.Module):
     """Resnets, each followed by a transformer where the level attends to the prompt."""
 
-    def __init__(self, widths: list[tuple[int, int]], *, heads: int, depths: tuple[int, ...],
-                 attends: bool, only_cross_attention: bool = False,
-                 config: UNet2DConditionConfig, rngs: nnx.Rngs):
-        self.resnets = nnx.List([
-            ResnetBlock2D(inputs, outputs, time_embed_dim=config.time_embed_dim,
-                          norm_num_groups=config.norm_num_groups, norm_eps=config.norm_eps,
-                          time_scale_shift=config.resnet_time_scale_shift == "scale_shift",
-                          rngs=rngs)
-            for inputs, outputs in widths])
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        *,
+        heads: int,
+        depths: tuple[int, ...],
+        attends: bool,
+        only_cross_attention: bool = False,
+        config: UNet2DConditionConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(
+                    inputs,
+                    outputs,
+                    time_embed_dim=config.time_embed_dim,
+                    norm_num_groups=config.norm_num_groups,
+                    norm_eps=config.norm_eps,
+                    time_scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                    rngs=rngs,
+                )
+                for inputs, outputs in widths
+            ]
+        )
         self.attends = attends
         if attends:
             # As many as there are depths: behind a mid-block's last resnet there is none.
-            self.attentions = nnx.List([
-                Transformer2DModel(outputs, heads, depth, config.cross_attention_dim,
-                                   norm_num_groups=config.norm_num_groups,
-                                   use_linear_projection=config.use_linear_projection,
-                                   only_cross_attention=only_cross_attention, rngs=rngs)
-                for (_, outputs), depth in zip(widths, depths, strict=False)])
+            self.attentions = nnx.List(
+                [
+                    Transformer2DModel(
+                        outputs,
+                        heads,
+                        depth,
+                        config.cross_attention_dim,
+                        norm_num_groups=config.norm_num_groups,
+                        use_linear_projection=config.use_linear_projection,
+                        only_cross_attention=only_cross_attention,
+                        rngs=rngs,
+                    )
+                    for (_, outputs), depth in zip(widths, depths, strict=False)
+                ]
+            )
 
     def layer(self, i: int, x, time_embedding, prompt_embeds):
         x = repeat([self.resnets[i]], lambda resnet, x: resnet(x, time_embedding), x)
@@ -195,8 +263,9 @@ class DownBlock(_Block):
         super().__init__(widths, config=config, rngs=rngs, **kwargs)
         self.downsamples = downsamples
         if downsamples:
-            self.downsamplers = nnx.List([
-                Downsample2D(widths[-1][1], padding=config.downsample_padding, rngs=rngs)])
+            self.downsamplers = nnx.List(
+                [Downsample2D(widths[-1][1], padding=config.downsample_padding, rngs=rngs)]
+            )
 
     def __call__(self, x, time_embedding, prompt_embeds):
         skips = []
@@ -235,8 +304,14 @@ class MidBlock(_Block):
     def __init__(self, channels: int, *, heads: int, depth: int, config, rngs):
         attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         # Self-attention stays, whatever only_cross_attention says of the levels.
-        super().__init__([(channels, channels)] * (1 + attends), heads=heads, depths=(depth,),
-                         attends=attends, config=config, rngs=rngs)
+        super().__init__(
+            [(channels, channels)] * (1 + attends),
+            heads=heads,
+            depths=(depth,),
+            attends=attends,
+            config=config,
+            rngs=rngs,
+        )
 
     def __call__(self, x, time_embedding, prompt_embeds):
         x = self.layer(0, x, time_embedding, prompt_embeds)
@@ -271,30 +346,43 @@ class UNet2DConditionModel(nnx.Module):
 
         self.conv_in = conv3x3(config.in_channels, widths[0], rngs=rngs)
         self.time_embedding = TimestepEmbedding(
-            widths[0], 4 * widths[0], cond_proj_dim=config.time_cond_proj_dim, rngs=rngs)
+            widths[0], 4 * widths[0], cond_proj_dim=config.time_cond_proj_dim, rngs=rngs
+        )
         class_embedding = _class_embedding(config, rngs)
         if class_embedding is not None:
             self.class_embedding = class_embedding
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, 4 * widths[0], rngs=rngs)
+                config.projection_class_embeddings_input_dim, 4 * widths[0], rngs=rngs
+            )
 
         self.down_blocks = nnx.List()
         skips = [widths[0]]  # channels of the skip connections, in the order they are pushed
         for i in levels:
             inputs = [widths[max(i - 1, 0)]] + [widths[i]] * (layers[i] - 1)
             last = i == levels[-1]
-            self.down_blocks.append(DownBlock(
-                [(c, widths[i]) for c in inputs], downsamples=not last, heads=heads[i],
-                depths=config.depths(i)[0], only_cross_attention=only_cross[i],
-                attends=config.down_block_types[i] == "CrossAttnDownBlock2D",
-                config=config, rngs=rngs))
+            self.down_blocks.append(
+                DownBlock(
+                    [(c, widths[i]) for c in inputs],
+                    downsamples=not last,
+                    heads=heads[i],
+                    depths=config.depths(i)[0],
+                    only_cross_attention=only_cross[i],
+                    attends=config.down_block_types[i] == "CrossAttnDownBlock2D",
+                    config=config,
+                    rngs=rngs,
+                )
+            )
             skips += [widths[i]] * (layers[i] + (not last))
 
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(widths[-1], heads=heads[-1],
-                                      depth=config.depths(levels[-1])[0][0], config=config,
-                                      rngs=rngs)
+            self.mid_block = MidBlock(
+                widths[-1],
+                heads=heads[-1],
+                depth=config.depths(levels[-1])[0][0],
+                config=config,
+                rngs=rngs,
+            )
 
         self.up_blocks = nnx.List()
         channels = widths[-1]
@@ -303,13 +391,22 @@ class UNet2DConditionModel(nnx.Module):
             for _ in range(layers[i] + 1):
                 block_widths.append((channels + skips.pop(), widths[i]))
                 channels = widths[i]
-            self.up_blocks.append(UpBlock(
-                block_widths, upsamples=i > 0, heads=heads[i], depths=config.depths(i)[1],
-                only_cross_attention=only_cross[i], attends=kind == "CrossAttnUpBlock2D",
-                config=config, rngs=rngs))
+            self.up_blocks.append(
+                UpBlock(
+                    block_widths,
+                    upsamples=i > 0,
+                    heads=heads[i],
+                    depths=config.depths(i)[1],
+                    only_cross_attention=only_cross[i],
+                    attends=kind == "CrossAttnUpBlock2D",
+                    config=config,
+                    rngs=rngs,
+                )
+            )
 
-        self.conv_norm_out = GroupNorm(widths[0], num_groups=config.norm_num_groups,
-                                       epsilon=config.norm_eps, rngs=rngs)
+        self.conv_norm_out = GroupNorm(
+            widths[0], num_groups=config.norm_num_groups, epsilon=config.norm_eps, rngs=rngs
+        )
         self.conv_out = conv3x3(widths[0], config.out_channels, rngs=rngs)
 
     def __call__(
@@ -330,8 +427,14 @@ class UNet2DConditionModel(nnx.Module):
           timestep_cond: of a `time_cond_proj_dim` (LCM's embedded guidance); None leaves it out.
         """
         x, skips, time_embedding = self._encode(
-            latents, timesteps, prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            add_time_ids=add_time_ids, class_labels=class_labels, timestep_cond=timestep_cond)
+            latents,
+            timesteps,
+            prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            add_time_ids=add_time_ids,
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+        )
         for block in self.up_blocks:
             x = block(x, skips, time_embedding, prompt_embeds)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -349,12 +452,20 @@ class UNet2DConditionModel(nnx.Module):
         """
         return self._encode(latents, timesteps, prompt_embeds, **conditions)[0]
 
-    def _embed(self, timesteps, *, pooled_prompt_embeds=None, add_time_ids=None, class_labels=None,
-               timestep_cond=None) -> Float[Array, "b t"]:
+    def _embed(
+        self,
+        timesteps,
+        *,
+        pooled_prompt_embeds=None,
+        add_time_ids=None,
+        class_labels=None,
+        timestep_cond=None,
+    ) -> Float[Array, "b t"]:
         """The time, and whatever else the network is told in the same place."""
         config, channels = self.config, self.config.block_out_channels[0]
         sinusoids = functools.partial(
-            sinusoidal, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+            sinusoidal, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
         embedding = self.time_embedding(sinusoids(timesteps, channels), timestep_cond)
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             _require(class_labels=class_labels)
@@ -368,11 +479,13 @@ class UNet2DConditionModel(nnx.Module):
             embedding = embedding + class_labels
         if config.addition_embed_type == "text_time":
             _require(pooled_prompt_embeds=pooled_prompt_embeds, add_time_ids=add_time_ids)
-            times = sinusoids(add_time_ids.reshape(-1).astype(jnp.float32),
-                              config.addition_time_embed_dim)
+            times = sinusoids(
+                add_time_ids.reshape(-1).astype(jnp.float32), config.addition_time_embed_dim
+            )
             times = times.reshape(len(add_time_ids), -1)  # [B, ids x dim]
             embedding = embedding + self.add_embedding(
-                jnp.concatenate([pooled_prompt_embeds, times], axis=-1))
+                jnp.concatenate([pooled_prompt_embeds, times], axis=-1)
+            )
         return embedding
 
     def _encode(self, latents, timesteps, prompt_embeds, **conditions):

@@ -38,8 +38,11 @@ PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PORT = "8476"  # where only a host is named
 _WEEK = 7 * 24 * 3600 * 1000  # milliseconds: who waits for so long is ended by the watch
 # What a collective says whose other end is gone; of anything else a process is guilty itself.
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket closed|unavailable|coordination"
-                   r"|deadline.exceeded|barrier|heartbeat", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset)|socket closed|unavailable|coordination"
+    r"|deadline.exceeded|barrier|heartbeat",
+    re.IGNORECASE,
+)
 
 _watch: Watch | None = None
 _calls = itertools.count()
@@ -85,23 +88,31 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
     if process is None and not scheduled:
         process = _number(env, "JOB_COMPLETION_INDEX")  # of an indexed Kubernetes Job
     place = scheduled or Place()
-    place = place._replace(address=_address(env) or place.address,
-                           processes=place.processes if processes is None else processes,
-                           process=place.process if process is None else process)
+    place = place._replace(
+        address=_address(env) or place.address,
+        processes=place.processes if processes is None else processes,
+        process=place.process if process is None else process,
+    )
     if scheduled == Place():  # a TPU, which knows the rest
         return place
     names = {ADDRESS: place.address, PROCESSES: place.processes, PROCESS: place.process}
     if missing := [name for name, value in names.items() if value is None]:
         if not given:
-            raise InputError(f"this is one of {place.processes} processes of mpirun, which does "
-                             f"not say where process 0 is: set {ADDRESS}=HOST:PORT for all")
-        raise InputError(f"{' and '.join(given)} set, but not {' nor '.join(missing)}: set all of "
-                         f"{ADDRESS}, {PROCESSES} and {PROCESS}, or none to run one process")
+            raise InputError(
+                f"this is one of {place.processes} processes of mpirun, which does "
+                f"not say where process 0 is: set {ADDRESS}=HOST:PORT for all"
+            )
+        raise InputError(
+            f"{' and '.join(given)} set, but not {' nor '.join(missing)}: set all of "
+            f"{ADDRESS}, {PROCESSES} and {PROCESS}, or none to run one process"
+        )
     if place.processes < 1:
         raise InputError(f"{PROCESSES}={place.processes} must be at least 1")
     if not 0 <= place.process < place.processes:
-        raise InputError(f"this is process {place.process} of {place.processes}: {PROCESS} must be "
-                         f"from 0 to {place.processes - 1}")
+        raise InputError(
+            f"this is process {place.process} of {place.processes}: {PROCESS} must be "
+            f"from 0 to {place.processes - 1}"
+        )
     return place
 
 
@@ -159,8 +170,12 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
     if "OMPI_MCA_orte_hnp_uri" in env:  # of Open MPI 4; its successor does not say
         with _environment(env):
             address = OmpiCluster.get_coordinator_address(None, env.get(PORT))
-    return Place(address, processes, _number(env, "OMPI_COMM_WORLD_RANK"),
-                 _one(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
+    return Place(
+        address,
+        processes,
+        _number(env, "OMPI_COMM_WORLD_RANK"),
+        _one(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
+    )
 
 
 def _tpu(env: Mapping[str, str]) -> Place | None:
@@ -169,7 +184,8 @@ def _tpu(env: Mapping[str, str]) -> Place | None:
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
     slices = _number(env, "MEGASCALE_NUM_SLICES") or 1
     if (platforms and "tpu" not in platforms.split(",")) or (
-            hosts and "," not in hosts and slices == 1):
+        hosts and "," not in hosts and slices == 1
+    ):
         return None
     return Place()
 
@@ -227,8 +243,9 @@ def joined(config: ConfigDict) -> Iterator[None]:
         yield
         return
     global _watch
-    _watch = Watch(_client(), known.process_id, known.num_processes, fields.lost_timeout,
-                   fields.hang_timeout)
+    _watch = Watch(
+        _client(), known.process_id, known.num_processes, fields.lost_timeout, fields.hang_timeout
+    )
     _watch.start()
     try:
         if jax.process_index() != 0:  # it says the same as process 0
@@ -238,8 +255,11 @@ def joined(config: ConfigDict) -> Iterator[None]:
         yield
         together()
     except Stopped:
-        _watch.fail(cli.STOPPED, "was asked to stop, and all stop; what was trained is saved: the "
-                                 "same command continues")
+        _watch.fail(
+            cli.STOPPED,
+            "was asked to stop, and all stop; what was trained is saved: the "
+            "same command continues",
+        )
         _exit(cli.STOPPED, None)
     except BaseException as error:
         _leave(error, _watch)
@@ -272,8 +292,10 @@ def of_all(value: Any) -> list[Any]:
     folder = f"r0_jax/all/{next(_calls)}/"
     _client().key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
     together()
-    found = {int(key.rsplit("/", 1)[1]): json.loads(text)
-             for key, text in _client().key_value_dir_get(folder)}
+    found = {
+        int(key.rsplit("/", 1)[1]): json.loads(text)
+        for key, text in _client().key_value_dir_get(folder)
+    }
     return [found[process] for process in sorted(found)]
 
 
@@ -300,26 +322,41 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         _await(place.address, start_timeout)
     # JAX's own notice of SIGTERM would take it from `StopSignal`.
     jax.config.update("jax_enable_preemption_service", False)
-    late = threading.Timer(start_timeout, lambda: _exit(cli.BUG, (
-        f"not all {place.processes or ''} processes came together within {start_timeout} s: see "
-        "what the others say, then start all of them again")))
+    late = threading.Timer(
+        start_timeout,
+        lambda: _exit(
+            cli.BUG,
+            (
+                f"not all {place.processes or ''} processes came together within "
+                f"{start_timeout} s: see "
+                "what the others say, then start all of them again"
+            ),
+        ),
+    )
     late.daemon = True
     late.start()  # JAX ends the process itself when its time is over, with a stack trace
     try:
         jax.distributed.initialize(
-            place.address, place.processes, place.process, place.devices,
+            place.address,
+            place.processes,
+            place.process,
+            place.devices,
             cluster_detection_method="deactivate" if None not in place[:3] else None,
             initialization_timeout=start_timeout + 30,
             # JAX's own end of a process whose neighbour is lost: where the watch's comes not to it.
-            heartbeat_timeout_seconds=2 * lost_timeout + 10, shutdown_timeout_seconds=60)
+            heartbeat_timeout_seconds=2 * lost_timeout + 10,
+            shutdown_timeout_seconds=60,
+        )
     except ValueError as error:
         if place == Place() and "coordinator_address" in str(error):  # a TPU of one machine
             return False
         raise InputError(f"the processes cannot be found: {error}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ApartError(f"the processes cannot come together: {reason}; see what the others say, "
-                         "then start all of them again") from None
+        raise ApartError(
+            f"the processes cannot come together: {reason}; see what the others say, "
+            "then start all of them again"
+        ) from None
     finally:
         late.cancel()
     return True
@@ -334,8 +371,10 @@ def _await(address: str, seconds: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ApartError(f"process 0 does not answer at {address} within {seconds} s "
-                                 f"({error}): start it, or correct {ADDRESS}") from None
+                raise ApartError(
+                    f"process 0 does not answer at {address} within {seconds} s "
+                    f"({error}): start it, or correct {ADDRESS}"
+                ) from None
         time.sleep(0.5)
 
 

@@ -47,7 +47,8 @@ def check(trees: Mapping[str, Any], step: int) -> None:
                 raise InputError(
                     f"at step {step} the copy of the {what} in {kind} {names} of "
                     f"{jax.process_count()} differs from the others': look at the hardware and the "
-                    "files there; the last checkpoint is from before")
+                    "files there; the last checkpoint is from before"
+                )
 
 
 def _outliers(copies: Sequence[tuple[int, int]]) -> list[int]:

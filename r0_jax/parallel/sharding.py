@@ -41,8 +41,9 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = jax.devices() if devices is None else list(devices)
     if unknown := sorted(set(shape) - set(AXES)):
-        raise InputError(f"mesh has no axis {unknown[0]!r}; its axes are "
-                         f"{', '.join(AXES[:-1])} and {AXES[-1]}")
+        raise InputError(
+            f"mesh has no axis {unknown[0]!r}; its axes are {', '.join(AXES[:-1])} and {AXES[-1]}"
+        )
     sizes = [shape.get(axis, 1) for axis in AXES]
     wanted = "mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -60,20 +61,25 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
     """The devices as an array of `sizes`, as near to each other as the hardware allows."""
     # GPUs number what NVLink joins as slices too, but any axis may go from host to host there.
-    slices = ({getattr(device, "slice_index", 0) for device in devices}
-              if devices[0].platform == "tpu" else {0})
+    slices = (
+        {getattr(device, "slice_index", 0) for device in devices}
+        if devices[0].platform == "tpu"
+        else {0}
+    )
     data, *rest = sizes
     if data % len(slices):
         raise InputError(
             f"{wanted} does not fit {len(slices)} slices of {len(devices) // len(slices)} chips: "
             f"fsdp and tensor stay within a slice, so data must be a multiple of {len(slices)}; "
-            "set data to -1")
+            "set data to -1"
+        )
     within = [data // len(slices), *rest]
     # Some shapes lay an axis of the mesh over part of a physical one (2 x 2 x 2 on 2 x 4 chips).
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
-        within, [len(slices), 1, 1], devices, allow_split_physical_axes=True)
+        within, [len(slices), 1, 1], devices, allow_split_physical_axes=True
+    )
 
 
 def global_mesh() -> Mesh:
@@ -92,8 +98,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_sharding(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: Sequence[Any],
-    heads: Mapping[str, int] | None = None
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    rules: Sequence[Any],
+    heads: Mapping[str, int] | None = None,
 ) -> dict[str, NamedSharding]:
     """Where each parameter lives, by the first rule whose regex is its whole dotted name.
 
@@ -119,8 +127,9 @@ def param_sharding(
     return {name: NamedSharding(mesh, spec(name, array)) for name, array in shapes.items()}
 
 
-def state_sharding(state: TrainState, mesh: Mesh, rules: Sequence[Any],
-                   heads: Mapping[str, int] | None = None) -> TrainState:
+def state_sharding(
+    state: TrainState, mesh: Mesh, rules: Sequence[Any], heads: Mapping[str, int] | None = None
+) -> TrainState:
     """The sharding of every leaf of a TrainState, given its shapes (`jax.eval_shape`).
 
     EMA and optimizer moments follow their parameter, found by the dotted name that ends their
@@ -159,8 +168,10 @@ def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
     """Into how many microbatches a global batch is cut, of which a device computes `device_batch`
     samples at once (0: all of its share). InputError where it does not come out even."""
     if batch_size < 1 or device_batch < 0:
-        raise InputError(f"batch_size={batch_size} must be at least 1, and device_batch="
-                         f"{device_batch} at least 0")
+        raise InputError(
+            f"batch_size={batch_size} must be at least 1, and device_batch="
+            f"{device_batch} at least 0"
+        )
     parts = batch_parts(mesh)
     share, rest = divmod(batch_size, parts)
     at_once = min(device_batch or share, share)
@@ -173,7 +184,8 @@ def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
             f"batch_size={batch_size} does not split over {parts} "
             f"{'device(s)' if tensor == 1 else f'groups of {tensor} devices'}"
             + ("" if rest else f", {at_once} samples at a time (device_batch)")
-            + f"; use {nearest}")
+            + f"; use {nearest}"
+        )
     return share // at_once
 
 
@@ -198,7 +210,7 @@ def put_batch(batch: Any, split: NamedSharding) -> Any:
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start = parts.index(index[0].indices(size * count)[0] // size) * size
-            return x[start:start + size]
+            return x[start : start + size]
 
         return jax.make_array_from_callback((size * count, *x.shape[1:]), split, shard)
 
@@ -241,8 +253,10 @@ def _pair(rule: Any) -> tuple[str, str]:
     match rule:
         case [str(regex), str(strategy)]:
             return regex, strategy
-    raise InputError(f"sharding rule {rule!r} is not a pair of a regular expression and "
-                     f"{' or '.join(STRATEGIES)}")
+    raise InputError(
+        f"sharding rule {rule!r} is not a pair of a regular expression and "
+        f"{' or '.join(STRATEGIES)}"
+    )
 
 
 def _compile(regex: str) -> re.Pattern:
@@ -261,12 +275,14 @@ def _known(strategy: str) -> str:
 def _heads_of(name: str, heads: Mapping[str, int]) -> int:
     """Heads of the attention that a parameter is part of, 0 for none."""
     parts = name.split(".")
-    return next((heads[module] for i in range(len(parts))
-                 if (module := ".".join(parts[:i])) in heads), 0)
+    return next(
+        (heads[module] for i in range(len(parts)) if (module := ".".join(parts[:i])) in heads), 0
+    )
 
 
-def _spec(name: str, array: jax.ShapeDtypeStruct, mesh: Mesh, strategy: str, heads: int
-          ) -> PartitionSpec:
+def _spec(
+    name: str, array: jax.ShapeDtypeStruct, mesh: Mesh, strategy: str, heads: int
+) -> PartitionSpec:
     # The first axis of a stacked parameter ("blocks.*.kernel") is scanned over: never split it.
     axes = list(range(1 if "*" in name else 0, len(array.shape)))
     spec: list[str | None] = [None] * len(array.shape)

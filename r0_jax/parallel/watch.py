@@ -23,8 +23,9 @@ class Watch:
     for `hang_timeout` seconds, those who are behind the others hang.
     """
 
-    def __init__(self, client: Any, process: int, processes: int, lost_timeout: float,
-                 hang_timeout: float):
+    def __init__(
+        self, client: Any, process: int, processes: int, lost_timeout: float, hang_timeout: float
+    ):
         self._client, self._process, self._processes = client, process, processes
         self._lost, self._hang = lost_timeout, hang_timeout
         self._every = min(5.0, lost_timeout / 8)
@@ -37,7 +38,8 @@ class Watch:
         self._answered = 0.0
         # Of each process: its last sign of life, and when it changed.
         self._signs: dict[int, tuple[list, float]] = {
-            i: ([0, 0, ""], 0.0) for i in range(processes)}
+            i: ([0, 0, ""], 0.0) for i in range(processes)
+        }
 
     def start(self) -> None:
         for task in (self._listen, self._judge):
@@ -71,15 +73,20 @@ class Watch:
             beat += 1
             try:
                 self._client.key_value_set(
-                    f"{_ALIVE}{self._process}", json.dumps([beat, self._count, self._done]),
-                    allow_overwrite=True)
+                    f"{_ALIVE}{self._process}",
+                    json.dumps([beat, self._count, self._done]),
+                    allow_overwrite=True,
+                )
                 if self._process == 0:
                     self._see()
                 failed = self._wait()
             except Exception as error:
                 if not self._stopped:
-                    self._end(1, f"process 0 of {self._processes} is gone, which keeps the others "
-                              f"together ({str(error).splitlines()[0]}); {_CONTINUE}")
+                    self._end(
+                        1,
+                        f"process 0 of {self._processes} is gone, which keeps the others "
+                        f"together ({str(error).splitlines()[0]}); {_CONTINUE}",
+                    )
                 return
             self._answered = self._clock
             if failed is not None:
@@ -106,8 +113,11 @@ class Watch:
             time.sleep(self._every / 2)
             self._clock += min(time.monotonic() - before, self._every)
             if self._clock - self._answered > self._lost:
-                self._end(1, f"process 0 of {self._processes} has not answered for "
-                          f"{self._lost:g} s; {_CONTINUE}")
+                self._end(
+                    1,
+                    f"process 0 of {self._processes} has not answered for "
+                    f"{self._lost:g} s; {_CONTINUE}",
+                )
             if self._process == 0 and (verdict := self._verdict()):
                 self._take()
                 self._say(1, verdict)
@@ -116,17 +126,23 @@ class Watch:
     def _verdict(self) -> str | None:
         lost = [i for i, (_, changed) in self._signs.items() if self._clock - changed > self._lost]
         if lost:
-            return (f"{self._name(lost)} gave no sign of life for {self._lost:g} s: killed, frozen "
-                    f"or cut off; {_CONTINUE}")
+            return (
+                f"{self._name(lost)} gave no sign of life for {self._lost:g} s: killed, frozen "
+                f"or cut off; {_CONTINUE}"
+            )
         if self._clock - self._moved <= self._hang:
             return None
         counts = {i: sign[1] for i, (sign, _) in self._signs.items()}
         behind = [i for i, count in counts.items() if count < max(counts.values())]
         if not behind:
-            return (f"no process finished anything for {self._hang:g} s, after {self._done}; "
-                    f"{_CONTINUE}")
-        return (f"{self._name(behind)} stands still for {self._hang:g} s, after "
-                f"{self._signs[behind[0]][0][2]}, and the others wait; {_CONTINUE}")
+            return (
+                f"no process finished anything for {self._hang:g} s, after {self._done}; "
+                f"{_CONTINUE}"
+            )
+        return (
+            f"{self._name(behind)} stands still for {self._hang:g} s, after "
+            f"{self._signs[behind[0]][0][2]}, and the others wait; {_CONTINUE}"
+        )
 
     def _name(self, processes: list[int]) -> str:
         kind = "process" if len(processes) == 1 else "processes"

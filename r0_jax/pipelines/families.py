@@ -16,18 +16,24 @@ _LOAD = {
 # Where the weights are, for who has none yet.
 _SOURCES = {
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face "
-                               "Hub or, for Chinese prompts, a folder made of IDEA-CCNL/"
-                               "Taiyi-Stable-Diffusion-1B-Chinese-v0.1 as configs/taiyi_r0.py says",
+    "Hub or, for Chinese prompts, a folder made of IDEA-CCNL/"
+    "Taiyi-Stable-Diffusion-1B-Chinese-v0.1 as configs/taiyi_r0.py says",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0 on the Hugging Face Hub",
     "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3-medium-diffusers on the Hugging "
-                                "Face Hub, which is gated: log in there and accept its licence "
-                                "first, or the download is refused (text_encoder_3 and "
-                                "tokenizer_3, 9.5 GB, may be left out)",
+    "Face Hub, which is gated: log in there and accept its licence "
+    "first, or the download is refused (text_encoder_3 and "
+    "tokenizer_3, 9.5 GB, may be left out)",
 }
 
 
-def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: bool = True,
-         images: bool = True) -> Pipeline:
+def load(
+    folder: str | Path,
+    dtype: str = "float32",
+    family: str = "",
+    *,
+    text: bool = True,
+    images: bool = True,
+) -> Pipeline:
     """Reads a diffusers folder of a supported family; parameters stay in their files until
     `lazy.place` reads them as `dtype`.
 
@@ -42,16 +48,19 @@ def load(folder: str | Path, dtype: str = "float32", family: str = "", *, text: 
     folder = remote.local(folder)
     found = read_index(folder)["_class_name"]
     if family and found != family:
-        raise InputError(f"this folder is {describe(found)}, the config is for {describe(family)}: "
-                         f"give another recipe, or another folder than {folder}")
+        raise InputError(
+            f"this folder is {describe(found)}, the config is for {describe(family)}: "
+            f"give another recipe, or another folder than {folder}"
+        )
     return _LOAD[found](folder, dtype, text, images)
 
 
 def check_family(family: str) -> None:
     """InputError for what is no family."""
     if family and family not in FAMILIES:
-        raise InputError(f"family={family!r} is unknown; known: {', '.join(FAMILIES)}, or '' for "
-                         "any of them")
+        raise InputError(
+            f"family={family!r} is unknown; known: {', '.join(FAMILIES)}, or '' for any of them"
+        )
 
 
 def check_there(folder: str, family: str) -> None:
@@ -65,4 +74,5 @@ def check_there(folder: str, family: str) -> None:
     raise InputError(
         f"{problem}: give --config.pretrained=DIR, the diffusers folder of {wanted}, which holds "
         "model_index.json and a folder a part with its config.json and .safetensors files "
-        f"(single-file checkpoints and pickles are not read).{source}")
+        f"(single-file checkpoints and pickles are not read).{source}"
+    )

@@ -39,14 +39,17 @@ def _network(config: type, module: type) -> Build:
 
 # Class in model_index.json -> (how to build the network from its config.json, stem of the weights).
 NETWORKS: dict[str, tuple[Build, str]] = {
-    "UNet2DConditionModel": (_network(UNet2DConditionConfig, UNet2DConditionModel),
-                             "diffusion_pytorch_model"),
-    "SD3Transformer2DModel": (_network(SD3Transformer2DConfig, SD3Transformer2DModel),
-                              "diffusion_pytorch_model"),
+    "UNet2DConditionModel": (
+        _network(UNet2DConditionConfig, UNet2DConditionModel),
+        "diffusion_pytorch_model",
+    ),
+    "SD3Transformer2DModel": (
+        _network(SD3Transformer2DConfig, SD3Transformer2DModel),
+        "diffusion_pytorch_model",
+    ),
     "AutoencoderKL": (_network(AutoencoderKLConfig, AutoencoderKL), "diffusion_pytorch_model"),
     "CLIPTextModel": (_network(CLIPTextConfig, CLIPTextModel), "model"),
-    "CLIPTextModelWithProjection": (_network(CLIPTextConfig, CLIPTextModelWithProjection),
-                                    "model"),
+    "CLIPTextModelWithProjection": (_network(CLIPTextConfig, CLIPTextModelWithProjection), "model"),
     "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
     "BertModel": (_network(BertConfig, BertModel), "model"),
 }
@@ -78,37 +81,53 @@ class Folder:
     def load(self, dtype: str) -> dict[str, Params]:
         """The parameters of the networks whose files were asked for, `lazy` ones; InputError names
         a key that is wrong."""
-        return {part: convert.open_params(files, self.networks[part], dtype)
-                for part, files in self.files.items()}
+        return {
+            part: convert.open_params(files, self.networks[part], dtype)
+            for part, files in self.files.items()
+        }
 
     def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:
         """InputError unless the parts are made for each other: (left, a, right, b) with a == b."""
         for left, a, right, b in rows:
             if a != b:
-                raise InputError(f"{self.path}: the {left} is {a}, but the {right} is {b}: these "
-                                 "parts belong to different models")
+                raise InputError(
+                    f"{self.path}: the {left} is {a}, but the {right} is {b}: these "
+                    "parts belong to different models"
+                )
 
     def check_conditions(self, part: str, names: Iterable[str], told: str) -> None:
         """InputError where the network wants to be told what this family does not tell."""
         for field in names:
             if (value := getattr(self.networks[part].config, field)) is not None:
-                raise InputError(f"{self.path}/{part}/config.json: {field} = {json.dumps(value)} "
-                                 f"is not supported here: {told}")
+                raise InputError(
+                    f"{self.path}/{part}/config.json: {field} = {json.dumps(value)} "
+                    f"is not supported here: {told}"
+                )
 
     def check_vocabulary(self) -> None:
         """InputError unless every text encoder knows all tokens of its tokenizer."""
         for name, tokenizer in self.tokenizers.items():
             part = name.replace("tokenizer", "text_encoder")
-            known, highest = self.networks[part].config.vocab_size, max(
-                tokenizer.get_vocab().values())
+            known, highest = (
+                self.networks[part].config.vocab_size,
+                max(tokenizer.get_vocab().values()),
+            )
             if highest >= known:
-                raise InputError(f"{self.path}: the {name} has ids up to {highest}, the {part} "
-                                 f"knows {known} tokens: they belong to different models")
+                raise InputError(
+                    f"{self.path}: the {name} has ids up to {highest}, the {part} "
+                    f"knows {known} tokens: they belong to different models"
+                )
 
 
-def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
-                optional: tuple[str, ...] = (), *, text: bool = True, images: bool = True
-                ) -> Folder:
+def open_folder(
+    path: Path,
+    family: str,
+    parts: Mapping[str, tuple[str, ...]],
+    optional: tuple[str, ...] = (),
+    *,
+    text: bool = True,
+    images: bool = True,
+) -> Folder:
     """Reads all but the weights of a folder.
 
     Args:
@@ -135,32 +154,45 @@ def open_folder(path: Path, family: str, parts: Mapping[str, tuple[str, ...]],
         if part.replace("tokenizer", "text_encoder") not in {*kinds, part}:
             continue  # the tokenizer of an encoder left out
         if found not in allowed:
-            raise InputError(f"{path}/model_index.json: {part} is a {found}, not a "
-                             f"{' or '.join(allowed[:2])}")
+            raise InputError(
+                f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
+            )
         kinds[part] = found
     scheduler_config = read_json(path / "scheduler" / "scheduler_config.json") | {
-        "_class_name": _scheduler_class(path, index)}
-    tokenizers_ = {part: tokenizers.load_tokenizer(path / part, kind)
-                   for part, kind in kinds.items() if kind in tokenizers.KINDS}
+        "_class_name": _scheduler_class(path, index)
+    }
+    tokenizers_ = {
+        part: tokenizers.load_tokenizer(path / part, kind)
+        for part, kind in kinds.items()
+        if kind in tokenizers.KINDS
+    }
     kinds = {part: kind for part, kind in kinds.items() if kind in NETWORKS}
     fields = {part: _read_fields(path / part / "config.json") for part in kinds}
-    files = {part: convert.find_files(path / part, NETWORKS[kind][1])
-             for part, kind in kinds.items() if images or part.startswith(TEXT_PARTS)}
-    networks = {part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
-                for part, kind in kinds.items()}
+    files = {
+        part: convert.find_files(path / part, NETWORKS[kind][1])
+        for part, kind in kinds.items()
+        if images or part.startswith(TEXT_PARTS)
+    }
+    networks = {
+        part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
+        for part, kind in kinds.items()
+    }
     return Folder(path, index, fields, files, networks, tokenizers_, scheduler_config)
 
 
 def read_index(path: Path) -> dict[str, Any]:
     """The folder's model_index.json; InputError unless it is that of a supported family."""
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give the diffusers folder of a pretrained "
-                         "pipeline (the one that holds model_index.json)")
+        raise InputError(
+            f"{path} is not a folder: give the diffusers folder of a pretrained "
+            "pipeline (the one that holds model_index.json)"
+        )
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{path} holds a {name}, which is not supported; supported: "
-                         f"{', '.join(FAMILIES)}")
+        raise InputError(
+            f"{path} holds a {name}, which is not supported; supported: {', '.join(FAMILIES)}"
+        )
     for part, entry in index.items():
         if isinstance(entry, list):
             _class(path, part, entry)
@@ -179,15 +211,19 @@ def _class(path: Path, part: str, entry: Any) -> str | None:
             return None
         case [str(), str(name)]:
             return name
-    raise InputError(f"{path}/model_index.json: {part} is {json.dumps(entry)}: its library and "
-                     'class are expected, as in ["diffusers", "DDIMScheduler"]')
+    raise InputError(
+        f"{path}/model_index.json: {part} is {json.dumps(entry)}: its library and "
+        'class are expected, as in ["diffusers", "DDIMScheduler"]'
+    )
 
 
 def _scheduler_class(path: Path, index: dict[str, Any]) -> str:
     entry = index.get("scheduler")
     if (name := _class(path, "scheduler", entry)) is None:
-        raise InputError(f"{path}/model_index.json: scheduler is {json.dumps(entry)}: a pipeline "
-                         "without one does not say what noise it was trained on")
+        raise InputError(
+            f"{path}/model_index.json: scheduler is {json.dumps(entry)}: a pipeline "
+            "without one does not say what noise it was trained on"
+        )
     return name
 
 
@@ -195,8 +231,11 @@ def _read_fields(path: Path) -> dict[str, Any]:
     fields = read_json(path)
     mended = mend_sample_size(fields)
     if mended != fields:
-        warnings.warn(f"{path} is of an old diffusers and says sample_size "
-                      f"{fields['sample_size']}: 64 is used, as diffusers does", stacklevel=4)
+        warnings.warn(
+            f"{path} is of an old diffusers and says sample_size "
+            f"{fields['sample_size']}: 64 is used, as diffusers does",
+            stacklevel=4,
+        )
     return mended
 
 
@@ -205,7 +244,12 @@ def mend_sample_size(fields: dict[str, Any]) -> dict[str, Any]:
     diffusers before 0.9: their sample_size was not that of the training."""
     version = re.match(r"(\d+)\.(\d+)", str(fields.get("_diffusers_version")))
     size = fields.get("sample_size")
-    if (fields.get("_class_name") == "UNet2DConditionModel" and version
-            and (int(version[1]), int(version[2])) < (0, 9) and type(size) is int and size < 64):
+    if (
+        fields.get("_class_name") == "UNet2DConditionModel"
+        and version
+        and (int(version[1]), int(version[2])) < (0, 9)
+        and type(size) is int
+        and size < 64
+    ):
         return fields | {"sample_size": 64}
     return fields

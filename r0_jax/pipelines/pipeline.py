@@ -88,18 +88,26 @@ class Pipeline(abc.ABC):
             return self.tokenize([""])
         return self.negative or {}
 
-    def encode_negative(self, params: dict[str, Params], empty: Tokens,
-                        conditioning: Conditioning) -> Conditioning:
+    def encode_negative(
+        self, params: dict[str, Params], empty: Tokens, conditioning: Conditioning
+    ) -> Conditioning:
         """What guidance leads away from, in the shapes of `conditioning`; `empty` is that of the
         pipeline."""
-        return jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape),
-                            self.encode_prompt(params, empty), conditioning)
+        return jax.tree.map(
+            lambda one, all_: jnp.broadcast_to(one, all_.shape),
+            self.encode_prompt(params, empty),
+            conditioning,
+        )
 
     def attending(self, backend: Backend) -> "Pipeline":
         """The same pipeline, its networks' attention computed by `backend`."""
-        return dataclasses.replace(self, networks={
-            part: dataclasses.replace(network, attention=backend)
-            for part, network in self.networks.items()})
+        return dataclasses.replace(
+            self,
+            networks={
+                part: dataclasses.replace(network, attention=backend)
+                for part, network in self.networks.items()
+            },
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -107,8 +115,10 @@ class Pipeline(abc.ABC):
         config = self.networks[self.generator_part].config
         size = config.sample_size
         if size is None:
-            raise InputError(f"{self.folder}/{self.generator_part}/config.json has no sample_size: "
-                             "add the latents' height, e.g. 64 for 512 px")
+            raise InputError(
+                f"{self.folder}/{self.generator_part}/config.json has no sample_size: "
+                "add the latents' height, e.g. 64 for 512 px"
+            )
         height, width = size if isinstance(size, tuple) else (size, size)
         return (height, width, config.in_channels)
 
@@ -119,32 +129,44 @@ class Pipeline(abc.ABC):
         factor = 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
         return (height * factor, width * factor, 3)
 
-    def denoise(self, generator: Params, latents: Float[Array, "b h w c"],
-                timesteps: Float[Array, " b"], conditioning: Conditioning
-                ) -> Float[Array, "b h w c"]:
+    def denoise(
+        self,
+        generator: Params,
+        latents: Float[Array, "b h w c"],
+        timesteps: Float[Array, " b"],
+        conditioning: Conditioning,
+    ) -> Float[Array, "b h w c"]:
         """One network call, computed in the dtype of the parameters, returned in float32."""
         return self._call("__call__", generator, latents, timesteps, conditioning)
 
-    def features(self, generator: Params, latents: Float[Array, "b h w c"],
-                 timesteps: Float[Array, " b"], conditioning: Conditioning
-                 ) -> Float[Array, "b hm wm cm"]:
+    def features(
+        self,
+        generator: Params,
+        latents: Float[Array, "b h w c"],
+        timesteps: Float[Array, " b"],
+        conditioning: Conditioning,
+    ) -> Float[Array, "b hm wm cm"]:
         """The network's features half-way through, in float32."""
         return self._call("mid_features", generator, latents, timesteps, conditioning)
 
     def _call(self, method, generator, latents, timesteps, conditioning):
         dtype = next(iter(generator.values())).dtype
-        told = {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-                for name, x in conditioning.items()}
+        told = {
+            name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for name, x in conditioning.items()
+        }
         output = self.networks[self.generator_part].apply(
-            generator, method, latents.astype(dtype), timesteps, **told)
+            generator, method, latents.astype(dtype), timesteps, **told
+        )
         return output.astype(jnp.float32)
 
     def decode(self, vae: Params, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Images in [0, 1], clipped as the stock pipeline's postprocessing does; float32."""
         return jnp.clip(self.decode_unclipped(vae, latents), 0.0, 1.0)
 
-    def decode_unclipped(self, vae: Params, latents: Float[Array, "b h w c"]
-                         ) -> Float[Array, "b h2 w2 3"]:
+    def decode_unclipped(
+        self, vae: Params, latents: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h2 w2 3"]:
         """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
         latents = latents / self.networks["vae"].config.scaling_factor + self.shift
         dtype = next(iter(vae.values())).dtype

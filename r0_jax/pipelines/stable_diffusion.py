@@ -26,14 +26,15 @@ class StableDiffusionPipeline(Pipeline):
     """The network is told the last hidden state of one text encoder; pads are not masked."""
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """"input_ids", padded to the tokenizer's length, which the encoder's may limit."""
+        """ "input_ids", padded to the tokenizer's length, which the encoder's may limit."""
         tokenizer = self.tokenizers["tokenizer"]
         positions = self.networks["text_encoder"].config.max_position_embeddings
-        return {"input_ids": tokenize(tokenizer, prompts,
-                                      min(tokenizer.model_max_length, positions))}
+        return {
+            "input_ids": tokenize(tokenizer, prompts, min(tokenizer.model_max_length, positions))
+        }
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """"prompt_embeds": the last hidden state, of CLIP after its final LayerNorm."""
+        """ "prompt_embeds": the last hidden state, of CLIP after its final LayerNorm."""
         text = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         return {"prompt_embeds": text.last_hidden_state}
 
@@ -43,8 +44,9 @@ class StableDiffusionPipeline(Pipeline):
         return {"prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim)}
 
 
-def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
-         ) -> StableDiffusionPipeline:
+def load(
+    folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+) -> StableDiffusionPipeline:
     """Reads a diffusers folder of Stable Diffusion 1.x; parameters stay in their files, to be
     read as `dtype`. `text` and `images` as for `families.load`.
 
@@ -54,28 +56,51 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: 
     """
     opened = open_folder(Path(folder), "StableDiffusionPipeline", PARTS, text=text, images=images)
     check_fit(opened)
-    return StableDiffusionPipeline(opened.path, opened.networks, opened.load(dtype),
-                                   opened.tokenizers, opened.scheduler_config | OVERRULED)
+    return StableDiffusionPipeline(
+        opened.path,
+        opened.networks,
+        opened.load(dtype),
+        opened.tokenizers,
+        opened.scheduler_config | OVERRULED,
+    )
 
 
 def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
     unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
-    folder.check_equal([
-        ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
-        ("unet's out_channels", unet.out_channels, "vae's latent_channels", vae.latent_channels),
-        ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
+    folder.check_equal(
+        [
+            ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
+            (
+                "unet's out_channels",
+                unet.out_channels,
+                "vae's latent_channels",
+                vae.latent_channels,
+            ),
+            ("vae's out_channels", vae.out_channels, "number of an image's channels", 3),
+        ]
+    )
     folder.check_conditions(
-        "unet", ("addition_embed_type", "class_embed_type", "num_class_embeds",
-                 "time_cond_proj_dim"),
-        "a Stable Diffusion 1.x network is told the prompt and nothing else")
+        "unet",
+        ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim"),
+        "a Stable Diffusion 1.x network is told the prompt and nothing else",
+    )
     if "text_encoder" not in folder.networks:
         return
-    folder.check_equal([
-        ("unet's cross_attention_dim", unet.cross_attention_dim,
-         "text_encoder's hidden_size", folder.networks["text_encoder"].config.hidden_size)])
+    folder.check_equal(
+        [
+            (
+                "unet's cross_attention_dim",
+                unet.cross_attention_dim,
+                "text_encoder's hidden_size",
+                folder.networks["text_encoder"].config.hidden_size,
+            )
+        ]
+    )
     folder.check_vocabulary()
     fields = folder.fields["text_encoder"]
     if fields.get("text_config", fields).get("use_attention_mask"):
-        raise InputError(f"{folder.path}/text_encoder/config.json: use_attention_mask = true is "
-                         "not supported: the padding is always attended to")
+        raise InputError(
+            f"{folder.path}/text_encoder/config.json: use_attention_mask = true is "
+            "not supported: the padding is always attended to"
+        )

@@ -40,18 +40,21 @@ class StableDiffusion3Pipeline(Pipeline):
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """"input_ids" and "input_ids_2", both padded to the first tokenizer's length, and
+        """ "input_ids" and "input_ids_2", both padded to the first tokenizer's length, and
         "input_ids_3" of T5, 256 tokens, if it is there."""
         length = self.tokenizers["tokenizer"].model_max_length
         lengths = {"tokenizer": length, "tokenizer_2": length, "tokenizer_3": T5_TOKENS}
-        return {name.replace("tokenizer", "input_ids"): tokenize(tokenizer, prompts, lengths[name])
-                for name, tokenizer in self.tokenizers.items()}
+        return {
+            name.replace("tokenizer", "input_ids"): tokenize(tokenizer, prompts, lengths[name])
+            for name, tokenizer in self.tokenizers.items()
+        }
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """"prompt_embeds" [B, T + 256, D] and "pooled_prompt_embeds" [B, P1 + P2]."""
+        """ "prompt_embeds" [B, T + 256, D] and "pooled_prompt_embeds" [B, P1 + P2]."""
         first, second = (
             self.networks[f"text_encoder{n}"](params[f"text_encoder{n}"], tokens[f"input_ids{n}"])
-            for n in ("", "_2"))
+            for n in ("", "_2")
+        )
         clip = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
         width = self.networks["transformer"].config.joint_attention_dim
         clip = jnp.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
@@ -59,15 +62,19 @@ class StableDiffusion3Pipeline(Pipeline):
             t5 = self.networks["text_encoder_3"](params["text_encoder_3"], tokens["input_ids_3"])
         else:
             t5 = jnp.zeros((len(clip), T5_TOKENS, width), clip.dtype)
-        return {"prompt_embeds": jnp.concatenate([clip, t5], axis=1),
-                "pooled_prompt_embeds": jnp.concatenate([first.pooled, second.pooled], axis=-1)}
+        return {
+            "prompt_embeds": jnp.concatenate([clip, t5], axis=1),
+            "pooled_prompt_embeds": jnp.concatenate([first.pooled, second.pooled], axis=-1),
+        }
 
     @property
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
         """[T, D] of "prompt_embeds", [P1 + P2] of "pooled_prompt_embeds"."""
         config = self.networks["transformer"].config
-        return {"prompt_embeds": (None, config.joint_attention_dim),
-                "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+        return {
+            "prompt_embeds": (None, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     @property
     def shift(self) -> float:
@@ -75,8 +82,9 @@ class StableDiffusion3Pipeline(Pipeline):
         return self.networks["vae"].config.shift_factor or 0.0
 
 
-def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
-         ) -> StableDiffusion3Pipeline:
+def load(
+    folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+) -> StableDiffusion3Pipeline:
     """Reads a diffusers folder of Stable Diffusion 3; parameters stay in their files, to be
     read as `dtype`. `text` and `images` as for `families.load`.
 
@@ -84,49 +92,86 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: 
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusion3Pipeline", PARTS,
-                         optional=("text_encoder_3",), text=text, images=images)
+    opened = open_folder(
+        Path(folder),
+        "StableDiffusion3Pipeline",
+        PARTS,
+        optional=("text_encoder_3",),
+        text=text,
+        images=images,
+    )
     check_fit(opened)
-    return StableDiffusion3Pipeline(opened.path, opened.networks, opened.load(dtype),
-                                    opened.tokenizers, opened.scheduler_config)
+    return StableDiffusion3Pipeline(
+        opened.path, opened.networks, opened.load(dtype), opened.tokenizers, opened.scheduler_config
+    )
 
 
 def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
     transformer, vae = (folder.networks[part].config for part in ("transformer", "vae"))
-    folder.check_equal([
-        ("transformer's in_channels", transformer.in_channels,
-         "vae's latent_channels", vae.latent_channels),
-        ("transformer's out_channels", transformer.out_channels,
-         "vae's latent_channels", vae.latent_channels),
-        ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
+    folder.check_equal(
+        [
+            (
+                "transformer's in_channels",
+                transformer.in_channels,
+                "vae's latent_channels",
+                vae.latent_channels,
+            ),
+            (
+                "transformer's out_channels",
+                transformer.out_channels,
+                "vae's latent_channels",
+                vae.latent_channels,
+            ),
+            ("vae's out_channels", vae.out_channels, "number of an image's channels", 3),
+        ]
+    )
     size = transformer.sample_size
     if size % transformer.patch_size or size // transformer.patch_size > (
-            transformer.pos_embed_max_size):
-        raise InputError(f"{folder.path}/transformer/config.json: sample_size = {size} is not "
-                         f"supported: a multiple of patch_size = {transformer.patch_size} up to "
-                         f"pos_embed_max_size = {transformer.pos_embed_max_size} patches is "
-                         "expected")
+        transformer.pos_embed_max_size
+    ):
+        raise InputError(
+            f"{folder.path}/transformer/config.json: sample_size = {size} is not "
+            f"supported: a multiple of patch_size = {transformer.patch_size} up to "
+            f"pos_embed_max_size = {transformer.pos_embed_max_size} patches is "
+            "expected"
+        )
     if "text_encoder" in folder.networks:
         _check_text(folder, transformer)
 
 
 def _check_text(folder: Folder, transformer: SD3Transformer2DConfig) -> None:
     text, text_2 = (folder.networks[part].config for part in ("text_encoder", "text_encoder_2"))
-    rows = [("transformer's pooled_projection_dim", transformer.pooled_projection_dim,
-             "sum of both CLIPs' projection_dim", text.projection_dim + text_2.projection_dim)]
+    rows = [
+        (
+            "transformer's pooled_projection_dim",
+            transformer.pooled_projection_dim,
+            "sum of both CLIPs' projection_dim",
+            text.projection_dim + text_2.projection_dim,
+        )
+    ]
     if "text_encoder_3" in folder.networks:
-        rows.append(("transformer's joint_attention_dim", transformer.joint_attention_dim,
-                     "text_encoder_3's d_model", folder.networks["text_encoder_3"].config.d_model))
+        rows.append(
+            (
+                "transformer's joint_attention_dim",
+                transformer.joint_attention_dim,
+                "text_encoder_3's d_model",
+                folder.networks["text_encoder_3"].config.d_model,
+            )
+        )
     folder.check_equal(rows)
     clips = text.hidden_size + text_2.hidden_size
     if clips > transformer.joint_attention_dim:
-        raise InputError(f"{folder.path}: both CLIPs' hidden_size add up to {clips}, but the "
-                         f"transformer's joint_attention_dim is {transformer.joint_attention_dim}: "
-                         "these parts belong to different models")
+        raise InputError(
+            f"{folder.path}: both CLIPs' hidden_size add up to {clips}, but the "
+            f"transformer's joint_attention_dim is {transformer.joint_attention_dim}: "
+            "these parts belong to different models"
+        )
     length = folder.tokenizers["tokenizer"].model_max_length
     for name, config in (("text_encoder", text), ("text_encoder_2", text_2)):
         if length > config.max_position_embeddings:
-            raise InputError(f"{folder.path}: the tokenizer's model_max_length is {length}, but "
-                             f"the {name} has {config.max_position_embeddings} positions")
+            raise InputError(
+                f"{folder.path}: the tokenizer's model_max_length is {length}, but "
+                f"the {name} has {config.max_position_embeddings} positions"
+            )
     folder.check_vocabulary()

@@ -41,7 +41,7 @@ class StableDiffusionXLPipeline(Pipeline):
     embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """"input_ids" and "input_ids_2", each padded to its tokenizer's length."""
+        """ "input_ids" and "input_ids_2", each padded to its tokenizer's length."""
         columns = {}
         for name, tokenizer in self.tokenizers.items():
             encoder = self.networks[name.replace("tokenizer", "text_encoder")]
@@ -50,7 +50,7 @@ class StableDiffusionXLPipeline(Pipeline):
         return columns
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """"prompt_embeds" [B, T, D1 + D2], and "pooled_prompt_embeds" [B, P] of the second
+        """ "prompt_embeds" [B, T, D1 + D2], and "pooled_prompt_embeds" [B, P] of the second
         encoder."""
         first = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         second = self.networks["text_encoder_2"](params["text_encoder_2"], tokens["input_ids_2"])
@@ -69,22 +69,28 @@ class StableDiffusionXLPipeline(Pipeline):
     @property
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
         """[T, D] of "prompt_embeds", [P] of "pooled_prompt_embeds"."""
-        return {"prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim),
-                "pooled_prompt_embeds": (pooled_width(self.networks["unet"].config),)}
+        return {
+            "prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim),
+            "pooled_prompt_embeds": (pooled_width(self.networks["unet"].config),),
+        }
 
-    def encode_negative(self, params: dict[str, Params], empty: Tokens,
-                        conditioning: Conditioning) -> Conditioning:
+    def encode_negative(
+        self, params: dict[str, Params], empty: Tokens, conditioning: Conditioning
+    ) -> Conditioning:
         """Zeros, or the empty prompt where the folder says so, or what stands for it where prompts
         were encoded before; the sizes stay."""
         if not self.force_zeros_for_empty_prompt or "prompt_embeds" in empty:
             return super().encode_negative(params, empty, conditioning)
-        zeros = {name: jnp.zeros_like(conditioning[name])
-                 for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        zeros = {
+            name: jnp.zeros_like(conditioning[name])
+            for name in ("prompt_embeds", "pooled_prompt_embeds")
+        }
         return conditioning | zeros
 
 
-def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
-         ) -> StableDiffusionXLPipeline:
+def load(
+    folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
+) -> StableDiffusionXLPipeline:
     """Reads a diffusers folder of SDXL; parameters stay in their files, to be
     read as `dtype`. `text` and `images` as for `families.load`.
 
@@ -92,13 +98,17 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True, images: 
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusionXLPipeline", PARTS, text=text,
-                         images=images)
+    opened = open_folder(Path(folder), "StableDiffusionXLPipeline", PARTS, text=text, images=images)
     check_fit(opened)
     zeros = opened.index.get("force_zeros_for_empty_prompt", True)
-    return StableDiffusionXLPipeline(opened.path, opened.networks, opened.load(dtype),
-                                     opened.tokenizers, opened.scheduler_config,
-                                     force_zeros_for_empty_prompt=bool(zeros))
+    return StableDiffusionXLPipeline(
+        opened.path,
+        opened.networks,
+        opened.load(dtype),
+        opened.tokenizers,
+        opened.scheduler_config,
+        force_zeros_for_empty_prompt=bool(zeros),
+    )
 
 
 def pooled_width(unet: UNet2DConditionConfig) -> int:
@@ -110,24 +120,45 @@ def check_fit(folder: Folder) -> None:
     """InputError unless the parts of a folder are made for each other."""
     unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
     if unet.addition_embed_type != "text_time":
-        raise InputError(f"{folder.path}/unet/config.json: addition_embed_type = "
-                         f"{unet.addition_embed_type} is not supported here: an SDXL network has "
-                         "text_time")
-    folder.check_equal([
-        ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
-        ("unet's out_channels", unet.out_channels, "vae's latent_channels", vae.latent_channels),
-        ("vae's out_channels", vae.out_channels, "number of an image's channels", 3)])
+        raise InputError(
+            f"{folder.path}/unet/config.json: addition_embed_type = "
+            f"{unet.addition_embed_type} is not supported here: an SDXL network has "
+            "text_time"
+        )
+    folder.check_equal(
+        [
+            ("unet's in_channels", unet.in_channels, "vae's latent_channels", vae.latent_channels),
+            (
+                "unet's out_channels",
+                unet.out_channels,
+                "vae's latent_channels",
+                vae.latent_channels,
+            ),
+            ("vae's out_channels", vae.out_channels, "number of an image's channels", 3),
+        ]
+    )
     folder.check_conditions(
-        "unet", ("class_embed_type", "num_class_embeds", "time_cond_proj_dim"),
-        "an SDXL network is told the prompt and sizes, and nothing else")
+        "unet",
+        ("class_embed_type", "num_class_embeds", "time_cond_proj_dim"),
+        "an SDXL network is told the prompt and sizes, and nothing else",
+    )
     if "text_encoder" not in folder.networks:
         return
     text, text_2 = (folder.networks[part].config for part in ("text_encoder", "text_encoder_2"))
-    folder.check_equal([
-        ("unet's cross_attention_dim", unet.cross_attention_dim,
-         "sum of both text encoders' hidden_size", text.hidden_size + text_2.hidden_size),
-        ("unet's projection_class_embeddings_input_dim",
-         unet.projection_class_embeddings_input_dim,
-         "size of the pooled text and six sizes", (
-             text_2.projection_dim + 6 * unet.addition_time_embed_dim))])
+    folder.check_equal(
+        [
+            (
+                "unet's cross_attention_dim",
+                unet.cross_attention_dim,
+                "sum of both text encoders' hidden_size",
+                text.hidden_size + text_2.hidden_size,
+            ),
+            (
+                "unet's projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                "size of the pooled text and six sizes",
+                (text_2.projection_dim + 6 * unet.addition_time_embed_dim),
+            ),
+        ]
+    )
     folder.check_vocabulary()

@@ -32,8 +32,9 @@ class TinyDecoder:
     params: Params
     shift: float
 
-    def decode_unclipped(self, params: Params, latents: Float[Array, "b h w c"]
-                         ) -> Float[Array, "b h2 w2 3"]:
+    def decode_unclipped(
+        self, params: Params, latents: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h2 w2 3"]:
         """Images in float32, computed in the dtype of `params`; `Pipeline.decode_unclipped`."""
         latents = latents / self.network.config.scaling_factor + self.shift
         dtype = next(iter(params.values())).dtype
@@ -49,19 +50,26 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
     folder = remote.local(folder)
     fields = read_json(folder / "config.json")
     if fields.get("_class_name") != "AutoencoderTiny":
-        raise InputError(f"objective.decoder={folder} is of class {fields.get('_class_name')}, not "
-                         f"AutoencoderTiny: {_WHICH}")
+        raise InputError(
+            f"objective.decoder={folder} is of class {fields.get('_class_name')}, not "
+            f"AutoencoderTiny: {_WHICH}"
+        )
     config = AutoencoderTinyConfig.from_json(fields)
     height, _, channels = pipeline.latent_shape
     theirs = (channels, pipeline.image_shape[0] // height, 3)
     levels = len(config.decoder_block_out_channels) - 1
     ours = (config.latent_channels, config.upsampling_scaling_factor**levels, config.out_channels)
-    for what, here, there in zip(("latents of {} channels", "a pixel of latents to {0} x {0}",
-                                  "images of {} channels"), ours, theirs, strict=True):
+    for what, here, there in zip(
+        ("latents of {} channels", "a pixel of latents to {0} x {0}", "images of {} channels"),
+        ours,
+        theirs,
+        strict=True,
+    ):
         if here != there:
             raise InputError(
                 f"objective.decoder={folder} decodes {what.format(here)}, but the vae of "
-                f"{pipeline.folder} {what.format(there)}: {_WHICH}")
+                f"{pipeline.folder} {what.format(there)}: {_WHICH}"
+            )
     network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
     files = convert.find_files(folder, "diffusion_pytorch_model")
     params = convert.open_params(files, network, dtype)

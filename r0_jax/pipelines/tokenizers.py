@@ -35,25 +35,33 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedToken
         raise InputError(f"{folder} does not hold a readable {name} tokenizer ({e})") from None
     length = tokenizer.model_max_length
     if not isinstance(length, int) or length < 2:  # both ends of a prompt
-        raise InputError(f"{folder}/tokenizer_config.json: model_max_length = {length!r} is no "
-                         "number of tokens")
+        raise InputError(
+            f"{folder}/tokenizer_config.json: model_max_length = {length!r} is no number of tokens"
+        )
     if lost > 0.01 * count:
         file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "merges.txt"
-        raise InputError(f"{folder / file} is incomplete: its merges never make {lost} of {count} "
-                         "tokens: download it again")
+        raise InputError(
+            f"{folder / file} is incomplete: its merges never make {lost} of {count} "
+            "tokens: download it again"
+        )
     return tokenizer
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
-             ) -> Int[np.ndarray, "b t"]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+) -> Int[np.ndarray, "b t"]:
     """Ids [B, length] int32; the end-of-text token is kept when a prompt is cut off."""
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     cut = sum(len(ids) > length for ids in whole)
     if cut:
-        warnings.warn(f"{cut} of {len(whole)} prompts ({cut / len(whole):.0%}) are longer than "
-                      f"{length} tokens and are cut off there", stacklevel=3)
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True,
-                    verbose=False).input_ids
+        warnings.warn(
+            f"{cut} of {len(whole)} prompts ({cut / len(whole):.0%}) are longer than "
+            f"{length} tokens and are cut off there",
+            stacklevel=3,
+        )
+    ids = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, verbose=False
+    ).input_ids
     return np.asarray(ids, np.int32)
 
 

@@ -19,13 +19,23 @@ from r0_jax.plan import measure, predict, topology
 from r0_jax.plan.predict import Plan
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice such as v5e-16, v5p-8 (8 cores), "
-                                "v6e-8 or 2xv5e-16; or cpu, or local: this machine's accelerator",
-                                required=True)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "a TPU slice such as v5e-16, v5p-8 (8 cores), "
+    "v6e-8 or 2xv5e-16; or cpu, or local: this machine's accelerator",
+    required=True,
+)
 _JSON = flags.DEFINE_bool("json", False, "one JSON object on standard output")
-_EFFORT = flags.DEFINE_float("effort", -1.0, "of the compiler, from -1 (quick; more goes through "
-                             "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
-                             "many times longer)", lower_bound=-1.0, upper_bound=0.0)
+_EFFORT = flags.DEFINE_float(
+    "effort",
+    -1.0,
+    "of the compiler, from -1 (quick; more goes through "
+    "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
+    "many times longer)",
+    lower_bound=-1.0,
+    upper_bound=0.0,
+)
 _GIB = 2**30
 
 
@@ -36,8 +46,11 @@ def main(argv: list[str]) -> None:
     here = name in ("cpu", "local")
     chip, devices = (None, []) if here else topology.find(name)
     with predict.filled(config) as config:
-        found = (measure.measure(config, name) if here else
-                 predict.predict(config, name, chip, devices, _EFFORT.value))
+        found = (
+            measure.measure(config, name)
+            if here
+            else predict.predict(config, name, chip, devices, _EFFORT.value)
+        )
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(found)))
     else:
@@ -47,8 +60,9 @@ def main(argv: list[str]) -> None:
 def print_plan(found: Plan) -> None:
     """For people, on standard output."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
-    table = rich.table.Table(title=f"{found.topology}: {found.chips} devices, "
-                             f"{found.batch_size} images a step")
+    table = rich.table.Table(
+        title=f"{found.topology}: {found.chips} devices, {found.batch_size} images a step"
+    )
     table.add_column("of a chip")
     table.add_column("GiB", justify="right")
     for kind, size in found.bytes_per_chip.items():
@@ -60,22 +74,30 @@ def print_plan(found: Plan) -> None:
     console.print("fits" if found.fits else "does NOT fit")
     for line in found.suggestions:
         console.print(f"  try {line}")
-    console.print(f"{found.flops_per_step / 1e12:,.1f} TFLOP a step, of them "
-                  f"{found.model_flops_per_step / 1e12:,.1f} without what is computed twice")
+    console.print(
+        f"{found.flops_per_step / 1e12:,.1f} TFLOP a step, of them "
+        f"{found.model_flops_per_step / 1e12:,.1f} without what is computed twice"
+    )
     if found.seconds:
-        console.print(f"{found.bytes_accessed / 1e9:,.1f} GB through a chip's memory, "
-                      f"{found.collective_bytes / 1e9:,.2f} GB sent by a chip"
-                      + (f", and {found.dcn_bytes / 1e9:,.2f} GB to other slices"
-                         if found.dcn_bytes else ""))
+        console.print(
+            f"{found.bytes_accessed / 1e9:,.1f} GB through a chip's memory, "
+            f"{found.collective_bytes / 1e9:,.2f} GB sent by a chip"
+            + (f", and {found.dcn_bytes / 1e9:,.2f} GB to other slices" if found.dcn_bytes else "")
+        )
         bounds = ", ".join(f"{kind} {1e3 * value:,.0f} ms" for kind, value in found.seconds.items())
         console.print(f"a step takes at least: {bounds}; bound by {found.bound_by}")
-        console.print(f"by that {found.predicted_images_per_sec:,.1f} images/s, "
-                      f"MFU {found.predicted_mfu:.0%}")
+        console.print(
+            f"by that {found.predicted_images_per_sec:,.1f} images/s, MFU {found.predicted_mfu:.0%}"
+        )
     elif found.measured_seconds_per_step:
-        console.print(f"measured: {found.measured_seconds_per_step:.3g} s a step, "
-                      f"{found.predicted_images_per_sec:,.2f} images/s")
-    console.print(f"traced in {found.trace_seconds:.0f} s, compiled in {found.compile_seconds:.0f} "
-                  f"s, {found.host_bytes / 1e9:.1f} GB of host memory")
+        console.print(
+            f"measured: {found.measured_seconds_per_step:.3g} s a step, "
+            f"{found.predicted_images_per_sec:,.2f} images/s"
+        )
+    console.print(
+        f"traced in {found.trace_seconds:.0f} s, compiled in {found.compile_seconds:.0f} "
+        f"s, {found.host_bytes / 1e9:.1f} GB of host memory"
+    )
 
 
 if __name__ == "__main__":

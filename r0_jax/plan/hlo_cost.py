@@ -8,23 +8,59 @@ import dataclasses
 import math
 import re
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-         "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
-         "f8e4m3fn": 8, "f8e5m2": 8}
+_BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)="
-                     r"\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|called_computations|branch_computations)="
+    r"\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 # These move nothing by themselves.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-         "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "domain"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "iota",
+    "domain",
+}
 # Of a send to the same chips of other slices: those slices, and what it is a part of.
-_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*'
-                             r'_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{([\d,]+)\}.*'
+    r'_xla_megascale_transfer_type="(\w+)"'
+)
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -77,7 +113,7 @@ def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     for line in hlo.splitlines():
         if match := _INSTRUCTION.match(line):
             root, name, shape, opcode, rest = match.groups()
-            operands = tuple(_OPERAND.findall(rest[:_closing(rest)]))
+            operands = tuple(_OPERAND.findall(rest[: _closing(rest)]))
             current[name] = _Instruction(name, shape, opcode, operands, rest, bool(root))
         elif match := _COMPUTATION.match(line):
             current = computations[match[2]] = {}
@@ -98,8 +134,9 @@ def _closing(text: str) -> int:
 def _cost_of(instructions, computations, of, while_trips: float) -> Cost:
     total = Cost()
     for one in instructions.values():
-        called = [name.strip("% ") for group in _CALLED.findall(one.text)
-                  for name in group.split(",")]
+        called = [
+            name.strip("% ") for group in _CALLED.findall(one.text) for name in group.split(",")
+        ]
         if one.opcode == "while":
             total.add(of(called[0]), _trips(one, computations, while_trips))
         elif one.opcode == "conditional":
@@ -141,12 +178,15 @@ def _moved(one: _Instruction, instructions, computations, fused) -> float:
         return min(whole, _bytes(result, anywhere=True)) + _bytes(result)
     if one.opcode == "dynamic-update-slice":
         return 2 * _bytes(instructions[one.operands[1]].shape)
-    read = [_bytes(instructions[name].shape) if name in instructions else 0.0
-            for name in one.operands]
+    read = [
+        _bytes(instructions[name].shape) if name in instructions else 0.0 for name in one.operands
+    ]
     written = _bytes(result)
     if fused is not None:
-        read = [min(whole, _read(_parameter(fused, i).name, fused, computations))
-                for i, whole in enumerate(read)]
+        read = [
+            min(whole, _read(_parameter(fused, i).name, fused, computations))
+            for i, whole in enumerate(read)
+        ]
         written = min(written, _written(_root(fused), one.shape, fused, computations))
     return sum(read) + written
 
@@ -157,12 +197,15 @@ def _result(one: _Instruction) -> str:
     if not one.opcode.endswith("-start") or one.opcode == "all-reduce-start":
         return one.shape
     arrays, count = [match[0] for match in _ARRAY.finditer(one.shape)], len(one.operands)
-    return " ".join(arrays[:1] if one.opcode == "copy-start" else arrays[count:2 * count])
+    return " ".join(arrays[:1] if one.opcode == "copy-start" else arrays[count : 2 * count])
 
 
 def _parameter(computation, number: int) -> _Instruction:
-    return next(x for x in computation.values()
-                if x.opcode == "parameter" and x.text.startswith(f"{number})"))
+    return next(
+        x
+        for x in computation.values()
+        if x.opcode == "parameter" and x.text.startswith(f"{number})")
+    )
 
 
 def _root(computation) -> _Instruction:
@@ -205,9 +248,10 @@ def _written(one: _Instruction, shape: str, computation, computations) -> float:
     if one.opcode == "tuple":
         parts = [match[0] for match in _ARRAY.finditer(shape)]
         if len(parts) == len(one.operands):
-            return sum(min(_bytes(part), _written(computation[name], part, computation,
-                                                  computations))
-                       for part, name in zip(parts, one.operands, strict=True))
+            return sum(
+                min(_bytes(part), _written(computation[name], part, computation, computations))
+                for part, name in zip(parts, one.operands, strict=True)
+            )
     return math.inf
 
 
@@ -241,8 +285,11 @@ def _sent(one: _Instruction, kind: str, instructions) -> float:
 
 def _given(one: _Instruction, instructions) -> float:
     """Bytes of all operands, wherever they lie."""
-    return sum(_bytes(instructions[name].shape, anywhere=True) for name in one.operands
-               if name in instructions)
+    return sum(
+        _bytes(instructions[name].shape, anywhere=True)
+        for name in one.operands
+        if name in instructions
+    )
 
 
 def _rounds(kind: str, count: int) -> float:

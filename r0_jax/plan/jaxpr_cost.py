@@ -28,8 +28,12 @@ def _of(eqn: Any, trips: float, repeated: int) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
-        return repeated * 2.0 * eqn.outvars[0].aval.size * math.prod(
-            shape[axis] for axis in contracted)
+        return (
+            repeated
+            * 2.0
+            * eqn.outvars[0].aval.size
+            * math.prod(shape[axis] for axis in contracted)
+        )
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         outputs = params["dimension_numbers"].rhs_spec[0]

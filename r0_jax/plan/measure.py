@@ -57,22 +57,37 @@ def measure(config: ConfigDict, name: str) -> Plan:
                 raise
     fits = seconds is not None
     return Plan(
-        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=fits,
-        peak_bytes_per_chip=peak, hbm_bytes_per_chip=limit, bytes_per_chip=kinds,
-        flops_per_step=executed, model_flops_per_step=model, bytes_accessed=None,
-        collective_bytes=None, collective_bytes_by_kind=None, dcn_bytes=None, seconds=None,
-        measured_seconds_per_step=seconds, bound_by=None,
-        predicted_images_per_sec=config.batch_size / seconds if fits else None, predicted_mfu=None,
-        trace_seconds=middle - begin, compile_seconds=end - middle,
+        topology=name,
+        chips=mesh.size,
+        batch_size=config.batch_size,
+        fits=fits,
+        peak_bytes_per_chip=peak,
+        hbm_bytes_per_chip=limit,
+        bytes_per_chip=kinds,
+        flops_per_step=executed,
+        model_flops_per_step=model,
+        bytes_accessed=None,
+        collective_bytes=None,
+        collective_bytes_by_kind=None,
+        dcn_bytes=None,
+        seconds=None,
+        measured_seconds_per_step=seconds,
+        bound_by=None,
+        predicted_images_per_sec=config.batch_size / seconds if fits else None,
+        predicted_mfu=None,
+        trace_seconds=middle - begin,
+        compile_seconds=end - middle,
         host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        suggestions=[] if fits else predict.suggest(config, built, kinds, peak - limit))
+        suggestions=[] if fits else predict.suggest(config, built, kinds, peak - limit),
+    )
 
 
 def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:
     frozen = lazy.place(built.frozen, built.frozen_sharding)
     state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
-    batch = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding),
-                         built.abstract[2])
+    batch = jax.tree.map(
+        lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), built.abstract[2]
+    )
     times = []
     for _ in range(1 + _STEPS):
         start = time.perf_counter()

@@ -90,8 +90,11 @@ def filled(config: ConfigDict) -> Iterator[ConfigDict]:
                 missing.append(blank.write_reward(root / reward, entry.type))
                 entry.path, entry.head = str(root / reward), ""
         if missing:
-            console.print(f"not there, planned with the published sizes: {', '.join(missing)}",
-                          highlight=False, soft_wrap=True)
+            console.print(
+                f"not there, planned with the published sizes: {', '.join(missing)}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if not (config.data.prompts or config.data.encoded):
             (root / "prompts.txt").write_text("a prompt\n", encoding="utf-8")
             config.data.prompts = str(root / "prompts.txt")
@@ -107,8 +110,9 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     encoded = encoded_prompts.open_of(config)
     text = encoded is None
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=text)
-    trained_on = [rewards.load(name, entry, config.dtype, text)
-                  for name, entry in config.rewards.items()]
+    trained_on = [
+        rewards.load(name, entry, config.dtype, text) for name, entry in config.rewards.items()
+    ]
     if encoded is None:
         return program.build(config, mesh, pipeline, trained_on)
     pipeline = encoded.attach(pipeline)
@@ -150,28 +154,42 @@ def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effor
     end = time.perf_counter()
     kinds["activations"] = peak - sum(kinds.values())
     fits = compiled is not None and peak <= chip.hbm_bytes
-    seconds = None if costs is None else {
-        "compute": executed / mesh.size / chip.flops,
-        "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth}
+    seconds = (
+        None
+        if costs is None
+        else {
+            "compute": executed / mesh.size / chip.flops,
+            "hbm": costs.hbm_bytes / chip.hbm_bandwidth,
+            "interconnect": sum(costs.collective_bytes.values()) / chip.ici_bandwidth,
+        }
+    )
     if costs and costs.dcn_bytes and chip.dcn_bandwidth:
         seconds["dcn"] = costs.dcn_bytes / chip.dcn_bandwidth
     longest = seconds and max(seconds.values())
     return Plan(
-        topology=name, chips=mesh.size, batch_size=config.batch_size, fits=fits,
-        peak_bytes_per_chip=peak, hbm_bytes_per_chip=chip.hbm_bytes, bytes_per_chip=kinds,
-        flops_per_step=executed, model_flops_per_step=model,
+        topology=name,
+        chips=mesh.size,
+        batch_size=config.batch_size,
+        fits=fits,
+        peak_bytes_per_chip=peak,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        bytes_per_chip=kinds,
+        flops_per_step=executed,
+        model_flops_per_step=model,
         bytes_accessed=costs and costs.hbm_bytes,
         collective_bytes=costs and sum(costs.collective_bytes.values()),
         collective_bytes_by_kind=costs and costs.collective_bytes,
-        dcn_bytes=costs and costs.dcn_bytes, seconds=seconds,
+        dcn_bytes=costs and costs.dcn_bytes,
+        seconds=seconds,
         measured_seconds_per_step=None,
         bound_by=seconds and max(seconds, key=seconds.get),
         predicted_images_per_sec=longest and config.batch_size / longest,
         predicted_mfu=longest and model / longest / mesh.size / chip.flops,
-        trace_seconds=middle - begin, compile_seconds=end - middle,
+        trace_seconds=middle - begin,
+        compile_seconds=end - middle,
         host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        suggestions=[] if fits else suggest(config, built, kinds, peak - chip.hbm_bytes))
+        suggestions=[] if fits else suggest(config, built, kinds, peak - chip.hbm_bytes),
+    )
 
 
 def expected_trips(config: ConfigDict) -> float:
@@ -192,12 +210,17 @@ def bytes_by_kind(built: Program) -> dict[str, float]:
     state, frozen, batch, _ = built.abstract
     rest = state._replace(params={}, ema_params={})
     networks = {name: part for name, part in frozen.items() if name not in ("rewards", "empty")}
-    kinds = {"parameters": state.params, "ema": state.ema_params, "optimizer": rest,
-             **{f"frozen {name}": part for name, part in networks.items()},
-             **{f"frozen {name}": part for name, part in frozen["rewards"].items()},
-             "batch": batch}
-    return {kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree))))
-            for kind, tree in kinds.items()}
+    kinds = {
+        "parameters": state.params,
+        "ema": state.ema_params,
+        "optimizer": rest,
+        **{f"frozen {name}": part for name, part in networks.items()},
+        **{f"frozen {name}": part for name, part in frozen["rewards"].items()},
+        "batch": batch,
+    }
+    return {
+        kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree)))) for kind, tree in kinds.items()
+    }
 
 
 def unused_bytes(step: Jaxpr, built: Program) -> float:
@@ -205,8 +228,9 @@ def unused_bytes(step: Jaxpr, built: Program) -> float:
     them, and which the compiler leaves out: the VAE's encoder, text encoders' last layers."""
     _, used = partial_eval.dce_jaxpr(step, [True] * len(step.outvars))
     leaves = jax.tree.leaves(built.abstract)
-    return float(sum(_shard_bytes(x) for x, is_used in zip(leaves, used, strict=True)
-                     if not is_used))
+    return float(
+        sum(_shard_bytes(x) for x, is_used in zip(leaves, used, strict=True) if not is_used)
+    )
 
 
 def repeated(built: Program) -> int:
@@ -227,8 +251,12 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
     if built.mesh.shape["fsdp"] < fsdp and config.batch_size % (slices * fsdp) == 0:
         whole = sharding.make_mesh({"data": slices, "fsdp": fsdp, "tensor": tensor}, devices)
         split = bytes_by_kind(built.changed(mesh=whole))
-        found.append((f"--config.mesh.data={slices} --config.mesh.fsdp={fsdp}",
-                      sum(kinds[kind] - size for kind, size in split.items())))
+        found.append(
+            (
+                f"--config.mesh.data={slices} --config.mesh.fsdp={fsdp}",
+                sum(kinds[kind] - size for kind, size in split.items()),
+            )
+        )
     if config.remat != "blocks":
         found.append(("--config.remat=blocks", None))
     share = config.batch_size // sharding.batch_parts(built.mesh)
@@ -240,15 +268,26 @@ def suggest(config: ConfigDict, built: Program, kinds: dict[str, float], over: f
     if not config.objective.decoder:
         found.append(("--config.objective.decoder=PATH of a tiny autoencoder (TAESD)", None))
     if not config.lora.rank:
-        found.append(("adapters instead of all weights (--config.lora.rank=32)",
-                      kinds["parameters"] + kinds["ema"] + kinds["optimizer"]))
+        found.append(
+            (
+                "adapters instead of all weights (--config.lora.rank=32)",
+                kinds["parameters"] + kinds["ema"] + kinds["optimizer"],
+            )
+        )
     if tensor == share == 1 and fsdp % 2 == 0:
         pairs = sharding.make_mesh({"data": slices, "fsdp": fsdp // 2, "tensor": 2}, devices)
         if repeated(built.changed(mesh=pairs)) == 1:
-            found.append((f"two chips a sample (--config.mesh.data={slices} --config.mesh.fsdp="
-                          f"{fsdp // 2} --config.mesh.tensor=2 --config.device_batch=1)", None))
-    return [what if saved is None else f"{what}: {saved / _GIB:.1f} GiB of {over / _GIB:.1f}"
-            for what, saved in found]
+            found.append(
+                (
+                    f"two chips a sample (--config.mesh.data={slices} --config.mesh.fsdp="
+                    f"{fsdp // 2} --config.mesh.tensor=2 --config.device_batch=1)",
+                    None,
+                )
+            )
+    return [
+        what if saved is None else f"{what}: {saved / _GIB:.1f} GiB of {over / _GIB:.1f}"
+        for what, saved in found
+    ]
 
 
 def needed(said: str) -> float | None:

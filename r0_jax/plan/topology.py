@@ -48,8 +48,19 @@ CHIPS = {
 }
 # Chips of a slice -> its shape, where a chip has neighbours in two dimensions and in three.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
-          256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
+_CUBIC = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+    1024: "8x8x16",
+    2048: "8x16x16",
+    4096: "16x16x16",
+}
 
 
 def find(name: str) -> tuple[Chip, list[Any]]:
@@ -61,9 +72,11 @@ def find(name: str) -> tuple[Chip, list[Any]]:
     plain = name.replace("v5litepod-", "v5e-")  # as gcloud has it
     match = re.fullmatch(r"(?:([1-9]\d*)x)?(v\d[ep]?)-(\d+)", plain)
     if not match or match[2] not in CHIPS:
-        raise InputError(f"--topology={name} is unknown: use a TPU slice such as v5e-16, v5p-8, "
-                         f"v6e-8 or 2xv5e-16 (known chips: {', '.join(CHIPS)}), or cpu or local, "
-                         "which measure here")
+        raise InputError(
+            f"--topology={name} is unknown: use a TPU slice such as v5e-16, v5p-8, "
+            f"v6e-8 or 2xv5e-16 (known chips: {', '.join(CHIPS)}), or cpu or local, "
+            "which measure here"
+        )
     chip, shapes = CHIPS[match[2]], _CUBIC if CHIPS[match[2]].cores == 2 else _FLAT
     count, rest = divmod(int(match[3]), chip.cores)
     if rest or count not in shapes:
@@ -87,10 +100,13 @@ def _devices(chip: Chip, shape: str, slices: int) -> Sequence[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return list(topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{chip.name}:{shape}", num_slices=slices,
-                **more).devices)
+            return list(
+                topologies.get_topology_desc(
+                    platform="tpu", topology_name=f"{chip.name}:{shape}", num_slices=slices, **more
+                ).devices
+            )
     except (jax.errors.JaxRuntimeError, RuntimeError, ImportError) as error:
         said = str(error).splitlines()[0][:200]
-        raise InputError("the TPU compiler cannot be used: pip install -r requirements-tpu.txt "
-                         f"({said})") from None
+        raise InputError(
+            f"the TPU compiler cannot be used: pip install -r requirements-tpu.txt ({said})"
+        ) from None

@@ -61,15 +61,19 @@ def train(config: ConfigDict, out: Path) -> None:
         logits = scale * image @ text.T
         same = batch["identity"][:, None] == batch["identity"][None, :]
         target = same / jnp.sum(same, axis=1, keepdims=True)
-        value = (optax.softmax_cross_entropy(logits, target).mean()
-                 + optax.softmax_cross_entropy(logits.T, target).mean()) / 2
+        value = (
+            optax.softmax_cross_entropy(logits, target).mean()
+            + optax.softmax_cross_entropy(logits.T, target).mean()
+        ) / 2
         right = jnp.take_along_axis(same, jnp.argmax(logits, axis=1)[:, None], axis=1)
         return value, {"accuracy": jnp.mean(right), "scale": scale}
 
-    params = fit(loss, init(constructor, jax.random.key(config.seed)),
-                 batches(config, tokenizer), config)
-    params["logit_scale"] = np.asarray(np.minimum(params["logit_scale"], _MAX_LOGIT_SCALE),
-                                       np.float32)
+    params = fit(
+        loss, init(constructor, jax.random.key(config.seed)), batches(config, tokenizer), config
+    )
+    params["logit_scale"] = np.asarray(
+        np.minimum(params["logit_scale"], _MAX_LOGIT_SCALE), np.float32
+    )
     write(out, config, fields, params)
 
 
@@ -86,12 +90,23 @@ def write(out: Path, config: ConfigDict, fields: dict, params: Params) -> None:
     size = fields["vision_config"]["image_size"]
     convert.save(params, folder / "model.safetensors", config.store_dtype)
     write_json(folder / "config.json", fields)
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True,
-        "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-        "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)})
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+        },
+    )
     copy_tokenizer(out / "pipeline" / "tokenizer", folder)
     console.print(f"written to {folder}")
 
@@ -102,9 +117,12 @@ def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict]:
     rng = np.random.default_rng(config.seed)
     while True:
         scenes = hard_scenes(rng, config.batch_size // GROUP)
-        yield {"scenes": scenes, "layouts": sample_layouts(rng, scenes),
-               "identity": identity(scenes),
-               "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH)}
+        yield {
+            "scenes": scenes,
+            "layouts": sample_layouts(rng, scenes),
+            "identity": identity(scenes),
+            "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH),
+        }
 
 
 def identity(scenes: Scene) -> np.ndarray:
@@ -140,12 +158,19 @@ def near_miss(rng: np.random.Generator, scenes: Scene) -> Scene:
     turned = np.where(rng.random(n) < 0.5, scenes.relation ^ 1, axis + rng.integers(2, size=n))
     relation = np.where((what == 3) & pair, turned, scenes.relation).astype(np.int32)
     changed = canonical(Scene(shape, colour, size, scenes.count, relation))
-    equal = pair & (changed.shape[:, 0] == changed.shape[:, 1]) \
+    equal = (
+        pair
+        & (changed.shape[:, 0] == changed.shape[:, 1])
         & (changed.colour[:, 0] == changed.colour[:, 1])
+    )
     bad = equal | (split_of(changed) != 0)
     other = sample_scenes(rng, n, "train")
-    return Scene(*(np.where(bad.reshape(-1, *(1,) * (a.ndim - 1)), b, a)
-                   for a, b in zip(changed, other, strict=True)))
+    return Scene(
+        *(
+            np.where(bad.reshape(-1, *(1,) * (a.ndim - 1)), b, a)
+            for a, b in zip(changed, other, strict=True)
+        )
+    )
 
 
 def other_shapes(rng: np.random.Generator, scenes: Scene) -> np.ndarray:

@@ -26,7 +26,7 @@ def train(config: ConfigDict, out: Path) -> None:
     pipeline = stable_diffusion.load(out / "pipeline")
     vae, frozen = pipeline.networks["vae"], lazy.place(pipeline.params)
     scale = vae.config.scaling_factor
-    products = noise_schedule.alphas_cumprod(pipeline.scheduler_config)[:config.latest_timestep]
+    products = noise_schedule.alphas_cumprod(pipeline.scheduler_config)[: config.latest_timestep]
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
 
     def loss(params, batch, key):
@@ -47,8 +47,9 @@ def train(config: ConfigDict, out: Path) -> None:
         for now in (t, t // 2):
             alpha, sigma = (x[now][:, None, None, None] for x in (alphas, sigmas))
             noisy = alpha * x0 + sigma * epsilon
-            velocity = pipeline.denoise(frozen["unet"], noisy, now.astype(jnp.float32),
-                                        conditioning)
+            velocity = pipeline.denoise(
+                frozen["unet"], noisy, now.astype(jnp.float32), conditioning
+            )
             x0, epsilon = alpha * noisy - sigma * velocity, alpha * velocity + sigma * noisy
         clean = jax.random.bernoulli(clean_key, config.clean_share, (count, 1, 1, 1))
         return jnp.where(clean, latents, x0)
@@ -56,11 +57,17 @@ def train(config: ConfigDict, out: Path) -> None:
     def batches():
         rng = np.random.default_rng(config.seed)
         for scenes, layouts in scene_batches(config.seed, config.batch_size):
-            yield {"scenes": scenes, "layouts": layouts,
-                   **pipeline.tokenize(captions_for(scenes, rng))}
+            yield {
+                "scenes": scenes,
+                "layouts": layouts,
+                **pipeline.tokenize(captions_for(scenes, rng)),
+            }
 
-    start = {name: np.asarray(value) for name, value in pipeline.params["vae"].items()
-             if name.startswith(("decoder.", "post_quant_conv."))}
+    start = {
+        name: np.asarray(value)
+        for name, value in pipeline.params["vae"].items()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    }
     params = {**pipeline.params["vae"], **fit(loss, start, batches(), config)}
     path = out / "pipeline" / "vae" / f"{STEM}.safetensors"
     convert.save(params, path, config.store_dtype)

@@ -26,12 +26,14 @@ def blur(images: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Float[Ar
         images = sum(
             window[:, i, None, None, None]
             * jax.lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis)
-            for i in range(2 * _RADIUS + 1))
+            for i in range(2 * _RADIUS + 1)
+        )
     return images
 
 
-def degrade(key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[Array, " b"]
-            ) -> Float[Array, "b h w 3"]:
+def degrade(
+    key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[Array, " b"]
+) -> Float[Array, "b h w 3"]:
     """A random mixture of blur, noise and fading towards grey whose strengths add up to `level`."""
     mix_key, noise_key = jax.random.split(key)
     # Dirichlet(1/2, 1/2, 1/2), without the rejection loop by which JAX draws any other.
@@ -45,8 +47,9 @@ def degrade(key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[A
     return jnp.clip(images, 0.0, 1.0)
 
 
-def warp(key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Array, " b"]
-         ) -> Float[Array, "b h w c"]:
+def warp(
+    key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
     """Outlines bent at random, as few denoising steps leave them: round corners, dented circles."""
     batch, height, width, _ = images.shape
     coarse = jax.random.normal(key, (batch, _BENDS, _BENDS, 2))
@@ -61,10 +64,13 @@ def warp(key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Arra
     return jax.vmap(jax.vmap(bend, (-1, None), -1))(images, places)
 
 
-def morph(scenes: Scene, layouts: Layout, towards: Int[ArrayLike, "b 2"], level: Float[Array, " b"]
-          ) -> Float[Array, "b 64 64 3"]:
+def morph(
+    scenes: Scene, layouts: Layout, towards: Int[ArrayLike, "b 2"], level: Float[Array, " b"]
+) -> Float[Array, "b 64 64 3"]:
     """The scenes with every object's outline `level` of the way to that of the shape `towards`, of
     the same radius: what is neither a square nor a circle."""
-    start, end = (signed_distance(shape, layouts.centre, layouts.radius, jnp)
-                  for shape in (scenes.shape, towards))
+    start, end = (
+        signed_distance(shape, layouts.centre, layouts.radius, jnp)
+        for shape in (scenes.shape, towards)
+    )
     return paint(scenes, layouts, start + level[:, None, None, None] * (end - start), jnp)

@@ -39,15 +39,17 @@ def train(config: ConfigDict, out: Path) -> None:
         part_fields = read_json(folder / part / "config.json")
         networks[part] = Network.abstract(_constructor(part, part_fields))
         frozen[part] = jax.device_put(
-            convert.load(convert.find_files(folder / part, _stem(part)), networks[part]))
+            convert.load(convert.find_files(folder / part, _stem(part)), networks[part])
+        )
     networks["unet"] = unet = Network.abstract(_constructor("unet", fields))
     if config.warm_start:
         start = convert.load(convert.find_files(folder / "unet", _stem("unet")), unet)
     else:
         start = init(_constructor("unet", fields), jax.random.key(config.seed))
 
-    pipeline = StableDiffusionPipeline(folder, networks, frozen, {"tokenizer": tokenizer},
-                                       scheduler_config)
+    pipeline = StableDiffusionPipeline(
+        folder, networks, frozen, {"tokenizer": tokenizer}, scheduler_config
+    )
     products = noise_schedule.alphas_cumprod(scheduler_config)
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
     empty = jnp.asarray(pipeline.tokenize([""])["input_ids"])
@@ -65,26 +67,35 @@ def train(config: ConfigDict, out: Path) -> None:
         dropped = jax.random.bernoulli(drop_key, config.prompt_dropout, (count, 1))
         tokens = {"input_ids": jnp.where(dropped, empty, input_ids)}
         conditioning = pipeline.encode_prompt(frozen, tokens)
-        velocity = pipeline.denoise(params, alpha * latents + sigma * noise,
-                                    t.astype(jnp.float32), conditioning)
+        velocity = pipeline.denoise(
+            params, alpha * latents + sigma * noise, t.astype(jnp.float32), conditioning
+        )
         return jnp.mean((velocity - (alpha * noise - sigma * latents)) ** 2), {}
 
-    images = ImageSampler(pipeline, schedulers.from_config(scheduler_config, 25),
-                          config.guidance_scale)
+    images = ImageSampler(
+        pipeline, schedulers.from_config(scheduler_config, 25), config.guidance_scale
+    )
 
     def on_evaluate(step: int, params: Params) -> None:
         write(params)
         captions = prompts("validation", config.eval_prompts, seed=1)
         noise, keys = fixed_noise(0, len(captions), pipeline.latent_shape)
-        drawn = draw(images, {**frozen, "unet": params}, pipeline.tokenize(captions), noise, keys,
-                     len(captions))
+        drawn = draw(
+            images,
+            {**frozen, "unet": params},
+            pipeline.tokenize(captions),
+            noise,
+            keys,
+            len(captions),
+        )
         shares = {name: np.mean(v) for name, v in judge(drawn, captions)._asdict().items()}
-        console.print(f"judge at step {step}: "
-                      + " ".join(f"{k} {v:.3f}" for k, v in shares.items()), highlight=False)
+        console.print(
+            f"judge at step {step}: " + " ".join(f"{k} {v:.3f}" for k, v in shares.items()),
+            highlight=False,
+        )
 
     def write(params: Params) -> None:
-        convert.save(params, folder / "unet" / f"{_stem('unet')}.safetensors",
-                     config.store_dtype)
+        convert.save(params, folder / "unet" / f"{_stem('unet')}.safetensors", config.store_dtype)
         write_json(folder / "unet" / "config.json", fields)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
         write_json(folder / "model_index.json", config.model_index.to_dict())
@@ -102,8 +113,9 @@ def _stem(part: str) -> str:
     return NETWORKS[PARTS[part][0]][1]
 
 
-def latents_and_captions(config: ConfigDict, pipeline: StableDiffusionPipeline
-                         ) -> dict[str, np.ndarray]:
+def latents_and_captions(
+    config: ConfigDict, pipeline: StableDiffusionPipeline
+) -> dict[str, np.ndarray]:
     """Scaled latents [N, h, w, c] of training scenes and token ids [N, CAPTIONS, T] of each."""
     network = pipeline.networks["vae"]
 
@@ -130,5 +142,7 @@ def batches(data: dict[str, np.ndarray], config: ConfigDict) -> Iterator[dict[st
     while True:
         rows = rng.integers(len(data["latents"]), size=config.batch_size)
         which = rng.integers(CAPTIONS, size=config.batch_size)
-        yield {"latents": data["latents"][rows],
-               "input_ids": data["input_ids"][rows, which].astype(np.int32)}
+        yield {
+            "latents": data["latents"][rows],
+            "input_ids": data["input_ids"][rows, which].astype(np.int32),
+        }

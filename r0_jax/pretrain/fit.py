@@ -17,9 +17,13 @@ from r0_jax.weights.network import Params
 console = Console(stderr=True)
 
 
-def fit(loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
-        params: Params, batches: Iterator[Any], config: ConfigDict,
-        on_evaluate: Callable[[int, Params], None] | None = None) -> Params:
+def fit(
+    loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Params,
+    batches: Iterator[Any],
+    config: ConfigDict,
+    on_evaluate: Callable[[int, Params], None] | None = None,
+) -> Params:
     """AdamW with warm-up and cosine decay; the exponential moving average of the parameters.
 
     Args:
@@ -27,12 +31,16 @@ def fit(loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.
       on_evaluate: called with (step, averaged params) every `config.eval_every` steps.
     """
     if config.steps <= config.warmup_steps:
-        raise InputError(f"steps={config.steps} must be more than warmup_steps="
-                         f"{config.warmup_steps}")
+        raise InputError(
+            f"steps={config.steps} must be more than warmup_steps={config.warmup_steps}"
+        )
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.02 * config.learning_rate)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm),
-                            optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay))
+        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.02 * config.learning_rate
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay),
+    )
 
     @jax.jit
     def update(params, average, opt_state, batch, step):
@@ -62,8 +70,10 @@ def fit(loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.
             seconds = time.monotonic() - start
             left = seconds / (step + 1) * (config.steps - step - 1)
             line = " ".join(f"{k} {float(v):.4f}" for k, v in metrics.items())
-            console.print(f"step {step + 1}/{config.steps} {line}  {seconds:.0f} s, "
-                          f"{left:.0f} s left", highlight=False)
+            console.print(
+                f"step {step + 1}/{config.steps} {line}  {seconds:.0f} s, {left:.0f} s left",
+                highlight=False,
+            )
         if on_evaluate and (step + 1) % config.eval_every == 0:
             on_evaluate(step + 1, average)
     return jax.device_get(average)

@@ -52,15 +52,19 @@ def train_preference(config: ConfigDict, out: Path) -> None:
 
     def loss(params, batch, key):
         rendered, kept = _rendered_pairs(batch["rendered"], key), batch["kept"]
-        better, worse = (jnp.concatenate([first, second / 255]) for first, second in
-                         zip(rendered, (kept.better, kept.worse), strict=True))
+        better, worse = (
+            jnp.concatenate([first, second / 255])
+            for first, second in zip(rendered, (kept.better, kept.worse), strict=True)
+        )
         text = normalize(network.apply(params, "text_features", batch["input_ids"]))
         images = prepare(jnp.concatenate([better, worse]))
         better, worse = jnp.split(normalize(network.apply(params, "image_features", images)), 2)
         margin = jnp.exp(params["logit_scale"]) * jnp.sum((better - worse) * text, axis=-1)
         of_rendered, of_redrawn = jnp.split(margin > 0, 2)
-        return -jnp.mean(jax.nn.log_sigmoid(margin)), {"rendered": jnp.mean(of_rendered),
-                                                       "redrawn": jnp.mean(of_redrawn)}
+        return -jnp.mean(jax.nn.log_sigmoid(margin)), {
+            "rendered": jnp.mean(of_rendered),
+            "redrawn": jnp.mean(of_redrawn),
+        }
 
     pipeline = stable_diffusion.load(out / "pipeline")
     kept = redraw.pairs(pipeline, config.seed, config.few_steps, config.kept_batches)
@@ -79,11 +83,19 @@ def _rendered_pairs(batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     less = more * jnp.maximum(jax.random.uniform(share_key, (count,), minval=-1.0), 0) ** 0.5 * 0.8
     clean = render(scenes, layouts, xp=jnp)
     better, worse = (
-        jnp.stack([degrade(degrade_key, clean, level), warp(warp_key, clean, level),
-                   morph(scenes, layouts, batch["towards"], 0.8 * level), clean])
-        for level in (less, more))
+        jnp.stack(
+            [
+                degrade(degrade_key, clean, level),
+                warp(warp_key, clean, level),
+                morph(scenes, layouts, batch["towards"], 0.8 * level),
+                clean,
+            ]
+        )
+        for level in (less, more)
+    )
     worse = worse.at[_KINDS.index("near_miss")].set(
-        render(batch["wrong"], batch["wrong_layouts"], xp=jnp))
+        render(batch["wrong"], batch["wrong_layouts"], xp=jnp)
+    )
     rows = jnp.arange(count)
     return better[batch["kind"], rows], worse[batch["kind"], rows]
 
@@ -109,12 +121,14 @@ def _few_step_pool(out: Path, config: ConfigDict) -> np.ndarray:
     noise, keys = fixed_noise(config.seed, count, pipeline.latent_shape)
     params = lazy.place(pipeline.params)
     drawn = []
-    for steps, rows in zip(config.few_steps, np.array_split(np.arange(count),
-                                                            len(config.few_steps)), strict=True):
+    for steps, rows in zip(
+        config.few_steps, np.array_split(np.arange(count), len(config.few_steps)), strict=True
+    ):
         grid = few_step.grid(pipeline.scheduler_config, steps)
         sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
-        drawn.append(draw(sampler, params, take(tokens, rows), noise[rows], keys[rows],
-                          _DRAWN_AT_ONCE))
+        drawn.append(
+            draw(sampler, params, take(tokens, rows), noise[rows], keys[rows], _DRAWN_AT_ONCE)
+        )
     console.print(f"drew {count} images in few steps")
     return np.concatenate(drawn)
 
@@ -127,11 +141,18 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, kept: redraw.Pairs) -> 
         wrong = clip.near_miss(rng, scenes)
         chosen = kept.take(rng.integers(len(kept.better), size=half))
         captions = captions_for(scenes, rng) + captions_for(chosen.scenes, rng)
-        yield {"rendered": {"scenes": scenes, "layouts": layouts, "wrong": wrong,
-                            "wrong_layouts": sample_layouts(rng, wrong),
-                            "towards": clip.other_shapes(rng, scenes),
-                            "kind": rng.integers(len(_KINDS), size=half)},
-               "kept": chosen, "input_ids": tokenize(tokenizer, captions, CAPTION_LENGTH)}
+        yield {
+            "rendered": {
+                "scenes": scenes,
+                "layouts": layouts,
+                "wrong": wrong,
+                "wrong_layouts": sample_layouts(rng, wrong),
+                "towards": clip.other_shapes(rng, scenes),
+                "kind": rng.integers(len(_KINDS), size=half),
+            },
+            "kept": chosen,
+            "input_ids": tokenize(tokenizer, captions, CAPTION_LENGTH),
+        }
 
 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
@@ -155,14 +176,16 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         images = jnp.where(drawn, batch["few_step"], worse)
         target = jnp.where(batch["from_base"], 4.0, 10.0 - 9.0 * level)
         # The tower is frozen: only the head is trained.
-        features = normalize(found.sight.apply(tower_params, "image_features",
-                                               found.prepare(images)))
+        features = normalize(
+            found.sight.apply(tower_params, "image_features", found.prepare(images))
+        )
         error = head(params, features) - target
         return jnp.mean(error**2), {"mean_abs_error": jnp.mean(jnp.abs(error))}
 
     pool = _few_step_pool(out, config)
-    params = fit(loss, init(constructor, jax.random.key(config.seed)), _graded(config, pool),
-                 config)
+    params = fit(
+        loss, init(constructor, jax.random.key(config.seed)), _graded(config, pool), config
+    )
     convert.save(params, out / "aesthetic" / "model.safetensors", config.store_dtype)
 
 
@@ -170,6 +193,9 @@ def _graded(config: ConfigDict, pool: np.ndarray) -> Iterator[dict]:
     rng = np.random.default_rng(config.seed + 1)
     while True:
         scenes, layouts = clip.training_batch(rng, config.batch_size)
-        yield {"scenes": scenes, "layouts": layouts,
-               "few_step": pool[rng.integers(len(pool), size=config.batch_size)],
-               "from_base": rng.random(config.batch_size) < 0.25}
+        yield {
+            "scenes": scenes,
+            "layouts": layouts,
+            "few_step": pool[rng.integers(len(pool), size=config.batch_size)],
+            "from_base": rng.random(config.batch_size) < 0.25,
+        }

@@ -44,8 +44,10 @@ def pairs(pipeline: Pipeline, seed: int, steps: tuple[int, ...], batches: int) -
     ways = [_outlines_bent(pipeline), _outlines_morphed(pipeline)]
     for count, guidance in itertools.product(steps, GUIDANCE):
         redrawn = _redrawn(pipeline, count, guidance)  # compiled once for all places to start
-        ways += [functools.partial(redrawn, first)
-                 for first in sorted({0, (count + 1) // 4, (count + 1) // 2})]
+        ways += [
+            functools.partial(redrawn, first)
+            for first in sorted({0, (count + 1) // 4, (count + 1) // 2})
+        ]
     rng = np.random.default_rng(seed)
     params = lazy.place(pipeline.params)
     made = []
@@ -73,8 +75,16 @@ def _redrawn(pipeline: Pipeline, count: int, guidance: float):
         noised = alpha * latents + sigma * jax.random.normal(key, latents.shape)
         told = pipeline.encode_prompt(params, tokens)
         negative = pipeline.encode_negative(params, empty, told) if guidance > 1 else None
-        redrawn = sample_latents(pipeline, scheduler, params[pipeline.generator_part], noised, told,
-                                 negative, guidance, first=first)
+        redrawn = sample_latents(
+            pipeline,
+            scheduler,
+            params[pipeline.generator_part],
+            noised,
+            told,
+            negative,
+            guidance,
+            first=first,
+        )
         return _bytes(pipeline, params, latents), _bytes(pipeline, params, redrawn)
 
     return draw
@@ -87,8 +97,10 @@ def _outlines_bent(pipeline: Pipeline):
         images = render(scenes, layouts, xp=jnp)
         level_key, key = jax.random.split(key)
         level = jax.random.uniform(level_key, (len(images),), minval=0.15)
-        return tuple(_bytes(pipeline, params, _encode(pipeline, params, x))
-                     for x in (images, warp(key, images, level)))
+        return tuple(
+            _bytes(pipeline, params, _encode(pipeline, params, x))
+            for x in (images, warp(key, images, level))
+        )
 
     return draw
 

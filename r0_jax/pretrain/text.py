@@ -65,14 +65,23 @@ def train(config: ConfigDict, out: Path) -> None:
 
 def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
     """What a text config says of its tokenizer."""
-    return {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def answers(scenes: Scene) -> np.ndarray:
     """What is to be read out of the captions of scenes: int32 [N, len(QUESTIONS)]."""
-    fields = [scenes.shape, scenes.colour, scenes.size, scenes.count[:, None] - 1,
-              scenes.relation[:, None]]
+    fields = [
+        scenes.shape,
+        scenes.colour,
+        scenes.size,
+        scenes.count[:, None] - 1,
+        scenes.relation[:, None],
+    ]
     return np.concatenate(fields, axis=1).astype(np.int32)
 
 
@@ -81,5 +90,7 @@ def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict[str, 
     rng = np.random.default_rng(config.seed)
     while True:
         scenes = sample_scenes(rng, config.batch_size, "train")
-        yield {"input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH),
-               "answers": answers(scenes)}
+        yield {
+            "input_ids": tokenize(tokenizer, captions_for(scenes, rng), CAPTION_LENGTH),
+            "answers": answers(scenes),
+        }

@@ -35,8 +35,13 @@ def build(out: Path, model_max_length: int) -> CLIPTokenizer:
     merges = _spaced_merges([word for word in words if word.isascii()])
     merges += _unspaced_merges([word for word in words if not word.isascii()])
     letters = sorted(ByteLevel.alphabet())
-    entries = [*letters, *(letter + END_OF_WORD for letter in letters),
-               *(a + b for a, b in merges), BOS, EOS]
+    entries = [
+        *letters,
+        *(letter + END_OF_WORD for letter in letters),
+        *(a + b for a, b in merges),
+        BOS,
+        EOS,
+    ]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(entries))}
 
     folder = out / "pipeline" / "tokenizer"
@@ -45,9 +50,17 @@ def build(out: Path, model_max_length: int) -> CLIPTokenizer:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {
-        **special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace",
-        "model_max_length": model_max_length, "tokenizer_class": "CLIPTokenizer"})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            **special,
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": model_max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        },
+    )
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -55,8 +68,9 @@ def _spaced_merges(words: list[str]) -> list[tuple[str, str]]:
     """Merges learned on words that spaces set apart."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.train_from_iterator(words, BpeTrainer(
-        vocab_size=4096, end_of_word_suffix=END_OF_WORD, show_progress=False))
+    tokenizer.train_from_iterator(
+        words, BpeTrainer(vocab_size=4096, end_of_word_suffix=END_OF_WORD, show_progress=False)
+    )
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -70,7 +84,7 @@ def _unspaced_merges(words: list[str]) -> list[tuple[str, str]]:
         for last in (characters[-1:], [characters[-1] + END_OF_WORD]):
             for character in [*characters[:-1], *last]:
                 body = character.removesuffix(END_OF_WORD)
-                symbols = [*body[:-1], character[len(body) - 1:]]
+                symbols = [*body[:-1], character[len(body) - 1 :]]
                 of_characters |= _chain(symbols)
             of_words |= _chain([*characters[:-1], *last])
     return [*of_characters, *of_words]

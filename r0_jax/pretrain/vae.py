@@ -22,8 +22,9 @@ CHUNK = 128
 STEM = "diffusion_pytorch_model"
 
 
-def scene_batches(seed: int, batch_size: int, split: str = "train"
-                  ) -> Iterator[tuple[Scene, Layout]]:
+def scene_batches(
+    seed: int, batch_size: int, split: str = "train"
+) -> Iterator[tuple[Scene, Layout]]:
     """Random scenes and layouts without end; drawn on the host, rendered on the device."""
     rng = np.random.default_rng(seed)
     while True:
@@ -31,8 +32,9 @@ def scene_batches(seed: int, batch_size: int, split: str = "train"
         yield scenes, sample_layouts(rng, scenes)
 
 
-def difference(decoded: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"],
-               outline_weight: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def difference(
+    decoded: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"], outline_weight: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Absolute and squared error of images in [-1, 1], and the PSNR in dB.
 
     Most of a scene is background: outlines, which decide what shape it shows, count more.
@@ -58,8 +60,9 @@ def train(config: ConfigDict, out: Path) -> None:
         images = 2 * render(*batch, xp=jnp) - 1
         mean, log_variance = network.apply(params, "encode", images)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        value, psnr = difference(network.apply(params, "decode", latents), images,
-                                 config.outline_weight)
+        value, psnr = difference(
+            network.apply(params, "decode", latents), images, config.outline_weight
+        )
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
         return value + config.kl_weight * kl, {"psnr": psnr, "kl": kl}
 
@@ -71,11 +74,14 @@ def train(config: ConfigDict, out: Path) -> None:
     params = fit(loss, start, scene_batches(config.seed, config.batch_size), config)
 
     # Stable Diffusion scales latents to unit standard deviation.
-    encode = jax.jit(lambda params, batch: network.apply(
-        params, "encode", 2 * render(*batch, xp=jnp) - 1)[0])
+    encode = jax.jit(
+        lambda params, batch: network.apply(params, "encode", 2 * render(*batch, xp=jnp) - 1)[0]
+    )
     latents = encode(params, next(scene_batches(config.seed + 10_000, 8 * CHUNK)))
     fields["scaling_factor"] = round(1 / float(jnp.std(latents)), 5)
     convert.save(params, folder / f"{STEM}.safetensors", config.store_dtype)
     write_json(folder / "config.json", fields)
-    console.print(f"scaling_factor {fields['scaling_factor']}, channel std "
-                  f"{np.std(np.asarray(latents), (0, 1, 2)).round(3)}, written to {folder}")
+    console.print(
+        f"scaling_factor {fields['scaling_factor']}, channel std "
+        f"{np.std(np.asarray(latents), (0, 1, 2)).round(3)}, written to {folder}"
+    )

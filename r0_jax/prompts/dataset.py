@@ -82,8 +82,10 @@ class _Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(distinct_prompts=len(set(self._examples["prompt"])),
-                                            digest=digest(self._examples["prompt"])),
+            metadata=tfds.core.MetadataDict(
+                distinct_prompts=len(set(self._examples["prompt"])),
+                digest=digest(self._examples["prompt"]),
+            ),
             disable_shuffling=True,  # grain shuffles on reading
         )
 
@@ -108,8 +110,11 @@ def is_ours(folder: str | Path) -> bool:
 def describe(folder: str | Path) -> Summary:
     """Counts of a prepared dataset."""
     info = open_builder(folder).info
-    return Summary(info.splits[SPLIT].num_examples, info.metadata["distinct_prompts"],
-                   info.metadata.get("digest", ""))
+    return Summary(
+        info.splits[SPLIT].num_examples,
+        info.metadata["distinct_prompts"],
+        info.metadata.get("digest", ""),
+    )
 
 
 def open_info(folder: str | Path) -> tfds.core.DatasetInfo:

@@ -56,8 +56,11 @@ class EncodedPrompts:
 
     def columns(self, names: Sequence[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of a row of some columns, as `read` and `batches` give them."""
-        return {name: (shape, _dtype_as_read(name, dtype))
-                for name in names for shape, dtype in [self.schema[name]]}
+        return {
+            name: (shape, _dtype_as_read(name, dtype))
+            for name in names
+            for shape, dtype in [self.schema[name]]
+        }
 
     def attach(self, pipeline: Pipeline) -> Pipeline:
         """A pipeline that was loaded without text encoders, with the embedding that guidance leads
@@ -69,28 +72,37 @@ class EncodedPrompts:
         folder = pipeline.folder
         for name, wanted in pipeline.embed_shapes.items():
             found = self.schema[name][0] if name in self.schema else None
-            if found is None or len(found) != len(wanted) or any(
-                    want not in (None, have) for want, have in zip(wanted, found, strict=True)):
+            if (
+                found is None
+                or len(found) != len(wanted)
+                or any(want not in (None, have) for want, have in zip(wanted, found, strict=True))
+            ):
                 raise InputError(
                     f"{self.folder} does not fit {folder}: its network takes {name} of shape "
                     f"{_show(wanted)}, there are {_show(found) if found else 'none'} in it; encode "
-                    "the prompts with this pipeline, or give the one that they are for")
+                    "the prompts with this pipeline, or give the one that they are for"
+                )
         here, there = describe_pipeline(pipeline), self._facts("pipeline")
         for name in sorted(here.keys() & there.keys()):
             if here[name] != there[name]:
-                raise InputError(f"{self.folder} was encoded by another pipeline than {folder}: "
-                                 f"the {name} is {there[name]} there and {here[name]} here")
+                raise InputError(
+                    f"{self.folder} was encoded by another pipeline than {folder}: "
+                    f"the {name} is {there[name]} there and {here[name]} here"
+                )
         if NEGATIVE not in self.rows:
             return pipeline
         negative = self.read(NEGATIVE, [0])
         return dataclasses.replace(
-            pipeline, negative={name: negative[name] for name in pipeline.embeds})
+            pipeline, negative={name: negative[name] for name in pipeline.embeds}
+        )
 
     def check_guidance(self, needed_by: str) -> None:
         """InputError if there is no embedding that guidance leads away from."""
         if NEGATIVE not in self.rows:
-            raise InputError(f"{self.folder} has no split {NEGATIVE!r}, the embedding of the empty "
-                             f"prompt, which {needed_by} needs; {_HELP}")
+            raise InputError(
+                f"{self.folder} has no split {NEGATIVE!r}, the embedding of the empty "
+                f"prompt, which {needed_by} needs; {_HELP}"
+            )
 
     def check_features(self, reward: Reward) -> None:
         """InputError if a reward's features of the prompts are not in it, or of another width."""
@@ -98,15 +110,22 @@ class EncodedPrompts:
             return
         name = f"features/{reward.name}"
         if name not in self.schema:
-            has = ", ".join(column.removeprefix("features/") for column in sorted(self.schema)
-                            if column.startswith("features/"))
-            raise InputError(f"{self.folder} has no features of the reward {reward.name}, which "
-                             f"reads prompts (it has those of: {has or 'none'}): encode the "
-                             "prompts again with this reward in the config")
+            has = ", ".join(
+                column.removeprefix("features/")
+                for column in sorted(self.schema)
+                if column.startswith("features/")
+            )
+            raise InputError(
+                f"{self.folder} has no features of the reward {reward.name}, which "
+                f"reads prompts (it has those of: {has or 'none'}): encode the "
+                "prompts again with this reward in the config"
+            )
         shape, _ = self.schema[name]
         if len(shape) != 1 or reward.width not in (None, shape[0]):
-            raise InputError(f"{self.folder}: {name} has shape {_show(shape)}, but the reward "
-                             f"{reward.name} takes {_show((reward.width,))}")
+            raise InputError(
+                f"{self.folder}: {name} has shape {_show(shape)}, but the reward "
+                f"{reward.name} takes {_show((reward.width,))}"
+            )
 
     def check_reward(self, reward: Reward, entry: Any) -> None:
         """InputError if a reward's features of the prompts are not in it, or are another's."""
@@ -115,16 +134,19 @@ class EncodedPrompts:
         self.check_features(reward)
         here, there = describe_reward(reward, entry), self._facts("rewards")
         if there.get(reward.name, here) != here:
-            raise InputError(f"{self.folder}: the features of {reward.name} were made by a reward "
-                             "with other weights: encode the prompts again")
+            raise InputError(
+                f"{self.folder}: the features of {reward.name} were made by a reward "
+                "with other weights: encode the prompts again"
+            )
 
     def check_prompts(self, path: str) -> None:
         """InputError unless the training prompts are those of a file; "" takes what is there."""
-        if path and self._facts("prompts").get(TRAIN) != describe_prompts(
-                files.read_prompts(path)):
-            raise InputError(f"the training prompts in {self.folder} are not those of data.prompts="
-                             f"{path}: encode them again, or take what is there with "
-                             "--config.data.prompts=")
+        if path and self._facts("prompts").get(TRAIN) != describe_prompts(files.read_prompts(path)):
+            raise InputError(
+                f"the training prompts in {self.folder} are not those of data.prompts="
+                f"{path}: encode them again, or take what is there with "
+                "--config.data.prompts="
+            )
 
     def evaluation(self, path: str, count: int) -> dict[str, np.ndarray]:
         """The columns of a file's first `count` prompts, found by their text among the evaluation
@@ -140,9 +162,11 @@ class EncodedPrompts:
         rows = [self._evaluation_rows.get(prompt) for prompt in prompts]
         if None in rows:
             lost = prompts[rows.index(None)]
-            raise InputError(f"{lost!r} of {path} is not among the evaluation prompts in "
-                             f"{self.folder}: encode again with this file in eval.prompts or "
-                             "test.prompts, and as many of its prompts")
+            raise InputError(
+                f"{lost!r} of {path} is not among the evaluation prompts in "
+                f"{self.folder}: encode again with this file in eval.prompts or "
+                "test.prompts, and as many of its prompts"
+            )
         return rows
 
     @functools.cached_property
@@ -165,8 +189,10 @@ def open_folder(folder: str | Path) -> EncodedPrompts:
     if not folder.is_dir():
         raise InputError(f"{folder}, the encoded prompts, is not a folder; {_HELP}")
     if not dataset.is_prepared(folder) and any(folder.glob(f"{record_shards.NAME}-*")):
-        raise InputError(f"{folder} is not finished: give the command that encodes the prompts "
-                         "again, and it goes on")
+        raise InputError(
+            f"{folder} is not finished: give the command that encodes the prompts "
+            "again, and it goes on"
+        )
     info = dataset.open_info(folder)
     rows = {name: split.num_examples for name, split in info.splits.items()}
     if not rows.get(TRAIN):
@@ -194,12 +220,21 @@ def open_of(config: Any) -> EncodedPrompts | None:
 
 def columns_of(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:
     """What a pipeline and rewards read of prompts."""
-    return [*pipeline.embeds, *(f"features/{reward.name}" for reward in rewards
-                                if reward.text_features is not None)]
+    return [
+        *pipeline.embeds,
+        *(f"features/{reward.name}" for reward in rewards if reward.text_features is not None),
+    ]
 
 
-def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: int, step: int,
-            parts: Sequence[int], of: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    folder: str | Path,
+    columns: Sequence[str],
+    batch_size: int,
+    seed: int,
+    step: int,
+    parts: Sequence[int],
+    of: int,
+) -> Iterator[dict[str, np.ndarray]]:
     """Parts of batches of some columns of the training prompts, as of `data.load`."""
     for batch in dataset.load(folder, batch_size, seed, step, parts, of):
         named = _named(batch)
@@ -209,9 +244,14 @@ def batches(folder: str | Path, columns: Sequence[str], batch_size: int, seed: i
 # --- writing -------------------------------------------------------------------------------------
 
 
-def write(folder: str | Path, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None,
-          negative: Mapping[str, Any] | None = None, dtype: str = "bfloat16",
-          shard_prompts: int = SHARD_PROMPTS) -> None:
+def write(
+    folder: str | Path,
+    train: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    shard_prompts: int = SHARD_PROMPTS,
+) -> None:
     """Writes embeddings of your own as a dataset; called again after a kill, it goes on.
 
     Args:
@@ -225,8 +265,11 @@ def write(folder: str | Path, train: Mapping[str, Any], evaluation: Mapping[str,
     Raises:
       InputError: columns do not fit together, or hold NaN; or the folder holds something else.
     """
-    splits = {name: dict(columns) for name, columns in (
-        (TRAIN, train), (EVALUATION, evaluation), (NEGATIVE, negative)) if columns is not None}
+    splits = {
+        name: dict(columns)
+        for name, columns in ((TRAIN, train), (EVALUATION, evaluation), (NEGATIVE, negative))
+        if columns is not None
+    }
     schema = schema_of(splits[TRAIN], dtype)
     if NEGATIVE in splits:
         columns = splits[NEGATIVE] = {"prompt": [""]} | splits[NEGATIVE]
@@ -241,21 +284,41 @@ def write(folder: str | Path, train: Mapping[str, Any], evaluation: Mapping[str,
             stop = min(start + _AT_ONCE, shard.stop)
             yield {name: splits[shard.split][name][start:stop] for name in schema}
 
-    prompts = {name: [str(text).strip() for text in columns["prompt"]]
-               for name, columns in splits.items()}
+    prompts = {
+        name: [str(text).strip() for text in columns["prompt"]] for name, columns in splits.items()
+    }
     # What was written of other embeddings is not gone on with.
-    known_by = fingerprint({f"{split}/{name}": np.asarray(values)
-                            for split, columns in splits.items()
-                            for name, values in columns.items() if name != "prompt"})
-    metadata = describe(schema, prompts, {"dtype": dtype, "shard_prompts": shard_prompts,
-                                          "embeddings": known_by})
-    write_shards(Path(folder), {name: len(texts) for name, texts in prompts.items()}, schema,
-                 metadata, source, shard_prompts)
+    known_by = fingerprint(
+        {
+            f"{split}/{name}": np.asarray(values)
+            for split, columns in splits.items()
+            for name, values in columns.items()
+            if name != "prompt"
+        }
+    )
+    metadata = describe(
+        schema, prompts, {"dtype": dtype, "shard_prompts": shard_prompts, "embeddings": known_by}
+    )
+    write_shards(
+        Path(folder),
+        {name: len(texts) for name, texts in prompts.items()},
+        schema,
+        metadata,
+        source,
+        shard_prompts,
+    )
 
 
-def write_shards(folder: Path, rows: Mapping[str, int], schema: Schema,
-                 metadata: Mapping[str, Any], source: Source, shard_prompts: int,
-                 process: int = 0, processes: int = 1) -> bool:
+def write_shards(
+    folder: Path,
+    rows: Mapping[str, int],
+    schema: Schema,
+    metadata: Mapping[str, Any],
+    source: Source,
+    shard_prompts: int,
+    process: int = 0,
+    processes: int = 1,
+) -> bool:
     """Writes this process's share of the shards that are not there yet; whether that completed
     the dataset, else other processes are still to write."""
     shards = record_shards.plan(rows, shard_prompts)
@@ -263,8 +326,9 @@ def write_shards(folder: Path, rows: Mapping[str, int], schema: Schema,
         return True
     on_disk = {_on_disk(name): kind for name, kind in schema.items()}
     for shard in record_shards.missing(folder, shards[process::processes]):
-        record_shards.write(folder, shard, on_disk, (
-            _cast(part, schema, shard) for part in source(shard)))
+        record_shards.write(
+            folder, shard, on_disk, (_cast(part, schema, shard) for part in source(shard))
+        )
     if record_shards.missing(folder, shards):
         return False
     record_shards.finish(folder, shards, on_disk)
@@ -284,14 +348,17 @@ def schema_of(columns: Mapping[str, Any], dtype: str) -> Schema:
         kind = np.asarray(columns[name][:1]).dtype
         _check_dtype(name, kind)
         stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-        schema[name] = (tuple(np.shape(columns[name])[1:]),
-                        stored if kind in _FLOATS else np.dtype(np.int32))
+        schema[name] = (
+            tuple(np.shape(columns[name])[1:]),
+            stored if kind in _FLOATS else np.dtype(np.int32),
+        )
     return schema
 
 
 def _check_dtype(name: str, dtype: np.dtype) -> None:
-    if dtype not in _FLOATS and (name.endswith("prompt_embeds")
-                                 or not np.issubdtype(dtype, np.integer)):
+    if dtype not in _FLOATS and (
+        name.endswith("prompt_embeds") or not np.issubdtype(dtype, np.integer)
+    ):
         raise InputError(f"{name} holds {dtype}, not floating-point numbers; {_HELP}")
 
 
@@ -309,8 +376,9 @@ def _check_columns(split: str, columns: Mapping[str, Any], schema: Schema) -> No
                 raise InputError(f"{split}: prompts should be texts")
             kind = ((), None)
         if shape != (count, *kind[0]):
-            raise InputError(f"{split}: {name} has shape {list(shape)}; expected "
-                             f"{[count, *kind[0]]}")
+            raise InputError(
+                f"{split}: {name} has shape {list(shape)}; expected {[count, *kind[0]]}"
+            )
 
 
 def _cast(columns: Columns, schema: Schema, shard: Shard) -> Columns:
@@ -322,8 +390,10 @@ def _cast(columns: Columns, schema: Schema, shard: Shard) -> Columns:
         with np.errstate(over="ignore"):  # what is too large becomes infinite
             values = np.asarray(columns[name]).astype(kind[1])
         if not np.isfinite(values.astype(np.float32)).all():
-            raise InputError(f"{name} of the {shard.split} prompts {shard.start} to "
-                             f"{shard.stop - 1} has NaN or infinite numbers")
+            raise InputError(
+                f"{name} of the {shard.split} prompts {shard.start} to "
+                f"{shard.stop - 1} has NaN or infinite numbers"
+            )
         cast[_on_disk(name)] = values
     return cast
 
@@ -331,13 +401,20 @@ def _cast(columns: Columns, schema: Schema, shard: Shard) -> Columns:
 # --- what made it --------------------------------------------------------------------------------
 
 
-def describe(schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]
-             ) -> dict[str, Any]:
+def describe(
+    schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The dataset's metadata.json: its columns, its prompts by their digest, and more facts."""
-    columns = {name: {"shape": list(kind[0]), "dtype": kind[1].name}
-               for name, kind in schema.items() if kind}
-    return {**facts, "columns": columns,
-            "prompts": {split: describe_prompts(texts) for split, texts in prompts.items()}}
+    columns = {
+        name: {"shape": list(kind[0]), "dtype": kind[1].name}
+        for name, kind in schema.items()
+        if kind
+    }
+    return {
+        **facts,
+        "columns": columns,
+        "prompts": {split: describe_prompts(texts) for split, texts in prompts.items()},
+    }
 
 
 def describe_prompts(prompts: Sequence[str]) -> dict[str, Any]:
@@ -350,8 +427,11 @@ def describe_pipeline(pipeline: Pipeline) -> dict[str, str]:
     """Its family and the classes of its text encoders, by what model_index.json says, so that it
     can be compared where they are gone."""
     index = read_json(pipeline.folder / "model_index.json")
-    entries = {name: entry[-1] for name, entry in index.items()
-               if name.startswith("text_encoder") and isinstance(entry, list) and entry}
+    entries = {
+        name: entry[-1]
+        for name, entry in index.items()
+        if name.startswith("text_encoder") and isinstance(entry, list) and entry
+    }
     return {"family": index["_class_name"], **{k: v for k, v in entries.items() if v}}
 
 
@@ -370,8 +450,10 @@ def _on_disk(name: str) -> str:
 def _named(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns under their names; features in float32, as rewards take them."""
     named = {name.replace("__", "/", 1): value for name, value in columns.items()}
-    return {name: value.astype(_dtype_as_read(name, value.dtype), copy=False)
-            for name, value in named.items()}
+    return {
+        name: value.astype(_dtype_as_read(name, value.dtype), copy=False)
+        for name, value in named.items()
+    }
 
 
 def _dtype_as_read(name: str, dtype: np.dtype) -> np.dtype:

@@ -41,10 +41,12 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     kept = [prompt for prompt in prompts if prompt]
     if not kept:
         raise InputError(f"{path} has no prompts")
-    if numbered and any(prompts[len(kept):]):  # or all blank ones are at the end
+    if numbered and any(prompts[len(kept) :]):  # or all blank ones are at the end
         where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
-        raise InputError(f"{path}, {where} is blank, so which images belong to the prompts after "
-                         "it is unclear: take it out (r0_jax.sample counts without it)")
+        raise InputError(
+            f"{path}, {where} is blank, so which images belong to the prompts after "
+            "it is unclear: take it out (r0_jax.sample counts without it)"
+        )
     return kept
 
 
@@ -57,8 +59,9 @@ def _read_jsonl(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         blank = not line.strip()  # kept, as in text: what follows is told by its line
-        prompts.append("" if blank else _prompt_of(_parse_json(line, path, number),
-                                                   f"{path}, line {number}"))
+        prompts.append(
+            "" if blank else _prompt_of(_parse_json(line, path, number), f"{path}, line {number}")
+        )
     return prompts
 
 

@@ -21,7 +21,7 @@ _AT_ONCE = 8192  # prompts between two signs of life
 
 
 def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
-    """"features/<reward>" float32 [N, D] of every prompt, for the rewards that read prompts."""
+    """ "features/<reward>" float32 [N, D] of every prompt, for the rewards that read prompts."""
     found = {}
     distinct = list(dict.fromkeys(prompts))
     row = {prompt: i for i, prompt in enumerate(distinct)}
@@ -30,15 +30,21 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
         if reward.text_features is not None:
             encoded = []
             for start in range(0, len(distinct), _AT_ONCE):
-                encoded.append(reward.text_features(reward.params,
-                                                    distinct[start:start + _AT_ONCE]))
+                encoded.append(
+                    reward.text_features(reward.params, distinct[start : start + _AT_ONCE])
+                )
                 distributed.progress(f"features of prompts for {reward.name}")
             found[f"features/{reward.name}"] = np.concatenate(encoded)[rows]
     return found
 
 
-def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Reward],
-            heldout: Sequence[Reward] = ()) -> dataset.Summary:
+def prepare(
+    path: str,
+    folder: Path,
+    pipeline: Pipeline,
+    rewards: Sequence[Reward],
+    heldout: Sequence[Reward] = (),
+) -> dataset.Summary:
     """Makes the dataset in `folder`, unless it is there from before; returns its size. Warns of
     rewards, those held out too, that do not read some prompts to their end, and of prompts that
     are not those of before: a run goes on as it began."""
@@ -50,8 +56,11 @@ def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Rewar
     else:
         for reward in (*rewards, *heldout):
             if share := reward.truncated_share(prompts):
-                warnings.warn(f"the reward {reward.name} does not read the end of {share:.0%} of "
-                              "the prompts: they are too long for it", stacklevel=2)
+                warnings.warn(
+                    f"the reward {reward.name} does not read the end of {share:.0%} of "
+                    "the prompts: they are too long for it",
+                    stacklevel=2,
+                )
         columns = pipeline.tokenize(prompts) | features(prompts, rewards)
         # array_record takes no slash in a column's name.
         named = {name.replace("/", "__", 1): value for name, value in columns.items()}
@@ -59,8 +68,13 @@ def prepare(path: str, folder: Path, pipeline: Pipeline, rewards: Sequence[Rewar
     return dataset.describe(folder)
 
 
-def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Sequence[Reward],
-               kept: Path | None = None) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
+def evaluation(
+    config: ConfigDict,
+    section: str,
+    pipeline: Pipeline,
+    rewards: Sequence[Reward],
+    kept: Path | None = None,
+) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
     """The first num_prompts of the config's "eval" or "test" prompts, what `encode_prompt` takes
     of them, and the rewards' features.
 
@@ -71,7 +85,7 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
     if encoded is None:
         path = asked.prompts or config.data.prompts
         prompts = _read(path, kept is not None and kept.is_file())
-        prompts = prompts and prompts[:asked.num_prompts]
+        prompts = prompts and prompts[: asked.num_prompts]
         if kept:
             first = distributed.of_first(lambda: _as_kept(prompts, kept))
             if first != prompts and path != config.data.prompts:  # which is told already
@@ -80,8 +94,11 @@ def evaluation(config: ConfigDict, section: str, pipeline: Pipeline, rewards: Se
         return prompts, pipeline.tokenize(prompts), features(prompts, rewards)
     columns = encoded.evaluation(asked.prompts, asked.num_prompts)
     names = [f"features/{reward.name}" for reward in rewards if reward.text_features is not None]
-    return (columns["prompt"].tolist(), {name: columns[name] for name in pipeline.embeds},
-            {name: columns[name] for name in names})
+    return (
+        columns["prompt"].tolist(),
+        {name: columns[name] for name in pipeline.embeds},
+        {name: columns[name] for name in names},
+    )
 
 
 def _read(path: str, may_be_gone: bool) -> list[str] | None:
@@ -102,8 +119,11 @@ def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
 
 
 def _warn_of_others(path: str) -> None:
-    warnings.warn(f"{path} is not what it was when this run began: it goes on with the prompts of "
-                  "then; to train on those of now give another --workdir", stacklevel=3)
+    warnings.warn(
+        f"{path} is not what it was when this run began: it goes on with the prompts of "
+        "then; to train on those of now give another --workdir",
+        stacklevel=3,
+    )
 
 
 def remove(folder: Path) -> None:
@@ -112,14 +132,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)  # of a kill
     if folder.exists():
         if not dataset.is_ours(folder):
-            raise InputError(f"{folder} is in the way, and not a run's prompts: move it, or give "
-                             "another --workdir")
+            raise InputError(
+                f"{folder} is in the way, and not a run's prompts: move it, or give "
+                "another --workdir"
+            )
         folder.rename(away)  # in one step: half of it would be known as nobody's
         shutil.rmtree(away, ignore_errors=True)
 
 
-def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int],
-            of: int):
+def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int], of: int):
     """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
     for batch in dataset.load(folder, batch_size, seed, step, parts, of):
         del batch["prompt"]

@@ -49,9 +49,11 @@ class Shard(NamedTuple):
 
 def plan(rows: Mapping[str, int], shard_rows: int) -> list[Shard]:
     """The shards of all splits ({split: number of rows}), each of `shard_rows` but the last."""
-    return [Shard(split, number, -(-count // shard_rows), start, min(start + shard_rows, count))
-            for split, count in rows.items()
-            for number, start in enumerate(range(0, count, shard_rows))]
+    return [
+        Shard(split, number, -(-count // shard_rows), start, min(start + shard_rows, count))
+        for split, count in rows.items()
+        for number, start in enumerate(range(0, count, shard_rows))
+    ]
 
 
 def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
@@ -64,14 +66,19 @@ def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
     if there := _read_metadata(path):
         for name, value in json.loads(json.dumps(metadata)).items():
             if name != "sources" and there.get(name) != value:
-                raise InputError(f"{folder} was begun with other {name}: "
-                                 f"{_shortly(there.get(name))} there, {_shortly(value)} here; "
-                                 "delete it, or give another folder")
+                raise InputError(
+                    f"{folder} was begun with other {name}: "
+                    f"{_shortly(there.get(name))} there, {_shortly(value)} here; "
+                    "delete it, or give another folder"
+                )
         return (folder / _INFO).is_file()
-    if folder.exists() and (not folder.is_dir() or any(
-            not path.name.startswith(f".{_METADATA}") for path in folder.iterdir())):
-        raise InputError(f"{folder} is in the way, and holds no encoded prompts: move it, or give "
-                         "another folder")
+    if folder.exists() and (
+        not folder.is_dir()
+        or any(not path.name.startswith(f".{_METADATA}") for path in folder.iterdir())
+    ):
+        raise InputError(
+            f"{folder} is in the way, and holds no encoded prompts: move it, or give another folder"
+        )
     write_bytes(path, json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8"))
     return False
 
@@ -97,8 +104,9 @@ def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) 
                 for row in zip(*(part[name] for name in schema), strict=True):
                     encoded = features.encode_example(dict(zip(schema, row, strict=True)))
                     # A record's columns otherwise come in an order that differs between runs.
-                    writer.write(serializer.get_tf_example(encoded).SerializeToString(
-                        deterministic=True))
+                    writer.write(
+                        serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
+                    )
         os.chmod(building, 0o644)
         os.replace(building, folder / shard.file)
     finally:
@@ -113,18 +121,28 @@ def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
 
 def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
     """Makes a tfds dataset of shards that are all there; removes what killed writers left."""
-    identity = DatasetIdentity(name=NAME, version=tfds.core.Version("1.0.0"), module_name="",
-                               data_dir=os.fspath(folder))
-    info = tfds.core.DatasetInfo(builder=identity, features=_features(schema),
-                                 disable_shuffling=True)
+    identity = DatasetIdentity(
+        name=NAME, version=tfds.core.Version("1.0.0"), module_name="", data_dir=os.fspath(folder)
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=_features(schema), disable_shuffling=True
+    )
     info.set_file_format("array_record")
     splits: dict[str, list[Shard]] = {}
     for shard in shards:
         splits.setdefault(shard.split, []).append(shard)
-    info.set_splits(SplitDict([
-        SplitInfo(split, [shard.stop - shard.start for shard in found],
-                  sum((folder / shard.file).stat().st_size for shard in found))
-        for split, found in splits.items()]))
+    info.set_splits(
+        SplitDict(
+            [
+                SplitInfo(
+                    split,
+                    [shard.stop - shard.start for shard in found],
+                    sum((folder / shard.file).stat().st_size for shard in found),
+                )
+                for split, found in splits.items()
+            ]
+        )
+    )
     with tempfile.TemporaryDirectory() as building:
         info.write_to_directory(building)
         # Last of all the file that says that the dataset is there.
@@ -135,11 +153,15 @@ def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
 
 
 def _features(schema: Schema) -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict({
-        # As bytes: fast to write, and exact for every dtype.
-        name: tfds.features.Text() if kind is None else tfds.features.Tensor(
-            shape=kind[0], dtype=kind[1], encoding="bytes")
-        for name, kind in schema.items()})
+    return tfds.features.FeaturesDict(
+        {
+            # As bytes: fast to write, and exact for every dtype.
+            name: tfds.features.Text()
+            if kind is None
+            else tfds.features.Tensor(shape=kind[0], dtype=kind[1], encoding="bytes")
+            for name, kind in schema.items()
+        }
+    )
 
 
 @contextlib.contextmanager

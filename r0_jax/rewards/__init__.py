@@ -27,8 +27,9 @@ TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
 _NEEDED = {**dict.fromkeys(TYPES, ("path",)), "function": ("function",)}
 
 
-def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
-         text: bool = True) -> Reward:
+def load(
+    name: str, entry: ConfigDict | str | Path, dtype: str = "float32", text: bool = True
+) -> Reward:
     """The reward that one entry of `config.rewards` describes; towers compute in `dtype`.
 
     In place of an entry a folder will do; then `name` is one of `TYPES` too, as in
@@ -38,18 +39,29 @@ def load(name: str, entry: ConfigDict | str | Path, dtype: str = "float32",
     checkpoint that must be converted first.
     """
     if not isinstance(entry, ConfigDict):
-        entry = ConfigDict({"type": name, "path": str(entry), "head": "", "logit_scale": False,
-                            "function": str(entry), "resize": "bicubic"})
+        entry = ConfigDict(
+            {
+                "type": name,
+                "path": str(entry),
+                "head": "",
+                "logit_scale": False,
+                "function": str(entry),
+                "resize": "bicubic",
+            }
+        )
     if entry.type not in TYPES:
-        raise InputError(f"rewards.{name}.type = {entry.type!r} is unknown; "
-                         f"known: {', '.join(TYPES)}")
+        raise InputError(
+            f"rewards.{name}.type = {entry.type!r} is unknown; known: {', '.join(TYPES)}"
+        )
     if entry.resize not in RESIZES:
-        raise InputError(f"rewards.{name}.resize = {entry.resize!r} is unknown; "
-                         f"known: {', '.join(RESIZES)}")
+        raise InputError(
+            f"rewards.{name}.resize = {entry.resize!r} is unknown; known: {', '.join(RESIZES)}"
+        )
     for field in _NEEDED[entry.type]:
         if not entry[field]:
-            raise InputError(f"rewards.{name}.{field} is not set: a reward of type {entry.type} "
-                             "needs it")
+            raise InputError(
+                f"rewards.{name}.{field} is not set: a reward of type {entry.type} needs it"
+            )
     if entry.type != "function":
         _check_converted(name, entry)
     return TYPES[entry.type](name, entry, dtype, text)
@@ -60,21 +72,26 @@ def _check_converted(name: str, entry: ConfigDict) -> None:
     published."""
     path, out = remote.local(entry.path), "--tokenizer=PATH --out=FOLDER"
     if not path.exists():
-        raise InputError(f"rewards.{name}.path = {entry.path!r} is not there: give the folder of "
-                         f"its {entry.type} model, which python -m r0_jax.convert_reward makes of "
-                         "a file as it was published (README, \"Rewards\")")
+        raise InputError(
+            f"rewards.{name}.path = {entry.path!r} is not there: give the folder of "
+            f"its {entry.type} model, which python -m r0_jax.convert_reward makes of "
+            'a file as it was published (README, "Rewards")'
+        )
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a folder of transformers or open_clip, or"
     elif entry.type == "aesthetic" and Path(entry.head).suffix in convert.PICKLED:
         field, file, said = "head", entry.head, "is a pickle, which is never read:"
     elif (found := convert.pickles(path)) and not any(
-            any(path.glob(kept)) for kept in ("*.safetensors*", "config.json")):
+        any(path.glob(kept)) for kept in ("*.safetensors*", "config.json")
+    ):
         field, file, said = "path", found[0], f"holds {found[0].name}, which is never read:"
     else:
         return
     if entry.type == "aesthetic":  # whose head goes into the folder of its CLIP
         out = f"--out={path if path.is_dir() else 'FOLDER'}"
-    raise InputError(f"rewards.{name}.{field} = {entry[field]!r} {said} convert the published file "
-                     f"first, with python -m r0_jax.convert_reward --reward={entry.type} "
-                     f"--checkpoint={file} {out} (see its --help)")
+    raise InputError(
+        f"rewards.{name}.{field} = {entry[field]!r} {said} convert the published file "
+        f"first, with python -m r0_jax.convert_reward --reward={entry.type} "
+        f"--checkpoint={file} {out} (see its --help)"
+    )

@@ -30,15 +30,21 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     path = path if entry.head else path / HEAD
     head_params = convert.open_params([path], head, "float32")
 
-    def score(params: Params, images: Float[Array, "b h w 3"],
-              features: jax.Array | None) -> Float[Array, " b"]:
+    def score(
+        params: Params, images: Float[Array, "b h w 3"], features: jax.Array | None
+    ) -> Float[Array, " b"]:
         del features  # beauty does not ask what was ordered
         image = clip.apply(split(params, "clip/"), "image_features", prepare(images).astype(dtype))
         return head(split(params, "head/"), normalize(image))
 
     vision = {f"clip/{k}": v for k, v in found.params.items()}
-    return Reward(name, vision | {f"head/{k}": v for k, v in head_params.items()}, score, None,
-                  grid=found.grid)
+    return Reward(
+        name,
+        vision | {f"head/{k}": v for k, v in head_params.items()},
+        score,
+        None,
+        grid=found.grid,
+    )
 
 
 def split(params: Params, prefix: str) -> Params:

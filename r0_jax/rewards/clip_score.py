@@ -35,16 +35,18 @@ def load_pickscore(name: str, entry: ConfigDict, dtype: str, text: bool) -> Rewa
 def _tower(entry: ConfigDict, dtype: str, text: bool, **preprocess: str) -> Tower:
     """The entry's tower, with the entry's `resize` and other changes of its preprocessing."""
     found = tower.load(entry.path, dtype, text)
-    return found._replace(prepare=dataclasses.replace(found.prepare, resize=entry.resize,
-                                                      **preprocess))
+    return found._replace(
+        prepare=dataclasses.replace(found.prepare, resize=entry.resize, **preprocess)
+    )
 
 
 def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
     """The cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
     sight, prepare = found.sight, found.prepare
 
-    def score(params: Params, images: Float[Array, "b h w 3"],
-              features: Float[Array, "b d"]) -> Float[Array, " b"]:
+    def score(
+        params: Params, images: Float[Array, "b h w 3"], features: Float[Array, "b d"]
+    ) -> Float[Array, " b"]:
         seen = {key: params[key] for key in sight.shapes}  # the text tower may be there or not
         image = sight.apply(seen, "image_features", prepare(images).astype(found.dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
@@ -52,9 +54,19 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
             cosine = cosine * jnp.exp(params["logit_scale"])
         return cosine
 
-    reward = Reward(name, found.params, score, not_loaded(name), grid=found.grid,
-                    width=found.width, text_parts=found.text_parts)
+    reward = Reward(
+        name,
+        found.params,
+        score,
+        not_loaded(name),
+        grid=found.grid,
+        width=found.width,
+        text_parts=found.text_parts,
+    )
     if found.tokenize is None:
         return reward
-    return dataclasses.replace(reward, text_features=found.text_encoder(),
-                               truncated=lambda prompts: found.tokenize(prompts).truncated)
+    return dataclasses.replace(
+        reward,
+        text_features=found.text_encoder(),
+        truncated=lambda prompts: found.tokenize(prompts).truncated,
+    )

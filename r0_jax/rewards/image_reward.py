@@ -33,31 +33,44 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     config = ImageRewardConfig.from_json(_config(folder))
     network = Network.abstract(lambda rngs: ImageReward(config, rngs=rngs))
     params = convert.open_params(convert.find_files(folder, "model"), network, "float32")
-    params = {k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype])
-              for k, v in params.items()}
+    params = {
+        k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype]) for k, v in params.items()
+    }
     prepare = Preprocess(config.vision_config.image_size, corner="round", resize=entry.resize)
 
-    def score(params: Params, images: Float[Array, "b h w 3"],
-              features: Int[Array, "b t"]) -> Float[Array, " b"]:
+    def score(
+        params: Params, images: Float[Array, "b h w 3"], features: Int[Array, "b t"]
+    ) -> Float[Array, " b"]:
         return network(params, features, prepare(images).astype(dtype))
 
     grid = config.vision_config.image_size // config.vision_config.patch_size
     if not text:
-        return Reward(name, params, score, not_loaded(name), grid=grid, width=LENGTH,
-                      features_dtype=jnp.int32)
+        return Reward(
+            name, params, score, not_loaded(name), grid=grid, width=LENGTH, features_dtype=jnp.int32
+        )
     tokenize = prompt_text.wordpiece(folder, LENGTH, config.text_config.vocab_size, SPECIAL)
 
     def text_features(params: Params, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
         del params
         return tokenize(prompts).ids
 
-    return Reward(name, params, score, text_features,
-                  lambda prompts: tokenize(prompts).truncated, grid, LENGTH, jnp.int32)
+    return Reward(
+        name,
+        params,
+        score,
+        text_features,
+        lambda prompts: tokenize(prompts).truncated,
+        grid,
+        LENGTH,
+        jnp.int32,
+    )
 
 
 def _config(folder: Path) -> dict:
     fields = read_json(folder / "config.json")
     if (kind := fields.get("model_type", "image_reward")) != "image_reward":
-        raise InputError(f"{folder / 'config.json'}: model_type = {kind!r} is no image_reward: "
-                         "make the folder with r0_jax.convert_reward")
+        raise InputError(
+            f"{folder / 'config.json'}: model_type = {kind!r} is no image_reward: "
+            "make the folder with r0_jax.convert_reward"
+        )
     return {k: v for k, v in fields.items() if k != "model_type"}

@@ -34,28 +34,36 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     del dtype, text  # the function decides
     module_name, _, function_name = entry.function.partition(":")
     if not (module_name and function_name):
-        raise InputError(f"rewards.{name}.function = {entry.function!r} should read "
-                         "module:function")
+        raise InputError(
+            f"rewards.{name}.function = {entry.function!r} should read module:function"
+        )
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
     except Exception as e:  # a user's module may raise anything
-        raise InputError(f"rewards.{name}: {entry.function} cannot be imported ({_one_line(e)}); "
-                         "is its folder on PYTHONPATH?") from None
+        raise InputError(
+            f"rewards.{name}: {entry.function} cannot be imported ({_one_line(e)}); "
+            "is its folder on PYTHONPATH?"
+        ) from None
     encode = getattr(module, f"{function_name}_text_features", None)
     read_params = getattr(module, f"{function_name}_params", None)
     arguments = ("images", "features") if read_params is None else ("params", "images", "features")
     try:
         inspect.signature(function).bind(*arguments)
     except (TypeError, ValueError):  # ValueError: what is written in C has no signature
-        raise InputError(f"rewards.{name}: {entry.function} must take "
-                         f"({', '.join(arguments)})") from None
+        raise InputError(
+            f"rewards.{name}: {entry.function} must take ({', '.join(arguments)})"
+        ) from None
     return Reward(
-        name, {} if read_params is None else _params(name, entry.function, read_params),
-        score=function if read_params is not None else
-        lambda params, images, features: function(images, features),
-        text_features=None if encode is None else
-        lambda params, prompts: np.asarray(encode(list(prompts)), np.float32))
+        name,
+        {} if read_params is None else _params(name, entry.function, read_params),
+        score=function
+        if read_params is not None
+        else lambda params, images, features: function(images, features),
+        text_features=None
+        if encode is None
+        else lambda params, prompts: np.asarray(encode(list(prompts)), np.float32),
+    )
 
 
 def _params(name: str, function: str, read) -> dict[str, np.ndarray]:
@@ -64,13 +72,19 @@ def _params(name: str, function: str, read) -> dict[str, np.ndarray]:
         named = isinstance(found, dict) and all(isinstance(key, str) for key in found)
         arrays = {key: np.asarray(value) for key, value in found.items()} if named else {}
     if not arrays or any(value.dtype == object for value in arrays.values()):
-        raise InputError(f"rewards.{name}: {function}_params() must return "
-                         f"{{name: array}}, not {type(found).__name__}")
+        raise InputError(
+            f"rewards.{name}: {function}_params() must return "
+            f"{{name: array}}, not {type(found).__name__}"
+        )
     return arrays
 
 
-def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = True,
-          features: np.ndarray | None = None) -> None:
+def check(
+    reward: Reward,
+    image_shape: tuple[int, int, int],
+    trained: bool = True,
+    features: np.ndarray | None = None,
+) -> None:
     """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on random images,
     which also hold exact zeros and ones, as clipped images do. Two of them come again in other
     places of another batch, where their scores must be the same.
@@ -85,14 +99,18 @@ def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = Tru
         with _blaming(reward.name, "2 prompts"):
             features = reward.text_features(params, ["a first prompt", "第二个提示"])
         if features.ndim != 2 or len(features) != 2:
-            raise InputError(f"reward {reward.name}: text features of 2 prompts have shape "
-                             f"{features.shape}; expected (2, D)")
+            raise InputError(
+                f"reward {reward.name}: text features of 2 prompts have shape "
+                f"{features.shape}; expected (2, D)"
+            )
     noise = jax.random.normal(jax.random.key(0), (3, *image_shape))
     one, other = 0.5 + 0.5 * noise[:2]
     # Least and most of what a reward may measure a batch by: brightness, contrast.
     dull, harsh = 0.1 + 0.05 * noise[2], 2.0 + 5.0 * noise[2]
-    batches = [jnp.clip(jnp.stack(images), 0.0, 1.0)
-               for images in ([one, other, dull], [harsh, one, other])]
+    batches = [
+        jnp.clip(jnp.stack(images), 0.0, 1.0)
+        for images in ([one, other, dull], [harsh, one, other])
+    ]
     rows = [None, None] if features is None else [features[[0, 1, 0]], features[[0, 0, 1]]]
 
     def of(batch: int, count: int = 3):
@@ -103,8 +121,10 @@ def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = Tru
         with _blaming(reward.name, f"images of shape {shape}"):
             found = jax.eval_shape(reward.score, params, *of(0, count))
         if getattr(found, "shape", None) != (count,) or found.dtype != jnp.float32:
-            raise InputError(f"reward {reward.name} returns {found} for {count} images; "
-                             f"expected float32 of shape ({count},)")
+            raise InputError(
+                f"reward {reward.name} returns {found} for {count} images; "
+                f"expected float32 of shape ({count},)"
+            )
 
     def first(images, features, params):  # a tower's weights as constants take long to compile
         value = reward.score(params, images, features)
@@ -121,8 +141,10 @@ def check(reward: Reward, image_shape: tuple[int, int, int], trained: bool = Tru
         raise InputError(f"reward {reward.name} has a gradient that is not finite")
     moved = np.abs(again[1:] - value[:2]).max() > _SAME * np.abs(value).max()
     if moved or (trained and bool(jnp.any(grads[1:] != 0))):
-        raise InputError(f"reward {reward.name}: one image's score depends on another image; "
-                         "scores must be independent within a batch")
+        raise InputError(
+            f"reward {reward.name}: one image's score depends on another image; "
+            "scores must be independent within a batch"
+        )
     if trained and not bool(jnp.any(grads[0] != 0)):
         raise InputError(f"reward {reward.name} has a gradient of zero: it cannot be trained on")
 

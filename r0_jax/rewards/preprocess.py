@@ -61,11 +61,13 @@ class Preprocess:
         if self.policy == "crop":
             halve = {"floor": lambda n: n // 2, "round": lambda n: round(n / 2)}[self.corner]
             top, left = halve(height - self.size), halve(width - self.size)
-            images = images[:, top:top + self.size, left:left + self.size]
+            images = images[:, top : top + self.size, left : left + self.size]
         elif self.policy == "pad":
             top, left = (self.size - height) // 2, (self.size - width) // 2
-            images = jnp.pad(images, ((0, 0), (top, self.size - height - top),
-                                      (left, self.size - width - left), (0, 0)))
+            images = jnp.pad(
+                images,
+                ((0, 0), (top, self.size - height - top), (left, self.size - width - left), (0, 0)),
+            )
         mean, std = (np.asarray(x, np.float32).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
         return (images - mean) / std
 
@@ -83,8 +85,9 @@ _RESCALED = 1 / 255
 _BICUBIC = 3  # of PIL
 
 
-def from_json(fields: Mapping[str, Any], image_size: int, file: str = "preprocessor_config.json"
-              ) -> Preprocess:
+def from_json(
+    fields: Mapping[str, Any], image_size: int, file: str = "preprocessor_config.json"
+) -> Preprocess:
     """The preprocessing that transformers publishes in `file`, as messages call it; what is null is
     CLIP's.
 
@@ -95,31 +98,47 @@ def from_json(fields: Mapping[str, Any], image_size: int, file: str = "preproces
     expected = {"resample": _BICUBIC, "rescale_factor": _RESCALED, **dict.fromkeys(_STEPS, True)}
     for name, value in expected.items():
         if (found := fields.get(name, value)) != value:
-            raise InputError(f"{file}: {name} = {json.dumps(found)} is not supported (supported: "
-                             f"{json.dumps(value)}{', bicubic' * (name == 'resample')})")
+            raise InputError(
+                f"{file}: {name} = {json.dumps(found)} is not supported (supported: "
+                f"{json.dumps(value)}{', bicubic' * (name == 'resample')})"
+            )
     crops = fields.get("do_center_crop", True)
     for field in ("size", "crop_size") if crops else ("size",):
         size = fields.get(field, image_size)
         sizes = size.values() if isinstance(size, Mapping) else [size]
         if any(side not in (None, image_size) for side in sizes):
-            raise InputError(f"{file}: {field} = {size}, but the tower takes {image_size} px: "
-                             "write that number")
+            raise InputError(
+                f"{file}: {field} = {size}, but the tower takes {image_size} px: write that number"
+            )
     size = fields.get("size")
     squashes = not crops or (isinstance(size, Mapping) and size.get("height") is not None)
-    return Preprocess(image_size, "squash" if squashes else "crop",
-                      _channels(fields, "image_mean", CLIP_MEAN, file),
-                      _channels(fields, "image_std", CLIP_STD, file, above=0.0))
+    return Preprocess(
+        image_size,
+        "squash" if squashes else "crop",
+        _channels(fields, "image_mean", CLIP_MEAN, file),
+        _channels(fields, "image_std", CLIP_STD, file, above=0.0),
+    )
 
 
-def _channels(fields: Mapping[str, Any], name: str, default: tuple[float, ...], where: str,
-              above: float = -math.inf) -> tuple[float, ...]:
+def _channels(
+    fields: Mapping[str, Any],
+    name: str,
+    default: tuple[float, ...],
+    where: str,
+    above: float = -math.inf,
+) -> tuple[float, ...]:
     value = fields.get(name, default)
-    numbers = isinstance(value, list | tuple) and len(value) == 3 and all(
-        isinstance(x, int | float) and above < x < math.inf for x in value)
+    numbers = (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(x, int | float) and above < x < math.inf for x in value)
+    )
     if not numbers:
         least = "" if above == -math.inf else f" above {above:g}"
-        raise InputError(f"{where}: {name} = {json.dumps(value)} is not supported: three numbers"
-                         f"{least} are expected, one a channel")
+        raise InputError(
+            f"{where}: {name} = {json.dumps(value)} is not supported: three numbers"
+            f"{least} are expected, one a channel"
+        )
     return tuple(map(float, value))
 
 
@@ -134,14 +153,23 @@ def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
     that is none.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
-    only = {"interpolation": ("bicubic",), "mode": ("RGB",), "fill_color": (0,),
-            "resize_mode": tuple(_RESIZE_MODES), "size": (image_size, [image_size, image_size],
-                                                          [3, image_size, image_size])}
+    only = {
+        "interpolation": ("bicubic",),
+        "mode": ("RGB",),
+        "fill_color": (0,),
+        "resize_mode": tuple(_RESIZE_MODES),
+        "size": (image_size, [image_size, image_size], [3, image_size, image_size]),
+    }
     for name, value in fields.items():
         if name in only and value not in only[name]:
-            raise InputError(f"preprocess_cfg: {name} = {value!r} is not supported (supported: "
-                             f"{', '.join(map(str, only[name]))})")
-    return Preprocess(image_size, _RESIZE_MODES[fields.get("resize_mode", "shortest")],
-                      _channels(fields, "mean", CLIP_MEAN, "preprocess_cfg"),
-                      _channels(fields, "std", CLIP_STD, "preprocess_cfg", above=0.0),
-                      corner="round")
+            raise InputError(
+                f"preprocess_cfg: {name} = {value!r} is not supported (supported: "
+                f"{', '.join(map(str, only[name]))})"
+            )
+    return Preprocess(
+        image_size,
+        _RESIZE_MODES[fields.get("resize_mode", "shortest")],
+        _channels(fields, "mean", CLIP_MEAN, "preprocess_cfg"),
+        _channels(fields, "std", CLIP_STD, "preprocess_cfg", above=0.0),
+        corner="round",
+    )

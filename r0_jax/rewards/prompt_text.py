@@ -44,8 +44,12 @@ def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
 
     def tokenize(prompts: Sequence[str]) -> Tokens:
         # What looks like a special token in a prompt is only text to it.
-        tokens = _tokenize(tokenizer, [clean(prompt) for prompt in prompts], length=length,
-                           split_special_tokens=True)
+        tokens = _tokenize(
+            tokenizer,
+            [clean(prompt) for prompt in prompts],
+            length=length,
+            split_special_tokens=True,
+        )
         is_end = tokens.ids == tokenizer.eos_token_id
         is_pad = np.cumsum(is_end, axis=1) - is_end > 0  # after the first end
         return tokens._replace(ids=np.where(is_pad, 0, tokens.ids).astype(np.int32))
@@ -83,24 +87,34 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
         raise InputError(f"{folder} holds no vocabulary of BERT: [PAD] is not its first token")
     _check_size(tokenizer, folder, vocab_size)
     if added and len(tokenizer) != vocab_size:
-        raise InputError(f"{folder}: the vocabulary has {len(tokenizer)} words with "
-                         f"{' and '.join(added)}, but the network {vocab_size} embeddings: give "
-                         "that of bert-base-uncased")
+        raise InputError(
+            f"{folder}: the vocabulary has {len(tokenizer)} words with "
+            f"{' and '.join(added)}, but the network {vocab_size} embeddings: give "
+            "that of bert-base-uncased"
+        )
     return tokenizer
 
 
 def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_size: int) -> None:
     if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
-        raise InputError(f"{folder}: the vocabulary goes up to id {largest}, but the network has "
-                         f"only {vocab_size} embeddings: it belongs to another model")
+        raise InputError(
+            f"{folder}: the vocabulary goes up to id {largest}, but the network has "
+            f"only {vocab_size} embeddings: it belongs to another model"
+        )
 
 
-def _tokenize(tokenizer: CLIPTokenizer | BertTokenizer, prompts: Sequence[str], *, length: int,
-              **options: bool) -> Tokens:
+def _tokenize(
+    tokenizer: CLIPTokenizer | BertTokenizer,
+    prompts: Sequence[str],
+    *,
+    length: int,
+    **options: bool,
+) -> Tokens:
     prompts = [_whole(prompt) for prompt in prompts]
     whole = tokenizer(prompts, truncation=False, verbose=False, **options).input_ids
-    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
-                    verbose=False, **options).input_ids
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, verbose=False, **options
+    ).input_ids
     return Tokens(np.asarray(ids, np.int32), np.asarray([len(row) > length for row in whole]))
 
 
@@ -112,15 +126,48 @@ def _whole(prompt: str) -> str:
 # --- open_clip's cleaning -----------------------------------------------------------------------
 
 _TERMINAL_ESCAPE = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
-_INVISIBLE = dict.fromkeys([
-    *range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF,
-    *range(0xFFF9, 0xFFFC)])
-_LIGATURES = {ord(a): b for a, b in {
-    "Ĳ": "IJ", "ĳ": "ij", "ŉ": "ʼn", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž", "Ǉ": "LJ", "ǈ": "Lj",
-    "ǉ": "lj", "Ǌ": "NJ", "ǋ": "Nj", "ǌ": "nj", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz", "ﬀ": "ff",
-    "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}.items()}
-_WIDTHS = {0x3000: " ", **{code: unicodedata.normalize("NFKC", chr(code))
-                           for code in range(0xFF01, 0xFFF0)}}
+_INVISIBLE = dict.fromkeys(
+    [
+        *range(0x00, 0x09),
+        0x0B,
+        *range(0x0E, 0x20),
+        0x7F,
+        *range(0x206A, 0x2070),
+        0xFEFF,
+        *range(0xFFF9, 0xFFFC),
+    ]
+)
+_LIGATURES = {
+    ord(a): b
+    for a, b in {
+        "Ĳ": "IJ",
+        "ĳ": "ij",
+        "ŉ": "ʼn",
+        "Ǆ": "DŽ",
+        "ǅ": "Dž",
+        "ǆ": "dž",
+        "Ǉ": "LJ",
+        "ǈ": "Lj",
+        "ǉ": "lj",
+        "Ǌ": "NJ",
+        "ǋ": "Nj",
+        "ǌ": "nj",
+        "Ǳ": "DZ",
+        "ǲ": "Dz",
+        "ǳ": "dz",
+        "ﬀ": "ff",
+        "ﬁ": "fi",
+        "ﬂ": "fl",
+        "ﬃ": "ffi",
+        "ﬄ": "ffl",
+        "ﬅ": "ſt",
+        "ﬆ": "st",
+    }.items()
+}
+_WIDTHS = {
+    0x3000: " ",
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)},
+}
 _QUOTES = {**dict.fromkeys(map(ord, "ʼ‘’‚‛"), "'"), **dict.fromkeys(map(ord, "“”„‟"), '"')}
 _C1 = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
 _C1 = {code: char for code, char in _C1.items() if char != "\ufffd"}

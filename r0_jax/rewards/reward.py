@@ -55,16 +55,17 @@ class Reward:
     features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
 
-    def __call__(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
-                 prompts: Sequence[str]) -> Float[Array, " b"]:
+    def __call__(
+        self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
+    ) -> Float[Array, " b"]:
         """One float32 score an image in [0, 1]; jitted, compiled once a shape. InputError unless
         there is a prompt an image."""
         _check_call(images, prompts)
         return self._score(self._placed, jnp.asarray(images), self._features(prompts))
 
-    def value_and_grad(self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"],
-                       prompts: Sequence[str]
-                       ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
+    def value_and_grad(
+        self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
+    ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
         """Scores, and each image's gradient of its own score; jitted, compiled once a shape.
         InputError unless there is a prompt an image."""
         _check_call(images, prompts)
@@ -77,8 +78,11 @@ class Reward:
     @property
     def scoring_params(self) -> Params:
         """Of `params`, what `score` reads."""
-        return {name: value for name, value in self.params.items()
-                if name.split(".")[0] not in self.text_parts}
+        return {
+            name: value
+            for name, value in self.params.items()
+            if name.split(".")[0] not in self.text_parts
+        }
 
     def fingerprint(self) -> str:
         """By which the weights that score are known again, whatever dtype they are kept in and
@@ -92,9 +96,14 @@ class Reward:
 
     def same_weights(self, other: "Reward") -> bool:
         """Whether both judge by the same numbers, whatever they are called."""
-        return bool(self.params) and self.params.keys() == other.params.keys() and all(
-            np.array_equal(np.asarray(value), np.asarray(other.params[name]))
-            for name, value in self.params.items())
+        return (
+            bool(self.params)
+            and self.params.keys() == other.params.keys()
+            and all(
+                np.array_equal(np.asarray(value), np.asarray(other.params[name]))
+                for name, value in self.params.items()
+            )
+        )
 
     def _features(self, prompts: Sequence[str]) -> np.ndarray | None:
         if self.text_features is None:
@@ -121,16 +130,21 @@ class Reward:
 
     @functools.cached_property
     def _value_and_grad(self):
-        return jax.jit(lambda params, images, features: value_and_gradient(
-            lambda x: self.score(params, x, features), images))
+        return jax.jit(
+            lambda params, images, features: value_and_gradient(
+                lambda x: self.score(params, x, features), images
+            )
+        )
 
 
 def _check_call(images: Any, prompts: Any) -> None:
     """InputError for what would be scored, but wrongly, or fail in words of JAX."""
     shape, dtype = np.shape(images), getattr(images, "dtype", np.dtype(object))
     if len(shape) != 4 or shape[-1] != 3 or not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"images of shape {shape} and dtype {dtype} cannot be scored: give "
-                         "[B, h, w, 3] of floating-point numbers in [0, 1]")
+        raise InputError(
+            f"images of shape {shape} and dtype {dtype} cannot be scored: give "
+            "[B, h, w, 3] of floating-point numbers in [0, 1]"
+        )
     if isinstance(prompts, str) or len(prompts) != len(images):
         given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise InputError(f"{len(images)} images and {given}: give a list of one prompt an image")
@@ -138,9 +152,12 @@ def _check_call(images: Any, prompts: Any) -> None:
 
 def not_loaded(name: str) -> Callable[[Params, Sequence[str]], np.ndarray]:
     """The `text_features` of a reward that was loaded without its text tower."""
+
     def text_features(params: Params, prompts: Sequence[str]) -> np.ndarray:
-        raise InputError(f"reward {name} was loaded without its text tower: it knows prompts by "
-                         "features that were computed before")
+        raise InputError(
+            f"reward {name} was loaded without its text tower: it knows prompts by "
+            "features that were computed before"
+        )
 
     return text_features
 

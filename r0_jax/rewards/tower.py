@@ -55,13 +55,17 @@ class Tower(NamedTuple):
     @property
     def grid(self) -> int:
         """Patches a side of the vision transformer."""
-        patch = next(value.shape[0] for name, value in self.params.items()
-                     if name.endswith(("patch_embedding.kernel", "visual.conv1.kernel")))
+        patch = next(
+            value.shape[0]
+            for name, value in self.params.items()
+            if name.endswith(("patch_embedding.kernel", "visual.conv1.kernel"))
+        )
         return self.prepare.size // patch
 
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
         """(params, prompts) -> normalized text features in float32; params that are not on a
         device are placed for that long."""
+
         @jax.jit
         def encode(params: Params, input_ids: jax.Array) -> jax.Array:
             return normalize(self.network.apply(params, "text_features", input_ids))
@@ -70,9 +74,9 @@ class Tower(NamedTuple):
             params, ids, rows = lazy.place(params), self.tokenize(prompts).ids, []
             size = min(_TEXT_BATCH, 1 << (len(ids) - 1).bit_length())
             for start in range(0, len(ids), size):
-                chunk = ids[start:start + size]
+                chunk = ids[start : start + size]
                 padded = np.pad(chunk, ((0, size - len(chunk)), (0, 0)), mode="edge")
-                rows.append(np.asarray(encode(params, padded))[:len(chunk)])
+                rows.append(np.asarray(encode(params, padded))[: len(chunk)])
             return np.concatenate(rows)
 
         return text_features
@@ -91,8 +95,10 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower
     # Old folders do not say of what type they are.
     kind = fields.get("model_type", "clip")
     if kind not in _TRANSFORMERS:
-        raise InputError(f"{folder / 'config.json'}: model_type = {kind!r} is no CLIP "
-                         f"(known: {', '.join(_TRANSFORMERS)})")
+        raise InputError(
+            f"{folder / 'config.json'}: model_type = {kind!r} is no CLIP "
+            f"(known: {', '.join(_TRANSFORMERS)})"
+        )
     return _TRANSFORMERS[kind](folder, fields, dtype, text)
 
 
@@ -104,8 +110,13 @@ def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
 
 def _load_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
     config = CLIPConfig.from_json(fields)
-    tokenize = prompt_text.clip(folder, config.text_config.max_position_embeddings,
-                                config.text_config.vocab_size) if text else None
+    tokenize = (
+        prompt_text.clip(
+            folder, config.text_config.max_position_embeddings, config.text_config.vocab_size
+        )
+        if text
+        else None
+    )
     return _from_transformers(folder, CLIPModel, config, tokenize, dtype)
 
 
@@ -117,13 +128,20 @@ def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str, text: b
 
 def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
     config = CNCLIPConfig.from_json(fields)
-    return _build(CNCLIP, config, convert.find_files(folder, "model"), dtype,
-                  _chinese(prompt_text.cn_clip, folder, config.text) if text else None,
-                  Preprocess(config.vision.image_size, "squash"), config.embed_dim)
+    return _build(
+        CNCLIP,
+        config,
+        convert.find_files(folder, "model"),
+        dtype,
+        _chinese(prompt_text.cn_clip, folder, config.text) if text else None,
+        Preprocess(config.vision.image_size, "squash"),
+        config.embed_dim,
+    )
 
 
-def _chinese(tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text: BertConfig
-             ) -> Tokenize:
+def _chinese(
+    tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text: BertConfig
+) -> Tokenize:
     return tokenizer(folder, min(_CHINESE_LENGTH, text.max_position_embeddings), text.vocab_size)
 
 
@@ -131,12 +149,23 @@ def _chinese(tokenizer: Callable[[Path, int, int], Tokenize], folder: Path, text
 _TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_clip": _load_cn_clip}
 
 
-def _from_transformers(folder: Path, module: type[nnx.Module],
-                       config: CLIPConfig | ChineseCLIPConfig, tokenize: Tokenize | None,
-                       dtype: str) -> Tower:
+def _from_transformers(
+    folder: Path,
+    module: type[nnx.Module],
+    config: CLIPConfig | ChineseCLIPConfig,
+    tokenize: Tokenize | None,
+    dtype: str,
+) -> Tower:
     prepare = _processor(folder, config.vision_config.image_size)
-    return _build(module, config, convert.find_files(folder, "model"), dtype, tokenize, prepare,
-                  config.projection_dim)
+    return _build(
+        module,
+        config,
+        convert.find_files(folder, "model"),
+        dtype,
+        tokenize,
+        prepare,
+        config.projection_dim,
+    )
 
 
 def _processor(folder: Path, image_size: int) -> Preprocess:
@@ -149,8 +178,15 @@ def _processor(folder: Path, image_size: int) -> Preprocess:
     return preprocess.from_json(read_json(path), image_size, path.name)
 
 
-def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
-           tokenize: Tokenize | None, prepare: Preprocess, width: int) -> Tower:
+def _build(
+    module: type[nnx.Module],
+    config: Any,
+    files: list[Path],
+    dtype: str,
+    tokenize: Tokenize | None,
+    prepare: Preprocess,
+    width: int,
+) -> Tower:
     def seeing(rngs: nnx.Rngs) -> nnx.Module:
         built = module(config, rngs=rngs)
         for part in module.text_parts:
@@ -160,8 +196,10 @@ def _build(module: type[nnx.Module], config: Any, files: list[Path], dtype: str,
     sight = Network.abstract(seeing)
     network = Network.abstract(lambda rngs: module(config, rngs=rngs)) if tokenize else sight
     params = convert.open_params(files, network, "float32", () if tokenize else module.text_parts)
-    params = {name: value if name == "logit_scale" else value.astype(convert.DTYPES[dtype])
-              for name, value in params.items()}
+    params = {
+        name: value if name == "logit_scale" else value.astype(convert.DTYPES[dtype])
+        for name, value in params.items()
+    }
     return Tower(network, sight, params, tokenize, prepare, width, module.text_parts, dtype)
 
 
@@ -170,12 +208,23 @@ def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
     if not isinstance(fields.get("model_cfg"), dict):
         raise InputError(f"{folder / OPEN_CLIP_CONFIG} has no model_cfg")
     config = OpenCLIPConfig.from_json(fields["model_cfg"])
-    tokenize = prompt_text.open_clip(folder, config.text_cfg.context_length,
-                                     config.text_cfg.vocab_size) if text else None
+    tokenize = (
+        prompt_text.open_clip(folder, config.text_cfg.context_length, config.text_cfg.vocab_size)
+        if text
+        else None
+    )
     stem = "open_clip_model" if any(folder.glob("open_clip_model.*")) else "model"
     if not isinstance(prepared := fields.get("preprocess_cfg") or {}, dict):
-        raise InputError(f"{folder / OPEN_CLIP_CONFIG}: preprocess_cfg = {prepared!r} is not an "
-                         "object of fields")
+        raise InputError(
+            f"{folder / OPEN_CLIP_CONFIG}: preprocess_cfg = {prepared!r} is not an object of fields"
+        )
     prepare = preprocess.from_open_clip(prepared, config.vision_cfg.image_size)
-    return _build(OpenCLIP, config, convert.find_files(folder, stem), dtype, tokenize, prepare,
-                  config.embed_dim)
+    return _build(
+        OpenCLIP,
+        config,
+        convert.find_files(folder, stem),
+        dtype,
+        tokenize,
+        prepare,
+        config.embed_dim,
+    )

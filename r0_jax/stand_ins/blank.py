@@ -28,16 +28,27 @@ from r0_jax.weights.network import Network
 
 _PUBLISHED = Path(__file__).parent / "published"
 # Class of diffusers -> folder of its configs.
-_PIPELINES = {"StableDiffusionPipeline": "stable_diffusion",
-              "StableDiffusionXLPipeline": "stable_diffusion_xl",
-              "StableDiffusion3Pipeline": "stable_diffusion_3"}
+_PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+}
 # Type of a reward -> folder of its configs.
-_REWARDS = {"hps_v2": "hps_v2_1", "hps_v2_1": "hps_v2_1", "image_reward": "image_reward",
-            "clip_score": "clip_score", "aesthetic": "clip_score", "pickscore": "pickscore",
-            "chinese_clip": "chinese_clip"}
+_REWARDS = {
+    "hps_v2": "hps_v2_1",
+    "hps_v2_1": "hps_v2_1",
+    "image_reward": "image_reward",
+    "clip_score": "clip_score",
+    "aesthetic": "clip_score",
+    "pickscore": "pickscore",
+    "chinese_clip": "chinese_clip",
+}
 # By the class of the pipeline, the tiny autoencoder that fits it.
-_DECODERS = {"StableDiffusionPipeline": "taesd", "StableDiffusionXLPipeline": "taesdxl",
-             "StableDiffusion3Pipeline": "taesd3"}
+_DECODERS = {
+    "StableDiffusionPipeline": "taesd",
+    "StableDiffusionXLPipeline": "taesdxl",
+    "StableDiffusion3Pipeline": "taesd3",
+}
 
 
 def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
@@ -50,19 +61,28 @@ def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
     if chinese and family == "StableDiffusionPipeline":
         name = "taiyi"
         shutil.copytree(_PUBLISHED / name, folder, dirs_exist_ok=True)
-        index |= {"text_encoder": ["transformers", "BertModel"],
-                  "tokenizer": ["transformers", "BertTokenizer"]}
+        index |= {
+            "text_encoder": ["transformers", "BertModel"],
+            "tokenizer": ["transformers", "BertTokenizer"],
+        }
         (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
     for part, (library, kind) in _parts(index).items():
         if kind in NETWORKS:
             build, stem = NETWORKS[kind]
             fields = json.loads((folder / part / "config.json").read_text("utf-8"))
-            _write_zeros(folder / part / f"{stem}.safetensors",
-                         Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs)))
+            _write_zeros(
+                folder / part / f"{stem}.safetensors",
+                Network.abstract(lambda rngs, b=build, f=fields: b(f, rngs)),
+            )
         elif kind == "BertTokenizer":
             fields = _read(folder / "text_encoder" / "config.json")
-            miniature.write_tokenizer(folder / part, kind, "[PAD]",
-                                      fields["max_position_embeddings"], fields["vocab_size"])
+            miniature.write_tokenizer(
+                folder / part,
+                kind,
+                "[PAD]",
+                fields["max_position_embeddings"],
+                fields["vocab_size"],
+            )
         elif library == "transformers" and part.startswith("tokenizer"):
             pad = "<pad>" if kind.startswith("T5") else miniature.EOS
             miniature.write_tokenizer(folder / part, kind, pad, length=77)
@@ -85,8 +105,10 @@ def write_reward(folder: Path, kind: str) -> str:
     stem = "open_clip_model" if (folder / tower.OPEN_CLIP_CONFIG).is_file() else "model"
     _write_zeros(folder / f"{stem}.safetensors", network)
     if kind == "aesthetic":
-        _write_zeros(folder / aesthetic.HEAD, Network.abstract(
-            lambda rngs: ScoreMLP(network.config.projection_dim, rngs=rngs)))
+        _write_zeros(
+            folder / aesthetic.HEAD,
+            Network.abstract(lambda rngs: ScoreMLP(network.config.projection_dim, rngs=rngs)),
+        )
     return kind
 
 
@@ -95,8 +117,10 @@ def write_decoder(folder: Path, family: str) -> str:
     published name."""
     shutil.copytree(_PUBLISHED / _DECODERS[family], folder)
     config = AutoencoderTinyConfig.from_json(_read(folder / "config.json"))
-    _write_zeros(folder / "diffusion_pytorch_model.safetensors",
-                 Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs)))
+    _write_zeros(
+        folder / "diffusion_pytorch_model.safetensors",
+        Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs)),
+    )
     return _DECODERS[family]
 
 
@@ -105,11 +129,15 @@ def _tower(folder: Path, kind: str):
         fields = _read(folder / tower.OPEN_CLIP_CONFIG)["model_cfg"]
         module, config = OpenCLIP, OpenCLIPConfig.from_json(fields)
     else:
-        module, parse = {"image_reward": (ImageReward, ImageRewardConfig),
-                         "chinese_clip": (ChineseCLIPModel, ChineseCLIPConfig)}.get(
-                             kind, (CLIPModel, CLIPConfig))
-        fields = {k: v for k, v in _read(folder / "config.json").items()
-                  if kind != "image_reward" or k != "model_type"}
+        module, parse = {
+            "image_reward": (ImageReward, ImageRewardConfig),
+            "chinese_clip": (ChineseCLIPModel, ChineseCLIPConfig),
+        }.get(kind, (CLIPModel, CLIPConfig))
+        fields = {
+            k: v
+            for k, v in _read(folder / "config.json").items()
+            if kind != "image_reward" or k != "model_type"
+        }
         config = parse.from_json(fields)
 
     def construct(rngs: nnx.Rngs) -> nnx.Module:
@@ -128,6 +156,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write_zeros(path: Path, network: Network) -> None:
     dtype = np.dtype(ml_dtypes.bfloat16)
-    tensor_file.write(path, [
-        tensor_file.Tensor(convert.to_key(name), convert.file_shape(name, shape.shape), dtype, None)
-        for name, shape in network.shapes.items()])
+    tensor_file.write(
+        path,
+        [
+            tensor_file.Tensor(
+                convert.to_key(name), convert.file_shape(name, shape.shape), dtype, None
+            )
+            for name, shape in network.shapes.items()
+        ],
+    )

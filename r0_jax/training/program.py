@@ -31,8 +31,8 @@ Columns = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> shape of a row, d
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Attributes:
-      frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
-      columns: shape and dtype of what a prompt is in a batch, where prompts were encoded before.
+    frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
+    columns: shape and dtype of what a prompt is in a batch, where prompts were encoded before.
     """
 
     config: ConfigDict
@@ -46,31 +46,44 @@ class Program:
 
     def changed(self, *, config: ConfigDict | None = None, mesh: Mesh | None = None) -> "Program":
         """The same networks and rewards by another config or on another mesh."""
-        return build(config or self.config, mesh or self.mesh, self.pipeline,
-                     self.objective.rewards, self.columns)
+        return build(
+            config or self.config,
+            mesh or self.mesh,
+            self.pipeline,
+            self.objective.rewards,
+            self.columns,
+        )
 
     def init(self, base: Params) -> TrainState:
         """The state before the first step."""
         shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
         params = self.generator.init(jax.random.key(self.config.seed), base, shapes)
-        spread_of = ([r.name for r in self.objective.rewards]
-                     if self.config.objective.normalization == "running_std" else [])
+        spread_of = (
+            [r.name for r in self.objective.rewards]
+            if self.config.objective.normalization == "running_std"
+            else []
+        )
         return train_state.init(params, self.optimizer, spread_of)
 
     @functools.cached_property
     def frozen_sharding(self) -> dict[str, Any]:
         """Where each leaf of `frozen` is to live."""
+
         def of(params: Params, heads: Mapping[str, int] | None = None) -> dict[str, NamedSharding]:
             shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
             return sharding.param_sharding(shapes, self.mesh, self.config.sharding, heads)
 
         heads = {part: network.heads for part, network in self.pipeline.networks.items()}
         heads["base"] = heads[self.pipeline.generator_part]
-        networks = {part: of(params, heads.get(part)) for part, params in self.frozen.items()
-                    if part not in ("rewards", "empty")}
+        networks = {
+            part: of(params, heads.get(part))
+            for part, params in self.frozen.items()
+            if part not in ("rewards", "empty")
+        }
         return networks | {
             "rewards": {name: of(params) for name, params in self.frozen["rewards"].items()},
-            "empty": dict.fromkeys(self.frozen["empty"], sharding.replicated(self.mesh))}
+            "empty": dict.fromkeys(self.frozen["empty"], sharding.replicated(self.mesh)),
+        }
 
     @functools.cached_property
     def abstract_frozen(self) -> dict[str, Any]:
@@ -83,7 +96,8 @@ class Program:
         shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
         heads = self.pipeline.networks[self.pipeline.generator_part].heads
         return sharding.with_sharding(
-            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding, heads))
+            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding, heads)
+        )
 
     @functools.cached_property
     def state_sharding(self) -> TrainState:
@@ -95,50 +109,84 @@ class Program:
         split, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
         columns = self.columns
         if columns is None:
-            columns = {name: (ids.shape[1:], ids.dtype)
-                       for name, ids in self.pipeline.tokenize([""]).items()}
+            columns = {
+                name: (ids.shape[1:], ids.dtype)
+                for name, ids in self.pipeline.tokenize([""]).items()
+            }
             for reward in self.objective.rewards:
                 if reward.text_features is not None:
                     width = reward.width or reward.text_features(reward.params, [""]).shape[1]
                     columns[f"features/{reward.name}"] = ((width,), reward.features_dtype)
-        batch = {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=split)
-                 for name, (shape, dtype) in columns.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=split)
+            for name, (shape, dtype) in columns.items()
+        }
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return (self.abstract_state, self.abstract_frozen, batch,
-                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+        return (
+            self.abstract_state,
+            self.abstract_frozen,
+            batch,
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        )
 
     @functools.cached_property
     def step(self):
         """(state, frozen, batch, key) -> (state, metrics), jitted; the state is donated."""
-        return jax.jit(make_train_step(self.objective, self.optimizer, self.config, self.mesh),
-                       out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
-                       donate_argnums=0)
+        return jax.jit(
+            make_train_step(self.objective, self.optimizer, self.config, self.mesh),
+            out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
 
 
-def build(config: ConfigDict, mesh: Mesh, pipeline: Pipeline, rewards: Sequence[Reward],
-          columns: Columns | None = None) -> Program:
+def build(
+    config: ConfigDict,
+    mesh: Mesh,
+    pipeline: Pipeline,
+    rewards: Sequence[Reward],
+    columns: Columns | None = None,
+) -> Program:
     """The program of a config, of a pipeline and of rewards that were loaded.
 
     Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
     """
     attention = attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0])
     pipeline = pipeline.attending(attention_backend.Backend(attention, mesh))
-    decoder = (tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
-               if config.objective.decoder else None)
+    decoder = (
+        tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
+        if config.objective.decoder
+        else None
+    )
     part = pipeline.generator_part
     if config.lora.rank:
         lora.check_rank(pipeline.networks[part].shapes, config.lora.targets, config.lora.rank)
-    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
-                          pipeline.fixed)
+    generator = Generator(
+        config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype, pipeline.fixed
+    )
     parts: dict[str, Any] = {"base": pipeline.params[part]}
     parts |= {name: params for name, params in pipeline.params.items() if name != part}
     if decoder:
         parts["decoder"] = decoder.params
-    frozen = parts | {"rewards": {reward.name: reward.scoring_params for reward in rewards},
-                      "empty": pipeline.empty}
+    frozen = parts | {
+        "rewards": {reward.name: reward.scoring_params for reward in rewards},
+        "empty": pipeline.empty,
+    }
     split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
-    objective = Objective(pipeline, generator, rewards, config, decoder,
-                          gathered=sharding.replicated(mesh) if split else None)
-    return Program(config, mesh, pipeline, generator, objective,
-                   optim.make_optimizer(config, config.regularizers.langevin.weight), frozen,
-                   columns)
+    objective = Objective(
+        pipeline,
+        generator,
+        rewards,
+        config,
+        decoder,
+        gathered=sharding.replicated(mesh) if split else None,
+    )
+    return Program(
+        config,
+        mesh,
+        pipeline,
+        generator,
+        objective,
+        optim.make_optimizer(config, config.regularizers.langevin.weight),
+        frozen,
+        columns,
+    )

@@ -78,8 +78,11 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     for reward, other in itertools.product(trained_on, heldout):
         names = (config.rewards[reward.name].function, config.heldout_rewards[other.name].function)
         if reward.same_weights(other) or (names[0] and names[0] == names[1]):
-            warnings.warn(f"the held-out reward {other.name} is {reward.name} again, "
-                          "which is trained on: it will not show reward hacking", stacklevel=2)
+            warnings.warn(
+                f"the held-out reward {other.name} is {reward.name} again, "
+                "which is trained on: it will not show reward hacking",
+                stacklevel=2,
+            )
     built = program.build(config, mesh, pipeline, trained_on)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
@@ -87,14 +90,20 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     if not mirror.is_mirror(folder):  # of which each machine has its own
         identity.check_shared(folder)
     if encoded is None:
-        examples, distinct, _ = distributed.of_first(lambda: prepared.prepare(
-            config.data.prompts, folder / "prompts", pipeline, trained_on, heldout))
+        examples, distinct, _ = distributed.of_first(
+            lambda: prepared.prepare(
+                config.data.prompts, folder / "prompts", pipeline, trained_on, heldout
+            )
+        )
         counted = f"{examples} prompts, {distinct} of them distinct"
         read = functools.partial(prepared.batches, folder / "prompts")
     else:
         counted = f"{encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
-        read = functools.partial(encoded_prompts.batches, encoded.folder,
-                                 encoded_prompts.columns_of(pipeline, trained_on))
+        read = functools.partial(
+            encoded_prompts.batches,
+            encoded.folder,
+            encoded_prompts.columns_of(pipeline, trained_on),
+        )
     mirror.share(folder)
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
@@ -102,8 +111,9 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     trained = parameter_overview.count_parameters(built.abstract_state.params)
     console.print(f"{trained:,} trained parameters", highlight=False)
 
-    checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints,
-                                         config.best_metric or None, config_digest)
+    checkpoints = checkpoint.Checkpoints(
+        folder, config.keep_checkpoints, config.best_metric or None, config_digest
+    )
     with checkpoints:
         # 1. A checkpoint in the run's folder: continue from the newest whole one.
         # 2. None: start from the pretrained weights.
@@ -113,13 +123,31 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
             measured = bool(metadata["metrics"])
         else:
             state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
-        validation = Validation(config, folder, built.pipeline, built.generator,
-                                trained_on + heldout, frozen, {r.name for r in heldout}, mesh,
-                                stop.check)
+        validation = Validation(
+            config,
+            folder,
+            built.pipeline,
+            built.generator,
+            trained_on + heldout,
+            frozen,
+            {r.name for r in heldout},
+            mesh,
+            stop.check,
+        )
         with stop.deferred():
-            ended = loop(config, folder, state, started, measured, built.step, frozen,
-                         functools.partial(device_batches, read, config, mesh), validation,
-                         checkpoints, stop)
+            ended = loop(
+                config,
+                folder,
+                state,
+                started,
+                measured,
+                built.step,
+                frozen,
+                functools.partial(device_batches, read, config, mesh),
+                validation,
+                checkpoints,
+                stop,
+            )
     if ended and stop.came:  # too late for the loop
         raise Stopped
     return ended
@@ -130,8 +158,10 @@ def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) ->
     for all."""
     held.enter_context(identity.alone(folder))
     if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
-        raise InputError(f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
-                         "steps, or give another --workdir")
+        raise InputError(
+            f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
+            "steps, or give another --workdir"
+        )
     config_digest = identity.check_same_run(folder, config)
     started = checkpoint.is_begun(folder)
     if not started:
@@ -162,8 +192,9 @@ def check_encoded(encoded: EncodedPrompts, config: ConfigDict) -> None:
         encoded.check_guidance("the base's guidance in test")
 
 
-def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
-                 encoded: EncodedPrompts | None, trained: bool) -> list[Reward]:
+def load_rewards(
+    entries: ConfigDict, pipeline, config: ConfigDict, encoded: EncodedPrompts | None, trained: bool
+) -> list[Reward]:
     """The rewards of one section of the config, each tried on random images first."""
     loaded = []
     for name, entry in entries.items():
@@ -177,9 +208,19 @@ def load_rewards(entries: ConfigDict, pipeline, config: ConfigDict,
     return loaded
 
 
-def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, measured: bool,
-         step_fn, frozen, batches_from: Callable[[int], Iterator[dict[str, jax.Array]]],
-         validation: Validation, checkpoints: checkpoint.Checkpoints, stop: StopSignal) -> bool:
+def loop(
+    config: ConfigDict,
+    folder: Path,
+    state: TrainState,
+    resumed: bool,
+    measured: bool,
+    step_fn,
+    frozen,
+    batches_from: Callable[[int], Iterator[dict[str, jax.Array]]],
+    validation: Validation,
+    checkpoints: checkpoint.Checkpoints,
+    stop: StopSignal,
+) -> bool:
     """Runs the remaining steps; False if a SIGTERM came meanwhile.
 
     `measured`: whether the checkpoint that the run continues from was evaluated.
@@ -193,8 +234,13 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, mea
     batches = batches_from(first)
     key = jax.random.key(config.seed)
     timing = Throughput(config.steps, config.batch_size, first)
-    writer = MetricWriter(folder, config.tensorboard, config.wandb,
-                          resume_step=first if resumed else -1, evaluated=measured)
+    writer = MetricWriter(
+        folder,
+        config.tensorboard,
+        config.wandb,
+        resume_step=first if resumed else -1,
+        evaluated=measured,
+    )
     with writer, TrainingProgress(config.steps, first, console) as progress:
 
         def is_measured(step: int) -> bool:
@@ -224,7 +270,8 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, mea
                 raise InputError(
                     f"the last {in_a_row} steps (to step {step}) were skipped: not finite were "
                     f"{', '.join(bad) or 'the updated parameters'}; start anew in another "
-                    "--workdir with a lower optimizer.learning_rate or without the bad reward")
+                    "--workdir with a lower optimizer.learning_rate or without the bad reward"
+                )
             return values
 
         def log(metrics: dict[str, jax.Array], step: int) -> None:
@@ -261,8 +308,11 @@ def loop(config: ConfigDict, folder: Path, state: TrainState, resumed: bool, mea
         if pending is not None:
             log(pending, step)
         if early.due:
-            console.print(f"ended at step {step}: in {early.since} evaluations {early.metric} did "
-                          f"not exceed {early.best:.4g}", highlight=False)
+            console.print(
+                f"ended at step {step}: in {early.since} evaluations {early.metric} did "
+                f"not exceed {early.best:.4g}",
+                highlight=False,
+            )
         if stopped := stop.requested():
             save(checkpoints, state)
             checkpoints.wait()
@@ -283,8 +333,9 @@ def check_copies(step: int, trees: dict[str, Any]) -> None:
         replicas.check(trees, step)
 
 
-def device_batches(read: Callable[..., Iterator[dict[str, np.ndarray]]], config: ConfigDict,
-                   mesh: Mesh, step: int) -> Iterator[dict[str, jax.Array]]:
+def device_batches(
+    read: Callable[..., Iterator[dict[str, np.ndarray]]], config: ConfigDict, mesh: Mesh, step: int
+) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
     parts, count = sharding.local_parts(split)

@@ -26,8 +26,11 @@ from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
 from r0_jax.weights.tensor_file import Tensor, TensorFile
 
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
-          "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # suffixes
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
@@ -41,8 +44,12 @@ _BUFFERS = ("position_ids",)
 # T5's encoder reads its tokens from the table shared with the decoder: files hold one or both.
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # Old VAE files name the mid-block attention after its first implementation.
-_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.",
-              ".to_out.0.": ".proj_attn."}
+_OLD_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
 
 
 def to_key(name: str) -> str:
@@ -81,10 +88,15 @@ def find_weights(folder: Path, stem: str) -> Path:
     """What `find_files` goes by: the single safetensors file, or the index of the shards."""
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
     # Indexes first: the names of their shards may look like those of single files.
-    variants = [*sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
-                *sorted(folder.glob(f"{stem}.*.safetensors"))]
-    found = [path for path in [folder / single, folder / index, *variants]
-             if path.is_file() and "-of-" not in path.name]
+    variants = [
+        *sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
+        *sorted(folder.glob(f"{stem}.*.safetensors")),
+    ]
+    found = [
+        path
+        for path in [folder / single, folder / index, *variants]
+        if path.is_file() and "-of-" not in path.name
+    ]
     for path in found:  # who downloads a variant alone has the other's index too
         try:
             _files(path)
@@ -95,9 +107,11 @@ def find_weights(folder: Path, stem: str) -> Path:
         return found[0]  # of which `find_files` says what it lacks
     if pickles(folder):
         library = "diffusers" if stem.startswith("diffusion") else "transformers"
-        raise InputError(f"{folder} holds only pickled weights, which are never read: load it once "
-                         f"in PyTorch with {library}' from_pretrained and save it there with "
-                         f"save_pretrained, which writes {single}")
+        raise InputError(
+            f"{folder} holds only pickled weights, which are never read: load it once "
+            f"in PyTorch with {library}' from_pretrained and save it there with "
+            f"save_pretrained, which writes {single}"
+        )
     raise InputError(f"{folder / single} is missing: is the folder complete?")
 
 
@@ -115,8 +129,10 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(_read_index(index).values()))]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise InputError(f"{index} names {len(missing)} file(s) that are not there "
-                         f"({', '.join(missing[:3])}): the download is incomplete")
+        raise InputError(
+            f"{index} names {len(missing)} file(s) that are not there "
+            f"({', '.join(missing[:3])}): the download is incomplete"
+        )
     return files
 
 
@@ -124,16 +140,19 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         # Names only, that a file may have: an index never reads a file outside of its folder.
-        if index and all(isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
-                         for v in index.values()):
+        if index and all(
+            isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
+            for v in index.values()
+        ):
             return index
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{path} is not a safetensors index: download it again")
 
 
-def open_params(files: list[Path], network: Network, dtype: str = "float32",
-                left_out: tuple[str, ...] = ()) -> dict[str, Lazy]:
+def open_params(
+    files: list[Path], network: Network, dtype: str = "float32", left_out: tuple[str, ...] = ()
+) -> dict[str, Lazy]:
     """Parameters of `network` that stay in their safetensors files until they are read, as `dtype`.
 
     `left_out` are parts of the model ("text_model") that the network does without.
@@ -143,16 +162,24 @@ def open_params(files: list[Path], network: Network, dtype: str = "float32",
         Reading raises it for a tensor that holds NaN or infinities, too.
     """
     source = files[0].parent if len(files) > 1 else files[0]
-    where = {key: file for file in map(TensorFile, files) for key in file.tensors
-             if key.split(".")[0] not in left_out}
+    where = {
+        key: file
+        for file in map(TensorFile, files)
+        for key in file.tensors
+        if key.split(".")[0] not in left_out
+    }
     shapes = {key: file.tensors[key].shape for key, file in where.items()}
     keys = match(network, shapes, source)
     for key in keys.values():
         if (found := where[key].tensors[key].dtype) not in (*DTYPES, "float64"):
-            raise InputError(f"{source}: {key} holds {found}, not floating-point numbers that are "
-                             "read: quantized weights are not supported")
-    return {name: _leaf(where[key], key, name, network.shapes[name].shape, DTYPES[dtype])
-            for name, key in keys.items()}
+            raise InputError(
+                f"{source}: {key} holds {found}, not floating-point numbers that are "
+                "read: quantized weights are not supported"
+            )
+    return {
+        name: _leaf(where[key], key, name, network.shapes[name].shape, DTYPES[dtype])
+        for name, key in keys.items()
+    }
 
 
 def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -163,8 +190,9 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[st
 def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Lazy:
     def read(index: Index, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
         result = _empty([part.stop - part.start for part in index], dtype)
-        _fill(to_checkpoint(name, result), file, key, file_shape(name, shape),
-              file_shape(name, index))
+        _fill(
+            to_checkpoint(name, result), file, key, file_shape(name, shape), file_shape(name, index)
+        )
         return result
 
     return Lazy(shape, dtype, read)
@@ -182,8 +210,9 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(pages, dtype, count, offset=16).reshape(shape)
 
 
-def _fill(target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...], index: Index
-          ) -> None:
+def _fill(
+    target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...], index: Index
+) -> None:
     """target[...] = tensor[index], by pieces that the processor's cache holds; `shape` is the
     tensor's, but for axes of length 1."""
     if not target.size:
@@ -201,19 +230,21 @@ def _fill(target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...]
         # Made once: arrays that a thread makes and frees, malloc keeps.
         stored = _empty([count, *shape[1:]], file.dtype(key))
         bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
-        rounded, spare = (_empty([count, *target.shape[1:]], dtype)
-                          for dtype in (target.dtype, bits))
+        rounded, spare = (
+            _empty([count, *target.shape[1:]], dtype) for dtype in (target.dtype, bits)
+        )
         for first in starts[thread::threads]:
             last = min(first + count, rows.stop)
-            piece, result, tested = (x[:last - first] for x in (stored, rounded, spare))
+            piece, result, tested = (x[: last - first] for x in (stored, rounded, spare))
             file.read_into(piece, key, first * row)
             with np.errstate(all="ignore"):  # what it would warn of is told below
                 # Rounded first: rounding while axes move is slower.
                 np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
             if not _finite(result, tested):
-                raise InputError(f"{file.path}: {key} holds NaN or infinities: give weights that "
-                                 "are whole")
-            target[first - rows.start:last - rows.start] = result
+                raise InputError(
+                    f"{file.path}: {key} holds NaN or infinities: give weights that are whole"
+                )
+            target[first - rows.start : last - rows.start] = result
 
     if threads == 1:
         return work(0)
@@ -239,20 +270,27 @@ def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path)
         expected = file_shape(name, struct.shape)
         key = next((k for k in _possible_keys(name) if k in shapes), None)
         if key is None:
-            raise InputError(f"{source}: the key {to_key(name)} is missing; "
-                             f"expected shape {expected}")
+            raise InputError(
+                f"{source}: the key {to_key(name)} is missing; expected shape {expected}"
+            )
         # Older still than those names: attention by 1x1 convolutions.
         ones = (1, 1) if any(p in to_key(name) for p in _OLD_NAMES) else ()
         if shapes[key] not in (expected, (*expected, *ones)):
-            raise InputError(f"{source}: {key} has shape {shapes[key]}, but the config asks "
-                             f"for {expected}")
+            raise InputError(
+                f"{source}: {key} has shape {shapes[key]}, but the config asks for {expected}"
+            )
         keys[name] = key
     used = set(keys.values())
-    unexpected = [k for k in shapes if k not in used and _TIED.get(k) not in used
-                  and k.split(".")[-1] not in _BUFFERS]
+    unexpected = [
+        k
+        for k in shapes
+        if k not in used and _TIED.get(k) not in used and k.split(".")[-1] not in _BUFFERS
+    ]
     if unexpected:
-        raise InputError(f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
-                         f"shape {shapes[unexpected[0]]}: the file belongs to another model")
+        raise InputError(
+            f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
+            f"shape {shapes[unexpected[0]]}: the file belongs to another model"
+        )
     return keys
 
 
@@ -267,8 +305,9 @@ def _possible_keys(name: str) -> Iterator[str]:
         yield key.removeprefix("text_model.")
 
 
-def save(params: Params, path: Path, dtype: str = "float32",
-         metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    params: Params, path: Path, dtype: str = "float32", metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes parameters as one safetensors file, atomically and one at a time."""
     tensor_file.write(path, _tensors(params, dtype), metadata)
 
@@ -289,8 +328,9 @@ def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32")
         files |= dict.fromkeys((tensor.key for tensor in shard), name)
     total = sum(tensor.size for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n",
-                                                          encoding="utf-8")
+    (folder / f"{stem}.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _tensors(params: Params, dtype: str) -> list[Tensor]:
@@ -303,8 +343,15 @@ def _tensors(params: Params, dtype: str) -> list[Tensor]:
     return [tensor(name, value) for name, value in params.items()]
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], path: Path,
-                 metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors that already carry the file's names and layout, atomically."""
-    tensor_file.write(path, [Tensor(key, value.shape, value.dtype, lambda value=value: value)
-                             for key, value in tensors.items()], metadata)
+    tensor_file.write(
+        path,
+        [
+            Tensor(key, value.shape, value.dtype, lambda value=value: value)
+            for key, value in tensors.items()
+        ],
+        metadata,
+    )

@@ -25,8 +25,12 @@ class Lazy:
     it: place it first.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any,
-                 read: Callable[[Index, np.dtype], Shaped[np.ndarray, "..."]]):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        read: Callable[[Index, np.dtype], Shaped[np.ndarray, "..."]],
+    ):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
 
     def __getitem__(self, index: Index) -> Shaped[np.ndarray, "..."]:
@@ -71,8 +75,10 @@ def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
         return jax.device_put(leaf, sharding)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    here = [[part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-            for index in sharding.addressable_devices_indices_map(leaf.shape).values()]
+    here = [
+        [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
+        for index in sharding.addressable_devices_indices_map(leaf.shape).values()
+    ]
     first = [min(start for start, _, _ in axis) for axis in zip(*here, strict=True)]
     last = [max(stop for _, stop, _ in axis) for axis in zip(*here, strict=True)]
     # Read once, for devices that need the same or interleaved bytes of the file.
@@ -80,8 +86,9 @@ def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
 
     def shard(index: Index) -> np.ndarray:
         bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-        part = tuple(slice(a - start, b - start)
-                     for (a, b, _), start in zip(bounds, first, strict=True))
+        part = tuple(
+            slice(a - start, b - start) for (a, b, _), start in zip(bounds, first, strict=True)
+        )
         return np.asarray(read[part])  # of a scalar NumPy makes something else
 
     # Waits: transfers that lag behind would keep what they copy from.

@@ -48,8 +48,11 @@ class Network:
         module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
         graphdef, state = nnx.split(module)
         shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
-        heads = {_name(path): part.heads for path, part in nnx.iter_modules(module)
-                 if hasattr(part, "heads")}
+        heads = {
+            _name(path): part.heads
+            for path, part in nnx.iter_modules(module)
+            if hasattr(part, "heads")
+        }
         return cls(graphdef, shapes, module.config, heads=heads)
 
     def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):

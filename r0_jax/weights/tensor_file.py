@@ -22,11 +22,22 @@ from r0_jax.errors import InputError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Code in the header -> dtype, of those that NumPy has.
-_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-           "BF16": _BFLOAT16, "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-           "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64),
-           "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
-           "BOOL": np.dtype(np.bool_), "C64": np.dtype(np.complex64)}
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": _BFLOAT16,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -60,9 +71,12 @@ class TensorFile:
         size = int.from_bytes(self._read_bytes(np.empty(8, np.uint8), 0), "little")
         header = json.loads(self._read_bytes(np.empty(size, np.uint8), 8).tobytes())
         self.tensors = {
-            key: Stored(_name(entry["dtype"]), tuple(entry["shape"]),
-                        8 + size + entry["data_offsets"][0])
-            for key, entry in header.items() if key != "__metadata__"}
+            key: Stored(
+                _name(entry["dtype"]), tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+            )
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
         """A tensor as it is stored; InputError where NumPy lacks its dtype."""
@@ -81,8 +95,9 @@ class TensorFile:
     def read_into(self, out: Shaped[np.ndarray, "..."], key: str, first: int = 0) -> None:
         """Fills `out`, contiguous and of the tensor's dtype, with its elements from `first` on, as
         they are counted in row-major order."""
-        self._read_bytes(out.reshape(-1).view(np.uint8),
-                         self.tensors[key].start + first * out.dtype.itemsize)
+        self._read_bytes(
+            out.reshape(-1).view(np.uint8), self.tensors[key].start + first * out.dtype.itemsize
+        )
 
     def _read_bytes(self, out: np.ndarray, start: int) -> np.ndarray:
         done = 0
@@ -97,12 +112,13 @@ class TensorFile:
         return out
 
     def _incomplete(self, reason: str) -> InputError:
-        return InputError(f"{self.path} is not a complete safetensors file ({reason}): download it "
-                          "again")
+        return InputError(
+            f"{self.path} is not a complete safetensors file ({reason}): download it again"
+        )
 
 
 def _name(code: str) -> str:
-    """"float16" for F16, "float8_e4m3fn" for F8_E4M3."""
+    """ "float16" for F16, "float8_e4m3fn" for F8_E4M3."""
     if code in _DTYPES:
         return _DTYPES[code].name
     name = code.lower().replace("f", "float", 1)
@@ -152,14 +168,17 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
                     continue
                 value = np.ascontiguousarray(tensor.value())
                 if (value.dtype, value.size) != (tensor.dtype, math.prod(tensor.shape)):
-                    raise ValueError(f"{tensor.key} is {value.dtype}{value.shape}, announced were "
-                                     f"{tensor.dtype}{tensor.shape}")
+                    raise ValueError(
+                        f"{tensor.key} is {value.dtype}{value.shape}, announced were "
+                        f"{tensor.dtype}{tensor.shape}"
+                    )
                 file.write(value.reshape(-1).view(np.uint8).data)
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
     except BaseException as e:
         os.unlink(file.name)
         if isinstance(e, OSError):
-            raise InputError(f"{path} cannot be written ({e.strerror}): is the disk "
-                             "full?") from None
+            raise InputError(
+                f"{path} cannot be written ({e.strerror}): is the disk full?"
+            ) from None
         raise

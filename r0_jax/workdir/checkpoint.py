@@ -76,7 +76,8 @@ class Checkpoints:
             # comes late and the process does not end.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,
-                barrier_sync_fn=distributed.barrier if jax.process_count() > 1 else None),
+                barrier_sync_fn=distributed.barrier if jax.process_count() > 1 else None,
+            ),
         )
         with orbax_errors.one_line(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -92,13 +93,15 @@ class Checkpoints:
         # Of one process: the others may see a shared folder as it was a moment ago.
         if distributed.of_first(lambda: step in self._manager.all_steps()):
             return False
-        metadata = sealed_json.seal({
-            "step": step,
-            "config_digest": self._digest,
-            "metrics": {},
-            "score": None,
-            "checksums": checksum.of_fields(arrays),
-        })  # fmt: skip
+        metadata = sealed_json.seal(
+            {
+                "step": step,
+                "config_digest": self._digest,
+                "metrics": {},
+                "score": None,
+                "checksums": checksum.of_fields(arrays),
+            }
+        )
         mirror.push(self._workdir)  # what was measured is there before its checkpoint
         with orbax_errors.one_line(self.folder):
             self._manager.save(
@@ -201,9 +204,13 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     folder = mirror.checkpoints(workdir)
     with orbax_errors.reached(folder):
         there = folder.iterdir() if folder.is_dir() else ()
-        return sorted(int(path.name) for path in there
-                      if _STEP.fullmatch(path.name) and path.is_dir()
-                      and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path)))
+        return sorted(
+            int(path.name)
+            for path in there
+            if _STEP.fullmatch(path.name)
+            and path.is_dir()
+            and (isinstance(path, Path) or ocp.utils.is_checkpoint_finalized(path))
+        )
 
 
 def is_begun(workdir: str | os.PathLike) -> bool:
@@ -254,8 +261,13 @@ def _read_metadata(folder: AnyPath) -> dict[str, Any]:
         metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
             raise ValueError("fields are missing")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError,
-            RecursionError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise DamagedError(f"{path}: {error}") from None
     return metadata
 
@@ -291,8 +303,9 @@ def open_params(
     folder = mirror.checkpoints(workdir) / str(step)
     try:
         metadata = read_metadata(workdir, step)
-        stored = {name: x for name, x in _stored_shapes(folder).items()
-                  if name.startswith(field + ".")}
+        stored = {
+            name: x for name, x in _stored_shapes(folder).items() if name.startswith(field + ".")
+        }
         reader = _Reader(folder, stored)
         _verify(checksum.of_fields(reader), metadata)
     except DamagedError as error:
@@ -438,8 +451,10 @@ def _unreadable(folder: AnyPath, error: Exception) -> Exception:
     if isinstance(folder, Path) and not orbax_errors.says_nothing_of_files(error):
         return DamagedError(said)
     # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
-    return InputError(f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
-                      "again, or remove it to go on from the one before")
+    return InputError(
+        f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
+        "again, or remove it to go on from the one before"
+    )
 
 
 def _verify(checksums: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
@@ -462,5 +477,6 @@ def _set_aside(folder: AnyPath, damage: str) -> None:
         raise InputError(
             f"{_damaged(folder, damage)} and cannot be moved away: {failed.strerror}"
         ) from None
-    logging.warning("%s; it is now %s, and the newest of the others is used",
-                    _damaged(folder, damage), aside)
+    logging.warning(
+        "%s; it is now %s, and the newest of the others is used", _damaged(folder, damage), aside
+    )

@@ -21,10 +21,28 @@ from r0_jax.workdir import checkpoint
 # something is written and where it is computed, not what is. `steps` counts as one of them only
 # without a decay of the learning rate towards it.
 HARMLESS = frozenset(
-    {"steps", "checkpoint_every", "eval_every", "log_every", "wandb", "tensorboard", "workdir",
-     "mesh", "device_batch", "sharding", "attention", "remat", "scan_blocks", "keep_checkpoints",
-     "max_skipped_in_a_row", "early_stop", "test", "compilation_cache", "processes"}
-)  # fmt: skip
+    {
+        "steps",
+        "checkpoint_every",
+        "eval_every",
+        "log_every",
+        "wandb",
+        "tensorboard",
+        "workdir",
+        "mesh",
+        "device_batch",
+        "sharding",
+        "attention",
+        "remat",
+        "scan_blocks",
+        "keep_checkpoints",
+        "max_skipped_in_a_row",
+        "early_stop",
+        "test",
+        "compilation_cache",
+        "processes",
+    }
+)
 
 _SEEN = 60.0  # seconds after which a file of one machine is seen by all others on NFS
 
@@ -64,8 +82,10 @@ def check_same_everywhere(config: ConfigDict) -> None:
     there = dict(_fields(distributed.of_first(config.to_dict)))
     for name in sorted(here.keys() | there.keys()):
         if _show(here, name) != _show(there, name):
-            raise InputError(f"{name} is {_show(here, name)} in this process and "
-                             f"{_show(there, name)} in process 0: start all with the same flags")
+            raise InputError(
+                f"{name} is {_show(here, name)} in this process and "
+                f"{_show(there, name)} in process 0: start all with the same flags"
+            )
 
 
 def check_shared(workdir: Path) -> None:
@@ -80,8 +100,10 @@ def check_shared(workdir: Path) -> None:
     token, deadline = distributed.of_first(write), time.monotonic() + _SEEN
     while not (path.is_file() and path.read_bytes() == token.encode()):
         if time.monotonic() > deadline:
-            raise InputError(f"{workdir} is not the folder that process 0 has under this name: "
-                             "give a --workdir on a file system that all processes share")
+            raise InputError(
+                f"{workdir} is not the folder that process 0 has under this name: "
+                "give a --workdir on a file system that all processes share"
+            )
         time.sleep(0.2)
     distributed.together()
     distributed.of_first(lambda: path.unlink(missing_ok=True))
@@ -96,13 +118,15 @@ def alone(workdir: Path) -> Iterator[None]:
             workdir.mkdir(parents=True, exist_ok=True)
             file = held.enter_context((workdir / ".lock").open("ab"))
         except OSError as error:
-            raise InputError(f"--workdir={workdir} cannot be written to ({error.strerror}): give "
-                             "another one") from None
+            raise InputError(
+                f"--workdir={workdir} cannot be written to ({error.strerror}): give another one"
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is training in {workdir}: wait for it, or give "
-                             "another --workdir") from None
+            raise InputError(
+                f"another process is training in {workdir}: wait for it, or give another --workdir"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield

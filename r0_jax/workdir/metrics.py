@@ -52,8 +52,7 @@ class MetricWriter:
             self._wandb = _start_wandb(self.path.parent)
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _repair(self.path, math.inf if resume_step is None else float(resume_step),
-                    evaluated)
+            _repair(self.path, math.inf if resume_step is None else float(resume_step), evaluated)
             self._file = _open(self.path)
             if tensorboard:
                 self._events = _TensorBoard(self.path.parent / "tensorboard", resume_step)
@@ -210,11 +209,14 @@ def _start_wandb(workdir: Path) -> Any:
         write_bytes(path, os.urandom(8).hex().encode())
     run = path.read_text(encoding="utf-8")
     try:
-        return wandb.init(project="r0_jax", name=workdir.name, dir=str(workdir), id=run,
-                          resume="allow")
+        return wandb.init(
+            project="r0_jax", name=workdir.name, dir=str(workdir), id=run, resume="allow"
+        )
     except Exception as error:  # whatever its service or its settings are about
-        raise InputError(f"wandb does not start ({' '.join(str(error).split())}): run `wandb login`"
-                         ", or set WANDB_MODE=offline or wandb=False") from None
+        raise InputError(
+            f"wandb does not start ({' '.join(str(error).split())}): run `wandb login`"
+            ", or set WANDB_MODE=offline or wandb=False"
+        ) from None
 
 
 def _open(path: Path) -> io.FileIO:
@@ -236,8 +238,10 @@ def _repair(path: Path, last_step: float, evaluated: bool) -> None:
 
     def is_kept(line: bytes) -> bool:
         step = _step(line)
-        return step < last_step or (step == last_step and (
-            evaluated or any(name.startswith("train/") for name in json.loads(line))))
+        return step < last_step or (
+            step == last_step
+            and (evaluated or any(name.startswith("train/") for name in json.loads(line)))
+        )
 
     old = path.read_bytes()
     lines = [line for line in old.split(b"\n") if is_kept(line)]

@@ -59,9 +59,13 @@ def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         if training:
             if jax.process_index() == 0:
-                held.enter_context(remote.locked(
-                    folder.with_name(".lock"), busy=f"another process of this machine is training "
-                    f"in {url}: wait for it, or give another --workdir"))
+                held.enter_context(
+                    remote.locked(
+                        folder.with_name(".lock"),
+                        busy=f"another process of this machine is training "
+                        f"in {url}: wait for it, or give another --workdir",
+                    )
+                )
                 _try_writing(url)
             _check_machines(url)
         mirror = _mirrors[folder] = _Mirror(url, folder, training)
@@ -137,16 +141,21 @@ class _Mirror:
 
     def pull(self) -> None:
         """The mirror becomes what the store holds."""
-        there = {name: x for name, x in remote.list_files(self.url).items()
-                 if self._is_mirrored(name)}
+        there = {
+            name: x for name, x in remote.list_files(self.url).items() if self._is_mirrored(name)
+        }
         whole = {_step(name) for name in there if _COMMIT.fullmatch(name)}
         wanted = {name: x for name, x in there.items() if _step(name) in whole | {None}}
         with remote.locked(self.folder.with_name(".pull.lock")):
             self.folder.mkdir(parents=True, exist_ok=True)
             remote.remove_others(self.folder, wanted if self.training else there)
-            remote.fetch(self.url, wanted if self.training else
-                         {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
-                         self.folder)
+            remote.fetch(
+                self.url,
+                wanted
+                if self.training
+                else {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
+                self.folder,
+            )
         # Who only reads changes nothing of what is there.
         left = there.keys() - wanted.keys()
         self.same = {**wanted, **dict.fromkeys(left)} if self.training else {**there}
@@ -155,8 +164,9 @@ class _Mirror:
         """Brings one checkpoint whole."""
         name = f"checkpoints/{step}"
         with remote.locked(self.folder.with_name(".pull.lock")):
-            remote.fetch(f"{self.url}/{name}", remote.list_files(f"{self.url}/{name}"),
-                         self.folder / name)
+            remote.fetch(
+                f"{self.url}/{name}", remote.list_files(f"{self.url}/{name}"), self.folder / name
+            )
 
     def push(self) -> None:
         """The store becomes what the mirror holds."""
@@ -164,16 +174,23 @@ class _Mirror:
             return
         with self._pushing, remote.told(self.url):
             # Not rglob: orbax removes folders meanwhile, over which that stumbles.
-            here = {name for parent, _, files in os.walk(self.folder) for file in files
-                    if self._is_mirrored(
-                        name := Path(parent, file).relative_to(self.folder).as_posix())}
+            here = {
+                name
+                for parent, _, files in os.walk(self.folder)
+                for file in files
+                if self._is_mirrored(name := Path(parent, file).relative_to(self.folder).as_posix())
+            }
             gone = self.same.keys() - here if self.training else set()
             # A checkpoint goes as one: of what is just being deleted some files are there still.
             steps = {_step(name) for name in gone if self.same[name]} - {None}
             gone |= {name for name in self.same if _step(name) in steps}
-            changed = {name: stamp for name in here if _step(name) not in steps
-                       and (stamp := remote.stamp_of(self.folder / name))
-                       and stamp != self.same.get(name)}
+            changed = {
+                name: stamp
+                for name in here
+                if _step(name) not in steps
+                and (stamp := remote.stamp_of(self.folder / name))
+                and stamp != self.same.get(name)
+            }
             there = self._upload(changed)
             self._delete(gone)
             if there:
@@ -267,8 +284,10 @@ def _check_machines(url: str) -> None:
     if jax.process_count() > 1 and not remote.orbax_reaches(url):
         name = np.asarray(zlib.crc32(socket.gethostname().encode()), np.uint32)
         if len(np.unique(multihost_utils.process_allgather(name))) > 1:
-            raise InputError(f"{url}: several machines cannot write one checkpoint to s3://; give "
-                             "a --workdir in gs:// or on a file system that all of them share")
+            raise InputError(
+                f"{url}: several machines cannot write one checkpoint to s3://; give "
+                "a --workdir in gs:// or on a file system that all of them share"
+            )
 
 
 def _in_turn(do: Callable[[], None], what: str) -> None:

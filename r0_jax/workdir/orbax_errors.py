@@ -16,8 +16,17 @@ from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.workdir.mirror import AnyPath
 
-_PASSING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
-            errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+_PASSING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 
 
 @contextlib.contextmanager

@@ -30,9 +30,23 @@ HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
 
 # What readers of a run ask of its config.
 _NEEDED = (
-    "pretrained", "dtype", "lora.rank", "lora.alpha", "lora.targets", "sampler.num_steps",
-    "sampler.eta", "sampler.random_eta", "objective.method", "rewards", "heldout_rewards",
-    "regularizers", "steps", "batch_size", "seed", "data.encoded", "attention",
+    "pretrained",
+    "dtype",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "sampler.num_steps",
+    "sampler.eta",
+    "sampler.random_eta",
+    "objective.method",
+    "rewards",
+    "heldout_rewards",
+    "regularizers",
+    "steps",
+    "batch_size",
+    "seed",
+    "data.encoded",
+    "attention",
 )
 
 
@@ -62,8 +76,11 @@ class Run:
         there = self.pipeline.networks.keys() | self.pipeline.tokenizers.keys()
         if not self.pipeline.tokenizers:  # they were not asked for
             there |= {path.name for path in self.pretrained.iterdir() if path.is_dir()}
-        return [name for name in read_json(self.pretrained / "model_index.json")
-                if name.startswith(("text_encoder", "tokenizer")) and name not in there]
+        return [
+            name
+            for name in read_json(self.pretrained / "model_index.json")
+            if name.startswith(("text_encoder", "tokenizer")) and name not in there
+        ]
 
     def params(self, step: int, ema: bool = True) -> HostParams:
         """The trainable parameters (adapters or all weights) of a checkpoint, in float32.
@@ -103,12 +120,17 @@ class Run:
                 return np.asarray(generator.weights(trained, start)[name])
 
         # In the order in which checkpoints are read.
-        return {name: lazy.computed(base[name].shape, dtype or self.generator.dtype,
-                                    functools.partial(value, name)) for name in sorted(base)}
+        return {
+            name: lazy.computed(
+                base[name].shape, dtype or self.generator.dtype, functools.partial(value, name)
+            )
+            for name in sorted(base)
+        }
 
 
-def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None,
-             text: bool = True) -> Run:
+def open_run(
+    workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None, text: bool = True
+) -> Run:
     """The run of a workdir.
 
     `pretrained` takes the place of the config's folder, where that one has moved; without `text`
@@ -120,21 +142,24 @@ def open_run(workdir: str | os.PathLike, pretrained: str | os.PathLike | None = 
     config = read_config(workdir)
     folder = find_pretrained(workdir, config, pretrained)
     pipeline = families.load(folder, text=text)
-    scheduler_config = grid.scheduler_config(pipeline.scheduler_config,
-                                                 config.sampler.num_steps)
+    scheduler_config = grid.scheduler_config(pipeline.scheduler_config, config.sampler.num_steps)
     adapter = config.lora
-    generator = Generator(adapter.rank, adapter.alpha, adapter.targets, config.dtype,
-                          pipeline.fixed)
+    generator = Generator(
+        adapter.rank, adapter.alpha, adapter.targets, config.dtype, pipeline.fixed
+    )
     return Run(workdir, config, folder, pipeline, generator, scheduler_config)
 
 
-def find_pretrained(workdir: Path, config: ConfigDict,
-                    pretrained: str | os.PathLike | None = None) -> Path:
+def find_pretrained(
+    workdir: Path, config: ConfigDict, pretrained: str | os.PathLike | None = None
+) -> Path:
     """The folder of the pretrained pipeline; InputError if the config's has moved."""
     folder = remote.local(pretrained or config.pretrained)
     if not folder.is_dir() and not pretrained:
-        raise InputError(f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
-                         "it is now with --pretrained=DIR")
+        raise InputError(
+            f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
+            "it is now with --pretrained=DIR"
+        )
     return folder
 
 
@@ -146,8 +171,10 @@ def check_writable(folder: Path) -> None:
     if not there.is_dir():
         raise InputError(f"cannot write to {folder}: {there} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {folder}: {there} is not writable; change its "
-                         "permissions or choose another one")
+        raise InputError(
+            f"cannot write to {folder}: {there} is not writable; change its "
+            "permissions or choose another one"
+        )
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -171,8 +198,10 @@ def read_config(workdir: Path) -> ConfigDict:
             value, expected = value[name], expected[name]
         kinds = (int, float) if isinstance(expected, float) else type(expected)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(expected, bool):
-            raise InputError(f"{path}: {field} = {value!r} is not the config of an R0 run: bring "
-                             "the original back")
+            raise InputError(
+                f"{path}: {field} = {value!r} is not the config of an R0 run: bring "
+                "the original back"
+            )
     return config
 
 

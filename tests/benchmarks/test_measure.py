@@ -8,7 +8,8 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     path.write_text("# First\n\none\n\n# Second\n\nold\n\n## Part\n\nold\n\n# Third\n\nthree\n")
     measure.write_section(path, "# Second", "new\n\n## Part\n\nnew\n")
     assert path.read_text() == (
-        "# First\n\none\n\n# Second\n\nnew\n\n## Part\n\nnew\n\n# Third\n\nthree\n")
+        "# First\n\none\n\n# Second\n\nnew\n\n## Part\n\nnew\n\n# Third\n\nthree\n"
+    )
     measure.write_section(path, "## Part", "newer")
     assert "## Part\n\nnewer\n\n# Third" in path.read_text()
     measure.write_section(path, "# Fourth", "four")

@@ -13,8 +13,10 @@ def test_all_ways_compute_the_same(monkeypatch):
     towers = [stacked_towers.random_params(network, seed, "float32") for seed in range(3)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *towers)
     images = jax.random.normal(jax.random.key(9), (2, 16, 16, 3))
-    found = {name: function(towers if name == "one after another" else stacked, images)
-             for name, function in stacked_towers.ways(network).items()}
+    found = {
+        name: function(towers if name == "one after another" else stacked, images)
+        for name, function in stacked_towers.ways(network).items()
+    }
     features, gradients = found.pop("one after another")
     assert features.shape == (3, 2) and gradients.shape == (3, *images.shape)
     assert not np.allclose(gradients[0], gradients[1], rtol=0.1)

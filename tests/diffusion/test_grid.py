@@ -28,8 +28,7 @@ def test_stock_flow_matching_visits_the_trained_grid(shift, steps):
     scheduler.set_timesteps(steps)
     np.testing.assert_allclose(scheduler.sigmas[:-1], expected, rtol=1e-6)
     np.testing.assert_allclose(scheduler.timesteps, grid.timesteps, rtol=1e-6)
-    np.testing.assert_allclose(
-        schedulers.from_config(config, steps).sigmas, expected, rtol=1e-6)
+    np.testing.assert_allclose(schedulers.from_config(config, steps).sigmas, expected, rtol=1e-6)
 
 
 def test_an_export_is_trained_on_the_grid_of_its_base():
@@ -37,8 +36,9 @@ def test_an_export_is_trained_on_the_grid_of_its_base():
     again = few_step.scheduler_config(base, 4)
     assert again["shift"] != 3 and few_step.shift(again) == pytest.approx(3.0)
     np.testing.assert_allclose(few_step.grid(again, 2).sigmas, few_step.grid(base, 2).sigmas)
-    np.testing.assert_allclose(few_step.noise_levels(again).sigmas,
-                               few_step.noise_levels(base).sigmas, rtol=1e-6)
+    np.testing.assert_allclose(
+        few_step.noise_levels(again).sigmas, few_step.noise_levels(base).sigmas, rtol=1e-6
+    )
 
 
 def test_noise_levels_are_those_of_training():
@@ -53,20 +53,32 @@ def test_noise_levels_are_those_of_training():
 NAN, INFINITY = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("field, value, expected", [
-    *(("shift", value, "a number from 0.001 to 1000") for value in (0, -3.0, NAN, INFINITY, 1e9)),
-    *(("shift", value, r"supported: int \| float") for value in (None, "3.0", [3.0])),
-    *(("shift_terminal", value, "null, or a number from 0 to below 1")
-      for value in (1.0, -0.5, 2, NAN, INFINITY)),
-    ("shift_terminal", "x", r"supported: int \| float \| None"),
-    *(("num_train_timesteps", value, "at least 2") for value in (1, 0, -1)),
-    *(("num_train_timesteps", value, "<class 'int'>") for value in (None, "1000", 1e3)),
-])
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        *(
+            ("shift", value, "a number from 0.001 to 1000")
+            for value in (0, -3.0, NAN, INFINITY, 1e9)
+        ),
+        *(("shift", value, r"supported: int \| float") for value in (None, "3.0", [3.0])),
+        *(
+            ("shift_terminal", value, "null, or a number from 0 to below 1")
+            for value in (1.0, -0.5, 2, NAN, INFINITY)
+        ),
+        ("shift_terminal", "x", r"supported: int \| float \| None"),
+        *(("num_train_timesteps", value, "at least 2") for value in (1, 0, -1)),
+        *(("num_train_timesteps", value, "<class 'int'>") for value in (None, "1000", 1e3)),
+    ],
+)
 def test_numbers_that_make_no_schedule_are_named(field, value, expected):
     config = FLOW | {"shift": 3.0, "shift_terminal": 0.1} | {field: value}
     said = f"FlowMatchEulerDiscreteScheduler with {field}={re.escape(repr(value))} .*{expected}"
-    for function in (few_step.shift, few_step.noise_levels, lambda config: few_step.grid(config, 4),
-                     lambda config: few_step.scheduler_config(config, 4)):
+    for function in (
+        few_step.shift,
+        few_step.noise_levels,
+        lambda config: few_step.grid(config, 4),
+        lambda config: few_step.scheduler_config(config, 4),
+    ):
         with pytest.raises(InputError, match=said) as error:
             function(config)
         assert "\n" not in str(error.value)
@@ -83,10 +95,14 @@ def test_numbers_that_make_no_schedule_together():
         few_step.noise_levels({"_class_name": "DDIMScheduler", "num_train_timesteps": 0})
 
 
-@pytest.mark.parametrize("fields, said", [
-    (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
-    (FLOW | {"stochastic_sampling": True}, "stochastic_sampling"),
-    ({"_class_name": "CogVideoXDDIMScheduler"}, "CogVideoXDDIMScheduler")])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        (FLOW | {"stochastic_sampling": True}, "stochastic_sampling"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "CogVideoXDDIMScheduler"),
+    ],
+)
 def test_what_is_not_supported_is_named(fields, said):
     for function in (few_step.grid, few_step.scheduler_config):
         with pytest.raises(InputError, match=said):

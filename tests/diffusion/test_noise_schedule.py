@@ -26,13 +26,17 @@ def theirs(config):
 
 
 @pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
-@pytest.mark.parametrize("schedule", [
-    {},  # the defaults, which are not the same for all classes
-    {"beta_schedule": "linear"},
-    SD,
-    {"beta_schedule": "squaredcos_cap_v2"},
-    {"trained_betas": np.linspace(0.001, 0.5, 20).tolist(), "num_train_timesteps": 20},
-], ids=["defaults", "linear", "stable diffusion", "cosine", "trained"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},  # the defaults, which are not the same for all classes
+        {"beta_schedule": "linear"},
+        SD,
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.linspace(0.001, 0.5, 20).tolist(), "num_train_timesteps": 20},
+    ],
+    ids=["defaults", "linear", "stable diffusion", "cosine", "trained"],
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_alphas_cumprod(name, schedule, rescale_betas_zero_snr):
     config = {"_class_name": name, "rescale_betas_zero_snr": rescale_betas_zero_snr} | schedule
@@ -45,16 +49,21 @@ def test_alphas_cumprod(name, schedule, rescale_betas_zero_snr):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_any_class_is_trained_on_the_same_grid(name):
-    config = {"_class_name": name, "prediction_type": "v_prediction", "use_karras_sigmas": True,
-              "timestep_spacing": "linspace"} | SD
-    expected = few_step.grid({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-                             | SD, 4)
+    config = {
+        "_class_name": name,
+        "prediction_type": "v_prediction",
+        "use_karras_sigmas": True,
+        "timestep_spacing": "linspace",
+    } | SD
+    expected = few_step.grid(
+        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"} | SD, 4
+    )
     grid = few_step.grid(config, 4)
     assert grid.timesteps.tolist() == [999, 749, 499, 249]
     assert grid.prediction_type == "v_prediction"
     np.testing.assert_array_equal(grid.alphas, expected.alphas)
     levels = few_step.noise_levels(config)
-    np.testing.assert_allclose(levels.alphas[::-1]**2, theirs(config).alphas_cumprod, rtol=1e-6)
+    np.testing.assert_allclose(levels.alphas[::-1] ** 2, theirs(config).alphas_cumprod, rtol=1e-6)
     # The export is a stock DDIM that visits it, with the betas of this class's defaults too.
     for fields in (config, {"_class_name": name}):
         exported = few_step.scheduler_config(fields, 4)
@@ -77,15 +86,24 @@ def test_a_field_that_the_class_does_not_read_plays_no_part():
     assert few_step.scheduler_config(pndm, 4)["rescale_betas_zero_snr"] is False
 
 
-@pytest.mark.parametrize("config, said", [
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
-    ({"_class_name": ["DDIMScheduler"]}, r"\['DDIMScheduler'\] has no betas"),
-    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
-    ({"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}, "beta_schedule='laplace'"),
-    ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule='exp'"),
-    ({"_class_name": "LCMScheduler", "num_train_timesteps": 0}, "num_train_timesteps=0"),
-    ({"_class_name": "DDPMScheduler", "trained_betas": [2.0], "num_train_timesteps": 1},
-     "trained_betas: .* found 2.0")])
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": ["DDIMScheduler"]}, r"\['DDIMScheduler'\] has no betas"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            "use_flow_sigmas=True",
+        ),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}, "beta_schedule='laplace'"),
+        ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ({"_class_name": "LCMScheduler", "num_train_timesteps": 0}, "num_train_timesteps=0"),
+        (
+            {"_class_name": "DDPMScheduler", "trained_betas": [2.0], "num_train_timesteps": 1},
+            "trained_betas: .* found 2.0",
+        ),
+    ],
+)
 def test_what_is_not_supported_is_named(config, said):
     with pytest.raises(InputError, match=said) as error:
         noise_schedule.alphas_cumprod(config)

@@ -10,9 +10,14 @@ from r0_jax.diffusion import rollout as rollout_
 from r0_jax.diffusion import schedulers
 
 BATCH, SHAPE = 4, (2, 3, 2)
-SD = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-      "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-      "skip_prk_steps": True}  # fmt: skip
+SD = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "skip_prk_steps": True,
+}
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 EULER = {**SD, "_class_name": "EulerDiscreteScheduler"}
 
@@ -35,9 +40,17 @@ def start(size=BATCH):
 
 
 def trajectory(theta, frozen, grid, last, grad_steps, eta):
-    return rollout_.rollout(functools.partial(network, theta), functools.partial(network, frozen),
-                           grid, start(), keys(), last=last, grad_steps=grad_steps,
-                           random_eta=False, eta=eta)
+    return rollout_.rollout(
+        functools.partial(network, theta),
+        functools.partial(network, frozen),
+        grid,
+        start(),
+        keys(),
+        last=last,
+        grad_steps=grad_steps,
+        random_eta=False,
+        eta=eta,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "grad_steps"))
@@ -46,9 +59,15 @@ def rollout(grid, last, grad_steps):
 
 
 @pytest.mark.parametrize(
-    "config", [few_step.scheduler_config(SD, 4),
-               few_step.scheduler_config(SD | {"prediction_type": "v_prediction"}, 4),
-               SD3, EULER], ids=["epsilon", "v", "flow", "euler"])  # fmt: skip
+    "config",
+    [
+        few_step.scheduler_config(SD, 4),
+        few_step.scheduler_config(SD | {"prediction_type": "v_prediction"}, 4),
+        SD3,
+        EULER,
+    ],
+    ids=["epsilon", "v", "flow", "euler"],
+)
 def test_eta_0_is_the_scheduler_over_the_whole_trajectory(config):
     grid = schedulers.from_config(config, 4)
     latents = start() * grid.init_noise_sigma
@@ -72,7 +91,7 @@ def test_trajectory_stops_at_last():
         found = rollout(grid, last, grad_steps=1)
         assert (found.timesteps == grid.timesteps[last]).all()
         assert (found.alpha, found.sigma) == (grid.alphas[last], grid.sigmas[last])
-        expected = (found.latents - found.sigma * epsilon(found.latents, found.timesteps))
+        expected = found.latents - found.sigma * epsilon(found.latents, found.timesteps)
         np.testing.assert_allclose(found.x0, expected / found.alpha, rtol=1e-4, atol=1e-4)
         if last == 0:
             np.testing.assert_allclose(found.latents, start(), rtol=1e-6)
@@ -89,14 +108,23 @@ def test_only_the_steps_needed_are_run():
 
     @functools.partial(jax.jit)
     def run(last):
-        return rollout_.rollout(counted, counted, few_steps(), start(), keys(), last=last,
-                               grad_steps=1, random_eta=False, eta=0.0).x0
+        return rollout_.rollout(
+            counted,
+            counted,
+            few_steps(),
+            start(),
+            keys(),
+            last=last,
+            grad_steps=1,
+            random_eta=False,
+            eta=0.0,
+        ).x0
 
     for last in range(4):
         calls.clear()
         jax.block_until_ready(run(jnp.asarray(last)))
         jax.effects_barrier()
-        assert calls == [999, 749, 499, 249][:last + 1]
+        assert calls == [999, 749, 499, 249][: last + 1]
 
 
 def test_step_keeps_the_variance_and_eta_1_replaces_all_noise():
@@ -133,9 +161,18 @@ def drawn(monkeypatch):
 
 def run(size, random_eta, eta=0.0):
     denoise = functools.partial(network, 1.3)
-    found = jax.jit(functools.partial(
-        rollout_.rollout, denoise, denoise, few_steps(), last=3, grad_steps=2,
-        random_eta=random_eta, eta=eta))(start(size), keys(size))
+    found = jax.jit(
+        functools.partial(
+            rollout_.rollout,
+            denoise,
+            denoise,
+            few_steps(),
+            last=3,
+            grad_steps=2,
+            random_eta=random_eta,
+            eta=eta,
+        )
+    )(start(size), keys(size))
     jax.block_until_ready(found)
     jax.effects_barrier()
     return found

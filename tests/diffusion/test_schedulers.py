@@ -347,13 +347,19 @@ def test_refused_arguments(arguments, match):
         schedulers.from_config(*arguments)
 
 
-@pytest.mark.parametrize("config, said", [
-    (SD | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
-     "'DPMSolverMultistepScheduler' is not supported; supported: DDIMScheduler"),
-    (SD | {"_class_name": "LCMScheduler", "prediction_type": "v_prediction"}, "'LCMScheduler'"),
-    (EULER | {"use_beta_sigmas": True}, "EulerDiscreteScheduler with use_beta_sigmas=True"),
-    (PNDM | {"skip_prk_steps": False}, "PNDMScheduler with skip_prk_steps=False"),
-], ids=lambda x: x["_class_name"] if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (
+            SD | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            "'DPMSolverMultistepScheduler' is not supported; supported: DDIMScheduler",
+        ),
+        (SD | {"_class_name": "LCMScheduler", "prediction_type": "v_prediction"}, "'LCMScheduler'"),
+        (EULER | {"use_beta_sigmas": True}, "EulerDiscreteScheduler with use_beta_sigmas=True"),
+        (PNDM | {"skip_prk_steps": False}, "PNDMScheduler with skip_prk_steps=False"),
+    ],
+    ids=lambda x: x["_class_name"] if isinstance(x, dict) else "",
+)
 def test_a_folder_whose_sampler_is_not_here_is_sampled_by_ddim_and_told_so(config, said):
     with pytest.warns(UserWarning, match=f"^images are drawn with DDIM, not .*{said}") as told:
         found = schedulers.from_folder(config, 4)
@@ -364,7 +370,8 @@ def test_a_folder_whose_sampler_is_not_here_is_sampled_by_ddim_and_told_so(confi
     # What a user would make of such a folder in diffusers.
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
     ddim = diffusers.DDIMScheduler.from_config(
-        theirs.config, timestep_spacing="trailing", clip_sample=False)
+        theirs.config, timestep_spacing="trailing", clip_sample=False
+    )
     assert_same_trajectory(dict(ddim.config) | {"_class_name": "DDIMScheduler"}, 4)
     np.testing.assert_allclose(found.alphas**2, ddim.alphas_cumprod[found.timesteps], rtol=1e-6)
 
@@ -376,12 +383,18 @@ def test_a_folder_is_else_sampled_by_its_own_sampler(config):
     np.testing.assert_array_equal(found.next_sigmas, own.next_sigmas)
 
 
-@pytest.mark.parametrize("config, said", [
-    ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
-     "prediction_type='flow_prediction'"),
-    ({"_class_name": "CogVideoXDDIMScheduler"}, "'CogVideoXDDIMScheduler' has no betas"),
-    (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-    ({}, "None has no betas")])
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+            "prediction_type='flow_prediction'",
+        ),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "'CogVideoXDDIMScheduler' has no betas"),
+        (FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        ({}, "None has no betas"),
+    ],
+)
 def test_a_folder_whose_noise_is_unknown_is_refused(config, said):
     with pytest.raises(InputError, match=said):
         schedulers.from_folder(config, 4)

@@ -89,8 +89,10 @@ def test_svg_takes_the_pages_colours_and_leaves_the_page_and_matplotlib_alone():
     first, second = (curves.draw({1: 0.1, 2: 0.4}, "reward") for _ in range(2))
     assert dict(matplotlib.rcParams) == before
     assert not re.search(r"#[0-9a-f]{6}", first.replace("url(#", "(")) and "var(--line)" in first
-    assert "<style" not in first and "font-family" not in first and "http:" not in first.replace(
-        "http://www.w3.org", ""
+    assert (
+        "<style" not in first
+        and "font-family" not in first
+        and "http:" not in first.replace("http://www.w3.org", "")
     )
     ids = [re.findall(r' id="([^"]*)"', svg) for svg in (first, second)]
     assert ids[0] and not set(ids[0]) & set(ids[1])  # both may stand in one page

@@ -25,8 +25,9 @@ def test_contrast():
 @pytest.mark.parametrize("axis", [1, 2])
 def test_energy_on_the_grid_of_patches(axis):
     n = GREY.shape[axis]
-    wave = np.cos(2 * np.pi * 4 * np.arange(n) / n).reshape([-1 if i == axis else 1
-                                                             for i in range(4)])
+    wave = np.cos(2 * np.pi * 4 * np.arange(n) / n).reshape(
+        [-1 if i == axis else 1 for i in range(4)]
+    )
     striped = (GREY + 0.2 * wave).astype(np.float32)
     assert hacking.grid_energy(GREY, 4) == 0
     np.testing.assert_allclose(hacking.grid_energy(striped, 4), 1, rtol=1e-5)
@@ -39,8 +40,9 @@ def test_diversity():
     assert hacking.diversity(GREY) < 1e-6
     images = noise(32, 48)
     small = images.reshape(2, 8, 4, 8, 6, 3).mean((2, 4))
-    np.testing.assert_allclose(hacking.diversity(images), np.linalg.norm(small[0] - small[1]),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        hacking.diversity(images), np.linalg.norm(small[0] - small[1]), rtol=1e-5
+    )
     assert hacking.diversity(noise(5, 7)) > 0  # smaller than a thumbnail
 
 
@@ -49,6 +51,7 @@ def test_signs_are_multiples_of_the_bases():
     now, base = hacking.signs(images, [4, 8, 4]), hacking.signs(images / 2, [4, 8])
     assert now.keys() == {"saturation", "contrast", "diversity", "grid_energy_4", "grid_energy_8"}
     found = hacking.relative(now, base)
-    np.testing.assert_allclose([found["contrast"], found["diversity"], found["saturation"]],
-                               [2, 2, 1], rtol=1e-4)
+    np.testing.assert_allclose(
+        [found["contrast"], found["diversity"], found["saturation"]], [2, 2, 1], rtol=1e-4
+    )
     assert hacking.relative({"a": 0.0}, {"a": 0.0}) == {"a": 1.0}

@@ -157,8 +157,13 @@ def test_an_installed_font_is_used_for_what_the_bundled_one_lacks(monkeypatch):
 
 
 def test_fonts_for_chinese_come_first(monkeypatch):
-    paths = ["/a/Arial.ttf", "/b/wqy-microhei.ttc", "/c/NotoSansCJK-Bold.ttc",
-             "/c/NotoSansCJK-Regular.ttc", "/d/LastResort.otf"]  # fmt: skip
+    paths = [
+        "/a/Arial.ttf",
+        "/b/wqy-microhei.ttc",
+        "/c/NotoSansCJK-Bold.ttc",
+        "/c/NotoSansCJK-Regular.ttc",
+        "/d/LastResort.otf",
+    ]
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
     monkeypatch.setattr(images, "FT2Font", lambda path: _Everything())
     monkeypatch.setattr(ImageFont, "truetype", lambda path, size: None)

@@ -179,8 +179,13 @@ def test_report_of_a_whole_run(tmp_path):
 
 def test_report_of_an_empty_folder_says_what_is_missing(tmp_path):
     page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
-    for name in ("eval.json", "metrics.jsonl", "samples/eval/prompts.jsonl", "samples/step_*.png",
-                 "config.json"):  # fmt: skip
+    for name in (
+        "eval.json",
+        "metrics.jsonl",
+        "samples/eval/prompts.jsonl",
+        "samples/step_*.png",
+        "config.json",
+    ):
         assert f"There is no {name} in this folder" in page.text
 
 

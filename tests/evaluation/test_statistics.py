@@ -111,10 +111,12 @@ def test_frechet_distance_holds_with_fewer_rows_than_dimensions():
 
 
 def test_diversity_is_the_mean_distance_of_a_prompts_own_pairs():
-    features = np.array([
-        [[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]],  # distances 5, 0, 5
-        [[9.0, 9.0], [9.0, 9.0], [9.0, 9.0]],
-    ])
+    features = np.array(
+        [
+            [[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]],  # distances 5, 0, 5
+            [[9.0, 9.0], [9.0, 9.0], [9.0, 9.0]],
+        ]
+    )
     np.testing.assert_allclose(statistics.diversity(features), [10 / 3, 0.0])
     with pytest.raises(ValueError, match="at least 2 samples"):
         statistics.diversity(features[:, :1])

@@ -22,9 +22,16 @@ RUNS = {
     "sdxl": ("StableDiffusionXLPipeline", {}),
     "sd3": ("StableDiffusion3Pipeline", {}),
     "sd3_without_t5": ("StableDiffusion3Pipeline", {"text_encoder_3": None, "tokenizer_3": None}),
-    "v": ("StableDiffusionPipeline", {"scheduler": {
-        "_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True}}),
+    "v": (
+        "StableDiffusionPipeline",
+        {
+            "scheduler": {
+                "_class_name": "DDIMScheduler",
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+            }
+        },
+    ),
     "noisier": ("StableDiffusionPipeline", {"scheduler": {"beta_end": 0.02}}),
     "taiyi": ("Taiyi", {}),
 }
@@ -51,9 +58,11 @@ def workflow(world, name, form, base_model=None):
 def nodes(graph):
     """Type -> its widgets by name and the types of the nodes that its inputs come from."""
     origin = {link[0]: graph["nodes"][link[1] - 1]["type"] for link in graph["links"]}
-    return {node["type"]: dict(zip(comfyui.NODES[node["type"]][1], node["widgets_values"],
-                                   strict=True))
-            | {x["name"]: origin[x["link"]] for x in node["inputs"]} for node in graph["nodes"]}
+    return {
+        node["type"]: dict(zip(comfyui.NODES[node["type"]][1], node["widgets_values"], strict=True))
+        | {x["name"]: origin[x["link"]] for x in node["inputs"]}
+        for node in graph["nodes"]
+    }
 
 
 def check(graph):
@@ -81,10 +90,20 @@ def check(graph):
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("name, form", [
-    ("sd15", "diffusers"), ("sd15", "kohya"), ("sdxl", "diffusers"), ("sdxl", "kohya"),
-    ("sd3", "diffusers"), ("sd3", "peft"), ("sd3_without_t5", "peft"), ("v", "kohya"),
-    ("sd3_without_t5", "diffusers")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        ("sd15", "diffusers"),
+        ("sd15", "kohya"),
+        ("sdxl", "diffusers"),
+        ("sdxl", "kohya"),
+        ("sd3", "diffusers"),
+        ("sd3", "peft"),
+        ("sd3_without_t5", "peft"),
+        ("v", "kohya"),
+        ("sd3_without_t5", "diffusers"),
+    ],
+)
 def test_the_graph_holds_together_and_visits_the_grid(world, name, form):
     graph = workflow(world, name, form)
     check(graph)
@@ -123,7 +142,10 @@ def test_loaders_are_those_of_family_and_format(world):
     found = nodes(workflow(world, "sd15", "kohya"))
     assert found["CheckpointLoaderSimple"] == {"ckpt_name": "base.safetensors"}
     assert found["LoraLoaderModelOnly"] == {
-        "lora_name": "kohya.safetensors", "strength_model": 1.0, "model": "CheckpointLoaderSimple"}
+        "lora_name": "kohya.safetensors",
+        "strength_model": 1.0,
+        "model": "CheckpointLoaderSimple",
+    }
     assert found["CLIPTextEncode"]["clip"] == found["VAEDecode"]["vae"] == "CheckpointLoaderSimple"
 
     found = nodes(workflow(world, "sd15", "diffusers"))
@@ -135,13 +157,17 @@ def test_loaders_are_those_of_family_and_format(world):
     found = nodes(workflow(world, "sdxl", "diffusers"))
     assert found["DualCLIPLoader"] == {
         "clip_name1": "diffusers/text_encoder/model.safetensors",
-        "clip_name2": "diffusers/text_encoder_2/model.safetensors", "type": "sdxl",
-        "device": "default"}
+        "clip_name2": "diffusers/text_encoder_2/model.safetensors",
+        "type": "sdxl",
+        "device": "default",
+    }
 
     found = nodes(workflow(world, "sd3", "peft"))
     assert found["TripleCLIPLoader"] == {
-        "clip_name1": "clip_l.safetensors", "clip_name2": "clip_g.safetensors",
-        "clip_name3": "t5xxl_fp16.safetensors"}
+        "clip_name1": "clip_l.safetensors",
+        "clip_name2": "clip_g.safetensors",
+        "clip_name3": "t5xxl_fp16.safetensors",
+    }
     assert found["LoraLoaderModelOnly"]["lora_name"] == "peft/pytorch_lora_weights.safetensors"
     assert found["CLIPTextEncode"]["clip"] == "TripleCLIPLoader"
 
@@ -150,9 +176,14 @@ def test_loaders_are_those_of_family_and_format(world):
     assert found["UNETLoader"]["unet_name"].startswith("diffusers/transformer/")
 
 
-@pytest.mark.parametrize("name, form, reason", [
-    ("taiyi", "kohya", "it has no BERT"), ("sdxl", "peft", "as `--format=kohya` writes it"),
-    ("noisier", "kohya", "beta_end is another here")])
+@pytest.mark.parametrize(
+    "name, form, reason",
+    [
+        ("taiyi", "kohya", "it has no BERT"),
+        ("sdxl", "peft", "as `--format=kohya` writes it"),
+        ("noisier", "kohya", "beta_end is another here"),
+    ],
+)
 def test_no_workflow_that_comfyui_could_not_run(world, name, form, reason):
     assert workflow(world, name, form) is None
     assert "no workflow for ComfyUI: " in (text := card(world / name / form)[2]) and reason in text
@@ -162,8 +193,9 @@ def test_other_numbers_of_steps(world):
     run = open_run(world / "sd15" / "run")
     for steps in (1, 3):
         run.config.sampler.num_steps = steps
-        graph = comfyui.workflow(run, "kohya", world, "x", "someone/stable-diffusion-xl-base-1.0",
-                                 "a star")
+        graph = comfyui.workflow(
+            run, "kohya", world, "x", "someone/stable-diffusion-xl-base-1.0", "a star"
+        )
         check(graph)
         found = nodes(graph)
         assert found["ManualSigmas"]["sigmas"].count(",") == steps
@@ -173,5 +205,6 @@ def test_other_numbers_of_steps(world):
             ddim = diffusers.DDIMScheduler.from_config(run.scheduler_config)
             ddim.set_timesteps(steps)
         alphas = ddim.alphas_cumprod[ddim.timesteps].numpy()
-        np.testing.assert_allclose(comfyui.sigmas(run)[:-1], ((1 - alphas) / alphas) ** 0.5,
-                                   rtol=1e-5)
+        np.testing.assert_allclose(
+            comfyui.sigmas(run)[:-1], ((1 - alphas) / alphas) ** 0.5, rtol=1e-5
+        )

@@ -19,15 +19,26 @@ from r0_jax.workdir import checkpoint
 from r0_jax.workdir.run import open_run
 
 # Importing them says that torchvision is not there.
-STOCK = {kind.__name__: kind for kind in (
-    diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline,
-    diffusers.StableDiffusion3Pipeline)}
+STOCK = {
+    kind.__name__: kind
+    for kind in (
+        diffusers.StableDiffusionPipeline,
+        diffusers.StableDiffusionXLPipeline,
+        diffusers.StableDiffusion3Pipeline,
+    )
+}
 T5 = ("text_encoder_3", "tokenizer_3")
 FAMILIES = {  # name -> (miniature, targets, parts left out)
-    "sdxl": ("StableDiffusionXLPipeline", r".*\.attn[12]\.to_(q|v|out\.0)|add_embedding\.linear_1",
-             ()),
-    "sd3": ("StableDiffusion3Pipeline",
-            r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|pos_embed\.proj", ()),
+    "sdxl": (
+        "StableDiffusionXLPipeline",
+        r".*\.attn[12]\.to_(q|v|out\.0)|add_embedding\.linear_1",
+        (),
+    ),
+    "sd3": (
+        "StableDiffusion3Pipeline",
+        r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|pos_embed\.proj",
+        (),
+    ),
     "sd3_without_t5": ("StableDiffusion3Pipeline", r".*\.attn\.to_q", T5),
     "taiyi": ("Taiyi", r".*\.attn[12]\.to_(q|v|out\.0)", ()),
 }
@@ -82,16 +93,19 @@ def test_a_whole_folder_draws_what_the_run_draws(world, name):
     base.scheduler = pipeline.scheduler
     assert difference(theirs, images_of(base, noise=noise)) > 20 * CLOSE  # what was trained
     if name == "sd3":  # nobody trains sines and cosines
-        weights, before = (load_file(folder / at / "transformer" /
-                                     "diffusion_pytorch_model.safetensors")
-                           for at in ("diffusers", "base"))
+        weights, before = (
+            load_file(folder / at / "transformer" / "diffusion_pytorch_model.safetensors")
+            for at in ("diffusers", "base")
+        )
         key = "pos_embed.pos_embed"
         np.testing.assert_array_equal(weights[key], before[key])
         assert key not in open_run(folder / "full").params(10)
 
 
-@pytest.mark.parametrize("name, kind", [("sdxl", diffusers.UNet2DConditionModel),
-                                        ("sd3", diffusers.SD3Transformer2DModel)])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("sdxl", diffusers.UNet2DConditionModel), ("sd3", diffusers.SD3Transformer2DModel)],
+)
 def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path, monkeypatch):
     """Shards with an index, as diffusers writes them; each group of a checkpoint is read twice,
     once to be checked, so their order is that of the file that is written."""
@@ -106,23 +120,29 @@ def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path,
     monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
     monkeypatch.setattr(convert, "MAX_SHARD_SIZE", 30_000)
     export.export(world / name / "full", tmp_path / "out", "diffusers")
-    groups = calls[:len(calls) // 2]
+    groups = calls[: len(calls) // 2]
     assert calls == 2 * groups and len(groups) > 3
     part = "transformer" if name == "sd3" else "unet"
     files = sorted(path.name for path in (tmp_path / "out" / part).glob("*.safetensors"))
     stem = "diffusion_pytorch_model"
-    assert files == [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors"
-                     for i in range(1, len(files) + 1)] and len(files) > 3
+    assert (
+        files
+        == [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        and len(files) > 3
+    )
     with silent():
         ours = kind.from_pretrained(tmp_path / "out" / part).state_dict()
     expected = load_file(world / name / "diffusers" / part / f"{stem}.safetensors")
     assert ours.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
-    kind.from_pretrained(tmp_path / "out" / part).save_pretrained(tmp_path / "theirs",
-                                                                  max_shard_size=30_000)
-    index, theirs = (json.loads((folder / f"{stem}.safetensors.index.json").read_text("utf-8"))
-                     for folder in (tmp_path / "out" / part, tmp_path / "theirs"))
+    kind.from_pretrained(tmp_path / "out" / part).save_pretrained(
+        tmp_path / "theirs", max_shard_size=30_000
+    )
+    index, theirs = (
+        json.loads((folder / f"{stem}.safetensors.index.json").read_text("utf-8"))
+        for folder in (tmp_path / "out" / part, tmp_path / "theirs")
+    )
     assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     assert index.keys() == theirs.keys() and len(index["weight_map"]) == len(theirs["weight_map"])
 
@@ -174,8 +194,9 @@ def test_merged_adapters_draw_what_the_run_draws(world, name):
     assert difference(theirs, images_of(base, noise=noise)) > 20 * CLOSE  # the adapters are there
 
 
-@pytest.mark.parametrize("name, form", [("sd3_without_t5", "peft"), ("sd3_without_t5", "diffusers"),
-                                        ("sdxl", "peft")])
+@pytest.mark.parametrize(
+    "name, form", [("sd3_without_t5", "peft"), ("sd3_without_t5", "diffusers"), ("sdxl", "peft")]
+)
 def test_the_snippet_of_the_card_runs(world, name, form, monkeypatch, tmp_path):
     folder = shutil.copytree(world / name / form, tmp_path / form)
     _, snippet, text = card(folder)
@@ -195,10 +216,17 @@ def test_an_export_without_t5_says_so(world, tmp_path):
         else:
             shutil.copytree(world / "sd3" / "base", base)
             shutil.rmtree(base / "text_encoder_3")
-        with pytest.warns(UserWarning, match="going on without it") if source == "folder" else (
-                silent()):
-            export.export(world / "sd3_without_t5" / "lora", tmp_path / f"{source}_out",
-                          "diffusers", pretrained=str(base))
+        with (
+            pytest.warns(UserWarning, match="going on without it")
+            if source == "folder"
+            else (silent())
+        ):
+            export.export(
+                world / "sd3_without_t5" / "lora",
+                tmp_path / f"{source}_out",
+                "diffusers",
+                pretrained=str(base),
+            )
         index = json.loads((tmp_path / f"{source}_out" / "model_index.json").read_text("utf-8"))
         assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
         assert not (tmp_path / f"{source}_out" / "tokenizer_3").exists()

@@ -42,8 +42,6 @@ from r0_jax.workdir.run import choose_step, open_run
 # --- tiny folders ------------------------------------------------------------------------
 
 
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     return tiny.stable_diffusion(tmp_path_factory.mktemp("tiny") / "base")
@@ -69,18 +67,10 @@ def exported(runs, tmp_path_factory):
 # --- the two sides -----------------------------------------------------------------------
 
 
-
-
 def stock(folder):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-
-
-
-
 
 
 # --- tests -------------------------------------------------------------------------------
@@ -110,8 +100,10 @@ def test_lora_at_scale_one_is_the_merged_generator(exported, pretrained):
         before = images_of(pipeline)
         pipeline.load_lora_weights(exported / "peft")
         adapted = images_of(pipeline)
-    print(f"peft: against merged {difference(adapted, images_of(merged)):.2e}, "
-          f"against base {difference(adapted, before):.2e}")  # fmt: skip
+    print(
+        f"peft: against merged {difference(adapted, images_of(merged)):.2e}, "
+        f"against base {difference(adapted, before):.2e}"
+    )
     assert difference(adapted, images_of(merged)) < CLOSE
     assert difference(adapted, before) > 50 * CLOSE
 
@@ -163,8 +155,10 @@ def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, 
     source = tmp_path / "source"
     shutil.copytree(pretrained, source)
     vae, text = source / "vae", source / "text_encoder"
-    os.replace(vae / "diffusion_pytorch_model.safetensors",
-               vae / "diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
+    os.replace(
+        vae / "diffusion_pytorch_model.safetensors",
+        vae / "diffusion_pytorch_model.fp16.safetensors",
+    )
     (vae / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     tensors = list(load_file(text / "model.safetensors").items())
     os.unlink(text / "model.safetensors")
@@ -174,7 +168,8 @@ def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, 
         save_file(half, text / name, metadata={"format": "pt"})
     index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (text / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")  # fmt: skip
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
     path = source / "model_index.json"
     fields = json.loads(path.read_text("utf-8"))
     fields["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -233,9 +228,11 @@ def test_which_parameters_and_dtype(runs, tmp_path):
     base = lazy.place(opened.pipeline.params["unet"])
     seen = []
     for step, ema, dtype in [
-        ("", True, "float32"), ("latest", True, "float32"), ("10", False, "float16"),
+        ("", True, "float32"),
+        ("latest", True, "float32"),
+        ("10", False, "float16"),
         ("best", True, "bfloat16"),
-    ]:  # fmt: skip
+    ]:
         out = tmp_path / f"{len(seen)}"
         chosen = export.export(runs / "lora", out, "diffusers", step=step, ema=ema, dtype=dtype)
         adapters = jax.tree.map(jnp.asarray, opened.params(chosen, ema))
@@ -254,20 +251,27 @@ def test_which_parameters_and_dtype(runs, tmp_path):
     assert choose_step(runs / "full") == 20  # none was measured
 
 
-@pytest.mark.parametrize(("scores", "chosen"), [
-    ({0: 0.5, 20: None}, 20),  # stopped before the first evaluation: not the base again
-    ({0: 0.5, 10: 0.25, 20: None}, 0), ({0: 0.1, 10: 0.5, 20: 0.4}, 10), ({0: 0.5}, 0)])
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ({0: 0.5, 20: None}, 20),  # stopped before the first evaluation: not the base again
+        ({0: 0.5, 10: 0.25, 20: None}, 0),
+        ({0: 0.1, 10: 0.5, 20: 0.4}, 10),
+        ({0: 0.5}, 0),
+    ],
+)
 def test_the_step_that_is_taken_by_default(pretrained, tmp_path, scores, chosen):
     write_run(tmp_path / "run", pretrained, RANK, scores)
     assert choose_step(tmp_path / "run") == chosen
 
 
-
-
 @pytest.mark.parametrize("name", ["lora", "peft"])
 def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch):
-    evaluation = {"models": {"r0_4": {"judge_accuracy": {"value": 0.9, "ci95": [0.88, 0.92]}}},
-                  "prompts": 300, "checkpoint": "step 20"}  # fmt: skip
+    evaluation = {
+        "models": {"r0_4": {"judge_accuracy": {"value": 0.9, "ci95": [0.88, 0.92]}}},
+        "prompts": 300,
+        "checkpoint": "step 20",
+    }
     workdir = tmp_path / "run"
     shutil.copytree(runs / "lora", workdir)
     (workdir / "eval.json").write_text(json.dumps(evaluation), encoding="utf-8")
@@ -279,11 +283,15 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
     assert front["pipeline_tag"] == "text-to-image"
     assert ("lora" in front["tags"]) == (name == "peft")
     for line in [
-        "| rewards | clip x 0.5, hps x 1 |", "| held-out rewards | pickscore |",
-        "| regularizers | weight x 0.01 |", "| images a step | 8 |",
-        "| weights | step 10 of 100, EMA |", "| heldout/pickscore at this step | 0.5 |",
-        "The run's last evaluation (300 prompts, step 20)", "| judge accuracy ↑ | 0.900 ± 0.020 |",
-    ]:  # fmt: skip
+        "| rewards | clip x 0.5, hps x 1 |",
+        "| held-out rewards | pickscore |",
+        "| regularizers | weight x 0.01 |",
+        "| images a step | 8 |",
+        "| weights | step 10 of 100, EMA |",
+        "| heldout/pickscore at this step | 0.5 |",
+        "The run's last evaluation (300 prompts, step 20)",
+        "| judge accuracy ↑ | 0.900 ± 0.020 |",
+    ]:
         assert line in text
     assert ("The scale of the LoRA is 1" in text) == (name == "peft")
     assert "timesteps 999, 749, 499, 249" in text and 'timestep_spacing="trailing"' in text
@@ -376,10 +384,6 @@ print(json.dumps(results))
 """
 
 
-
-
-
-
 def test_the_command_needs_no_torch(runs, exported, tmp_path):
     calls = [
         ["--workdir", runs / "lora", "--out", tmp_path / "a", "--format=diffusers"],
@@ -424,29 +428,41 @@ def test_bad_input_is_one_line(runs, pretrained, tmp_path):
     good = ["--workdir", runs / "lora", "--format=peft"]
     to = ["--out", tmp_path / "out"]
 
-    check_refusals("r0_jax.export", [
-        (["--workdir=w", "--out=o"], "missing --format=... "),
-        (["--workdir=w", "--out=o", "--format=onnx"], "diffusers"),
-        (["--workdir", tmp_path / "none", *to, "--format=peft"], "none is not a folder; give the"),
-        (["--workdir", tmp_path / "empty", *to, "--format=peft"], "has no config.json"),
-        (no_json, "config.json is not the config of a run"),
-        (listed, "config.json is not the config of a run"),
-        (number, "config.json is not the config of a run"),
-        (deep, "config.json is not the config of a run"),
-        (foreign, "config.json has no lora.rank"),
-        (typed, "sampler.num_steps = '4' is not the config of an R0 run"),
-        (folderless, "pretrained = 5 is not the config of an R0 run"),
-        (young, "young has no checkpoint yet"),
-        (moved, "gone/away, the pretrained .* not there; say where it is now with --pretrained"),
-        ([*moved, "--pretrained", tmp_path / "empty"], "model_index.json is missing"),
-        (narrow, "trained on another pipeline than .*absent"),
-        (cut, "eval.json is not readable JSON"),
-        ([*good, *to, "--step=7"], r"has no checkpoint of step 7; it has \[10, 20\]"),
-        ([*good, *to, "--step=last"], "--step=last: expected the number of a step, best or latest"),
-        (["--workdir", runs / "full", *to, "--format=diffusers", "--step=best"], "held-out"),
-        (["--workdir", runs / "full", *to, "--format=peft"], "use --format=diffusers"),
-        ([*good, "--out", tmp_path / "full"], "full exists already"),
-        ([*good, "--out", tmp_path / "full" / "note.txt" / "x"], "note.txt: not a directory; "),
-        (["limit=2000", *good, *to], "cannot be written .*is the disk full"),
-    ])  # fmt: skip
+    check_refusals(
+        "r0_jax.export",
+        [
+            (["--workdir=w", "--out=o"], "missing --format=... "),
+            (["--workdir=w", "--out=o", "--format=onnx"], "diffusers"),
+            (
+                ["--workdir", tmp_path / "none", *to, "--format=peft"],
+                "none is not a folder; give the",
+            ),
+            (["--workdir", tmp_path / "empty", *to, "--format=peft"], "has no config.json"),
+            (no_json, "config.json is not the config of a run"),
+            (listed, "config.json is not the config of a run"),
+            (number, "config.json is not the config of a run"),
+            (deep, "config.json is not the config of a run"),
+            (foreign, "config.json has no lora.rank"),
+            (typed, "sampler.num_steps = '4' is not the config of an R0 run"),
+            (folderless, "pretrained = 5 is not the config of an R0 run"),
+            (young, "young has no checkpoint yet"),
+            (
+                moved,
+                "gone/away, the pretrained .* not there; say where it is now with --pretrained",
+            ),
+            ([*moved, "--pretrained", tmp_path / "empty"], "model_index.json is missing"),
+            (narrow, "trained on another pipeline than .*absent"),
+            (cut, "eval.json is not readable JSON"),
+            ([*good, *to, "--step=7"], r"has no checkpoint of step 7; it has \[10, 20\]"),
+            (
+                [*good, *to, "--step=last"],
+                "--step=last: expected the number of a step, best or latest",
+            ),
+            (["--workdir", runs / "full", *to, "--format=diffusers", "--step=best"], "held-out"),
+            (["--workdir", runs / "full", *to, "--format=peft"], "use --format=diffusers"),
+            ([*good, "--out", tmp_path / "full"], "full exists already"),
+            ([*good, "--out", tmp_path / "full" / "note.txt" / "x"], "note.txt: not a directory; "),
+            (["limit=2000", *good, *to], "cannot be written .*is the disk full"),
+        ],
+    )
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

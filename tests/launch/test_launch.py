@@ -37,8 +37,14 @@ def start(script, *arguments, path=None, **env):
     env = os.environ | env
     if path is not None:
         env["PATH"] = f"{path}:{env['PATH']}"
-    return subprocess.run(["bash", script, *arguments], cwd=ROOT / "tests", env=env,
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", script, *arguments],
+        cwd=ROOT / "tests",
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def program(folder, name, body):
@@ -66,11 +72,24 @@ def test_a_pods_dry_run_prints_what_would_run_and_runs_nothing(tmp_path):
     actions = ["create", "wait", "copy", "install", "run", "logs", "stop", "delete"]
     lines = commands(pod("--dry-run", *actions, "--", *RUN, path=tmp_path))
     verbs = [" ".join(line[3:5]) for line in lines if line[0] == "gcloud"]
-    assert verbs == ["queued-resources create", "queued-resources describe", "tpu-vm scp",
-                     "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh",
-                     "queued-resources delete"]
-    assert lines[0][5:] == ["r0", "--zone=us-west4-a", "--accelerator-type=v5litepod-16",
-                            "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=r0"]
+    assert verbs == [
+        "queued-resources create",
+        "queued-resources describe",
+        "tpu-vm scp",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "tpu-vm ssh",
+        "queued-resources delete",
+    ]
+    assert lines[0][5:] == [
+        "r0",
+        "--zone=us-west4-a",
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--node-id=r0",
+    ]
     for line in lines[1:]:
         assert line[0] == "bash" or "--zone=us-west4-a" in line
     remote = [line for line in lines if "ssh" in line]
@@ -87,27 +106,47 @@ def test_a_pods_dry_run_prints_what_would_run_and_runs_nothing(tmp_path):
 
 
 def test_several_slices_are_made_at_once_and_started_one_after_the_other():
-    lines = commands(pod("--dry-run", "create", "run", "--", *RUN, TPU_SLICES="2",
-                         TPU_SPOT="yes", TPU_TYPE="v6e-8"))
-    assert lines[0][-4:] == ["--runtime-version=v2-alpha-tpuv6e", "--node-prefix=r0",
-                             "--node-count=2", "--spot"]
+    lines = commands(
+        pod(
+            "--dry-run",
+            "create",
+            "run",
+            "--",
+            *RUN,
+            TPU_SLICES="2",
+            TPU_SPOT="yes",
+            TPU_TYPE="v6e-8",
+        )
+    )
+    assert lines[0][-4:] == [
+        "--runtime-version=v2-alpha-tpuv6e",
+        "--node-prefix=r0",
+        "--node-count=2",
+        "--spot",
+    ]
     assert [line[5] for line in lines[1:]] == ["r0-0", "r0-1"]
 
 
-@pytest.mark.parametrize("arguments, env, said", [
-    ([], {}, "TPU_SLICES  slices"), (["start"], {}, "launch/tpu_pod.sh create wait"),
-    (["create"], {"TPU_TYPE": "h100"}, "TPU_TYPE=h100 is none of v4-*"),
-    (["create"], {"TPU_NAME": ""}, "error: TPU_NAME is not set"),
-    (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is no number from 1 on"),
-    (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is no number from 1 on"),
-    (["create", "wait", "run"], {}, "run needs -- --config=")])
+@pytest.mark.parametrize(
+    "arguments, env, said",
+    [
+        ([], {}, "TPU_SLICES  slices"),
+        (["start"], {}, "launch/tpu_pod.sh create wait"),
+        (["create"], {"TPU_TYPE": "h100"}, "TPU_TYPE=h100 is none of v4-*"),
+        (["create"], {"TPU_NAME": ""}, "error: TPU_NAME is not set"),
+        (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is no number from 1 on"),
+        (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is no number from 1 on"),
+        (["create", "wait", "run"], {}, "run needs -- --config="),
+    ],
+)
 def test_what_is_missing_is_said(arguments, env, said):
     result = pod(*arguments, **env)
     assert result.returncode == 2 and said in result.stderr and result.stdout == ""
 
 
-@pytest.mark.parametrize("says, status", [
-    ("echo ACTIVE", 0), ("echo FAILED", 1), ("echo SUSPENDED", 1), ("exit 3", 1)])
+@pytest.mark.parametrize(
+    "says, status", [("echo ACTIVE", 0), ("echo FAILED", 1), ("echo SUSPENDED", 1), ("exit 3", 1)]
+)
 def test_waiting_ends_when_there_is_nothing_to_wait_for(tmp_path, says, status):
     program(tmp_path, "gcloud", says)
     assert pod("wait", path=tmp_path).returncode == status
@@ -128,8 +167,12 @@ def test_a_worker_runs_one_job_at_a_time(tmp_path):
     """The commands that the workers get, run by a shell in a home of its own."""
     home = tmp_path / "home"
     (home / "r0_jax" / ".venv" / "bin").mkdir(parents=True)
-    program(tmp_path, "gcloud", f"""export HOME={home}; cd ~
-        for word; do [[ $word != --command=* ]] || bash -c "${{word#--command=}}"; done""")
+    program(
+        tmp_path,
+        "gcloud",
+        f"""export HOME={home}; cd ~
+        for word; do [[ $word != --command=* ]] || bash -c "${{word#--command=}}"; done""",
+    )
 
     def act(*actions):
         return pod(*actions, "--", *RUN, path=tmp_path)
@@ -148,7 +191,8 @@ def test_a_worker_runs_one_job_at_a_time(tmp_path):
 # --- SLURM ----------------------------------------------------------------------------------------
 
 # Long options of sbatch that a job of several nodes may want, as its manual has them.
-SBATCH = set("""account array begin chdir comment constraint container contiguous core-spec
+SBATCH = set(
+    """account array begin chdir comment constraint container contiguous core-spec
 cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline dependency distribution error
 exclude exclusive export extra-node-info get-user-env gpu-bind gpu-freq gpus gpus-per-node
 gpus-per-socket gpus-per-task gres gres-flags hint hold input job-name kill-on-invalid-dep licenses
@@ -157,7 +201,8 @@ nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node nt
 open-mode output overcommit oversubscribe parsable partition power prefer priority profile
 propagate qos quiet reboot requeue reservation signal sockets-per-node spread-job switches
 test-only thread-spec threads-per-core time time-min tmp use-min-nodes verbose wait wait-all-nodes
-wckey wrap""".split())
+wckey wrap""".split()
+)
 
 
 def directives():
@@ -187,7 +232,13 @@ def test_slurms_dry_run_prints_the_line_of_srun(tmp_path):
         result = start(SLURM, *arguments, path=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
         assert shlex.split(result.stdout) == [
-            "srun", "--kill-on-bad-exit=1", ".venv/bin/python", "-m", "r0_jax.main", *RUN]
+            "srun",
+            "--kill-on-bad-exit=1",
+            ".venv/bin/python",
+            "-m",
+            "r0_jax.main",
+            *RUN,
+        ]
 
 
 def test_slurms_script_is_for_sbatch():
@@ -196,25 +247,38 @@ def test_slurms_script_is_for_sbatch():
     assert result.returncode == 2 and "error: submit this file with sbatch" in result.stderr
 
 
-@pytest.mark.parametrize("sent, ends, status, requeued", [
-    (None, 0, 0, False), (None, 2, 2, False),  # at its end; a bad config
-    (None, 1, 1, False),  # at once: it would only be repeated
-    (None, 75, 75, True),  # preempted: the tasks were told
-    (signal.SIGUSR1, 75, 75, True),  # its time is over
-    (signal.SIGUSR1, 137, 137, True),  # and the last of the tasks did not end with the others
-    (signal.SIGUSR1, 0, 0, False),  # and the run at its end
-    (signal.SIGTERM, 75, 75, False)])  # cancelled
+@pytest.mark.parametrize(
+    "sent, ends, status, requeued",
+    [
+        (None, 0, 0, False),
+        (None, 2, 2, False),  # at its end; a bad config
+        (None, 1, 1, False),  # at once: it would only be repeated
+        (None, 75, 75, True),  # preempted: the tasks were told
+        (signal.SIGUSR1, 75, 75, True),  # its time is over
+        (signal.SIGUSR1, 137, 137, True),  # and the last of the tasks did not end with the others
+        (signal.SIGUSR1, 0, 0, False),  # and the run at its end
+        (signal.SIGTERM, 75, 75, False),
+    ],
+)  # cancelled
 def test_a_job_whose_time_is_over_saves_and_is_queued_again(tmp_path, sent, ends, status, requeued):
     """Among stand-ins: of srun, which kills its tasks at a SIGTERM, and of scancel, which signals
     the tasks."""
     ready, queued, told = (tmp_path / name for name in ("ready", "queued", "told"))
     stays = "" if sent is None else f"until [[ -e {told} ]]; do sleep 0.05; done"
-    program(tmp_path, "srun", f"trap 'exit 137' TERM\n[[ $SRUN_CPUS_PER_TASK == 32 ]] || exit 3\n"
-            f"touch {ready}\n{stays}\nsleep 0.2\nexit {ends}")
+    program(
+        tmp_path,
+        "srun",
+        f"trap 'exit 137' TERM\n[[ $SRUN_CPUS_PER_TASK == 32 ]] || exit 3\n"
+        f"touch {ready}\n{stays}\nsleep 0.2\nexit {ends}",
+    )
     program(tmp_path, "scancel", f'[[ "$*" == "--signal=TERM 7" ]] && touch {told}')
     program(tmp_path, "scontrol", f'echo "$@" > {queued}')
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-                        "SLURM_CPUS_PER_TASK": "32", "SLURM_SUBMIT_DIR": str(ROOT)}
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
     job = subprocess.Popen(["bash", SLURM, *RUN], env=env)
     if sent is not None:
         until = time.monotonic() + 20
@@ -234,8 +298,10 @@ def test_a_node_that_is_lost_late_costs_a_restart(tmp_path, after, requeued):
     late = tmp_path / "late.sbatch"
     text = SLURM.read_text("utf-8").replace("status=0\n", f"SECONDS={after} status=0\n", 1)
     late.write_text(text, encoding="utf-8")
-    assert start(late, *RUN, path=tmp_path, SLURM_JOB_ID="7",
-                 SLURM_SUBMIT_DIR=str(ROOT)).returncode == 137
+    assert (
+        start(late, *RUN, path=tmp_path, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT)).returncode
+        == 137
+    )
     assert queued.exists() == requeued
 
 
@@ -267,7 +333,8 @@ def test_the_jobset_follows_its_schema():
         lambda x: x["spec"]["replicatedJobs"][0].update(name="Slice_0"),
         lambda x: pod_of(x).pop("restartPolicy"),
         lambda x: pod_of(x)["nodeSelector"].update({"cloud.google.com/gke-spot": True}),
-        lambda x: pod_of(x)["containers"][0].update(image="image")]
+        lambda x: pod_of(x)["containers"][0].update(image="image"),
+    ]
     for mistake in typing_errors:
         wrong = copy.deepcopy(found)
         mistake(wrong)
@@ -286,8 +353,9 @@ def test_the_jobsets_topology_is_that_of_its_hosts():
 
 
 def test_the_jobsets_flags_are_fields_of_its_recipe():
-    args = dict(arg.removeprefix("--").split("=", 1)
-                for arg in pod_of(jobset())["containers"][0]["args"])
+    args = dict(
+        arg.removeprefix("--").split("=", 1) for arg in pod_of(jobset())["containers"][0]["args"]
+    )
     recipe = Path(args.pop("config"))
     config = importlib.import_module(".".join(recipe.with_suffix("").parts)).get_config()
     assert args.pop("workdir").startswith("gs://")
@@ -299,8 +367,12 @@ def test_the_jobsets_flags_are_fields_of_its_recipe():
 
 def test_the_jobset_for_gpus_names_its_first_pod():
     """As its comments say."""
-    text = re.sub(r"^(\s*)# (env:|  - \{|cloud\.google\.com/gke-accelerator)", r"\1\2",
-                  JOBSET.read_text("utf-8"), flags=re.MULTILINE)
+    text = re.sub(
+        r"^(\s*)# (env:|  - \{|cloud\.google\.com/gke-accelerator)",
+        r"\1\2",
+        JOBSET.read_text("utf-8"),
+        flags=re.MULTILINE,
+    )
     text = text.replace("google.com/tpu: 4", "nvidia.com/gpu: 8")
     found = jobset(text)
     jsonschema.validate(found, SCHEMA)
@@ -308,17 +380,20 @@ def test_the_jobset_for_gpus_names_its_first_pod():
     env = {entry["name"]: entry["value"] for entry in pod_of(found)["containers"][0]["env"]}
     assert env == {
         "JAX_COORDINATOR_ADDRESS": f"{name}-{jobs['name']}-0-0.{name}:8476",
-        "JAX_NUM_PROCESSES": str(jobs["template"]["spec"]["completions"])}
+        "JAX_NUM_PROCESSES": str(jobs["template"]["spec"]["completions"]),
+    }
     assert "cloud.google.com/gke-accelerator" in pod_of(found)["nodeSelector"]
 
 
 # --- Containers -----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.suffix)
 def test_a_container_is_built_of_what_is_there(file):
     text = file.read_text("utf-8").replace("\\\n", "")
-    lines = [line.split(maxsplit=1) for line in text.splitlines()
-             if line and not line.startswith("#")]
+    lines = [
+        line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")
+    ]
     assert {word for word, _ in lines} <= {"FROM", "WORKDIR", "COPY", "RUN", "ENTRYPOINT"}
     [base] = [rest for word, rest in lines if word == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", base)

@@ -44,8 +44,9 @@ def test_adapters_are_scaled_by_alpha_over_rank():
     generator = Generator(2, 8.0, ".*to_q")
     params = {name: jnp.ones_like(x) for name, x in generator.init(KEY, BASE, SHAPES).items()}
     weights = generator.weights(params, BASE)
-    np.testing.assert_allclose(weights["mid.attn1.to_q.kernel"],
-                               BASE["mid.attn1.to_q.kernel"] + 4 * 2)  # scale 4, rank 2
+    np.testing.assert_allclose(
+        weights["mid.attn1.to_q.kernel"], BASE["mid.attn1.to_q.kernel"] + 4 * 2
+    )  # scale 4, rank 2
     np.testing.assert_array_equal(weights["mid.norm.scale"], BASE["mid.norm.scale"])
     np.testing.assert_allclose(generator.squared_distance(params, BASE), 12 * 8.0**2)
     assert generator.scale == 4 and set(params) == set(lora.init(KEY, SHAPES, ".*to_q", 2))

@@ -13,18 +13,25 @@ RANK, ALPHA = 3, 5.0
 SHAPES = {
     name: jax.ShapeDtypeStruct(shape, jnp.float32)
     for name, shape in {
-        "block.to_q.kernel": (6, 8), "block.to_q.bias": (8,), "block.to_out.0.kernel": (8, 6),
-        "block.conv.kernel": (3, 3, 6, 8), "block.conv.bias": (8,), "block.norm.scale": (8,),
-        "block.pointwise.kernel": (1, 1, 8, 6), "block.to_q_extra.kernel": (6, 8),
+        "block.to_q.kernel": (6, 8),
+        "block.to_q.bias": (8,),
+        "block.to_out.0.kernel": (8, 6),
+        "block.conv.kernel": (3, 3, 6, 8),
+        "block.conv.bias": (8,),
+        "block.norm.scale": (8,),
+        "block.pointwise.kernel": (1, 1, 8, 6),
+        "block.to_q_extra.kernel": (6, 8),
     }.items()
-}  # fmt: skip
+}
 TARGETS = r".*\.(to_q|to_out\.0|conv|pointwise)"
 
 
 def random(shapes, seed):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.standard_normal(x.shape).astype(np.float32))
-            for name, x in shapes.items()}
+    return {
+        name: jnp.asarray(rng.standard_normal(x.shape).astype(np.float32))
+        for name, x in shapes.items()
+    }
 
 
 @pytest.fixture
@@ -74,8 +81,10 @@ class Block(torch.nn.Module):
 
 
 def to_torch(params):
-    return {convert.to_key(name): torch.tensor(convert.to_checkpoint(name, np.asarray(x)))
-            for name, x in params.items()}
+    return {
+        convert.to_key(name): torch.tensor(convert.to_checkpoint(name, np.asarray(x)))
+        for name, x in params.items()
+    }
 
 
 def test_merge_equals_peft(adapters):
@@ -83,8 +92,9 @@ def test_merge_equals_peft(adapters):
     root = torch.nn.Module()
     root.block = Block()
     root.load_state_dict(to_torch(base))
-    model = peft.get_peft_model(root, peft.LoraConfig(r=RANK, lora_alpha=ALPHA,
-                                                      target_modules=TARGETS))
+    model = peft.get_peft_model(
+        root, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    )
     files = {f"base_model.model.{key}": value for key, value in to_torch(adapters).items()}
     assert set(files) == set(peft.get_peft_model_state_dict(model))  # the names of PEFT's files
     peft.set_peft_model_state_dict(model, files)
@@ -125,8 +135,10 @@ def test_is_adapter(adapters):
 
 def test_the_largest_rank_is_that_of_the_smallest_matrix():
     """Of a convolution the window counts among the inputs."""
-    shapes = {f"{name}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {
-        "wide": (40, 30), "narrow": (50, 8), "conv": (3, 3, 2, 20)}.items()}
+    shapes = {
+        f"{name}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in {"wide": (40, 30), "narrow": (50, 8), "conv": (3, 3, 2, 20)}.items()
+    }
     lora.check_rank(shapes, "wide|conv", 18)
     with pytest.raises(InputError, match=r"lora.rank=19 is above what fits conv, .*use 18 at most"):
         lora.check_rank(shapes, "wide|conv", 19)

@@ -17,6 +17,7 @@ B = 3
 
 # --- The gradient, against plain autodiff ---------------------------------------------------------
 
+
 def fixed_normal(keys, tag, shape):
     """Known noise in place of random draws."""
     size = int(np.prod(shape))
@@ -31,13 +32,20 @@ def drawn_images(world, params, eta):
         if name.endswith("lora_A.kernel"):
             b = params[name.replace("lora_A", "lora_B")]
             target = name.replace("lora_A.", "")
-            base[target] += 3.0 / 2 * jnp.einsum("...ir,...ro->...io", params[name],
-                                                 jnp.broadcast_to(b, (*params[name].shape[:-2],
-                                                                      *b.shape[-2:])))
+            base[target] += (
+                3.0
+                / 2
+                * jnp.einsum(
+                    "...ir,...ro->...io",
+                    params[name],
+                    jnp.broadcast_to(b, (*params[name].shape[:-2], *b.shape[-2:])),
+                )
+            )
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     products = [*np.cumprod(1 - betas)[[999, 749, 499, 249]], 1.0]
     embeds = world.pipeline.networks["text_encoder"](
-        world.frozen["text_encoder"], jnp.asarray(batch(B)["input_ids"])).last_hidden_state
+        world.frozen["text_encoder"], jnp.asarray(batch(B)["input_ids"])
+    ).last_hidden_state
 
     latents = fixed_normal(np.zeros(B), 0, (4, 4, 4))
     for i, t in enumerate([999, 749, 499, 249]):
@@ -50,15 +58,21 @@ def drawn_images(world, params, eta):
         epsilon = np.sqrt(1 - eta**2) * epsilon + eta * fixed_normal(np.zeros(B), i, (4, 4, 4))
         alpha, sigma = np.float32([products[i + 1] ** 0.5, (1 - products[i + 1]) ** 0.5])
         latents = alpha * x0 + sigma * epsilon
-    return world.pipeline.networks["vae"].apply(world.frozen["vae"], "decode",
-                                                latents / 0.5) / 2 + 0.5
+    return (
+        world.pipeline.networks["vae"].apply(world.frozen["vae"], "decode", latents / 0.5) / 2 + 0.5
+    )
 
 
 def scores(reward, images):
     features = batch(B)["features/agreement"] if reward.name == "agreement" else None
-    return [reward.score(reward.params, images[i:i + 1],
-                         None if features is None else jnp.asarray(features[i:i + 1]))[0]
-            for i in range(B)]
+    return [
+        reward.score(
+            reward.params,
+            images[i : i + 1],
+            None if features is None else jnp.asarray(features[i : i + 1]),
+        )[0]
+        for i in range(B)
+    ]
 
 
 def plain_loss(params, world, eta):
@@ -86,8 +100,10 @@ def normalized_loss(params, world, eta):
 )
 def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_type, written_anew):
     monkeypatch.setattr(rollout, "normal", fixed_normal)
-    world = step_world.make({"objective.normalization": normalization, "sampler.eta": 0.6,
-                             "sampler.random_eta": False}, prediction_type=prediction_type)
+    world = step_world.make(
+        {"objective.normalization": normalization, "sampler.eta": 0.6, "sampler.random_eta": False},
+        prediction_type=prediction_type,
+    )
     params = world.params()
     (_, metrics), grads = world.value_and_grad(params, batch(B), last=3)
     expected = jax.jit(jax.grad(lambda p: written_anew(p, world, 0.6)))
@@ -99,6 +115,7 @@ def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_t
 
 
 # --- R0 and R0+ -----------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def r0plus():
@@ -112,8 +129,9 @@ def test_r0plus_at_the_last_step_is_r0_with_one_step_of_gradient(r0plus):
     assert_close(found, r0.value_and_grad(params, batch(B), last=3), 1e-6)
     earlier = r0plus.value_and_grad(params, batch(B), last=1)
     norm = {name: np.linalg.norm(x) for name, x in earlier[1].items()}
-    assert all(np.linalg.norm(x - found[1][name]) > 0.1 * norm[name]
-               for name, x in earlier[1].items())
+    assert all(
+        np.linalg.norm(x - found[1][name]) > 0.1 * norm[name] for name, x in earlier[1].items()
+    )
 
 
 def test_r0_rewards_the_last_step_and_r0plus_any(r0plus):
@@ -142,7 +160,7 @@ def test_r0plus_runs_only_the_steps_it_needs(calls):
         jax.block_until_ready(world.value_and_grad(world.params(), batch(B), last=last))
         jax.effects_barrier()
         # The graded step is run a second time on the way back: it was rematerialized.
-        assert sorted(calls) == sorted([*[999, 749, 499, 249][:last + 1], 999 - 250 * last])
+        assert sorted(calls) == sorted([*[999, 749, 499, 249][: last + 1], 999 - 250 * last])
 
 
 # --- Penalties: exactly absent, and each changing the gradient ------------------------------------
@@ -214,8 +232,10 @@ LARGE = ToyConfig(sample_size=16, width=32, depth=4)
 
 
 def temporary_bytes(steps, method="r0"):
-    world = step_world.make({"sampler.num_steps": steps, "objective.grad_steps": steps,
-                             "objective.method": method}, LARGE)
+    world = step_world.make(
+        {"sampler.num_steps": steps, "objective.grad_steps": steps, "objective.method": method},
+        LARGE,
+    )
     shapes = jax.eval_shape(world.params)
     last = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = world.program().lower(shapes, world.frozen, batch(8), sample_keys(8), last, {})
@@ -234,8 +254,9 @@ def test_memory_of_r0_grows_by_latents_only(monkeypatch):
 def test_unrolled_is_the_same_step():
     losses, grads = [], []
     for unroll in (False, True):
-        world = step_world.make({"sampler.num_steps": 3, "objective.grad_steps": 3,
-                                 "objective.unroll": unroll})
+        world = step_world.make(
+            {"sampler.num_steps": 3, "objective.grad_steps": 3, "objective.unroll": unroll}
+        )
         (loss, _), gradient = world.value_and_grad(world.params(), batch(B), last=2)
         losses.append(loss)
         grads.append(gradient)
@@ -268,17 +289,26 @@ def test_half_precision_networks_train_float32_parameters(rank):
         return images.mean((1, 2, 3))
 
     reward = Reward("brightness", {}, score, None)
-    world = step_world.make({"dtype": "bfloat16", "lora.rank": rank,
-                             "regularizers.guidance.weight": 1.0,
-                             "regularizers.weight.weight": 1.0}, rewards=[reward])  # fmt: skip
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
-                        world.frozen)
-    (loss, metrics), grads = jax.eval_shape(world.program(), world.params(), half, batch(B),
-                                            sample_keys(B), 3, {})
+    world = step_world.make(
+        {
+            "dtype": "bfloat16",
+            "lora.rank": rank,
+            "regularizers.guidance.weight": 1.0,
+            "regularizers.weight.weight": 1.0,
+        },
+        rewards=[reward],
+    )
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, world.frozen
+    )
+    (loss, metrics), grads = jax.eval_shape(
+        world.program(), world.params(), half, batch(B), sample_keys(B), 3, {}
+    )
     assert loss.dtype == jnp.float32 and {x.dtype for x in metrics.values()} == {loss.dtype}
     assert {x.dtype for x in grads.values()} == {loss.dtype}
     assert set(dtypes) == {jnp.dtype(jnp.float32)}
-    program = str(jax.make_jaxpr(world.objective.loss)(world.params(), half, batch(B),
-                                                       sample_keys(B), 3, {}))
+    program = str(
+        jax.make_jaxpr(world.objective.loss)(world.params(), half, batch(B), sample_keys(B), 3, {})
+    )
     convolutions = re.findall(r":(\w+)\[[^]]*\] = conv_general_dilated", program)
     assert convolutions and set(convolutions) == {"bf16"}

@@ -13,9 +13,15 @@ from r0_jax.parallel import sharding
 
 def config(**changes):
     fields = dict(
-        learning_rate=1e-2, warmup_steps=0, schedule="constant", b1=0.9, b2=0.99, eps=1e-8,
-        weight_decay=0.0, clip_norm=1e9,
-    )  # fmt: skip
+        learning_rate=1e-2,
+        warmup_steps=0,
+        schedule="constant",
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1e9,
+    )
     return ConfigDict({"steps": 100, "seed": 0, "optimizer": fields | changes})
 
 

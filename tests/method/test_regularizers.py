@@ -37,12 +37,23 @@ def base_features(latents, timesteps):
 
 
 def context(x0=None, prediction_type="epsilon", base_pair=base_pair, batch=B):
-    at = rollout.Trajectory(normal(0, 8, *SHAPE)[:batch], jnp.full(batch, 499.0),
-                            jnp.float32(ALPHAS[499]), jnp.float32(SIGMAS[499]),
-                            normal(1, 8, *SHAPE)[:batch] if x0 is None else x0)
+    at = rollout.Trajectory(
+        normal(0, 8, *SHAPE)[:batch],
+        jnp.full(batch, 499.0),
+        jnp.float32(ALPHAS[499]),
+        jnp.float32(SIGMAS[499]),
+        normal(1, 8, *SHAPE)[:batch] if x0 is None else x0,
+    )
     config = SCHEDULER | {"prediction_type": prediction_type}
-    return Context(at, sample_keys(batch), base, base_pair, base_features,
-                   lambda: jnp.float32(7.0), grid.noise_levels(config))
+    return Context(
+        at,
+        sample_keys(batch),
+        base,
+        base_pair,
+        base_features,
+        lambda: jnp.float32(7.0),
+        grid.noise_levels(config),
+    )
 
 
 def clean(output, latents, alpha, sigma, prediction_type):
@@ -76,6 +87,7 @@ def test_output_is_the_distance_to_the_bases_x0_at_the_same_input(prediction_typ
 
 def gradient(penalty, **fields):
     """Of a penalty with respect to x0, and to the base's latents."""
+
     def value(x0, latents):
         made = context(x0)
         moved = dataclasses.replace(made, trajectory=made.trajectory._replace(latents=latents))
@@ -128,8 +140,10 @@ def test_guidance_is_the_formula(prediction_type):
     made = context(prediction_type=prediction_type)
     x0 = np.asarray(made.trajectory.x0)
     latents, timesteps, alpha, sigma = renoised(x0, 0.02, 0.98, 200, made.keys)
-    cond, uncond = (clean(output, latents, alpha, sigma, prediction_type)
-                    for output in base_pair(latents, timesteps))
+    cond, uncond = (
+        clean(output, latents, alpha, sigma, prediction_type)
+        for output in base_pair(latents, timesteps)
+    )
     total = 0
     for a, b in zip(np.asarray(cond), np.asarray(uncond), strict=True):
         pull = 3.5 * (a - b)  # target - x0
@@ -142,8 +156,9 @@ def test_guidance_moves_x0_towards_the_prompt():
     made = context()
     to_x0, _ = gradient(penalties.guidance)
     latents, timesteps, alpha, sigma = renoised(made.trajectory.x0, 0.02, 0.98, 200, made.keys)
-    cond, uncond = (clean(output, latents, alpha, sigma, "epsilon")
-                    for output in base_pair(latents, timesteps))
+    cond, uncond = (
+        clean(output, latents, alpha, sigma, "epsilon") for output in base_pair(latents, timesteps)
+    )
     direction = np.asarray(cond - uncond)
     for step, along in zip(-to_x0, direction, strict=True):
         cosine = np.sum(step * along) / (np.linalg.norm(step) * np.linalg.norm(along))
@@ -183,8 +198,9 @@ def test_penalties_are_means_over_samples():
         for rows in (slice(0, 2), slice(2, 4)):
             made = context(batch=4)
             at = made.trajectory
-            part = at._replace(latents=at.latents[rows], timesteps=at.timesteps[rows],
-                               x0=at.x0[rows])
+            part = at._replace(
+                latents=at.latents[rows], timesteps=at.timesteps[rows], x0=at.x0[rows]
+            )
             half = dataclasses.replace(made, trajectory=part, keys=made.keys[rows])
             halves.append(penalty(half, options()))
         np.testing.assert_allclose(whole, sum(halves) / 2, rtol=1e-5, err_msg=name)

@@ -27,8 +27,9 @@ def one_by_one(images):
     for reward in REWARDS:
         scores, gradients = [], []
         for i in range(len(images)):
+
             def score(image, i=i, reward=reward):
-                features = FEATURES[reward.name][i:i + 1] if reward.text_features else None
+                features = FEATURES[reward.name][i : i + 1] if reward.text_features else None
                 return reward.score(reward.params, image[None], features)[0]
 
             score, gradient = jax.value_and_grad(score)(images[i])
@@ -56,7 +57,7 @@ def test_normalization_makes_rewards_equally_strong():
     norms = run().norms
     assert min(norms["agreement"]) > 100 * max(norms["brightness"])
     for i in (0, 1):
-        found = run(rewards=REWARDS[i:i + 1]).images
+        found = run(rewards=REWARDS[i : i + 1]).images
         norm = np.linalg.norm(found.reshape(3, -1), axis=-1)
         np.testing.assert_allclose(norm, (0.7, 1.3)[i], rtol=1e-5)
 
@@ -79,8 +80,9 @@ def test_the_running_spread_divides_all_samples_alike():
 
 
 def test_a_gradient_of_zero_stays_zero():
-    flat = Reward("brightness", {}, lambda params, images, features: 0 * images.mean((1, 2, 3)),
-                  None)
+    flat = Reward(
+        "brightness", {}, lambda params, images, features: 0 * images.mean((1, 2, 3)), None
+    )
     assert jnp.all(run(rewards=[flat]).images == 0)
 
 
@@ -109,8 +111,11 @@ def test_at_the_edge_of_the_range_nothing_is_dropped():
     assert jnp.all(run(images, [up]).images > 0)
 
 
-SMOOTH = {"regularizers__gradient__weight": 1.0, "regularizers__gradient__samples": 2,
-          "objective__normalization": "none"}  # fmt: skip
+SMOOTH = {
+    "regularizers__gradient__weight": 1.0,
+    "regularizers__gradient__samples": 2,
+    "objective__normalization": "none",
+}
 
 
 def test_smoothing_without_noise_changes_nothing():
@@ -129,9 +134,16 @@ def test_smoothing_averages_over_perturbed_images_in_range():
         seen.append(np.asarray(jax.lax.stop_gradient(images)))
         return jnp.sum(images**2, axis=(1, 2, 3)) / 2
 
-    found = run(images, [Reward("brightness", {}, score, None)], **{
-        **SMOOTH, "regularizers__gradient__samples": 3, "regularizers__gradient__weight": 0.25,
-        "regularizers__gradient__std": 0.2})
+    found = run(
+        images,
+        [Reward("brightness", {}, score, None)],
+        **{
+            **SMOOTH,
+            "regularizers__gradient__samples": 3,
+            "regularizers__gradient__weight": 0.25,
+            "regularizers__gradient__std": 0.2,
+        },
+    )
     plain, *perturbed = seen
     assert len(perturbed) == 3
     np.testing.assert_array_equal(plain, images)
@@ -149,8 +161,11 @@ def test_clip_bounds_the_norm_of_each_sample_of_the_sum(normalization):
     def norms(found):
         return np.sqrt(np.sum(np.square(found.images), axis=(1, 2, 3)))
 
-    plain = {**SMOOTH, "regularizers__gradient__std": 0.0,
-             "objective__normalization": normalization}
+    plain = {
+        **SMOOTH,
+        "regularizers__gradient__std": 0.0,
+        "objective__normalization": normalization,
+    }
     free = norms(run(**plain))
     bound = float(np.mean(free))  # between the samples
     cut = norms(run(**plain, regularizers__gradient__clip=bound))
@@ -163,23 +178,28 @@ def test_clip_bounds_the_norm_of_each_sample_of_the_sum(normalization):
 
 def toward(direction):
     """A reward whose gradient is this constant everywhere."""
+
     def score(params, images, features):
         return jnp.sum(images * direction[None], axis=(1, 2, 3))
+
     return score
 
 
 FIRST = jnp.zeros((4, 5, 3)).at[0, 0, 0].set(2.0)
 AGAINST = FIRST.at[0, 0, 0].set(-1.0).at[0, 0, 1].set(3.0)
-PAIR = [Reward("brightness", {}, toward(FIRST), None),
-        Reward("agreement", {}, toward(AGAINST), None)]
+PAIR = [
+    Reward("brightness", {}, toward(FIRST), None),
+    Reward("agreement", {}, toward(AGAINST), None),
+]
 PLAIN = {"objective__normalization": "none"}
 
 
 def test_cosines_between_rewards():
     found = run(rewards=PAIR, **PLAIN)
     assert found.cosines.keys() == {"brightness~agreement"}
-    np.testing.assert_allclose(found.cosines["brightness~agreement"],
-                               np.full(3, -1 / np.sqrt(10)), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.cosines["brightness~agreement"], np.full(3, -1 / np.sqrt(10)), rtol=1e-5
+    )
 
 
 def test_projection_takes_out_what_works_against_another_reward():
@@ -187,12 +207,18 @@ def test_projection_takes_out_what_works_against_another_reward():
     np.testing.assert_allclose(added, [0.7 * 2 - 1.3, 1.3 * 3, 0], rtol=1e-5)
     found = run(rewards=PAIR, objective__conflicts="project", **PLAIN).images[0, 0, 0]
     first, against = np.array([1.4, 0.0]), np.array([-1.3, 3.9])
-    expected = (first - first @ against / (against @ against) * against
-                + against - first @ against / (first @ first) * first)
+    expected = (
+        first
+        - first @ against / (against @ against) * against
+        + against
+        - first @ against / (first @ first) * first
+    )
     np.testing.assert_allclose(found[:2], expected, rtol=1e-5)
     agree = [PAIR[0], Reward("agreement", {}, toward(FIRST + 1), None)]
-    np.testing.assert_allclose(run(rewards=agree, objective__conflicts="project", **PLAIN).images,
-                               run(rewards=agree, **PLAIN).images)
+    np.testing.assert_allclose(
+        run(rewards=agree, objective__conflicts="project", **PLAIN).images,
+        run(rewards=agree, **PLAIN).images,
+    )
 
 
 def test_a_reward_above_its_cap_falls_silent_for_that_image():
@@ -205,8 +231,12 @@ def test_a_reward_above_its_cap_falls_silent_for_that_image():
 
 
 def test_sharpness_looks_from_down_the_slope():
-    quadratic = Reward("brightness", {}, lambda params, images, features: jnp.sum(
-        images**2, axis=(1, 2, 3)) / 2, None)
+    quadratic = Reward(
+        "brightness",
+        {},
+        lambda params, images, features: jnp.sum(images**2, axis=(1, 2, 3)) / 2,
+        None,
+    )
     inside = 0.3 + 0.4 * IMAGES  # the gradient is the image itself
     found = run(inside, [quadratic], objective__sharpness=0.05, **PLAIN).images
     norm = np.sqrt(np.sum(np.square(inside), axis=(1, 2, 3), keepdims=True))
@@ -220,9 +250,17 @@ def test_smoothing_is_kept_where_sharpness_looks():
         seen.append(np.asarray(jax.lax.stop_gradient(images)))
         return jnp.sum(images**2, axis=(1, 2, 3)) / 2
 
-    found = run(0.3 + 0.4 * IMAGES, [Reward("brightness", {}, score, None)], **{
-        **SMOOTH, "objective__sharpness": 0.05, "regularizers__gradient__samples": 2,
-        "regularizers__gradient__weight": 0.25, "regularizers__gradient__std": 0.05})
+    found = run(
+        0.3 + 0.4 * IMAGES,
+        [Reward("brightness", {}, score, None)],
+        **{
+            **SMOOTH,
+            "objective__sharpness": 0.05,
+            "regularizers__gradient__samples": 2,
+            "regularizers__gradient__weight": 0.25,
+            "regularizers__gradient__std": 0.05,
+        },
+    )
     _, descended, *perturbed = seen
     assert len(perturbed) == 2
     np.testing.assert_allclose(np.mean(perturbed, axis=0), descended, atol=0.2)

@@ -21,9 +21,17 @@ from r0_jax.training import program, train
 from r0_jax.weights import lazy
 
 # Adam's first updates are the gradients themselves: see step_world.
-SETTINGS = {"sampler.num_steps": 1, "objective.method": "r0", "objective.grad_steps": 1,
-            "lora.rank": 0, "regularizers.weight.weight": 0.1, "batch_size": 8,
-            "optimizer.warmup_steps": 0, "optimizer.eps": 100.0, "optimizer.learning_rate": 100.0}
+SETTINGS = {
+    "sampler.num_steps": 1,
+    "objective.method": "r0",
+    "objective.grad_steps": 1,
+    "lora.rank": 0,
+    "regularizers.weight.weight": 0.1,
+    "batch_size": 8,
+    "optimizer.warmup_steps": 0,
+    "optimizer.eps": 100.0,
+    "optimizer.learning_rate": 100.0,
+}
 KEY = jax.random.key(7)
 
 # A mesh -> the frozen weights, the state, and (state, frozen) -> (state, metrics).
@@ -58,8 +66,10 @@ def of_mmdit_and_t5() -> Start:
         frozen = lazy.place(built.frozen, built.frozen_sharding)
         state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         # As `built.step`, which gives the state's memory away and compiles longer.
-        step = jax.jit(make_train_step(built.objective, built.optimizer, config, mesh),
-                       out_shardings=(built.state_sharding, sharding.replicated(mesh)))
+        step = jax.jit(
+            make_train_step(built.objective, built.optimizer, config, mesh),
+            out_shardings=(built.state_sharding, sharding.replicated(mesh)),
+        )
         put = sharding.put_batch(batch, sharding.batch_sharding(mesh))
         return frozen, state, lambda state, frozen: step(state, frozen, put, KEY)
 
@@ -70,8 +80,11 @@ def of_mmdit_and_t5() -> Start:
 def world(request, cache):  # noqa: F811
     """What starts on a mesh; whether its networks split over tensor; two steps on one device."""
     start = request.param()
-    return (start, request.param is of_mmdit_and_t5,
-            two_steps(start, sharding.make_mesh({}, jax.devices()[:1]))[2])
+    return (
+        start,
+        request.param is of_mmdit_and_t5,
+        two_steps(start, sharding.make_mesh({}, jax.devices()[:1]))[2],
+    )
 
 
 def two_steps(start: Start, mesh):
@@ -91,24 +104,31 @@ def test_two_steps_on_any_mesh_equal_those_of_one_device(world, sizes, monkeypat
             assert_close(getattr(state, part), getattr(one[0], part))
         for name, value in metrics.items():  # of cosines 1e-5 of 1
             least = 1.0 if name.startswith("cosine/") else 0.0
-            np.testing.assert_allclose(value, one[1][name], rtol=1e-5, atol=1e-5 * least,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                value, one[1][name], rtol=1e-5, atol=1e-5 * least, err_msg=name
+            )
         assert_close(state.opt_state, one[0].opt_state, 1e-4)  # gradients as small as 1e-6
         # Nothing is left where it was computed, nor of another kind than it was.
         assert list(map(kind, jax.tree.leaves(state))) == list(map(kind, jax.tree.leaves(before)))
 
     _, fsdp, tensor = sizes
-    trees = {"params": before.params, "ema": before.ema_params,
-             "moments": jax.tree.leaves(before.opt_state),
-             **{name: tree for name, tree in frozen.items() if name not in ("empty", "rewards")},
-             **{f"reward {name}": tree for name, tree in frozen["rewards"].items()}}
+    trees = {
+        "params": before.params,
+        "ema": before.ema_params,
+        "moments": jax.tree.leaves(before.opt_state),
+        **{name: tree for name, tree in frozen.items() if name not in ("empty", "rewards")},
+        **{f"reward {name}": tree for name, tree in frozen["rewards"].items()},
+    }
     for name, tree in trees.items():
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 64]  # not toys' vectors
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
         share = held / max(1, sum(leaf.nbytes for leaf in leaves))
         assert share <= 1.1 / fsdp, name  # some have no axis that divides
-        if tensor > 1 and has_tensor and name in (
-                "params", "ema", "moments", "base", "text_encoder_3"):
+        if (
+            tensor > 1
+            and has_tensor
+            and name in ("params", "ema", "moments", "base", "text_encoder_3")
+        ):
             assert share <= 0.8 / fsdp, name
 
 

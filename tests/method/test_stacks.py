@@ -7,16 +7,19 @@ import pytest
 from r0_jax.method import lora, stacks
 from r0_jax.weights.network import Params
 
-NAMES = [f"down.0.transformer_blocks.{i}.attn.to_q.lora_{half}.kernel"
-         for i in range(3) for half in "AB"]
+NAMES = [
+    f"down.0.transformer_blocks.{i}.attn.to_q.lora_{half}.kernel" for i in range(3) for half in "AB"
+]
 
 
 @pytest.fixture
 def params() -> Params:
     shapes = {name: (8, 2) if "_A" in name else (2, 4) for name in NAMES}
     shapes |= {"conv_in.lora_A.kernel": (3, 3, 8, 2), "conv_in.lora_B.kernel": (1, 1, 2, 4)}
-    return {name: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
-            for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def test_blocks_are_stacked_in_their_order_and_the_rest_stays(params):
@@ -24,9 +27,12 @@ def test_blocks_are_stacked_in_their_order_and_the_rest_stays(params):
     assert {name: x.shape for name, x in packed.items()} == {
         "down.0.transformer_blocks.*.attn.to_q.lora_A.kernel": (3, 8, 2),
         "down.0.transformer_blocks.*.attn.to_q.lora_B.kernel": (3, 2, 4),
-        "conv_in.lora_A.kernel": (3, 3, 8, 2), "conv_in.lora_B.kernel": (1, 1, 2, 4)}
+        "conv_in.lora_A.kernel": (3, 3, 8, 2),
+        "conv_in.lora_B.kernel": (1, 1, 2, 4),
+    }
     np.testing.assert_array_equal(
-        packed["down.0.transformer_blocks.*.attn.to_q.lora_A.kernel"][2], params[NAMES[4]])
+        packed["down.0.transformer_blocks.*.attn.to_q.lora_A.kernel"][2], params[NAMES[4]]
+    )
 
 
 def test_any_tree_comes_back(params):
@@ -38,13 +44,17 @@ def test_any_tree_comes_back(params):
     jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
-@pytest.mark.parametrize("change", [
-    {NAMES[2]: (8, 3)},  # another shape in one block
-    {name: (1024, 1025) for name in NAMES},  # too large
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {NAMES[2]: (8, 3)},  # another shape in one block
+        {name: (1024, 1025) for name in NAMES},  # too large
+    ],
+)
 def test_what_cannot_or_should_not_be_stacked_stays_alone(params, change):
-    shapes = {name: jax.ShapeDtypeStruct(change.get(name, x.shape), x.dtype)
-              for name, x in params.items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(change.get(name, x.shape), x.dtype) for name, x in params.items()
+    }
     alone = set(change)
     assert alone <= set(stacks.groups(shapes))
 
@@ -66,5 +76,8 @@ def test_adapters_act_alike_packed_and_not(params):
     value, grads = jax.value_and_grad(outcome)(packed)
     expected, expected_grads = jax.value_and_grad(outcome)(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-                 stacks.unpack(grads), expected_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        stacks.unpack(grads),
+        expected_grads,
+    )

@@ -10,8 +10,11 @@ from r0_jax.method.train_step import make_train_step
 from r0_jax.parallel import sharding
 
 KEY = jax.random.key(7)
-PENALTIES = {"regularizers.weight.weight": 0.1, "regularizers.output.weight": 0.5,
-             "regularizers.guidance.weight": 0.3}  # fmt: skip
+PENALTIES = {
+    "regularizers.weight.weight": 0.1,
+    "regularizers.output.weight": 0.5,
+    "regularizers.guidance.weight": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,9 @@ def test_one_step_is_clipped_adam_and_an_average(world, stepped):
     assert norm > 2  # clipped to 1
     for name, value in before.params.items():
         g = grads[name] / norm
-        np.testing.assert_allclose(after.params[name] - value, -100 * g / (jnp.abs(g) + 100),
-                                   rtol=1e-3, atol=1e-6)  # fmt: skip
+        np.testing.assert_allclose(
+            after.params[name] - value, -100 * g / (jnp.abs(g) + 100), rtol=1e-3, atol=1e-6
+        )
         average = 0.99 * value + 0.01 * after.params[name]
         np.testing.assert_allclose(after.ema_params[name], average, rtol=1e-6, atol=1e-8)
     moved = np.sqrt(sum(np.sum(np.square(after.params[k] - x)) for k, x in before.params.items()))
@@ -52,8 +56,15 @@ def test_one_step_is_clipped_adam_and_an_average(world, stepped):
     np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-5)
     for name, value in parts.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
-    assert set(metrics) == {*parts, "train/loss", "norm/grads", "norm/params", "train/skipped",
-                            "train/skipped_in_a_row", "train/learning_rate"}
+    assert set(metrics) == {
+        *parts,
+        "train/loss",
+        "norm/grads",
+        "norm/params",
+        "train/skipped",
+        "train/skipped_in_a_row",
+        "train/learning_rate",
+    }
 
 
 def test_steps_draw_anew_and_a_step_repeats_itself(stepped):
@@ -67,6 +78,7 @@ def test_steps_draw_anew_and_a_step_repeats_itself(stepped):
 
 
 # --- The same on any number of devices, and in microbatches ---------------------------------------
+
 
 def mesh_of(**sizes):
     return sharding.make_mesh(sizes)
@@ -92,7 +104,8 @@ def test_microbatches_equal_the_large_batch(world, stepped, method):
 
 def test_microbatches_are_spread_over_all_devices(world, stepped):
     run, state, _ = step_world.make(PENALTIES | {"device_batch": 1}).step(
-        sharding.make_mesh({"data": 4}, jax.devices()[:4]))
+        sharding.make_mesh({"data": 4}, jax.devices()[:4])
+    )
     assert_close(run(state, batch(8)), stepped[2])
 
 
@@ -121,6 +134,7 @@ def test_running_spread_of_scores_is_kept_from_step_to_step(world):
 
 # --- Steps that are skipped -----------------------------------------------------------------------
 
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(stepped):
     run, _, (fine, _) = stepped
     poisoned = batch(8)
@@ -138,11 +152,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(stepped):
     state, metrics = run(state, batch(8))
     assert (state.step, state.skipped, state.skipped_in_a_row) == (4, 2, 0)
     assert metrics["train/skipped"] == 2 and np.isfinite(metrics["norm/grads"])
-    assert not np.array_equal(state.params["conv_out.lora_A.kernel"],
-                              fine.params["conv_out.lora_A.kernel"])
+    assert not np.array_equal(
+        state.params["conv_out.lora_A.kernel"], fine.params["conv_out.lora_A.kernel"]
+    )
 
 
 # --- Other ways to train --------------------------------------------------------------------------
+
 
 def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
     full = step_world.make({"lora.rank": 0, "regularizers.weight.weight": 0.1})
@@ -155,8 +171,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
 
     frozen = jax.tree.map(jnp.array, full.frozen)
     state = jax.jit(init)(frozen["base"])  # as the loop makes it
-    step = jax.jit(make_train_step(full.objective, optimizer, full.config, mesh),
-                   donate_argnums=0)
+    step = jax.jit(make_train_step(full.objective, optimizer, full.config, mesh), donate_argnums=0)
     donated = state.params["conv_out.kernel"]
     state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch(8)), KEY)
     assert donated.is_deleted()
@@ -172,7 +187,8 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
 def test_langevin_noise_is_added_when_on_and_absent_when_off(world, stepped):
     temperature = 1e-8
     run, state, optimizer = step_world.make(
-        PENALTIES | {"regularizers.langevin.weight": temperature}).step()
+        PENALTIES | {"regularizers.langevin.weight": temperature}
+    ).step()
     noisy, _ = run(state, batch(8))
     after = stepped[2][0]
     noise = np.concatenate([np.ravel(noisy.params[k] - x) for k, x in after.params.items()])
@@ -211,5 +227,9 @@ def real():
 def test_golden_first_step(real):
     _, (_, metrics) = real
     found = {name: float(metrics[name]) for name in GOLDEN}
-    np.testing.assert_allclose(list(found.values()), list(GOLDEN.values()), rtol=1e-4,
-                               err_msg=f"the first step computes something else: {found}")
+    np.testing.assert_allclose(
+        list(found.values()),
+        list(GOLDEN.values()),
+        rtol=1e-4,
+        err_msg=f"the first step computes something else: {found}",
+    )

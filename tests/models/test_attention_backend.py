@@ -35,8 +35,9 @@ SPLASH = Backend("splash", interpret=True)
 def inputs(batch, t, s, channels):
     """Query, key, value, and what the output is multiplied by to get a gradient."""
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal((batch, n, channels)), jnp.float32)
-            for n in (t, s, s, t)]
+    return [
+        jnp.asarray(rng.standard_normal((batch, n, channels)), jnp.float32) for n in (t, s, s, t)
+    ]
 
 
 def output_and_gradients(backend, arrays, heads=2, **options):
@@ -61,25 +62,32 @@ def assert_equal(found, expected, tolerance=1e-5):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max()
 
 
-@pytest.mark.parametrize("t, s, channels, options", [
-    (64, 64, 80, {}),  # self-attention of Stable Diffusion 1.x: 40 channels a head
-    (64, 77, 32, {}),  # of pixels to a prompt
-    (77, 77, 32, {"is_causal": True}),  # CLIP
-    (256, 128, 256, {}),  # nothing to fill up
-    (130, 600, 16, {"scale": 1.0}),  # more keys than a block
-    (9, 21, 16, {"mask": [21, 13]}),  # padded prompts
-    (9, 21, 16, {"mask": [1, 20], "scale": 0.3}),
-    (10, 10, 16, {"bias": 1}),  # of T5: by XLA
-], ids=str)
+@pytest.mark.parametrize(
+    "t, s, channels, options",
+    [
+        (64, 64, 80, {}),  # self-attention of Stable Diffusion 1.x: 40 channels a head
+        (64, 77, 32, {}),  # of pixels to a prompt
+        (77, 77, 32, {"is_causal": True}),  # CLIP
+        (256, 128, 256, {}),  # nothing to fill up
+        (130, 600, 16, {"scale": 1.0}),  # more keys than a block
+        (9, 21, 16, {"mask": [21, 13]}),  # padded prompts
+        (9, 21, 16, {"mask": [1, 20], "scale": 0.3}),
+        (10, 10, 16, {"bias": 1}),  # of T5: by XLA
+    ],
+    ids=str,
+)
 def test_splash_equals_xla(t, s, channels, options):
     arrays = inputs(2, t, s, channels)
     if "mask" in options:
         options = options | {"mask": jnp.arange(s)[None] < jnp.asarray(options["mask"])[:, None]}
     if "bias" in options:
-        options = {"bias": jnp.asarray(np.random.default_rng(1).standard_normal((1, 2, t, s)),
-                                       jnp.float32)}
-    assert_equal(output_and_gradients(SPLASH, arrays, **options),
-                 output_and_gradients(attention_backend.XLA, arrays, **options))
+        options = {
+            "bias": jnp.asarray(np.random.default_rng(1).standard_normal((1, 2, t, s)), jnp.float32)
+        }
+    assert_equal(
+        output_and_gradients(SPLASH, arrays, **options),
+        output_and_gradients(attention_backend.XLA, arrays, **options),
+    )
 
 
 def test_splash_keys_that_are_masked_do_not_matter():
@@ -92,12 +100,17 @@ def test_splash_keys_that_are_masked_do_not_matter():
 
 def test_splash_in_bfloat16():
     arrays = [x.astype(jnp.bfloat16) for x in inputs(1, 40, 40, 32)]
-    assert_equal(output_and_gradients(SPLASH, arrays),
-                 output_and_gradients(attention_backend.XLA, arrays), 2e-2)
+    assert_equal(
+        output_and_gradients(SPLASH, arrays),
+        output_and_gradients(attention_backend.XLA, arrays),
+        2e-2,
+    )
 
 
-@pytest.mark.parametrize("batch, shape", [
-    (8, {"data": 2, "fsdp": 2}), (1, {"data": 2, "fsdp": 2}), (8, {"data": 2, "tensor": 2})])
+@pytest.mark.parametrize(
+    "batch, shape",
+    [(8, {"data": 2, "fsdp": 2}), (1, {"data": 2, "fsdp": 2}), (8, {"data": 2, "tensor": 2})],
+)
 def test_splash_is_split_over_the_batch(batch, shape):
     """8 samples over 4 devices; one alone is computed by each of them."""
     mesh = sharding.make_mesh(shape, jax.devices()[:4])
@@ -105,7 +118,8 @@ def test_splash_is_split_over_the_batch(batch, shape):
     mask = jnp.asarray(np.random.default_rng(1).random((batch, 7)) < 0.7).at[:, 0].set(True)
     expected = output_and_gradients(attention_backend.XLA, arrays, mask=mask)
     placed = jax.device_put(
-        arrays, sharding.batch_sharding(mesh) if batch == 8 else sharding.replicated(mesh))
+        arrays, sharding.batch_sharding(mesh) if batch == 8 else sharding.replicated(mesh)
+    )
     found = output_and_gradients(Backend("splash", mesh, interpret=True), placed, mask=mask)
     assert_equal(found, expected)
     assert all(x.sharding.is_fully_replicated == (batch == 1) for x in found)
@@ -118,7 +132,8 @@ def attention_network(backend):
         return module
 
     return Network(**(vars(Network.abstract(build)) | {"attention": backend})), init(
-        build, jax.random.key(0))
+        build, jax.random.key(0)
+    )
 
 
 def test_the_backend_of_a_network_is_that_of_its_layers_alone():
@@ -141,22 +156,47 @@ def test_gradients_flow_through_rematerialized_layers():
 
 
 def device(platform, version="", capability=None):
-    return SimpleNamespace(platform=platform, compute_capability=capability, device_kind="Tesla",
-                           client=SimpleNamespace(platform_version=version))
+    return SimpleNamespace(
+        platform=platform,
+        compute_capability=capability,
+        device_kind="Tesla",
+        client=SimpleNamespace(platform_version=version),
+    )
 
 
-@pytest.mark.parametrize("name, dtype, there, said", [
-    ("flash", "float32", device("cpu"), "'flash' is unknown; use 'auto', 'xla', 'cudnn', 'splash'"),
-    ("cudnn", "bfloat16", device("cpu"), "needs an NVIDIA GPU, but JAX computes on cpu here"),
-    ("cudnn", "bfloat16", device("gpu", "rocm 6"), "needs an NVIDIA GPU"),
-    ("cudnn", "bfloat16", device("gpu", "cuda 12", "7.5"), "8.0 or newer, but Tesla has 7.5"),
-    ("cudnn", "float32", device("gpu", "cuda 12", "9.0"), "dtype='bfloat16', but dtype='float32'"),
-    ("cudnn", "bfloat16", device("gpu", "cuda 12", "9.0"), ""),
-    ("splash", "float32", device("gpu", "cuda 12", "9.0"), "needs a TPU, but JAX computes on gpu"),
-    ("splash", "float32", device("tpu"), ""),
-    ("xla", "float32", device("cpu"), "")], ids=str)
+@pytest.mark.parametrize(
+    "name, dtype, there, said",
+    [
+        (
+            "flash",
+            "float32",
+            device("cpu"),
+            "'flash' is unknown; use 'auto', 'xla', 'cudnn', 'splash'",
+        ),
+        ("cudnn", "bfloat16", device("cpu"), "needs an NVIDIA GPU, but JAX computes on cpu here"),
+        ("cudnn", "bfloat16", device("gpu", "rocm 6"), "needs an NVIDIA GPU"),
+        ("cudnn", "bfloat16", device("gpu", "cuda 12", "7.5"), "8.0 or newer, but Tesla has 7.5"),
+        (
+            "cudnn",
+            "float32",
+            device("gpu", "cuda 12", "9.0"),
+            "dtype='bfloat16', but dtype='float32'",
+        ),
+        ("cudnn", "bfloat16", device("gpu", "cuda 12", "9.0"), ""),
+        (
+            "splash",
+            "float32",
+            device("gpu", "cuda 12", "9.0"),
+            "needs a TPU, but JAX computes on gpu",
+        ),
+        ("splash", "float32", device("tpu"), ""),
+        ("xla", "float32", device("cpu"), ""),
+    ],
+    ids=str,
+)
 def test_a_backend_that_this_machine_has_not_is_refused_at_the_start(
-        monkeypatch, name, dtype, there, said):
+    monkeypatch, name, dtype, there, said
+):
     monkeypatch.setattr(jax, "devices", lambda: [there])
     if not said:
         return attention_backend.check(name, dtype)
@@ -165,23 +205,29 @@ def test_a_backend_that_this_machine_has_not_is_refused_at_the_start(
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("t, s, channels, dtype, capability, biased, can", [
-    (64, 77, 40, jnp.bfloat16, "8.0", False, True),
-    (64, 64, 160, jnp.bfloat16, "8.0", False, False),
-    (64, 64, 160, jnp.bfloat16, "9.0", False, True),
-    (64, 64, 512, jnp.bfloat16, "9.0", False, False),  # the VAE
-    (64, 64, 12, jnp.bfloat16, "9.0", False, False),
-    (64, 64, 64, jnp.float32, "9.0", False, False),
-    (64, 77, 64, jnp.bfloat16, "9.0", True, False),
-    (64, 78, 64, jnp.float16, "9.0", True, True)], ids=str)
+@pytest.mark.parametrize(
+    "t, s, channels, dtype, capability, biased, can",
+    [
+        (64, 77, 40, jnp.bfloat16, "8.0", False, True),
+        (64, 64, 160, jnp.bfloat16, "8.0", False, False),
+        (64, 64, 160, jnp.bfloat16, "9.0", False, True),
+        (64, 64, 512, jnp.bfloat16, "9.0", False, False),  # the VAE
+        (64, 64, 12, jnp.bfloat16, "9.0", False, False),
+        (64, 64, 64, jnp.float32, "9.0", False, False),
+        (64, 77, 64, jnp.bfloat16, "9.0", True, False),
+        (64, 78, 64, jnp.float16, "9.0", True, True),
+    ],
+    ids=str,
+)
 def test_what_cudnn_can_do(monkeypatch, t, s, channels, dtype, capability, biased, can):
     monkeypatch.setattr(jax, "devices", lambda: [device("gpu", "cuda", capability)])
     query, key = (jnp.zeros((1, n, 2, channels), dtype) for n in (t, s))
     assert attention_backend._cudnn_can(query, key, biased) == can
 
 
-@pytest.mark.parametrize("t, s, causal", [
-    (6, 7, False), (5, 8, False), (7, 7, True), (4, 6, False)])
+@pytest.mark.parametrize(
+    "t, s, causal", [(6, 7, False), (5, 8, False), (7, 7, True), (4, 6, False)]
+)
 def test_odd_lengths_reach_cudnn_as_even_ones(monkeypatch, t, s, causal):
     """With XLA in the place of cuDNN: what is filled up is left out again."""
     plain, lengths = jax.nn.dot_product_attention, []
@@ -228,13 +274,19 @@ def cudnn_cases():
         exact = {k: v.astype(jnp.float32) if k == "bias" else v for k, v in options.items()}
         with jax.default_matmul_precision("highest"):
             expected = output_and_gradients(
-                attention_backend.XLA, [x.astype(jnp.float32) for x in arrays], **exact)
+                attention_backend.XLA, [x.astype(jnp.float32) for x in arrays], **exact
+            )
         result = output_and_gradients(Backend("cudnn"), arrays, **options)
-        errors = [float(np.abs(np.asarray(x, np.float32) - y).max() / np.abs(y).max())
-                  for x, y in zip(result, map(np.asarray, expected), strict=True)]
+        errors = [
+            float(np.abs(np.asarray(x, np.float32) - y).max() / np.abs(y).max())
+            for x, y in zip(result, map(np.asarray, expected), strict=True)
+        ]
         with attention_backend.use(Backend("cudnn")):
-            program = jax.jit(lambda *qkv, o=options: dot_product_attention(*qkv, 2, **o)).lower(
-                *arrays[:3]).as_text()
+            program = (
+                jax.jit(lambda *qkv, o=options: dot_product_attention(*qkv, 2, **o))
+                .lower(*arrays[:3])
+                .as_text()
+            )
         found[name] = "cudnn$fmha" in program, errors
     return found
 
@@ -244,11 +296,14 @@ def test_cudnn_equals_xla_on_a_gpu():
         pytest.skip("jax has no CUDA here: python -m pip install 'jax[cuda13]'")
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
-    code = ("import json, jax, test_attention_backend as test\n"
-            "gpu = jax.default_backend() == 'gpu'\n"
-            "print('RESULT ' + json.dumps(test.cudnn_cases() if gpu else None))")
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                            timeout=500)
+    code = (
+        "import json, jax, test_attention_backend as test\n"
+        "gpu = jax.default_backend() == 'gpu'\n"
+        "print('RESULT ' + json.dumps(test.cudnn_cases() if gpu else None))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=500
+    )
     assert result.returncode == 0, result.stderr
     [line] = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     found = json.loads(line.removeprefix("RESULT "))

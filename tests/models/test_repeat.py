@@ -40,8 +40,7 @@ def run(choice: Repeat):
             return jnp.sum(repeat.repeat(made, lambda block, x: block(x, shift), x) ** 2)
 
     x = jax.random.normal(jax.random.key(1), (8, 8))
-    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(
-        state, x, jnp.float32(0.3))
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(state, x, jnp.float32(0.3))
     return traced, traced.lower().compile()(state, x, jnp.float32(0.3))
 
 
@@ -61,6 +60,7 @@ def test_identical_neighbours_are_one_loop():
 
 def test_remat_keeps_inputs_only():
     """What the forward pass hands to the backward pass, beside the parameters."""
+
     def residuals(choice: Repeat) -> int:
         graphdef, state = nnx.split(nnx.List(blocks()))
 
@@ -87,8 +87,10 @@ def test_split_parameters_are_gathered_by_each_block():
 
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, split), state)
     x = jax.device_put(jnp.ones((8, 8)), split)
-    traced = {gathered: jax.jit(f, static_argnums=2, out_shardings=split).trace(placed, x, gathered)
-              for gathered in (None, sharding.replicated(mesh))}
+    traced = {
+        gathered: jax.jit(f, static_argnums=2, out_shardings=split).trace(placed, x, gathered)
+        for gathered in (None, sharding.replicated(mesh))
+    }
     asked = [str(one.jaxpr).count("sharding_constraint[") for one in traced.values()]
     assert asked == [0, 4]  # of a block's kernels and biases, where the loop's body begins
     plain, gathered = (one.lower().compile() for one in traced.values())
@@ -97,23 +99,58 @@ def test_split_parameters_are_gathered_by_each_block():
 
 
 NETWORKS = {
-    "unet": (lambda rngs: UNet2DConditionModel(UNet2DConditionConfig.from_json(
-        miniature.XL_UNET | {"transformer_layers_per_block": [1, 3]}), rngs=rngs),
-        lambda key: (normal(key, 2, 8, 8, 4), jnp.full(2, 500.0), normal(key, 2, 5, 40),
-                     normal(key, 2, 12), jnp.ones((2, 6), jnp.int32)), "__call__"),
-    "mmdit": (lambda rngs: SD3Transformer2DModel(SD3Transformer2DConfig.from_json(
-        miniature.TRANSFORMER | {"num_layers": 4}), rngs=rngs),
-        lambda key: (normal(key, 2, 8, 8, 16), jnp.full(2, 500.0), normal(key, 2, 5, 40),
-                     normal(key, 2, 20)), "__call__"),
-    "t5": (lambda rngs: T5EncoderModel(T5Config.from_json(
-        miniature.T5 | {"num_layers": 4, "vocab_size": 50}), rngs=rngs),
-        lambda key: (jax.random.randint(key, (2, 6), 0, 50),), "__call__"),
-    "clip": (lambda rngs: CLIPTextModelWithProjection(CLIPTextConfig.from_json(
-        miniature.BIG_CLIP_TEXT | {"num_hidden_layers": 4, "vocab_size": 50}), rngs=rngs),
-        lambda key: (jax.random.randint(key, (2, 6), 0, 50),), "__call__"),
-    "vae": (lambda rngs: AutoencoderKL(AutoencoderKLConfig.from_json(
-        miniature.VAE | {"layers_per_block": 2}), rngs=rngs),
-        lambda key: (normal(key, 2, 8, 8, 4),), "decode"),
+    "unet": (
+        lambda rngs: UNet2DConditionModel(
+            UNet2DConditionConfig.from_json(
+                miniature.XL_UNET | {"transformer_layers_per_block": [1, 3]}
+            ),
+            rngs=rngs,
+        ),
+        lambda key: (
+            normal(key, 2, 8, 8, 4),
+            jnp.full(2, 500.0),
+            normal(key, 2, 5, 40),
+            normal(key, 2, 12),
+            jnp.ones((2, 6), jnp.int32),
+        ),
+        "__call__",
+    ),
+    "mmdit": (
+        lambda rngs: SD3Transformer2DModel(
+            SD3Transformer2DConfig.from_json(miniature.TRANSFORMER | {"num_layers": 4}), rngs=rngs
+        ),
+        lambda key: (
+            normal(key, 2, 8, 8, 16),
+            jnp.full(2, 500.0),
+            normal(key, 2, 5, 40),
+            normal(key, 2, 20),
+        ),
+        "__call__",
+    ),
+    "t5": (
+        lambda rngs: T5EncoderModel(
+            T5Config.from_json(miniature.T5 | {"num_layers": 4, "vocab_size": 50}), rngs=rngs
+        ),
+        lambda key: (jax.random.randint(key, (2, 6), 0, 50),),
+        "__call__",
+    ),
+    "clip": (
+        lambda rngs: CLIPTextModelWithProjection(
+            CLIPTextConfig.from_json(
+                miniature.BIG_CLIP_TEXT | {"num_hidden_layers": 4, "vocab_size": 50}
+            ),
+            rngs=rngs,
+        ),
+        lambda key: (jax.random.randint(key, (2, 6), 0, 50),),
+        "__call__",
+    ),
+    "vae": (
+        lambda rngs: AutoencoderKL(
+            AutoencoderKLConfig.from_json(miniature.VAE | {"layers_per_block": 2}), rngs=rngs
+        ),
+        lambda key: (normal(key, 2, 8, 8, 4),),
+        "decode",
+    ),
 }
 
 
@@ -142,5 +179,6 @@ def test_networks_are_the_same_as_loops(name):
     assert text.count("scan[") > plain.count("scan[")
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     for key, gradient in expected_grads.items():
-        np.testing.assert_allclose(grads[key], gradient, rtol=1e-3,
-                                   atol=1e-4 * np.abs(gradient).max() + 1e-5, err_msg=key)
+        np.testing.assert_allclose(
+            grads[key], gradient, rtol=1e-3, atol=1e-4 * np.abs(gradient).max() + 1e-5, err_msg=key
+        )

@@ -20,14 +20,28 @@ from r0_jax.weights import convert
 from r0_jax.weights.network import Network
 
 # 3 heads of 6 are 18, not d_model; the prompts are longer than max_distance.
-FIELDS = {"vocab_size": 40, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 3,
-          "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10,
-          "feed_forward_proj": "gated-gelu"}
+FIELDS = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "feed_forward_proj": "gated-gelu",
+}
 CONFIGS = {
     "v1.1": {},
     "original": {"feed_forward_proj": "relu"},
-    "others": {"feed_forward_proj": "gated-relu", "layer_norm_epsilon": 1e-2, "num_layers": 3,
-               "relative_attention_num_buckets": 11, "num_heads": 2, "d_kv": 8},
+    "others": {
+        "feed_forward_proj": "gated-relu",
+        "layer_norm_epsilon": 1e-2,
+        "num_layers": 3,
+        "relative_attention_num_buckets": 11,
+        "num_heads": 2,
+        "d_kv": 8,
+    },
     "gelu": {"feed_forward_proj": "gelu", "num_layers": 1, "relative_attention_max_distance": 99},
 }
 INPUT_IDS = np.random.default_rng(0).integers(2, 40, (2, 13)).astype(np.int32)
@@ -62,17 +76,21 @@ def test_encoder(name, masked, tmp_path):
 
     def run_theirs(values, *inputs):
         return torch.func.functional_call(
-            module, {"shared.weight": values}, inputs).last_hidden_state
+            module, {"shared.weight": values}, inputs
+        ).last_hidden_state
 
     parity.compare(run_ours, params, run_theirs, params[TABLE], INPUT_IDS, *mask)
 
 
-@pytest.mark.parametrize("buckets, max_distance", [
-    (32, 128), (32, 256), (64, 128), (8, 10), (33, 100), (6, 17), (4, 2), (16, 1000)])
+@pytest.mark.parametrize(
+    "buckets, max_distance",
+    [(32, 128), (32, 256), (64, 128), (8, 10), (33, 100), (6, 17), (4, 2), (16, 1000)],
+)
 def test_buckets(buckets, max_distance):
     positions = torch.arange(400)
     expected = TorchAttention._relative_position_bucket(
-        positions[None, :] - positions[:, None], True, buckets, max_distance)
+        positions[None, :] - positions[:, None], True, buckets, max_distance
+    )
     ours = relative_position_buckets(400, buckets, max_distance)
     np.testing.assert_array_equal(ours, expected.numpy())
     assert ours.max() == buckets // 2 * 2 - 1
@@ -82,8 +100,9 @@ def test_round_trip_is_exact(tmp_path):
     parity.assert_round_trip(twins(tmp_path)[-1], tmp_path, transformers.T5EncoderModel)
 
 
-@pytest.mark.parametrize("keys", [
-    ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]])
+@pytest.mark.parametrize(
+    "keys", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]]
+)
 def test_files_may_name_the_shared_table_after_the_encoder(keys, tmp_path):
     _, network, params = twins(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -115,19 +134,22 @@ def test_defaults_are_those_of_transformers():
         assert value == getattr(transformers.T5Config(), name), name
 
 
-@pytest.mark.parametrize("change", [
-    {"model_type": "umt5"},
-    {"is_decoder": True},
-    {"feed_forward_proj": "gated-silu"},
-    {"feed_forward_proj": "gated-gated-gelu"},
-    {"feed_forward_proj": None},
-    {"d_kv": 0},
-    {"d_model": "16"},
-    {"num_heads": True},
-    {"num_layers": 0},
-    {"relative_attention_num_buckets": 3},
-    {"relative_attention_max_distance": 2},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "umt5"},
+        {"is_decoder": True},
+        {"feed_forward_proj": "gated-silu"},
+        {"feed_forward_proj": "gated-gated-gelu"},
+        {"feed_forward_proj": None},
+        {"d_kv": 0},
+        {"d_model": "16"},
+        {"num_heads": True},
+        {"num_layers": 0},
+        {"relative_attention_num_buckets": 3},
+        {"relative_attention_max_distance": 2},
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(change):
     with pytest.raises(InputError, match=next(iter(change))) as error:
         T5Config.from_json(FIELDS | change)

@@ -39,10 +39,16 @@ CONFIGS = {
     "taesd": {},
     "taesd3": {"latent_channels": 16},
     # Every number its own.
-    "uneven": {"in_channels": 4, "out_channels": 5, "latent_channels": 6,
-               "encoder_block_out_channels": (12, 12), "num_encoder_blocks": (0, 2),
-               "decoder_block_out_channels": (7, 7, 7, 7), "num_decoder_blocks": (1, 0, 1, 2),
-               "upsampling_scaling_factor": 3},
+    "uneven": {
+        "in_channels": 4,
+        "out_channels": 5,
+        "latent_channels": 6,
+        "encoder_block_out_channels": (12, 12),
+        "num_encoder_blocks": (0, 2),
+        "decoder_block_out_channels": (7, 7, 7, 7),
+        "num_decoder_blocks": (1, 0, 1, 2),
+        "upsampling_scaling_factor": 3,
+    },
 }
 
 
@@ -62,23 +68,29 @@ def twins(folder, **fields):
 def compare(module, network, params, height, width):
     """Encodes images of this size, and decodes latents of it."""
     config = network.config
-    parity.compare(lambda params, images: network.apply(params, "encode", images), params,
-                   lambda images: module.encode(images).latents,
-                   normal(0, 2, height, width, config.in_channels))
-    parity.compare(lambda params, latents: network.apply(params, "decode", latents), params,
-                   lambda latents: module.decode(latents).sample,
-                   3 * normal(1, 2, height, width, config.latent_channels))  # to feel the tanh
+    parity.compare(
+        lambda params, images: network.apply(params, "encode", images),
+        params,
+        lambda images: module.encode(images).latents,
+        normal(0, 2, height, width, config.in_channels),
+    )
+    parity.compare(
+        lambda params, latents: network.apply(params, "decode", latents),
+        params,
+        lambda latents: module.decode(latents).sample,
+        3 * normal(1, 2, height, width, config.latent_channels),
+    )  # to feel the tanh
 
 
 def test_block():
     module = tiny.randomize(TorchBlock(8, 8, "relu"), seed=0)
     network = parity.part(lambda rngs: AutoencoderTinyBlock(8, rngs=rngs))
-    parity.compare(network, parity.params_of(module, network.shapes), module,
-                   normal(0, 2, 4, 3, 8))
+    parity.compare(network, parity.params_of(module, network.shapes), module, normal(0, 2, 4, 3, 8))
 
 
-@pytest.mark.parametrize("name, height, width", [
-    ("taesd", 8, 12), ("taesd3", 5, 7), ("uneven", 3, 4)])
+@pytest.mark.parametrize(
+    "name, height, width", [("taesd", 8, 12), ("taesd3", 5, 7), ("uneven", 3, 4)]
+)
 def test_encode_and_decode(name, height, width, tmp_path):
     compare(*twins(tmp_path, **CONFIGS[name]), height, width)
 
@@ -95,12 +107,18 @@ def test_what_is_made_here_loads_in_diffusers(tmp_path):
 
 def test_the_call_reconstructs(tmp_path):
     module, network, params = twins(tmp_path)
-    parity.compare(network, params, lambda x: module.decode(module.encode(x).latents).sample,
-                   normal(0, 2, 8, 8, 3))
+    parity.compare(
+        network,
+        params,
+        lambda x: module.decode(module.encode(x).latents).sample,
+        normal(0, 2, 8, 8, 3),
+    )
 
 
-@pytest.mark.parametrize("config, manifest", [
-    ("taesd", "taesd_diffusers"), ("taesdxl", "taesd_diffusers"), ("taesd3", "taesd3_diffusers")])
+@pytest.mark.parametrize(
+    "config, manifest",
+    [("taesd", "taesd_diffusers"), ("taesdxl", "taesd_diffusers"), ("taesd3", "taesd3_diffusers")],
+)
 def test_names_and_shapes_are_those_of_the_published_file(config, manifest):
     network = abstract(config_of(config))
     published = read_json(DATA / "keys" / f"{manifest}.json")
@@ -128,26 +146,29 @@ def test_bfloat16(tmp_path):
     parity.assert_close(output.astype(jnp.float32), parity.to_jax(expected), 1e-1)
 
 
-@pytest.mark.parametrize("change", [
-    {"act_fn": "silu"},
-    {"upsample_fn": "bilinear"},
-    {"encoder_block_out_channels": [8, 8, 16]},
-    {"decoder_block_out_channels": [16, 8, 8]},
-    {"decoder_block_out_channels": []},
-    {"num_encoder_blocks": [1, 3]},
-    {"num_decoder_blocks": [3, 3, 3, 1]},
-    {"num_decoder_blocks": [1, -1, 1]},
-    {"num_decoder_blocks": 3},
-    {"encoder_block_out_channels": [0, 0, 0]},
-    {"latent_channels": 0},
-    {"in_channels": True},
-    {"upsampling_scaling_factor": 1.5},
-    {"scaling_factor": None},
-    {"scaling_factor": 0.0},
-    {"scaling_factor": float("nan")},
-    {"shift_factor": float("inf")},
-    {"a_field_of_tomorrow": 1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "silu"},
+        {"upsample_fn": "bilinear"},
+        {"encoder_block_out_channels": [8, 8, 16]},
+        {"decoder_block_out_channels": [16, 8, 8]},
+        {"decoder_block_out_channels": []},
+        {"num_encoder_blocks": [1, 3]},
+        {"num_decoder_blocks": [3, 3, 3, 1]},
+        {"num_decoder_blocks": [1, -1, 1]},
+        {"num_decoder_blocks": 3},
+        {"encoder_block_out_channels": [0, 0, 0]},
+        {"latent_channels": 0},
+        {"in_channels": True},
+        {"upsampling_scaling_factor": 1.5},
+        {"scaling_factor": None},
+        {"scaling_factor": 0.0},
+        {"scaling_factor": float("nan")},
+        {"shift_factor": float("inf")},
+        {"a_field_of_tomorrow": 1},
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(change):
     with pytest.raises(InputError, match=next(iter(change))) as error:
         AutoencoderTinyConfig.from_json(TAESD | change)
@@ -155,9 +176,15 @@ def test_what_is_not_supported_is_refused_by_name(change):
 
 
 def test_fields_without_an_effect_are_accepted_and_defaults_are_those_of_diffusers():
-    config = AutoencoderTinyConfig.from_json({
-        "force_upcast": False, "latent_magnitude": 3, "latent_shift": 0.5,
-        "block_out_channels": [64] * 4, "_diffusers_version": "0.19.0"})
+    config = AutoencoderTinyConfig.from_json(
+        {
+            "force_upcast": False,
+            "latent_magnitude": 3,
+            "latent_shift": 0.5,
+            "block_out_channels": [64] * 4,
+            "_diffusers_version": "0.19.0",
+        }
+    )
     assert config == AutoencoderTinyConfig()
     parameters = inspect.signature(TorchTiny.__init__).parameters
     for name, value in dataclasses.asdict(config).items():

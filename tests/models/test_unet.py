@@ -41,7 +41,9 @@ def check(torch_module, constructor, *inputs, ours=None, theirs=None, quiet=()):
     parity.compare(
         network if ours is None else lambda *args: ours(network, *args),
         parity.params_of(torch_module, network.shapes),
-        torch_module if theirs is None else lambda *args: theirs(torch_module, *args), *inputs)
+        torch_module if theirs is None else lambda *args: theirs(torch_module, *args),
+        *inputs,
+    )
 
 
 # --- parts -------------------------------------------------------------------------------
@@ -51,25 +53,35 @@ def check(torch_module, constructor, *inputs, ours=None, theirs=None, quiet=()):
 def test_resnet_block(inputs, outputs):
     check(
         torch_resnet.ResnetBlock2D(
-            in_channels=inputs, out_channels=outputs, temb_channels=20, groups=4, eps=1e-5),
+            in_channels=inputs, out_channels=outputs, temb_channels=20, groups=4, eps=1e-5
+        ),
         lambda rngs: ResnetBlock2D(
-            inputs, outputs, time_embed_dim=20, norm_num_groups=4, norm_eps=1e-5, rngs=rngs),
-        SMALL * normal(0, 2, 5, 4, inputs), normal(1, 2, 20))
+            inputs, outputs, time_embed_dim=20, norm_num_groups=4, norm_eps=1e-5, rngs=rngs
+        ),
+        SMALL * normal(0, 2, 5, 4, inputs),
+        normal(1, 2, 20),
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("height, width", [(8, 6), (9, 7)])
 def test_downsample(height, width, padding):
-    check(TorchDownsample2D(8, use_conv=True, padding=padding, name="op"),
-          lambda rngs: Downsample2D(8, padding=padding, rngs=rngs), normal(0, 2, height, width, 8))
+    check(
+        TorchDownsample2D(8, use_conv=True, padding=padding, name="op"),
+        lambda rngs: Downsample2D(8, padding=padding, rngs=rngs),
+        normal(0, 2, height, width, 8),
+    )
 
 
 @pytest.mark.parametrize("size", [None, (6, 8), (5, 7), (6, 7)])
 def test_upsample(size):
-    check(TorchUpsample2D(8, use_conv=True), lambda rngs: Upsample2D(8, rngs=rngs),
-          normal(0, 2, 3, 4, 8),
-          ours=lambda network, params, x: network(params, x, size=size),
-          theirs=lambda module, x: module(x, output_size=size))
+    check(
+        TorchUpsample2D(8, use_conv=True),
+        lambda rngs: Upsample2D(8, rngs=rngs),
+        normal(0, 2, 3, 4, 8),
+        ours=lambda network, params, x: network(params, x, size=size),
+        theirs=lambda module, x: module(x, output_size=size),
+    )
 
 
 def test_norms_of_numbers_far_from_zero():
@@ -84,16 +96,23 @@ def test_norms_of_numbers_far_from_zero():
     parity.assert_close(norm(far), expected, parity.OUTPUT, "LayerNorm")
 
 
-@pytest.mark.parametrize("build", [
-    lambda rngs: UNet2DConditionModel(UNet2DConditionConfig.from_json(tiny.UNET), rngs=rngs),
-    lambda rngs: AutoencoderKL(AutoencoderKLConfig.from_json(tiny.VAE), rngs=rngs),
-    lambda rngs: CLIPModel(CLIPConfig.from_json(
-        {"text_config": tiny.TEXT, "vision_config": tiny.VISION}), rngs=rngs),
-], ids=["unet", "vae", "clip"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rngs: UNet2DConditionModel(UNet2DConditionConfig.from_json(tiny.UNET), rngs=rngs),
+        lambda rngs: AutoencoderKL(AutoencoderKLConfig.from_json(tiny.VAE), rngs=rngs),
+        lambda rngs: CLIPModel(
+            CLIPConfig.from_json({"text_config": tiny.TEXT, "vision_config": tiny.VISION}),
+            rngs=rngs,
+        ),
+    ],
+    ids=["unet", "vae", "clip"],
+)
 def test_every_norm_is_one_of_them(build):
     model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    norms = [node for _, node in nnx.iter_graph(model)
-             if isinstance(node, nnx.GroupNorm | nnx.LayerNorm)]
+    norms = [
+        node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.GroupNorm | nnx.LayerNorm)
+    ]
     assert len(norms) > 10 and not any(norm.use_fast_variance for norm in norms)
 
 
@@ -101,41 +120,63 @@ def test_every_norm_is_one_of_them(build):
 @pytest.mark.parametrize("context", [None, 12])
 def test_attention(heads, context):
     inputs = [normal(0, 2, 6, 16)] + ([normal(1, 2, 5, context)] if context else [])
-    check(TorchAttention(16, cross_attention_dim=context, heads=heads, dim_head=16 // heads),
-          lambda rngs: Attention(16, heads, cross_attention_dim=context, rngs=rngs), *inputs)
+    check(
+        TorchAttention(16, cross_attention_dim=context, heads=heads, dim_head=16 // heads),
+        lambda rngs: Attention(16, heads, cross_attention_dim=context, rngs=rngs),
+        *inputs,
+    )
 
 
 def test_attention_with_a_bias_of_the_projections():
-    check(TorchAttention(16, heads=2, dim_head=8, bias=True),
-          lambda rngs: Attention(16, 2, qkv_bias=True, rngs=rngs), normal(0, 2, 6, 16))
+    check(
+        TorchAttention(16, heads=2, dim_head=8, bias=True),
+        lambda rngs: Attention(16, 2, qkv_bias=True, rngs=rngs),
+        normal(0, 2, 6, 16),
+    )
 
 
 def test_feed_forward():
     check(torch_attention.GEGLU(8, 12), lambda rngs: GEGLU(8, 12, rngs=rngs), normal(0, 2, 3, 8))
-    check(torch_attention.FeedForward(8, activation_fn="geglu"),
-          lambda rngs: FeedForward(8, rngs=rngs), normal(0, 2, 3, 8))
+    check(
+        torch_attention.FeedForward(8, activation_fn="geglu"),
+        lambda rngs: FeedForward(8, rngs=rngs),
+        normal(0, 2, 3, 8),
+    )
 
 
 def test_transformer_block():
-    check(torch_attention.BasicTransformerBlock(16, 4, 4, cross_attention_dim=12),
-          lambda rngs: BasicTransformerBlock(16, 4, 12, rngs=rngs),
-          SMALL * normal(0, 2, 6, 16), normal(1, 2, 5, 12),
-          theirs=lambda module, x, context: module(x, encoder_hidden_states=context),
-          quiet=("attn1.to_out", "attn2.to_out", "ff.net.2"))
+    check(
+        torch_attention.BasicTransformerBlock(16, 4, 4, cross_attention_dim=12),
+        lambda rngs: BasicTransformerBlock(16, 4, 12, rngs=rngs),
+        SMALL * normal(0, 2, 6, 16),
+        normal(1, 2, 5, 12),
+        theirs=lambda module, x, context: module(x, encoder_hidden_states=context),
+        quiet=("attn1.to_out", "attn2.to_out", "ff.net.2"),
+    )
 
 
 # 3 heads of 5 channels each: the blocks between the projections are 15 wide.
-@pytest.mark.parametrize("linear, heads, depth", [
-    (False, 2, 1), (True, 4, 2), (False, 3, 1), (True, 3, 1)])
+@pytest.mark.parametrize(
+    "linear, heads, depth", [(False, 2, 1), (True, 4, 2), (False, 3, 1), (True, 3, 1)]
+)
 def test_transformer(linear, heads, depth):
     check(
         TorchTransformer2D(
-            heads, 16 // heads, in_channels=16, num_layers=depth, norm_num_groups=4,
-            cross_attention_dim=12, use_linear_projection=linear),
+            heads,
+            16 // heads,
+            in_channels=16,
+            num_layers=depth,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            use_linear_projection=linear,
+        ),
         lambda rngs: Transformer2DModel(
-            16, heads, depth, 12, norm_num_groups=4, use_linear_projection=linear, rngs=rngs),
-        SMALL * normal(0, 2, 3, 5, 16), normal(1, 2, 5, 12),
-        theirs=lambda module, x, context: module(x, context, return_dict=False)[0])
+            16, heads, depth, 12, norm_num_groups=4, use_linear_projection=linear, rngs=rngs
+        ),
+        SMALL * normal(0, 2, 3, 5, 16),
+        normal(1, 2, 5, 12),
+        theirs=lambda module, x, context: module(x, context, return_dict=False)[0],
+    )
 
 
 @pytest.mark.parametrize("channels", [8, 9])
@@ -145,14 +186,18 @@ def test_sinusoids(channels, flip, shift):
     timesteps = np.array([0.0, 1.0, 499.5, 999.0], np.float32)
     ours = sinusoidal(jnp.asarray(timesteps), channels, flip_sin_to_cos=flip, freq_shift=shift)
     theirs = torch_embeddings.get_timestep_embedding(
-        torch.tensor(timesteps), channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+        torch.tensor(timesteps), channels, flip_sin_to_cos=flip, downscale_freq_shift=shift
+    )
     # exp and sin of numbers up to 999 round differently.
     parity.assert_close(ours, theirs, 1e-4)
 
 
 def test_timestep_embedding():
-    check(torch_embeddings.TimestepEmbedding(8, 20),
-          lambda rngs: TimestepEmbedding(8, 20, rngs=rngs), normal(0, 2, 8))
+    check(
+        torch_embeddings.TimestepEmbedding(8, 20),
+        lambda rngs: TimestepEmbedding(8, 20, rngs=rngs),
+        normal(0, 2, 8),
+    )
 
 
 # --- the whole, and its blocks --------------------------------------------------------------
@@ -162,23 +207,52 @@ CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "
 
 def fields(*kinds, **others):
     """Config fields of levels of these kinds."""
-    return {"down_block_types": tuple(down for down, _ in kinds),
-            "up_block_types": tuple(up for _, up in reversed(kinds)), **others}
+    return {
+        "down_block_types": tuple(down for down, _ in kinds),
+        "up_block_types": tuple(up for _, up in reversed(kinds)),
+        **others,
+    }
 
 
 CONFIGS = {
     # As SD 1.5: convolutional projections, the last level without attention. Odd sizes, and an
     # odd number of channels, which pads the sinusoids.
-    "sd15": (fields(CROSS, PLAIN, block_out_channels=(9, 18), norm_num_groups=3,
-                    attention_head_dim=3), (9, 7)),
+    "sd15": (
+        fields(CROSS, PLAIN, block_out_channels=(9, 18), norm_num_groups=3, attention_head_dim=3),
+        (9, 7),
+    ),
     # As SDXL: linear projections, heads and depth of each level its own.
-    "sdxl": (fields(PLAIN, CROSS, CROSS, block_out_channels=(8, 16, 24), use_linear_projection=True,
-                    attention_head_dim=(1, 2, 3), transformer_layers_per_block=(1, 1, 2)), (8, 4)),
+    "sdxl": (
+        fields(
+            PLAIN,
+            CROSS,
+            CROSS,
+            block_out_channels=(8, 16, 24),
+            use_linear_projection=True,
+            attention_head_dim=(1, 2, 3),
+            transformer_layers_per_block=(1, 1, 2),
+        ),
+        (8, 4),
+    ),
     # Each field away from its default, and each level with its own number of layers.
-    "others": (fields(PLAIN, CROSS, layers_per_block=(2, 1), in_channels=9, out_channels=3,
-                      flip_sin_to_cos=False, freq_shift=1, norm_num_groups=2, norm_eps=1e-2,
-                      cross_attention_dim=(10, 10), downsample_padding=0, attention_head_dim=4,
-                      act_fn="swish"), (7, 10)),
+    "others": (
+        fields(
+            PLAIN,
+            CROSS,
+            layers_per_block=(2, 1),
+            in_channels=9,
+            out_channels=3,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_num_groups=2,
+            norm_eps=1e-2,
+            cross_attention_dim=(10, 10),
+            downsample_padding=0,
+            attention_head_dim=4,
+            act_fn="swish",
+        ),
+        (7, 10),
+    ),
 }
 
 SINGLE = fields(CROSS, block_out_channels=(8,), transformer_layers_per_block=2)
@@ -194,8 +268,11 @@ def twins(**fields):
 
 def inputs(config, height, width):
     timesteps = np.array([0.0, 703.25], np.float32)
-    return (normal(0, 2, height, width, config.in_channels), timesteps,
-            normal(1, 2, 5, config.cross_attention_dim))
+    return (
+        normal(0, 2, height, width, config.in_channels),
+        timesteps,
+        normal(1, 2, 5, config.cross_attention_dim),
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -205,11 +282,15 @@ def test_unet(name):
     latents, timesteps, prompt_embeds = inputs(network.config, *size)
     parity.compare(
         lambda params, latents, prompt_embeds: network(
-            params, latents, jnp.asarray(timesteps), prompt_embeds),
+            params, latents, jnp.asarray(timesteps), prompt_embeds
+        ),
         params,
-        lambda latents, prompt_embeds: module(
-            latents, torch.tensor(timesteps), prompt_embeds).sample,
-        latents, prompt_embeds)
+        lambda latents, prompt_embeds: (
+            module(latents, torch.tensor(timesteps), prompt_embeds).sample
+        ),
+        latents,
+        prompt_embeds,
+    )
 
 
 def test_mid_features():
@@ -224,8 +305,13 @@ def test_mid_features():
 
     parity.compare(
         lambda params, latents, prompt_embeds: network.apply(
-            params, "mid_features", latents, jnp.asarray(timesteps), prompt_embeds),
-        params, theirs, latents, prompt_embeds)
+            params, "mid_features", latents, jnp.asarray(timesteps), prompt_embeds
+        ),
+        params,
+        theirs,
+        latents,
+        prompt_embeds,
+    )
 
 
 TIME, CONTEXT = normal(2, 2, 32), normal(3, 2, 5, 16)
@@ -237,45 +323,79 @@ TORCH_ATTENDS = {"num_attention_heads": 2, "cross_attention_dim": 16}
 @pytest.mark.parametrize("attends, downsamples", [(True, True), (False, False)])
 def test_down_block(attends, downsamples):
     fields = TORCH_COMMON | {"in_channels": 8, "out_channels": 16, "add_downsample": downsamples}
-    module = (torch_blocks.CrossAttnDownBlock2D(**fields, **TORCH_ATTENDS,
-                                                transformer_layers_per_block=[2, 1]) if attends
-              else torch_blocks.DownBlock2D(**fields))
+    module = (
+        torch_blocks.CrossAttnDownBlock2D(
+            **fields, **TORCH_ATTENDS, transformer_layers_per_block=[2, 1]
+        )
+        if attends
+        else torch_blocks.DownBlock2D(**fields)
+    )
     context = torch.tensor(CONTEXT)
-    check(module,
-          lambda rngs: unet_2d_condition.DownBlock(
-              [(8, 16), (16, 16)], depths=(2, 1), downsamples=downsamples, attends=attends,
-              rngs=rngs, **COMMON),
-          normal(0, 2, 5, 7, 8), TIME,
-          ours=lambda network, params, x, t: network(params, x, t, jnp.asarray(CONTEXT)),
-          theirs=lambda module, x, t: module(x, t, *[context] * attends))
+    check(
+        module,
+        lambda rngs: unet_2d_condition.DownBlock(
+            [(8, 16), (16, 16)],
+            depths=(2, 1),
+            downsamples=downsamples,
+            attends=attends,
+            rngs=rngs,
+            **COMMON,
+        ),
+        normal(0, 2, 5, 7, 8),
+        TIME,
+        ours=lambda network, params, x, t: network(params, x, t, jnp.asarray(CONTEXT)),
+        theirs=lambda module, x, t: module(x, t, *[context] * attends),
+    )
 
 
 @pytest.mark.parametrize("attends, size", [(True, (6, 8)), (False, (5, 7)), (False, None)])
 def test_up_block(attends, size):
-    fields = TORCH_COMMON | {"in_channels": 8, "out_channels": 16, "prev_output_channel": 12,
-                             "add_upsample": size is not None}
-    module = (torch_blocks.CrossAttnUpBlock2D(**fields, **TORCH_ATTENDS) if attends
-              else torch_blocks.UpBlock2D(**fields))
+    fields = TORCH_COMMON | {
+        "in_channels": 8,
+        "out_channels": 16,
+        "prev_output_channel": 12,
+        "add_upsample": size is not None,
+    }
+    module = (
+        torch_blocks.CrossAttnUpBlock2D(**fields, **TORCH_ATTENDS)
+        if attends
+        else torch_blocks.UpBlock2D(**fields)
+    )
     context = {"encoder_hidden_states": torch.tensor(CONTEXT)} if attends else {}
     # What an earlier level left on the stack says how large the upsampled map is to be.
     below = [] if size is None else [jnp.zeros((2, *size, 8))]
-    check(module,
-          lambda rngs: unet_2d_condition.UpBlock(
-              [(12 + 16, 16), (16 + 8, 16)], depths=(1, 1), upsamples=size is not None,
-              attends=attends, rngs=rngs, **COMMON),
-          normal(0, 2, 3, 4, 12), TIME, normal(4, 2, 3, 4, 8), normal(5, 2, 3, 4, 16),
-          ours=lambda network, params, x, t, *skips: network(
-              params, x, [*below, *skips], t, jnp.asarray(CONTEXT)),
-          theirs=lambda module, x, t, *skips: module(
-              x, skips, temb=t, upsample_size=size, **context))
+    check(
+        module,
+        lambda rngs: unet_2d_condition.UpBlock(
+            [(12 + 16, 16), (16 + 8, 16)],
+            depths=(1, 1),
+            upsamples=size is not None,
+            attends=attends,
+            rngs=rngs,
+            **COMMON,
+        ),
+        normal(0, 2, 3, 4, 12),
+        TIME,
+        normal(4, 2, 3, 4, 8),
+        normal(5, 2, 3, 4, 16),
+        ours=lambda network, params, x, t, *skips: network(
+            params, x, [*below, *skips], t, jnp.asarray(CONTEXT)
+        ),
+        theirs=lambda module, x, t, *skips: module(x, skips, temb=t, upsample_size=size, **context),
+    )
 
 
 def test_mid_block():
-    check(torch_blocks.UNetMidBlock2DCrossAttn(
-              16, 32, resnet_eps=1e-5, resnet_groups=4, **TORCH_ATTENDS),
-          lambda rngs: unet_2d_condition.MidBlock(16, depth=1, rngs=rngs, **COMMON),
-          normal(0, 2, 3, 4, 16), TIME, CONTEXT,
-          theirs=lambda module, x, t, context: module(x, t, encoder_hidden_states=context))
+    check(
+        torch_blocks.UNetMidBlock2DCrossAttn(
+            16, 32, resnet_eps=1e-5, resnet_groups=4, **TORCH_ATTENDS
+        ),
+        lambda rngs: unet_2d_condition.MidBlock(16, depth=1, rngs=rngs, **COMMON),
+        normal(0, 2, 3, 4, 16),
+        TIME,
+        CONTEXT,
+        theirs=lambda module, x, t, context: module(x, t, encoder_hidden_states=context),
+    )
 
 
 # --- precision, and what is refused ----------------------------------------------------------
@@ -286,8 +406,12 @@ def test_bfloat16():
     params = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
     latents, timesteps, prompt_embeds = inputs(network.config, 8, 8)
     expected = module(*map(parity.to_torch, (latents, timesteps, prompt_embeds)))
-    args = (params, jnp.asarray(latents, jnp.bfloat16), jnp.asarray(timesteps),
-            jnp.asarray(prompt_embeds, jnp.bfloat16))
+    args = (
+        params,
+        jnp.asarray(latents, jnp.bfloat16),
+        jnp.asarray(timesteps),
+        jnp.asarray(prompt_embeds, jnp.bfloat16),
+    )
     output = jax.jit(network)(*args)
     assert output.dtype == jnp.bfloat16
     parity.assert_close(output.astype(jnp.float32), parity.to_jax(expected.sample), 1e-1, "output")
@@ -296,53 +420,60 @@ def test_bfloat16():
     assert parity.input_dtypes(network, *args, primitives=list(expected)) == expected
 
 
-@pytest.mark.parametrize("change", [
-    {"act_fn": "gelu"},
-    {"class_embed_type": "of_tomorrow"},
-    {"class_embed_type": "projection"},
-    {"class_embeddings_concat": True},
-    {"class_embeddings_concat": True, "class_embed_type": "timestep",
-     "addition_embed_type": "text_time", "addition_time_embed_dim": 6,
-     "projection_class_embeddings_input_dim": 48},
-    {"cross_attention_dim": [16, 8]},
-    {"cross_attention_dim": [16]},
-    {"cross_attention_dim": [0, 0]},
-    {"addition_embed_type": "text"},
-    {"addition_embed_type": "text_time"},
-    {"addition_time_embed_dim": 0},
-    {"num_class_embeds": 0},
-    {"encoder_hid_dim": 4},
-    {"dual_cross_attention": True},
-    {"resnet_time_scale_shift": "spatial"},
-    {"time_cond_proj_dim": -1},
-    *({"sample_size": value} for value in (0, -8, [8, 0], [-8, 8], [8], [8, 8, 8], "8", 8.0)),
-    {"conv_in_kernel": 1},
-    {"only_cross_attention": [True]},
-    {"only_cross_attention": 1},
-    {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
-    {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
-    {"down_block_types": ["DownBlock2D"]},
-    {"up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"]},
-    {"attention_head_dim": [1, 2, 4]},
-    {"attention_head_dim": 0},
-    {"attention_head_dim": [9, 2]},
-    {"attention_head_dim": [2, 17]},
-    {"norm_num_groups": 3},
-    {"norm_num_groups": -4},
-    {"block_out_channels": []},
-    {"block_out_channels": [0, 16]},
-    {"layers_per_block": [1, 0]},
-    {"in_channels": True},
-    {"layers_per_block": [1]},
-    {"transformer_layers_per_block": [1, -1]},
-    {"transformer_layers_per_block": [[1, 2], [1, 2]]},
-    # One of them is not enough where the way up has a layer more.
-    {"reverse_transformer_layers_per_block": None, "transformer_layers_per_block": [[1], [1]]},
-    {"reverse_transformer_layers_per_block": [1]},
-    {"reverse_transformer_layers_per_block": [[1, 1], [1]]},
-    {"reverse_transformer_layers_per_block": 1},
-    {"a_field_of_tomorrow": 1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "gelu"},
+        {"class_embed_type": "of_tomorrow"},
+        {"class_embed_type": "projection"},
+        {"class_embeddings_concat": True},
+        {
+            "class_embeddings_concat": True,
+            "class_embed_type": "timestep",
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 6,
+            "projection_class_embeddings_input_dim": 48,
+        },
+        {"cross_attention_dim": [16, 8]},
+        {"cross_attention_dim": [16]},
+        {"cross_attention_dim": [0, 0]},
+        {"addition_embed_type": "text"},
+        {"addition_embed_type": "text_time"},
+        {"addition_time_embed_dim": 0},
+        {"num_class_embeds": 0},
+        {"encoder_hid_dim": 4},
+        {"dual_cross_attention": True},
+        {"resnet_time_scale_shift": "spatial"},
+        {"time_cond_proj_dim": -1},
+        *({"sample_size": value} for value in (0, -8, [8, 0], [-8, 8], [8], [8, 8, 8], "8", 8.0)),
+        {"conv_in_kernel": 1},
+        {"only_cross_attention": [True]},
+        {"only_cross_attention": 1},
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
+        {"down_block_types": ["DownBlock2D"]},
+        {"up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"]},
+        {"attention_head_dim": [1, 2, 4]},
+        {"attention_head_dim": 0},
+        {"attention_head_dim": [9, 2]},
+        {"attention_head_dim": [2, 17]},
+        {"norm_num_groups": 3},
+        {"norm_num_groups": -4},
+        {"block_out_channels": []},
+        {"block_out_channels": [0, 16]},
+        {"layers_per_block": [1, 0]},
+        {"in_channels": True},
+        {"layers_per_block": [1]},
+        {"transformer_layers_per_block": [1, -1]},
+        {"transformer_layers_per_block": [[1, 2], [1, 2]]},
+        # One of them is not enough where the way up has a layer more.
+        {"reverse_transformer_layers_per_block": None, "transformer_layers_per_block": [[1], [1]]},
+        {"reverse_transformer_layers_per_block": [1]},
+        {"reverse_transformer_layers_per_block": [[1, 1], [1]]},
+        {"reverse_transformer_layers_per_block": 1},
+        {"a_field_of_tomorrow": 1},
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(change):
     with pytest.raises(InputError, match=next(iter(change))) as error:
         UNet2DConditionConfig.from_json(tiny.UNET | change)

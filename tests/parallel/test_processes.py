@@ -18,24 +18,53 @@ from process_program import STEPS, TROUBLED
 from r0_jax.prompts import dataset
 from r0_jax.workdir import checkpoint
 
-TROUBLES = ("input", "bug", "asked", "killed", "frozen", "hangs", "stuck", "differ", "absent",
-            "full", "unread")
+TROUBLES = (
+    "input",
+    "bug",
+    "asked",
+    "killed",
+    "frozen",
+    "hangs",
+    "stuck",
+    "differ",
+    "absent",
+    "full",
+    "unread",
+)
 
 
 def launch(processes, *command, grace=60):
     return subprocess.Popen(
-        [sys.executable, "launch/local.py", f"--processes={processes}", f"--grace={grace}", "--",
-         *map(str, command)], cwd=ROOT, env=environment(1), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [
+            sys.executable,
+            "launch/local.py",
+            f"--processes={processes}",
+            f"--grace={grace}",
+            "--",
+            *map(str, command),
+        ],
+        cwd=ROOT,
+        env=environment(1),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """All troubles at once: they mostly wait."""
     folder = tmp_path_factory.mktemp("troubles")
-    programs = {trouble: launch(2, "tests/support/process_program.py", trouble, folder / trouble,
-                                grace=20 if trouble == "frozen" else 60)
-                for trouble in TROUBLES}
+    programs = {
+        trouble: launch(
+            2,
+            "tests/support/process_program.py",
+            trouble,
+            folder / trouble,
+            grace=20 if trouble == "frozen" else 60,
+        )
+        for trouble in TROUBLES
+    }
     yield programs
     for program in programs.values():  # some may not have been asked for, and have a frozen child
         children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
@@ -57,24 +86,65 @@ def ended(program):
     return program.returncode, out, err
 
 
-@pytest.mark.parametrize(("trouble", "status", "said"), [
-    ("input", 2, ["[1] error: bad weights on this host",
-                  "[0] error: process 1 of 2: bad weights on this host"]),
-    ("bug", 1, ["[1] RuntimeError: a bug", "[0] error: process 1 of 2: RuntimeError: a bug"]),
-    ("asked", 75, ["[0] process 1 of 2: was asked to stop"]),
-    ("killed", 128 + signal.SIGKILL, ["[0] error: process 1 of 2 gave no sign of life for 8 s",
-                                      "process 1 of 2 was ended by SIGKILL"]),
-    ("frozen", 1, ["[0] error: process 1 of 2 gave no sign of life for 8 s",
-                   "the others did not end within 20 s: they are stopped"]),
-    ("hangs", 1, [f"[{i}] error: process 1 of 2 stands still for 6 s, after the batch of step "
-                  f"{TROUBLED - 1}" for i in range(2)]),
-    ("stuck", 1, [" for 6 s, after the start"]),  # before anything was done
-    ("full", 2, ["[0] error: cannot write a checkpoint to ", "/checkpoints: file too large; those",
-                 "[1] error: process 0 of 2: cannot write a checkpoint to "]),
-    ("differ", 2, [f"error: at step {TROUBLED} the copy of the sum in processes 0 and 1 of 2 "
-                   "differs from the others'"]),
-    ("absent", 1, ["[0] error: not all 2 processes came together within 5 s"]),
-])
+@pytest.mark.parametrize(
+    ("trouble", "status", "said"),
+    [
+        (
+            "input",
+            2,
+            [
+                "[1] error: bad weights on this host",
+                "[0] error: process 1 of 2: bad weights on this host",
+            ],
+        ),
+        ("bug", 1, ["[1] RuntimeError: a bug", "[0] error: process 1 of 2: RuntimeError: a bug"]),
+        ("asked", 75, ["[0] process 1 of 2: was asked to stop"]),
+        (
+            "killed",
+            128 + signal.SIGKILL,
+            [
+                "[0] error: process 1 of 2 gave no sign of life for 8 s",
+                "process 1 of 2 was ended by SIGKILL",
+            ],
+        ),
+        (
+            "frozen",
+            1,
+            [
+                "[0] error: process 1 of 2 gave no sign of life for 8 s",
+                "the others did not end within 20 s: they are stopped",
+            ],
+        ),
+        (
+            "hangs",
+            1,
+            [
+                f"[{i}] error: process 1 of 2 stands still for 6 s, after the batch of step "
+                f"{TROUBLED - 1}"
+                for i in range(2)
+            ],
+        ),
+        ("stuck", 1, [" for 6 s, after the start"]),  # before anything was done
+        (
+            "full",
+            2,
+            [
+                "[0] error: cannot write a checkpoint to ",
+                "/checkpoints: file too large; those",
+                "[1] error: process 0 of 2: cannot write a checkpoint to ",
+            ],
+        ),
+        (
+            "differ",
+            2,
+            [
+                f"error: at step {TROUBLED} the copy of the sum in processes 0 and 1 of 2 "
+                "differs from the others'"
+            ],
+        ),
+        ("absent", 1, ["[0] error: not all 2 processes came together within 5 s"]),
+    ],
+)
 def test_a_process_in_trouble_ends_all_with_a_line(started, trouble, status, said):
     found, out, err = ended(started[trouble])
     assert found == status, err
@@ -121,8 +191,12 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     """The second time with weights split over the processes, and the newest checkpoint damaged."""
     steps = 16
     world = World(tmp_path, steps)
-    flags = [f"--config={tmp_path / 'recipe.py'}", "--config.processes.lost_timeout=8",
-             "--config.tensorboard=true", f"--workdir={tmp_path / 'two'}"]
+    flags = [
+        f"--config={tmp_path / 'recipe.py'}",
+        "--config.processes.lost_timeout=8",
+        "--config.tensorboard=true",
+        f"--workdir={tmp_path / 'two'}",
+    ]
     program = launch(2, "-m", "r0_jax.main", *flags)
     deadline = time.monotonic() + 400
     while len(checkpoint.steps(tmp_path / "two")) < 2:
@@ -138,8 +212,17 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     assert newest < steps  # there is something left to do
     folder = tmp_path / "two" / "checkpoints" / str(newest)
     flip_a_bit(max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
-    status, out, err = ended(launch(2, "-m", "fault_programs", "train", *flags,  # splits them all
-                                    "--config.mesh.data=1", "--config.mesh.fsdp=2"))
+    status, out, err = ended(
+        launch(
+            2,
+            "-m",
+            "fault_programs",
+            "train",
+            *flags,  # splits them all
+            "--config.mesh.data=1",
+            "--config.mesh.fsdp=2",
+        )
+    )
     assert status == 0, err
     assert f"checkpoint {folder} is damaged" in err and f"{newest}.damaged" in err, err
     assert f"[0] continues from step {before}" in out + err

@@ -39,9 +39,15 @@ def test_one_bit_of_one_copy_is_seen(mesh, spec):
         replicas.check(trees, 7)
 
 
-@pytest.mark.parametrize(("copies", "named"), [
-    ([(0, 5), (1, 5)], []), ([(0, 5), (1, 6)], [0, 1]), ([(0, 5), (1, 6), (2, 5)], [1]),
-    ([(0, 1), (0, 1), (1, 2), (1, 3), (2, 1)], [1]), ([(0, 1), (1, 2), (2, 3)], [0, 1, 2]),
-])
+@pytest.mark.parametrize(
+    ("copies", "named"),
+    [
+        ([(0, 5), (1, 5)], []),
+        ([(0, 5), (1, 6)], [0, 1]),
+        ([(0, 5), (1, 6), (2, 5)], [1]),
+        ([(0, 1), (0, 1), (1, 2), (1, 3), (2, 1)], [1]),
+        ([(0, 1), (1, 2), (2, 3)], [0, 1, 2]),
+    ],
+)
 def test_who_is_named(copies, named):
     assert replicas._outliers(copies) == named

@@ -82,26 +82,35 @@ class Chip:
 def chips(slices, rows=2, columns=4):
     """Slices of rows x columns chips, four of them a host."""
     per = rows * columns
-    return [Chip(i, i // per, i // 4, (i % per % rows, i % per // rows, 0))
-            for i in range(slices * per)]
+    return [
+        Chip(i, i // per, i // 4, (i % per % rows, i % per // rows, 0)) for i in range(slices * per)
+    ]
 
 
 def gpus(hosts_of_two):
-    return [dataclasses.replace(chip, platform="gpu", device_kind="H100")
-            for chip in chips(hosts_of_two)]
+    return [
+        dataclasses.replace(chip, platform="gpu", device_kind="H100")
+        for chip in chips(hosts_of_two)
+    ]
 
 
-@pytest.mark.parametrize("shape", [
-    {"fsdp": -1}, {"data": 2, "fsdp": 4, "tensor": 2}, {"data": 8, "tensor": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"fsdp": -1}, {"data": 2, "fsdp": 4, "tensor": 2}, {"data": 8, "tensor": 2}]
+)
 def test_one_slice_of_4_x_4_chips_takes_any_mesh_of_16(shape):
     """Also where an axis of the mesh is a part of a physical one."""
     slice_ = chips(1, rows=4)
     assert set(sharding.make_mesh(shape, slice_).devices.flat) == set(slice_)
 
 
-@pytest.mark.parametrize("shape, sizes", [
-    ({"data": -1}, (16, 1, 1)), ({"data": -1, "fsdp": 8}, (2, 8, 1)),
-    ({"data": 4, "fsdp": 2, "tensor": 2}, (4, 2, 2))])
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [
+        ({"data": -1}, (16, 1, 1)),
+        ({"data": -1, "fsdp": 8}, (2, 8, 1)),
+        ({"data": 4, "fsdp": 2, "tensor": 2}, (4, 2, 2)),
+    ],
+)
 def test_slices_follow_each_other_on_the_data_axis(shape, sizes):
     mesh = sharding.make_mesh(shape, chips(2)[::-1])  # in whatever order they come
     assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(chips(2))
@@ -184,18 +193,30 @@ def network_of(name):
     return Network.abstract(lambda rngs: build(fields, rngs))
 
 
-@pytest.mark.parametrize("name, tensor, split", [
-    ("stable_diffusion_3/transformer", 4, 0.62), ("stable_diffusion_3/transformer", 5, 0),
-    ("stable_diffusion_3/text_encoder_3", 4, 0.97), ("stable_diffusion/unet", 4, 0),
-    ("stable_diffusion_3/vae", 4, 0), ("stable_diffusion/text_encoder", 4, 0)])
+@pytest.mark.parametrize(
+    "name, tensor, split",
+    [
+        ("stable_diffusion_3/transformer", 4, 0.62),
+        ("stable_diffusion_3/transformer", 5, 0),
+        ("stable_diffusion_3/text_encoder_3", 4, 0.97),
+        ("stable_diffusion/unet", 4, 0),
+        ("stable_diffusion_3/vae", 4, 0),
+        ("stable_diffusion/text_encoder", 4, 0),
+    ],
+)
 def test_the_configs_rules_split_the_attention_of_t5_and_the_mmdit(name, tensor, split):
     """`split`: the share of weights. What the heads do not divide is as without tensor."""
     network, rules = network_of(name), base.get_config().sharding
     devices = jax.devices()[:tensor]
     found, plain = (
-        {name: s.spec for name, s in sharding.param_sharding(
-            network.shapes, sharding.make_mesh(shape, devices), some, network.heads).items()}
-        for shape, some in [({"tensor": tensor}, rules), ({"fsdp": tensor}, [(".*", "fsdp")])])
+        {
+            name: s.spec
+            for name, s in sharding.param_sharding(
+                network.shapes, sharding.make_mesh(shape, devices), some, network.heads
+            ).items()
+        }
+        for shape, some in [({"tensor": tensor}, rules), ({"fsdp": tensor}, [(".*", "fsdp")])]
+    )
     sizes = {name: np.prod(shape.shape) for name, shape in network.shapes.items()}
     halved = [name for name, spec in found.items() if "tensor" in spec]
     assert sum(sizes[name] for name in halved) >= split * sum(sizes.values())
@@ -230,18 +251,26 @@ def test_bad_rules():
             sharding.param_sharding(shapes, mesh, rules)
 
 
-@pytest.mark.parametrize(("batch_size", "device_batch", "said"), [
-    (10, 0, "use 8 or 16$"), (24, 2, "2 samples at a time .*use 16 or 32$"), (4, 1, "use 8$"),
-    (0, 1, "at least 1"), (8, -1, "at least 0"),
-])
+@pytest.mark.parametrize(
+    ("batch_size", "device_batch", "said"),
+    [
+        (10, 0, "use 8 or 16$"),
+        (24, 2, "2 samples at a time .*use 16 or 32$"),
+        (4, 1, "use 8$"),
+        (0, 1, "at least 1"),
+        (8, -1, "at least 0"),
+    ],
+)
 def test_batch_that_does_not_divide(batch_size, device_batch, said):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     with pytest.raises(InputError, match=said):
         sharding.microbatches(batch_size, device_batch, mesh)
 
 
-@pytest.mark.parametrize(("batch_size", "device_batch", "count"), [
-    (8, 0, 1), (8, 1, 1), (16, 0, 1), (16, 1, 2), (32, 2, 2), (8, 4, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "device_batch", "count"),
+    [(8, 0, 1), (8, 1, 1), (16, 0, 1), (16, 1, 2), (32, 2, 2), (8, 4, 1)],
+)
 def test_batch_that_divides(batch_size, device_batch, count):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     assert sharding.microbatches(batch_size, device_batch, mesh) == count

@@ -17,12 +17,18 @@ from r0_jax.workdir import checkpoint
 
 
 def config_in(folder) -> ConfigDict:
-    miniature.write(folder / "pipeline", "StableDiffusionPipeline",
-                    text_encoder={"num_hidden_layers": 1},
-                    unet={"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
-                    vae={"block_out_channels": [8], "sample_size": 8,
-                         "down_block_types": ["DownEncoderBlock2D"],
-                         "up_block_types": ["UpDecoderBlock2D"]})
+    miniature.write(
+        folder / "pipeline",
+        "StableDiffusionPipeline",
+        text_encoder={"num_hidden_layers": 1},
+        unet={"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+        vae={
+            "block_out_channels": [8],
+            "sample_size": 8,
+            "down_block_types": ["DownEncoderBlock2D"],
+            "up_block_types": ["UpDecoderBlock2D"],
+        },
+    )
     (folder / "prompts.txt").write_text("\n".join(miniature.PROMPTS), encoding="utf-8")
     config = base.get_config()
     config.pretrained, config.data.prompts = str(folder / "pipeline"), str(folder / "prompts.txt")
@@ -39,6 +45,7 @@ def config_in(folder) -> ConfigDict:
 
 def test_sigterm_in_a_callback_comes_again(capfd):
     """What is raised in one is swallowed."""
+
     class Dropped:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -24,9 +24,11 @@ from r0_jax.stand_ins import miniature
 from r0_jax.weights import lazy
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
-pytestmark = [pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
-)]
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
+    )
+]
 
 PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
 XL, SD3 = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
@@ -58,8 +60,10 @@ def loaded(folders):
 def stock(folders):
     @functools.cache
     def load(name):
-        kind = getattr(diffusers, json.loads(
-            (folders / name / "model_index.json").read_text("utf-8"))["_class_name"])
+        kind = getattr(
+            diffusers,
+            json.loads((folders / name / "model_index.json").read_text("utf-8"))["_class_name"],
+        )
         # Stock diffusers asks for parts that the index says are not there.
         absent = FOLDERS[name][1]
         pipe = kind.from_pretrained(folders / name, **absent)
@@ -75,15 +79,27 @@ def noise_of(pipeline):
 
 def theirs(pipe, latents, steps, guidance_scale, **kwargs):
     with torch.no_grad():
-        return pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale,
-                    latents=parity.to_torch(latents), output_type="np", **kwargs).images
+        return pipe(
+            PROMPTS,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            latents=parity.to_torch(latents),
+            output_type="np",
+            **kwargs,
+        ).images
 
 
 def ours(pipeline, scheduler, guidance_scale):
     sampler = ImageSampler(pipeline, scheduler, guidance_scale)
     noise = noise_of(pipeline)
-    return np.asarray(sampler(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
-                              jnp.asarray(noise), jax.random.split(jax.random.key(0), len(noise))))
+    return np.asarray(
+        sampler(
+            lazy.place(pipeline.params),
+            pipeline.tokenize(PROMPTS),
+            jnp.asarray(noise),
+            jax.random.split(jax.random.key(0), len(noise)),
+        )
+    )
 
 
 def assert_same_images(found, expected):
@@ -102,8 +118,9 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
         positive = pipeline.encode_prompt(params, tokens)
         return positive, pipeline.encode_negative(params, empty, positive)
 
-    positive, negative = encode(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
-                                pipeline.tokenize([""]))
+    positive, negative = encode(
+        lazy.place(pipeline.params), pipeline.tokenize(PROMPTS), pipeline.tokenize([""])
+    )
     with torch.no_grad():
         if name in ("sd", "taiyi"):
             expected = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
@@ -112,8 +129,9 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
         else:
             expected = pipe.encode_prompt(PROMPTS, None, None)
     keys = ["prompt_embeds", "pooled_prompt_embeds"][: len(expected) // 2]
-    for (key, which), value in zip([(k, w) for k in keys for w in (positive, negative)], expected,
-                                   strict=True):
+    for (key, which), value in zip(
+        [(k, w) for k in keys for w in (positive, negative)], expected, strict=True
+    ):
         assert which[key].shape == tuple(value.shape)
         if name == "sdxl" and which is negative:
             assert not which[key].any() and not value.any()
@@ -123,11 +141,18 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
         assert positive["prompt_embeds"].shape[1] == miniature.TOKENS + 256
 
 
-@pytest.mark.parametrize("name, steps, guidance_scale", [
-    ("sdxl", 5, 5.0), ("sdxl", 4, 1.0), ("sd3", 5, 7.0), ("sd3", 4, 1.0),
-    ("sd3_without_t5", 4, 3.0), ("taiyi", 4, 5.0)])
-def test_images_are_those_of_the_stock_pipeline(
-        loaded, stock, name, steps, guidance_scale):
+@pytest.mark.parametrize(
+    "name, steps, guidance_scale",
+    [
+        ("sdxl", 5, 5.0),
+        ("sdxl", 4, 1.0),
+        ("sd3", 5, 7.0),
+        ("sd3", 4, 1.0),
+        ("sd3_without_t5", 4, 3.0),
+        ("taiyi", 4, 5.0),
+    ],
+)
+def test_images_are_those_of_the_stock_pipeline(loaded, stock, name, steps, guidance_scale):
     pipeline = loaded(name)
     expected = theirs(stock(name), noise_of(pipeline), steps, guidance_scale)
     scheduler = schedulers.from_config(pipeline.scheduler_config, steps)
@@ -195,8 +220,10 @@ def test_attention_of_every_part_is_computed_by_the_chosen_backend(loaded, name)
     def predict(pipeline):
         def run(params):
             told = pipeline.encode_prompt(params, tokens)
-            return pipeline.denoise(params[pipeline.generator_part], noise,
-                                    jnp.asarray([999.0, 10.0]), told)
+            return pipeline.denoise(
+                params[pipeline.generator_part], noise, jnp.asarray([999.0, 10.0]), told
+            )
+
         return run
 
     def by_splash(function, params):
@@ -206,8 +233,7 @@ def test_attention_of_every_part_is_computed_by_the_chosen_backend(loaded, name)
     assert by_splash(lambda p: splash.decode(p, noise), pipeline.params["vae"])
     assert not by_splash(predict(pipeline), pipeline.params)
     params = lazy.place(pipeline.params)
-    found, expected = (jax.jit(predict(p))(params)
-                       for p in (splash, pipeline))
+    found, expected = (jax.jit(predict(p))(params) for p in (splash, pipeline))
     parity.assert_close(found, expected, 1e-5)
 
 
@@ -222,15 +248,21 @@ def test_another_family_is_named(folders):
     with pytest.raises(InputError) as error:
         families.load(folders / "sdxl", family="StableDiffusionPipeline")
     assert str(error.value).startswith(
-        "this folder is SDXL (StableDiffusionXLPipeline), the config is for Stable Diffusion 1.x")
+        "this folder is SDXL (StableDiffusionXLPipeline), the config is for Stable Diffusion 1.x"
+    )
     with pytest.raises(InputError, match=r"sd3 is Stable Diffusion 3 .*, not SDXL"):
         stable_diffusion_xl.load(folders / "sd3")
     assert families.load(folders / "taiyi", family="StableDiffusionPipeline")
 
 
-@pytest.mark.parametrize("family, said", [
-    (SD3, "gated: log in there and accept its licence"), (XL, "stable-diffusion-xl-base-1.0"),
-    ("", "a supported family")])
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        (SD3, "gated: log in there and accept its licence"),
+        (XL, "stable-diffusion-xl-base-1.0"),
+        ("", "a supported family"),
+    ],
+)
 def test_without_weights_it_says_which_to_put_where(tmp_path, family, said):
     for folder in ("", str(tmp_path)):
         with pytest.raises(InputError, match=said) as error:
@@ -241,23 +273,42 @@ def test_without_weights_it_says_which_to_put_where(tmp_path, family, said):
         families.check_there("", "SDXL")
 
 
-@pytest.mark.parametrize("name, part, changes, said", [
-    ("sdxl", "unet", {"addition_embed_type": None}, "addition_embed_type"),
-    ("sdxl", "unet", {"addition_time_embed_dim": 4}, "projection_class_embeddings_input_dim is 60"),
-    ("sdxl", "unet", {"cross_attention_dim": 16}, "sum of both text encoders' hidden_size is 40"),
-    ("sdxl", "unet", {"time_cond_proj_dim": 8}, "time_cond_proj_dim = 8"),
-    ("sdxl", "text_encoder_2", {"vocab_size": 9}, "the tokenizer_2 has ids up to"),
-    ("sd3", "transformer", {"qk_norm": "layer_norm"}, "qk_norm"),
-    ("sd3", "transformer", {"pooled_projection_dim": 7}, "pooled_projection_dim is 7"),
-    ("sd3", "transformer", {"in_channels": 4}, "in_channels is 4"),
-    ("sd3", "transformer", {"joint_attention_dim": 48}, "text_encoder_3's d_model is 40"),
-    ("sd3_without_t5", "transformer", {"joint_attention_dim": 32}, "add up to 40"),
-    ("sd3", "transformer", {"sample_size": 14}, "sample_size = 14"),
-    ("sd3", "text_encoder_2", {"max_position_embeddings": 8}, "text_encoder_2 has 8 positions"),
-    ("taiyi", "text_encoder", {"position_embedding_type": "relative"}, "position_embedding_type"),
-])
+@pytest.mark.parametrize(
+    "name, part, changes, said",
+    [
+        ("sdxl", "unet", {"addition_embed_type": None}, "addition_embed_type"),
+        (
+            "sdxl",
+            "unet",
+            {"addition_time_embed_dim": 4},
+            "projection_class_embeddings_input_dim is 60",
+        ),
+        (
+            "sdxl",
+            "unet",
+            {"cross_attention_dim": 16},
+            "sum of both text encoders' hidden_size is 40",
+        ),
+        ("sdxl", "unet", {"time_cond_proj_dim": 8}, "time_cond_proj_dim = 8"),
+        ("sdxl", "text_encoder_2", {"vocab_size": 9}, "the tokenizer_2 has ids up to"),
+        ("sd3", "transformer", {"qk_norm": "layer_norm"}, "qk_norm"),
+        ("sd3", "transformer", {"pooled_projection_dim": 7}, "pooled_projection_dim is 7"),
+        ("sd3", "transformer", {"in_channels": 4}, "in_channels is 4"),
+        ("sd3", "transformer", {"joint_attention_dim": 48}, "text_encoder_3's d_model is 40"),
+        ("sd3_without_t5", "transformer", {"joint_attention_dim": 32}, "add up to 40"),
+        ("sd3", "transformer", {"sample_size": 14}, "sample_size = 14"),
+        ("sd3", "text_encoder_2", {"max_position_embeddings": 8}, "text_encoder_2 has 8 positions"),
+        (
+            "taiyi",
+            "text_encoder",
+            {"position_embedding_type": "relative"},
+            "position_embedding_type",
+        ),
+    ],
+)
 def test_parts_that_do_not_fit_are_named_before_weights_are_read(
-        folders, tmp_path, name, part, changes, said):
+    folders, tmp_path, name, part, changes, said
+):
     folder = shutil.copytree(folders / name, tmp_path / name)
     edit(folder / part / "config.json", **changes)
     for path in folder.glob("*/*.safetensors"):
@@ -285,9 +336,14 @@ def test_t5_that_was_not_downloaded(folders, tmp_path, loaded):
         families.load(folder)
 
 
-@pytest.mark.parametrize("name, file", [("sd3", "tokenizer_3/tokenizer.json"),
-                                        ("taiyi", "tokenizer/vocab.txt"),
-                                        ("sdxl", "tokenizer_2/merges.txt")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("sd3", "tokenizer_3/tokenizer.json"),
+        ("taiyi", "tokenizer/vocab.txt"),
+        ("sdxl", "tokenizer_2/merges.txt"),
+    ],
+)
 def test_a_missing_tokenizer_file_is_named(folders, tmp_path, name, file):
     folder = shutil.copytree(folders / name, tmp_path / name)
     (folder / file).unlink()

@@ -33,8 +33,11 @@ LATENTS = parity.normal(0, len(PROMPTS), 8, 8, 4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    unet = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",)}  # one level: quick to compile
+    unet = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }  # one level: quick to compile
     return tiny.stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"), seed=0, unet=unet)
 
 
@@ -74,8 +77,9 @@ def edit(path, **changes):
 
 
 def test_tokenize(pipeline, stock, copy):
-    expected = stock.tokenizer(PROMPTS, padding="max_length", max_length=tiny.TOKENS,
-                               truncation=True, return_tensors="np").input_ids
+    expected = stock.tokenizer(
+        PROMPTS, padding="max_length", max_length=tiny.TOKENS, truncation=True, return_tensors="np"
+    ).input_ids
     ids = pipeline.tokenize(PROMPTS)["input_ids"]
     assert ids.dtype == np.int32 and ids.shape == (len(PROMPTS), tiny.TOKENS)
     np.testing.assert_array_equal(ids, expected)
@@ -83,8 +87,7 @@ def test_tokenize(pipeline, stock, copy):
     # As folders on the hub hold it: vocabulary and merges, and no tokenizer.json.
     (copy / "tokenizer" / "tokenizer.json").unlink()
     tokenizer = tokenizers.load_tokenizer(copy / "tokenizer")
-    np.testing.assert_array_equal(
-        tokenizers.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
+    np.testing.assert_array_equal(tokenizers.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
 
 
 def test_prompts_that_are_cut_off_are_counted(pipeline):
@@ -142,8 +145,12 @@ def test_decode(pipeline, stock, dtype, tolerance):
     decoded = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
     expected = stock.image_processor.postprocess(decoded.detach(), output_type="np")
     vae = lazy.place(pipeline.params["vae"], dtype=dtype)
-    decode = jax.jit(lambda vae, latents: (pipeline.decode(vae, latents),
-                                           pipeline.decode_unclipped(vae, latents)))
+    decode = jax.jit(
+        lambda vae, latents: (
+            pipeline.decode(vae, latents),
+            pipeline.decode_unclipped(vae, latents),
+        )
+    )
     images, unclipped = decode(vae, parity.to_jax(latents))
     assert images.dtype == unclipped.dtype == jnp.float32 and images.shape == (4, 16, 16, 3)
     parity.assert_close(images, expected, tolerance)
@@ -161,19 +168,27 @@ def with_config(pipeline, part, **fields):
 def test_decode_scales_and_does_not_shift(pipeline, stock):
     """Of the two fields of a VAE's config the stock pipeline of this family reads one."""
     other = with_config(pipeline, "vae", scaling_factor=2.0, shift_factor=0.5)
-    vae = diffusers.AutoencoderKL.from_config(stock.vae.config, scaling_factor=2.0,
-                                              shift_factor=0.5)
+    vae = diffusers.AutoencoderKL.from_config(
+        stock.vae.config, scaling_factor=2.0, shift_factor=0.5
+    )
     vae.load_state_dict(stock.vae.state_dict())
-    pipe = diffusers.StableDiffusionPipeline(**stock.components | {"vae": vae},
-                                             requires_safety_checker=False)
+    pipe = diffusers.StableDiffusionPipeline(
+        **stock.components | {"vae": vae}, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     final = {}
 
     def keep(pipe, i, t, tensors):
         return final.update(tensors) or {}
 
-    expected = pipe(PROMPTS, num_inference_steps=1, guidance_scale=1, output_type="np",
-                    latents=parity.to_torch(LATENTS), callback_on_step_end=keep).images
+    expected = pipe(
+        PROMPTS,
+        num_inference_steps=1,
+        guidance_scale=1,
+        output_type="np",
+        latents=parity.to_torch(LATENTS),
+        callback_on_step_end=keep,
+    ).images
     vae = lazy.place(pipeline.params["vae"])
     images = jax.jit(other.decode)(vae, parity.to_jax(final["latents"]))
     assert images.std() > 0.05
@@ -197,36 +212,57 @@ EULER = SD | {"_class_name": "EulerDiscreteScheduler"}
 SCHEDULERS = {
     "sd15": tiny.PNDM,
     # What stock pipelines overrule: steps_offset 0, and the default of clip_sample.
-    "ddim_leading": DDIM | {"timestep_spacing": "leading", "set_alpha_to_one": False,
-                            "steps_offset": 0},
-    "ddim_trailing_v": DDIM | {"timestep_spacing": "trailing", "prediction_type": "v_prediction",
-                               "rescale_betas_zero_snr": True, "clip_sample": False},
+    "ddim_leading": DDIM
+    | {"timestep_spacing": "leading", "set_alpha_to_one": False, "steps_offset": 0},
+    "ddim_trailing_v": DDIM
+    | {
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "clip_sample": False,
+    },
     "euler": EULER,
     "euler_leading_v": EULER | {"timestep_spacing": "leading", "prediction_type": "v_prediction"},
 }
 
 
-@pytest.mark.parametrize("name, steps, guidance_scale", [
-    ("sd15", 4, 5.0), ("ddim_leading", 4, 1.0), ("ddim_trailing_v", 3, 5.0),
-    ("euler", 4, 1.0), ("euler_leading_v", 3, 3.0)])
-def test_images_are_those_of_the_stock_pipeline(
-        pipeline, stock, name, steps, guidance_scale):
+@pytest.mark.parametrize(
+    "name, steps, guidance_scale",
+    [
+        ("sd15", 4, 5.0),
+        ("ddim_leading", 4, 1.0),
+        ("ddim_trailing_v", 3, 5.0),
+        ("euler", 4, 1.0),
+        ("euler_leading_v", 3, 3.0),
+    ],
+)
+def test_images_are_those_of_the_stock_pipeline(pipeline, stock, name, steps, guidance_scale):
     config = SCHEDULERS[name]
     kind = getattr(diffusers, config["_class_name"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that it overrules fields
         pipe = diffusers.StableDiffusionPipeline(
             **stock.components | {"scheduler": kind.from_config(config)},
-            requires_safety_checker=False)
+            requires_safety_checker=False,
+        )
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        expected = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale,
-                        latents=parity.to_torch(LATENTS), output_type="np").images
+        expected = pipe(
+            PROMPTS,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            latents=parity.to_torch(LATENTS),
+            output_type="np",
+        ).images
 
     config = config | stable_diffusion.OVERRULED
     sampler = ImageSampler(pipeline, schedulers.from_config(config, steps), guidance_scale)
-    images = sampler(lazy.place(pipeline.params), pipeline.tokenize(PROMPTS),
-                     jnp.asarray(LATENTS), jax.random.split(jax.random.key(0), len(PROMPTS)))
+    images = sampler(
+        lazy.place(pipeline.params),
+        pipeline.tokenize(PROMPTS),
+        jnp.asarray(LATENTS),
+        jax.random.split(jax.random.key(0), len(PROMPTS)),
+    )
     assert np.mean((expected > 0.01) & (expected < 0.99)) > 0.2, "saturated: tests little"
     difference = np.abs(np.asarray(images) - expected)
     assert difference.max() < 2 / 255
@@ -239,13 +275,15 @@ def test_few_step_scheduler(pipeline, stock):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a stock pipeline has nothing to overrule
         diffusers.StableDiffusionPipeline(
-            **stock.components | {"scheduler": scheduler}, requires_safety_checker=False)
+            **stock.components | {"scheduler": scheduler}, requires_safety_checker=False
+        )
     scheduler.set_timesteps(4)
     ours = schedulers.from_config(config, 4)
     assert list(scheduler.timesteps) == list(ours.timesteps) == [999, 749, 499, 249]
     assert ours.next_sigmas[-1] == 0 and ours.next_alphas[-1] == 1
     np.testing.assert_allclose(
-        noise_schedule.alphas_cumprod(config), noise_schedule.alphas_cumprod(tiny.PNDM))
+        noise_schedule.alphas_cumprod(config), noise_schedule.alphas_cumprod(tiny.PNDM)
+    )
     v = grid.scheduler_config(SCHEDULERS["ddim_trailing_v"], 4)
     assert v["prediction_type"] == "v_prediction" and v["rescale_betas_zero_snr"]
     with refused("CogVideoXDDIMScheduler"):
@@ -269,10 +307,19 @@ def test_half_precision_and_old_layouts_load(folder, copy, pipeline):
             np.testing.assert_allclose(value.astype(np.float32), expected, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", [
-    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-    "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
 def test_a_missing_file_is_named(copy, path):
     (copy / path).unlink()
     with refused(copy / path, "missing"):
@@ -336,10 +383,12 @@ def test_half_downloaded_weights(copy):
         stable_diffusion.load(copy)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json",
-                                  "scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("content, said", [("{", "not valid JSON"), ("[]", "JSON object"),
-                                           ("\udcff", "not valid JSON")])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize(
+    "content, said", [("{", "not valid JSON"), ("[]", "JSON object"), ("\udcff", "not valid JSON")]
+)
 def test_broken_json_is_named(copy, name, content, said):
     (copy / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with refused(copy / name, said):
@@ -355,51 +404,76 @@ def test_a_path_that_is_no_folder(tmp_path):
         stable_diffusion.load(tmp_path)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"_class_name": "StableDiffusionXLPipeline"}, "is SDXL (StableDiffusionXLPipeline), not "
-                                                   "Stable Diffusion 1.x"),
-    ({"_class_name": None}, "supported: StableDiffusionPipeline"),
-    ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
-    ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
-    ({"vae": [None, None]}, "vae"),
-    ({"vae": []}, "vae"),
-    ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "is SDXL (StableDiffusionXLPipeline), not Stable Diffusion 1.x",
+        ),
+        ({"_class_name": None}, "supported: StableDiffusionPipeline"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
+        ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
+        ({"vae": [None, None]}, "vae"),
+        ({"vae": []}, "vae"),
+        ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny"),
+    ],
+)
 def test_another_family_is_named(copy, changes, said):
     edit(copy / "model_index.json", **changes)
     with refused(copy, said):
         stable_diffusion.load(copy)
 
 
-@pytest.mark.parametrize("part, changes, said", [
-    ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
-    ("unet", {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-              "projection_class_embeddings_input_dim": 60}, "addition_embed_type"),
-    ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
-    ("unet", {"num_class_embeds": 4}, "num_class_embeds"),
-    ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
-    ("unet", {"encoder_hid_dim": 256}, "encoder_hid_dim"),
-    ("vae", {"latents_mean": [0.0]}, "latents_mean"),
-    ("text_encoder", {"hidden_act": "mish"}, "hidden_act"),
-    # Supported, but not what the file holds.
-    ("unet", {"layers_per_block": 2}, "attentions.1."),
-    ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
-    ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
-])
+@pytest.mark.parametrize(
+    "part, changes, said",
+    [
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        (
+            "unet",
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 60,
+            },
+            "addition_embed_type",
+        ),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet", {"num_class_embeds": 4}, "num_class_embeds"),
+        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ("unet", {"encoder_hid_dim": 256}, "encoder_hid_dim"),
+        ("vae", {"latents_mean": [0.0]}, "latents_mean"),
+        ("text_encoder", {"hidden_act": "mish"}, "hidden_act"),
+        # Supported, but not what the file holds.
+        ("unet", {"layers_per_block": 2}, "attentions.1."),
+        ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
+        ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
+    ],
+)
 def test_a_config_that_is_not_supported_or_does_not_fit(copy, part, changes, said):
     edit(copy / part / "config.json", **changes)
     with refused(said):
         stable_diffusion.load(copy)
 
 
-@pytest.mark.parametrize("part, changes, said", [
-    ("unet", {"cross_attention_dim": 20}, "cross_attention_dim is 20, but the text_encoder's "
-                                          "hidden_size is 16"),
-    ("unet", {"in_channels": 9}, "in_channels is 9, but the vae's latent_channels is 4"),
-    ("unet", {"out_channels": 8}, "out_channels is 8, but the vae's latent_channels is 4"),
-    ("vae", {"out_channels": 4}, "out_channels is 4, but the number of an image's channels is 3"),
-    ("text_encoder", {"vocab_size": 500}, "the text_encoder knows 500 tokens"),
-])
+@pytest.mark.parametrize(
+    "part, changes, said",
+    [
+        (
+            "unet",
+            {"cross_attention_dim": 20},
+            "cross_attention_dim is 20, but the text_encoder's hidden_size is 16",
+        ),
+        ("unet", {"in_channels": 9}, "in_channels is 9, but the vae's latent_channels is 4"),
+        ("unet", {"out_channels": 8}, "out_channels is 8, but the vae's latent_channels is 4"),
+        (
+            "vae",
+            {"out_channels": 4},
+            "out_channels is 4, but the number of an image's channels is 3",
+        ),
+        ("text_encoder", {"vocab_size": 500}, "the text_encoder knows 500 tokens"),
+    ],
+)
 def test_parts_of_different_models(copy, part, changes, said):
     edit(copy / part / "config.json", **changes)
     for path in copy.glob("*/*.safetensors"):  # said before gigabytes are read
@@ -413,8 +487,10 @@ def test_masked_padding_is_refused(copy, nested):
     path = copy / "text_encoder" / "config.json"
     edit(path, use_attention_mask=True)
     if nested:
-        path.write_text(json.dumps({"model_type": "clip", "text_config":
-                                    json.loads(path.read_text("utf-8"))}), "utf-8")
+        path.write_text(
+            json.dumps({"model_type": "clip", "text_config": json.loads(path.read_text("utf-8"))}),
+            "utf-8",
+        )
     with refused(path, "use_attention_mask"):
         stable_diffusion.load(copy)
 
@@ -427,9 +503,18 @@ def test_a_text_encoder_with_the_config_of_a_whole_clip(copy, pipeline):
     assert loaded.networks["text_encoder"].config == pipeline.networks["text_encoder"].config
 
 
-@pytest.mark.parametrize("version, size, expected", [
-    ("0.6.0", 8, (64, 64)), ("0.8.1", 32, (64, 64)), ("0.8.1", [8, 8], (8, 8)),
-    ("0.8.1", 96, (96, 96)), ("0.9.0.dev0", 8, (8, 8)), ("0.42.0", 8, (8, 8)), (None, 8, (8, 8))])
+@pytest.mark.parametrize(
+    "version, size, expected",
+    [
+        ("0.6.0", 8, (64, 64)),
+        ("0.8.1", 32, (64, 64)),
+        ("0.8.1", [8, 8], (8, 8)),
+        ("0.8.1", 96, (96, 96)),
+        ("0.9.0.dev0", 8, (8, 8)),
+        ("0.42.0", 8, (8, 8)),
+        (None, 8, (8, 8)),
+    ],
+)
 def test_the_sample_size_of_old_folders(copy, version, size, expected):
     """As the stock pipeline reads it."""
     path = copy / "unet" / "config.json"
@@ -443,8 +528,11 @@ def test_the_sample_size_of_old_folders(copy, version, size, expected):
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).unet.config.sample_size
     assert expected == (tuple(theirs) if isinstance(theirs, list | tuple) else (theirs, theirs))
     mended = expected[0] != size and not isinstance(size, list)
-    with pytest.warns(UserWarning, match=f"sample_size {size}: 64") if mended else (
-            contextlib.nullcontext()):
+    with (
+        pytest.warns(UserWarning, match=f"sample_size {size}: 64")
+        if mended
+        else (contextlib.nullcontext())
+    ):
         loaded = stable_diffusion.load(copy)
     assert loaded.latent_shape == (*expected, 4)
 
@@ -465,17 +553,34 @@ def test_the_scheduler_is_of_the_class_in_the_index(copy):
         schedulers.from_config(loaded.scheduler_config, 4)
 
 
-@pytest.mark.parametrize("entry", [None, [None, None], [], 3, ["diffusers", ["DDIMScheduler"]],
-                                   ["DDIMScheduler"], ["diffusers", "DDIMScheduler", "x"]])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [None, None],
+        [],
+        3,
+        ["diffusers", ["DDIMScheduler"]],
+        ["DDIMScheduler"],
+        ["diffusers", "DDIMScheduler", "x"],
+    ],
+)
 def test_an_index_without_a_scheduler(copy, entry):
     edit(copy / "model_index.json", scheduler=entry)
     with refused(copy / "model_index.json", f"scheduler is {json.dumps(entry)}"):
         stable_diffusion.load(copy)
 
 
-@pytest.mark.parametrize("part, entry", [
-    ("safety_checker", []), ("text_encoder", ["transformers"]), ("unet", "UNet2DConditionModel"),
-    ("vae", ["diffusers", "AutoencoderKL", None]), ("tokenizer", ["transformers", 3])])
+@pytest.mark.parametrize(
+    "part, entry",
+    [
+        ("safety_checker", []),
+        ("text_encoder", ["transformers"]),
+        ("unet", "UNet2DConditionModel"),
+        ("vae", ["diffusers", "AutoencoderKL", None]),
+        ("tokenizer", ["transformers", 3]),
+    ],
+)
 def test_an_index_whose_parts_are_no_pairs(copy, part, entry):
     edit(copy / "model_index.json", **{part: entry})
     with refused(copy / "model_index.json", f"{part} is {json.dumps(entry)}: its library and"):

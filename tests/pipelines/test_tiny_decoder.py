@@ -24,12 +24,20 @@ from r0_jax.weights import lazy
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers")
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
+)
 
-TAESD = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
-         "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-FAMILIES = {"StableDiffusionPipeline": 4, "StableDiffusionXLPipeline": 4,
-            "StableDiffusion3Pipeline": 16}
+TAESD = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+FAMILIES = {
+    "StableDiffusionPipeline": 4,
+    "StableDiffusionXLPipeline": 4,
+    "StableDiffusion3Pipeline": 16,
+}
 
 
 def write(folder, seed=0, **fields):
@@ -52,36 +60,55 @@ def loaded(folders):
 
 
 @pytest.mark.parametrize("family, channels", FAMILIES.items())
-@pytest.mark.parametrize("fields", [{}, {"scaling_factor": 0.7, "shift_factor": 0.4}],
-                         ids=["published", "scaled"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"scaling_factor": 0.7, "shift_factor": 0.4}], ids=["published", "scaled"]
+)
 def test_images_are_those_of_a_stock_pipeline_with_this_vae(
-        folders, loaded, tmp_path, family, channels, fields):
+    folders, loaded, tmp_path, family, channels, fields
+):
     vae = write(tmp_path, latent_channels=channels, **fields)
     pipe = getattr(diffusers, family).from_pretrained(folders / family, vae=vae)
     pipe.set_progress_bar_config(disable=True)
     pipeline = loaded(family)
     noise = parity.normal(0, 1, *pipeline.latent_shape)
     with torch.no_grad():
-        latents, images = (pipe("a red circle", num_inference_steps=2, guidance_scale=1.0,
-                                latents=parity.to_torch(noise), output_type=kind).images
-                           for kind in ("latent", "np"))
+        latents, images = (
+            pipe(
+                "a red circle",
+                num_inference_steps=2,
+                guidance_scale=1.0,
+                latents=parity.to_torch(noise),
+                output_type=kind,
+            ).images
+            for kind in ("latent", "np")
+        )
     decoder = tiny_decoder.load(tmp_path, pipeline)
-    decoded = jax.jit(decoder.decode_unclipped)(lazy.place(decoder.params),
-                                                jnp.asarray(parity.to_jax(latents)))
+    decoded = jax.jit(decoder.decode_unclipped)(
+        lazy.place(decoder.params), jnp.asarray(parity.to_jax(latents))
+    )
     assert decoded.shape == (1, *pipeline.image_shape)
     assert np.mean((images > 0) & (images < 1)) > 0.3, "saturated: tests little"
     np.testing.assert_allclose(np.clip(decoded, 0, 1), images, atol=2e-5)
 
 
-@pytest.mark.parametrize("fields, said", [
-    ({"latent_channels": 16}, "decodes latents of 16 channels, but the vae of .* of 4 channels"),
-    ({"decoder_block_out_channels": (8, 8, 8), "num_decoder_blocks": (1, 1, 1)},
-     "decodes a pixel of latents to 4 x 4, but the vae of .* a pixel of latents to 2 x 2"),
-    ({"upsampling_scaling_factor": 3}, "to 3 x 3, but"),
-    ({"out_channels": 1}, "decodes images of 1 channels, but the vae of .* images of 3"),
-])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (
+            {"latent_channels": 16},
+            "decodes latents of 16 channels, but the vae of .* of 4 channels",
+        ),
+        (
+            {"decoder_block_out_channels": (8, 8, 8), "num_decoder_blocks": (1, 1, 1)},
+            "decodes a pixel of latents to 4 x 4, but the vae of .* a pixel of latents to 2 x 2",
+        ),
+        ({"upsampling_scaling_factor": 3}, "to 3 x 3, but"),
+        ({"out_channels": 1}, "decodes images of 1 channels, but the vae of .* images of 3"),
+    ],
+)
 def test_a_decoder_of_other_latents_is_refused_before_its_weights_are_read(
-        loaded, tmp_path, fields, said):
+    loaded, tmp_path, fields, said
+):
     write(tmp_path, **fields)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=f"^objective.decoder=.*{said}") as error:
@@ -114,15 +141,19 @@ def worlds(tmp_path_factory):
     decoder = tiny_decoder.load(folder, world.pipeline)
     params = lazy.place(decoder.params)
     beside = world._replace(
-        objective=Objective(world.pipeline, world.generator, step_world.REWARDS, world.config,
-                            decoder),
-        frozen=world.frozen | {"decoder": params})
+        objective=Objective(
+            world.pipeline, world.generator, step_world.REWARDS, world.config, decoder
+        ),
+        frozen=world.frozen | {"decoder": params},
+    )
     replaced = dataclasses.replace(
-        world.pipeline, networks=world.pipeline.networks | {"vae": decoder.network})
+        world.pipeline, networks=world.pipeline.networks | {"vae": decoder.network}
+    )
     instead = world._replace(
         pipeline=replaced,
         objective=Objective(replaced, world.generator, step_world.REWARDS, world.config),
-        frozen=world.frozen | {"vae": params})
+        frozen=world.frozen | {"vae": params},
+    )
     return world, beside, instead
 
 

@@ -26,28 +26,47 @@ def test_matrix_products_and_convolutions():
     assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 5, 6), (3, 6, 7)) == 3 * 420
 
     def conv(x, kernel, groups=1):
-        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", feature_group_count=groups,
-                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (2, 2),
+            "SAME",
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     assert flops(conv, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
     assert flops(lambda x, k: conv(x, k, 2), (2, 8, 8, 4), (3, 3, 2, 6)) == (
-        2 * (2 * 4 * 4 * 6) * (3 * 3 * 2))
+        2 * (2 * 4 * 4 * 6) * (3 * 3 * 2)
+    )
 
     def patches(x, kernel):
-        return lax.conv_general_dilated(x, kernel, (4, 4), "VALID",
-                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(
+            x, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     once = 2 * (2 * 2 * 2 * 6) * (4 * 4 * 3)  # and as much for each gradient
-    assert flops(jax.grad(lambda x, k: jnp.sum(patches(x, k)**2), (0, 1)), (2, 8, 8, 3),
-                 (4, 4, 3, 6)) == 3 * once
+    assert (
+        flops(
+            jax.grad(lambda x, k: jnp.sum(patches(x, k) ** 2), (0, 1)), (2, 8, 8, 3), (4, 4, 3, 6)
+        )
+        == 3 * once
+    )
 
 
 def test_loops_count_as_often_as_they_go_round():
     once = 2 * 8**3
     assert flops(lambda x: lax.scan(lambda c, _: (square(c), None), x, length=5)[0], (8, 8)) == (
-        5 * once)
-    assert flops(lambda x: lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, c: square(c), x), (8, 8),
-                 trips=1.5) == 1.5 * once
+        5 * once
+    )
+    assert (
+        flops(
+            lambda x: lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, c: square(c), x),
+            (8, 8),
+            trips=1.5,
+        )
+        == 1.5 * once
+    )
     assert flops(lambda x: lax.cond(x[0, 0] > 0, square, lambda x: x, x), (8, 8)) == once
 
 
@@ -96,8 +115,11 @@ def test_bytes_of_a_loop_count_as_often_as_it_goes_round():
 
 def test_of_a_stack_only_the_slice_is_read():
     stack = jnp.ones((50, 128, 128))
-    looped = cost(lambda x, s: lax.scan(lambda c, w: (jnp.sort(c + w, axis=0), None), x, s)[0],
-                  jnp.ones((128, 128)), stack).hbm_bytes
+    looped = cost(
+        lambda x, s: lax.scan(lambda c, w: (jnp.sort(c + w, axis=0), None), x, s)[0],
+        jnp.ones((128, 128)),
+        stack,
+    ).hbm_bytes
     assert looped < 50 * 10 * 128 * 128 * 4  # and not 50 times all of it
 
 
@@ -135,8 +157,10 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %while.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%start), condition=%cond, body=%body
   ROOT %out = f32[8,4]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
 }
-""".replace("GROUPS", "channel_id=1, replica_groups=mesh['a'=1,'b'=8,'c'=32], "
-            "device_ids=([32,8]T(1,0)) {'b'}")
+""".replace(
+    "GROUPS",
+    "channel_id=1, replica_groups=mesh['a'=1,'b'=8,'c'=32], device_ids=([32,8]T(1,0)) {'b'}",
+)
 
 
 TPU_SLICES = """
@@ -149,12 +173,17 @@ ENTRY %main (x: f32[256,1024]) -> f32[256,1024] {
   %recv-done = (f32[256,1024]{1,0:T(8,128)}, token[]) recv-done(%recv)
   ROOT %y = f32[256,1024]{1,0:T(8,128)} get-tuple-element(%recv-done), index=0
 }
-""".replace("TARGET", 'frontend_attributes={_xla_megascale_reduce_operation="SUM",'
-            '_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="KIND"}')
+""".replace(
+    "TARGET",
+    'frontend_attributes={_xla_megascale_reduce_operation="SUM",'
+    '_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="KIND"}',
+)
 
 
-@pytest.mark.parametrize(("kind", "times"), [
-    ("ALL_REDUCE", 1.5), ("ALL_GATHER", 3), ("REDUCE_SCATTER", 0.75), ("ONE_TO_ONE", 1)])
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [("ALL_REDUCE", 1.5), ("ALL_GATHER", 3), ("REDUCE_SCATTER", 0.75), ("ONE_TO_ONE", 1)],
+)
 def test_what_a_chip_sends_to_other_slices(kind, times):
     found = hlo_cost.cost(TPU_SLICES.replace("KIND", kind))
     assert found.dcn_bytes == times * 256 * 1024 * 4 and found.collective_bytes == {}

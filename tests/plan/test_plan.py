@@ -27,7 +27,8 @@ from r0_jax.prompts import encoded
 ROOT = Path(__file__).parents[2]
 libtpu = pytest.mark.skipif(
     "not __import__('importlib.util').util.find_spec('libtpu')",
-    reason="the TPU compiler is in requirements-tpu.txt")
+    reason="the TPU compiler is in requirements-tpu.txt",
+)
 
 
 def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.CompletedProcess:
@@ -35,7 +36,13 @@ def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.Com
     environment.pop("JAX_PLATFORMS", None)
     return subprocess.run(
         [sys.executable, "-m", "r0_jax.plan", f"--config=configs/{recipe}", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def test_measured_on_this_machine():
@@ -46,7 +53,8 @@ def test_measured_on_this_machine():
     assert found["chips"] == 2 and found["fits"] is True
     assert found["measured_seconds_per_step"] > 0 and found["bound_by"] is None
     assert found["predicted_images_per_sec"] == pytest.approx(
-        4 / found["measured_seconds_per_step"])
+        4 / found["measured_seconds_per_step"]
+    )
     assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
     assert found["peak_bytes_per_chip"] == pytest.approx(sum(found["bytes_per_chip"].values()))
 
@@ -66,13 +74,19 @@ def test_compiled_for_a_slice_that_is_not_there():
     assert "GB to other slices" in said and ", dcn " in said
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--topology=v7-8"], "--topology=v7-8 is unknown"),
-    (["--topology=cpu", "--config.batch_size=3"], "batch_size=3 does not split over 2 device(s)"),
-    (["--topology=local"], "JAX finds no accelerator here"),
-    ([], "topology"),
-    (["--topology=cpu", "--config.family=Foo"], "family='Foo' is unknown"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--topology=v7-8"], "--topology=v7-8 is unknown"),
+        (
+            ["--topology=cpu", "--config.batch_size=3"],
+            "batch_size=3 does not split over 2 device(s)",
+        ),
+        (["--topology=local"], "JAX finds no accelerator here"),
+        ([], "topology"),
+        (["--topology=cpu", "--config.family=Foo"], "family='Foo' is unknown"),
+    ],
+)
 def test_wrong_flags_give_one_line(flags, said):
     ended = run(*flags)
     assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
@@ -95,7 +109,8 @@ def test_what_is_not_there_is_filled_in_and_named(cache, tmp_path, capsys):  # n
         assert filled.pretrained == there and filled.objective.decoder.endswith("decoder")
         assert filled.rewards.chinese_clip.path and config.rewards.chinese_clip.path == ""
     assert capsys.readouterr().err == (
-        "not there, planned with the published sizes: taesd, chinese_clip\n")
+        "not there, planned with the published sizes: taesd, chinese_clip\n"
+    )
 
 
 def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # noqa: F811
@@ -103,8 +118,10 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
         return jnp.mean(images, axis=(1, 2, 3)) * features[:, 0]
 
     module = types.ModuleType("with_features")
-    module.score, module.score_text_features = score, lambda prompts: np.ones(
-        (len(prompts), 5), np.float32)
+    module.score, module.score_text_features = (
+        score,
+        lambda prompts: np.ones((len(prompts), 5), np.float32),
+    )
     monkeypatch.setitem(sys.modules, "with_features", module)
     config = sd15_r0.get_config("dryrun")
     with config.unlocked():
@@ -115,21 +132,30 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
     # the encoder of the VAE is, though nobody looks at it.
     trace = built.step.trace(*built.abstract)
     _, used = partial_eval.dce_jaxpr(trace.jaxpr.jaxpr, [True] * len(trace.jaxpr.jaxpr.outvars))
-    unused = [jax.tree_util.keystr(path) for (path, _), is_used in zip(
-        jax.tree_util.tree_leaves_with_path(built.abstract), used, strict=True) if not is_used]
+    unused = [
+        jax.tree_util.keystr(path)
+        for (path, _), is_used in zip(
+            jax.tree_util.tree_leaves_with_path(built.abstract), used, strict=True
+        )
+        if not is_used
+    ]
     assert any("encoder.conv_in" in name for name in unused)
     assert not any("features" in name or ".params" in name for name in unused)
-    assert not any("text_model" in name for reward in built.frozen["rewards"].values()
-                   for name in reward)
+    assert not any(
+        "text_model" in name for reward in built.frozen["rewards"].values() for name in reward
+    )
     assert predict.unused_bytes(trace.jaxpr.jaxpr, built) > 0
 
 
 def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_path):  # noqa: F811
     config, rng = sdxl_r0.get_config("dryrun"), np.random.default_rng(0)
-    shapes = {"prompt_embeds": (7, 40), "pooled_prompt_embeds": (12,), "features/hps_v2_1": (8,),
-              "features/clip_score": (8,)}
-    columns = {name: rng.standard_normal((2, *shape), np.float32)
-               for name, shape in shapes.items()}
+    shapes = {
+        "prompt_embeds": (7, 40),
+        "pooled_prompt_embeds": (12,),
+        "features/hps_v2_1": (8,),
+        "features/clip_score": (8,),
+    }
+    columns = {name: rng.standard_normal((2, *shape), np.float32) for name, shape in shapes.items()}
     negative = {name: columns[name][:1] for name in ("prompt_embeds", "pooled_prompt_embeds")}
     columns |= {"prompt": ["a", "b"], "features/image_reward": np.ones((2, 35), np.int32)}
     mesh = sharding.make_mesh({}, jax.devices()[:1])
@@ -137,8 +163,10 @@ def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_pat
         encoded.write(tmp_path / name, columns, negative=given)
         file = tmp_path / name / "metadata.json"
         other = {"weights": "0123456789abcdef", "function": ""}  # than those that stand in
-        file.write_text(json.dumps(json.loads(file.read_text("utf-8"))
-                                   | {"rewards": {"clip_score": other}}), "utf-8")
+        file.write_text(
+            json.dumps(json.loads(file.read_text("utf-8")) | {"rewards": {"clip_score": other}}),
+            "utf-8",
+        )
     config.data.encoded = str(tmp_path / "with")
     built = predict.load(config, mesh)
     assert built.abstract[2]["prompt_embeds"].shape == (config.batch_size, 7, 40)
@@ -165,8 +193,10 @@ def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
     found = suggested(data=4, tensor=2)
     assert found[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=4: ")
     assert not any("two chips" in line for line in found)
-    assert any("--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.device_batch=1" in line
-               for line in suggested(fsdp=8))
+    assert any(
+        "--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.device_batch=1" in line
+        for line in suggested(fsdp=8)
+    )
 
 
 @pytest.fixture
@@ -182,9 +212,14 @@ def test_what_is_suggested(full):
         built = predict.load(config, mesh)
         kinds = predict.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
         found = predict.suggest(config, built, kinds, 2.0**30)
-    starts = ["--config.mesh.data=1 --config.mesh.fsdp=8", "--config.remat=blocks",
-              "--config.device_batch=1: 4.0 GiB of 1.0", "prompts encoded before",
-              "--config.objective.decoder", "adapters instead of all weights"]
+    starts = [
+        "--config.mesh.data=1 --config.mesh.fsdp=8",
+        "--config.remat=blocks",
+        "--config.device_batch=1: 4.0 GiB of 1.0",
+        "prompts encoded before",
+        "--config.objective.decoder",
+        "adapters instead of all weights",
+    ]
     assert len(found) == len(starts)
     assert all(map(str.startswith, found, starts))
 
@@ -197,16 +232,28 @@ def test_memory_by_kind_is_that_of_the_arrays(full):
         built = predict.load(config, mesh)
         kinds = predict.bytes_by_kind(built)
         state = jax.jit(built.init, out_shardings=built.state_sharding)(
-            {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()})
-    held = sum(shard.data.nbytes for x in jax.tree.leaves((state.params, state.ema_params))
-               for shard in x.addressable_shards if shard.device == jax.devices()[3])
+            {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()}
+        )
+    held = sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves((state.params, state.ema_params))
+        for shard in x.addressable_shards
+        if shard.device == jax.devices()[3]
+    )
     assert kinds["parameters"] + kinds["ema"] == held
 
 
 def test_what_the_compiler_says_when_memory_runs_out():
-    said = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (18.32G) exceeds available HBM (15.75G).")
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (18.32G) exceeds available HBM (15.75G)."
+    )
     assert predict.needed(said) == 18.32 * 2**30
     assert predict.needed("INTERNAL: something else") is None
-    assert predict.needed("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used "
-                            "19.01M of 16.00M vmem.") is None
+    assert (
+        predict.needed(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used "
+            "19.01M of 16.00M vmem."
+        )
+        is None
+    )

@@ -1,6 +1,5 @@
 """The pretraining of the embedded world: its data, its loop, and each stage from end to end."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +59,10 @@ def test_equal_scenes_have_equal_identities_and_others_do_not():
 @pytest.mark.parametrize("worsen", [degrade, warp])
 def test_degrading_does_nothing_at_level_0_and_more_at_higher_levels(worsen):
     images = jax.random.uniform(jax.random.key(0), (8, 16, 16, 3))
-    errors = [float(jnp.mean(jnp.abs(worsen(jax.random.key(1), images, jnp.full(8, level))
-                                     - images))) for level in (0.0, 0.3, 1.0)]
+    errors = [
+        float(jnp.mean(jnp.abs(worsen(jax.random.key(1), images, jnp.full(8, level)) - images)))
+        for level in (0.0, 0.3, 1.0)
+    ]
     assert errors[0] < 1e-6 < errors[1] < errors[2]
 
 
@@ -78,8 +79,9 @@ def test_morphing_goes_from_one_shape_to_another():
     scenes, layouts = clip.training_batch(np.random.default_rng(3), 16)
     towards = clip.other_shapes(np.random.default_rng(4), scenes)
     assert (towards != scenes.shape).all()
-    start, half, end = (morph(scenes, layouts, towards, jnp.full(16, level))
-                        for level in (0.0, 0.5, 1.0))
+    start, half, end = (
+        morph(scenes, layouts, towards, jnp.full(16, level)) for level in (0.0, 0.5, 1.0)
+    )
     np.testing.assert_allclose(start, render(scenes, layouts), atol=2e-5)
     np.testing.assert_allclose(end, render(scenes._replace(shape=towards), layouts), atol=2e-5)
     for other in (start, end):
@@ -111,8 +113,9 @@ def test_positions_of_another_image_size_are_those_of_the_same_places():
 
 
 def quadratic(**fields) -> ConfigDict:
-    return shapes_base.training(steps=300, warmup_steps=10, learning_rate=0.1, log_every=300,
-                                ema_decay=0.9, **fields)
+    return shapes_base.training(
+        steps=300, warmup_steps=10, learning_rate=0.1, log_every=300, ema_decay=0.9, **fields
+    )
 
 
 def test_fit_minimizes_and_returns_the_average():
@@ -125,8 +128,13 @@ def test_fit_minimizes_and_returns_the_average():
             yield {"target": np.full((8, 3), 2.0, np.float32)}
 
     seen = []
-    params = fit(loss, {"x": jnp.zeros(3)}, batches(), quadratic(eval_every=100),
-                 lambda step, average: seen.append(step))
+    params = fit(
+        loss,
+        {"x": jnp.zeros(3)},
+        batches(),
+        quadratic(eval_every=100),
+        lambda step, average: seen.append(step),
+    )
     np.testing.assert_allclose(params["x"], 2.0, atol=1e-2)
     assert seen == [100, 200, 300]
 
@@ -141,15 +149,27 @@ def test_fit_names_a_warm_up_that_does_not_fit():
 def tiny_config(stage: str) -> ConfigDict:
     """The stage with two steps and a network of a few thousand weights."""
     config = shapes_base.get_config(stage)
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                 projection_dim=8)
+    tower = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=8,
+    )
     networks = {
         "vae": dict(block_out_channels=[4, 4, 8, 8], norm_num_groups=2, latent_channels=4),
         "text_encoder": tower,
-        "unet": dict(block_out_channels=[8, 16], norm_num_groups=4, attention_head_dim=[2, 2],
-                     cross_attention_dim=16, in_channels=4, out_channels=4),
-        "clip": dict(projection_dim=8), "heldout_clip": dict(projection_dim=8),
-    }  # fmt: skip
+        "unet": dict(
+            block_out_channels=[8, 16],
+            norm_num_groups=4,
+            attention_head_dim=[2, 2],
+            cross_attention_dim=16,
+            in_channels=4,
+            out_channels=4,
+        ),
+        "clip": dict(projection_dim=8),
+        "heldout_clip": dict(projection_dim=8),
+    }
     with config.unlocked():
         if stage in networks:
             config.network.update(networks[stage])
@@ -157,10 +177,20 @@ def tiny_config(stage: str) -> ConfigDict:
             config.network.text_config.update(tower)
             config.network.vision_config.update(tower | {"patch_size": 16})
         if stage != "tokenizer":
-            config.update(steps=2, warmup_steps=1, log_every=1, eval_every=2,
-                          batch_size=16 if stage == "preference" else 8)
-        for field, value in (("scenes", 128), ("eval_prompts", 2), ("few_step_images", 64),
-                             ("kept_batches", 1), ("few_steps", (2,))):
+            config.update(
+                steps=2,
+                warmup_steps=1,
+                log_every=1,
+                eval_every=2,
+                batch_size=16 if stage == "preference" else 8,
+            )
+        for field, value in (
+            ("scenes", 128),
+            ("eval_prompts", 2),
+            ("few_step_images", 64),
+            ("kept_batches", 1),
+            ("few_steps", (2,)),
+        ):
             if field in config:
                 config[field] = value
     return config

@@ -79,12 +79,15 @@ def test_json(tmp_path):
     assert files.read_prompts(write(tmp_path / "p.json", json.dumps(items))) == PROMPTS
 
 
-@pytest.mark.parametrize(("name", "content", "where"), [
-    ("p.txt", "one\ntwo\n \nthree\n", "line 3"),
-    ("p.txt", "\none\n", "line 1"),
-    ("p.jsonl", '"one"\n\n"three"\n', "line 2"),
-    ("p.json", '["one", "two", "", "four"]', "item 3"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("p.txt", "one\ntwo\n \nthree\n", "line 3"),
+        ("p.txt", "\none\n", "line 1"),
+        ("p.jsonl", '"one"\n\n"three"\n', "line 2"),
+        ("p.json", '["one", "two", "", "four"]', "item 3"),
+    ],
+)
 def test_a_blank_prompt_would_shift_numbered_ones(tmp_path, name, content, where):
     path = write(tmp_path / name, content)
     assert "" not in files.read_prompts(path)
@@ -93,8 +96,11 @@ def test_a_blank_prompt_would_shift_numbered_ones(tmp_path, name, content, where
 
 
 def test_blank_prompts_at_the_end_shift_nothing(tmp_path):
-    for name, content in [("p.txt", "one\ntwo\n\n \n"), ("p.jsonl", '"one"\n"two"\n\n'),
-                          ("p.json", '["one", "two", ""]')]:
+    for name, content in [
+        ("p.txt", "one\ntwo\n\n \n"),
+        ("p.jsonl", '"one"\n"two"\n\n'),
+        ("p.json", '["one", "two", ""]'),
+    ]:
         assert files.read_prompts(write(tmp_path / name, content), numbered=True) == ["one", "two"]
 
 

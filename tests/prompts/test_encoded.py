@@ -34,8 +34,12 @@ from r0_jax.stand_ins import miniature
 from r0_jax.training import train
 from r0_jax.weights import lazy
 
-RECIPES = {"sd15": (sd15_r0, {}), "sdxl": (sdxl_r0, {}), "sd3": (sd3_r0, {}),
-           "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None})}
+RECIPES = {
+    "sd15": (sd15_r0, {}),
+    "sdxl": (sdxl_r0, {}),
+    "sd3": (sd3_r0, {}),
+    "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None}),
+}
 
 
 def ended_well(result):
@@ -75,15 +79,19 @@ def first_loss(config, pipeline, batches):
     """Of the first batch, and its metrics; with parameters away from where training starts."""
     text = not config.data.encoded
     trained_on = [rewards.load(name, entry, text=text) for name, entry in config.rewards.items()]
-    generator = Generator(config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype,
-                          pipeline.fixed)
+    generator = Generator(
+        config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype, pipeline.fixed
+    )
     objective = Objective(pipeline, generator, trained_on, config)
     part = pipeline.generator_part
     placed = lazy.place(pipeline.params)
-    frozen = {**placed, "base": placed[part], "empty": pipeline.empty,
-              "rewards": {reward.name: lazy.place(reward.params) for reward in trained_on}}
-    params = generator.init(jax.random.key(0), placed[part],
-                            pipeline.networks[part].shapes)
+    frozen = {
+        **placed,
+        "base": placed[part],
+        "empty": pipeline.empty,
+        "rewards": {reward.name: lazy.place(reward.params) for reward in trained_on},
+    }
+    params = generator.init(jax.random.key(0), placed[part], pipeline.networks[part].shapes)
     params = {name: value + 0.1 for name, value in params.items()}
     keys = step_world.sample_keys(config.batch_size)
     batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
@@ -98,15 +106,15 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
     prepared.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
     where = (config.batch_size, config.seed, 0, [0], 1)
-    expected, metrics = first_loss(config, pipeline,
-                                   prepared.batches(tmp_path / "prompts", *where))
+    expected, metrics = first_loss(config, pipeline, prepared.batches(tmp_path / "prompts", *where))
     assert metrics["penalty/guidance"] > 0  # which asks for the empty prompt
 
     # Of the others bfloat16 is a program more to compile.
     tolerances = {"float32": 1e-4} | ({"bfloat16": 0.05} if name == "sd15" else {})
     for dtype in tolerances:
-        assert encode_prompts.encode(config, tmp_path / dtype, dtype=dtype, shard_prompts=3,
-                                     batch_size=2)
+        assert encode_prompts.encode(
+            config, tmp_path / dtype, dtype=dtype, shard_prompts=3, batch_size=2
+        )
     take_text_away(tmp_path / "pipeline")
     for dtype, tolerance in tolerances.items():
         config.data.encoded = str(tmp_path / dtype)
@@ -114,13 +122,16 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         train.check_encoded(encoded, config)
         bare = encoded.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
-        batches = encoded_prompts.batches(tmp_path / dtype,
-                                          encoded_prompts.columns_of(bare, found), *where)
+        batches = encoded_prompts.batches(
+            tmp_path / dtype, encoded_prompts.columns_of(bare, found), *where
+        )
         planned = predict.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
-            name: (x.shape, x.dtype) for name, x in next(batches).items()}
-        batches = encoded_prompts.batches(tmp_path / dtype,
-                                          encoded_prompts.columns_of(bare, found), *where)
+            name: (x.shape, x.dtype) for name, x in next(batches).items()
+        }
+        batches = encoded_prompts.batches(
+            tmp_path / dtype, encoded_prompts.columns_of(bare, found), *where
+        )
         loss, others = first_loss(config, bare, batches)
         assert loss == pytest.approx(float(expected), rel=tolerance)
         for metric, value in metrics.items():
@@ -131,8 +142,12 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     """Training, sample grid, the table with its guided base, resume, export."""
     config = own_copy("sdxl", tmp_path)
     (tmp_path / "two.txt").write_text("\n".join(miniature.PROMPTS[:2]), "utf-8")
-    flags = ["--config=configs/sdxl_r0.py:dryrun", f"--config.pretrained={config.pretrained}",
-             "--config.sampler.num_steps=2", "--config.objective.grad_steps=2"]
+    flags = [
+        "--config=configs/sdxl_r0.py:dryrun",
+        f"--config.pretrained={config.pretrained}",
+        "--config.sampler.num_steps=2",
+        "--config.objective.grad_steps=2",
+    ]
     for section in ("rewards", "heldout_rewards"):
         for name, entry in config[section].items():
             shutil.copytree(entry.path, tmp_path / name)
@@ -141,8 +156,9 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     assert "is complete" in said
     again = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
     assert "is complete" in again
-    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(run(
-        "encode_prompts", *flags, f"--out={tmp_path / 'encoded'}", "--dtype=float32"))
+    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(
+        run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}", "--dtype=float32")
+    )
 
     take_text_away(tmp_path / "pipeline")
     for name, entry in {**config.rewards, **config.heldout_rewards}.items():
@@ -151,22 +167,44 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     flags += [f"--config.data.encoded={tmp_path / 'encoded'}", f"--workdir={tmp_path / 'run'}"]
     ended_well(run("main", *flags, "--config.steps=2", "--config.test.prompts="))
     ended_well(run("main", *flags))
-    lines = [json.loads(line) for line in
-             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "heldout/pickscore" in line] == [0, 2, 4]
     assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
     assert table["base_3_guided"]["network_calls"]["value"] == 6
-    assert "is missing" in (said := one_line_error(run(
-        "sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
-        f"--prompts={tmp_path / 'two.txt'}"))) and f"--encoded={tmp_path / 'encoded'}" in said
-    ended_well(run("sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'images'}",
-                   f"--encoded={tmp_path / 'encoded'}", f"--prompts={tmp_path / 'two.txt'}",
-                   "--guidance_scale=2"))
+    assert (
+        "is missing"
+        in (
+            said := one_line_error(
+                run(
+                    "sample",
+                    f"--workdir={tmp_path / 'run'}",
+                    f"--out={tmp_path / 'images'}",
+                    f"--prompts={tmp_path / 'two.txt'}",
+                )
+            )
+        )
+        and f"--encoded={tmp_path / 'encoded'}" in said
+    )
+    ended_well(
+        run(
+            "sample",
+            f"--workdir={tmp_path / 'run'}",
+            f"--out={tmp_path / 'images'}",
+            f"--encoded={tmp_path / 'encoded'}",
+            f"--prompts={tmp_path / 'two.txt'}",
+            "--guidance_scale=2",
+        )
+    )
     assert len(list((tmp_path / "images").glob("0*.png"))) == 2
-    ended_well(run("export", f"--workdir={tmp_path / 'run'}", "--format=peft",
-                   f"--out={tmp_path / 'lora'}"))
+    ended_well(
+        run(
+            "export", f"--workdir={tmp_path / 'run'}", "--format=peft", f"--out={tmp_path / 'lora'}"
+        )
+    )
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "text_encoder=None" in card  # they are not there
 
@@ -193,11 +231,19 @@ def files(folder):
 def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a red circle {i}" for i in range(400)) + "\n", "utf-8")
-    flags = ["--config=configs/sd15_r0.py:dryrun", f"--config.data.prompts={prompts}",
-             "--shard_prompts=4", "--batch_size=4"]
-    process = subprocess.Popen(command("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"),
-                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    flags = [
+        "--config=configs/sd15_r0.py:dryrun",
+        f"--config.data.prompts={prompts}",
+        "--shard_prompts=4",
+        "--batch_size=4",
+    ]
+    process = subprocess.Popen(
+        command("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 300
     while len(list((tmp_path / "killed").glob("encoded_prompts-train*"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
@@ -214,11 +260,17 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in before}  # and were not made again
 
     ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'whole'}"))
-    first = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'shared'}",
-                           "--process=0", "--processes=2"))
+    first = ended_well(
+        run(
+            "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=0", "--processes=2"
+        )
+    )
     assert "other processes are not done yet" in first.stdout
-    second = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'shared'}",
-                            "--process=1", "--processes=2"))
+    second = ended_well(
+        run(
+            "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=1", "--processes=2"
+        )
+    )
     assert "is complete" in second.stdout
     whole = files(tmp_path / "whole")
     assert len(whole) == 100 + 1 + 1 + 3  # training, evaluation, negative; and JSON
@@ -234,10 +286,16 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
 def columns(count, seed=0, **changes):
     """Embeddings that SDXL's miniature takes, and features of its rewards."""
     rng = np.random.default_rng(seed)
-    shapes = {"prompt_embeds": (7, 40), "pooled_prompt_embeds": (12,), "features/hps_v2_1": (8,),
-              "features/clip_score": (8,), "features/pickscore": (8,)}
-    found = {name: rng.standard_normal((count, *shape), np.float32)
-             for name, shape in shapes.items()}
+    shapes = {
+        "prompt_embeds": (7, 40),
+        "pooled_prompt_embeds": (12,),
+        "features/hps_v2_1": (8,),
+        "features/clip_score": (8,),
+        "features/pickscore": (8,),
+    }
+    found = {
+        name: rng.standard_normal((count, *shape), np.float32) for name, shape in shapes.items()
+    }
     found["features/image_reward"] = rng.integers(20, size=(count, 35), dtype=np.int32)
     found = {"prompt": [f"提示 {seed} {i}" for i in range(count)], **found, **changes}
     return {name: value for name, value in found.items() if value is not None}
@@ -253,36 +311,54 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "encoded_prompts.md").read_text("utf-8")
     [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert {line.split()[1] for line in example.splitlines() if "import" in line} == {
-        "numpy", "r0_jax"}
+        "numpy",
+        "r0_jax",
+    }
     exec(compile(example, "example", "exec"), {})
 
     evaluation = tmp_path / "evaluation.txt"
-    flags = ["--config=configs/sdxl_r0.py:dryrun", "--config.data.prompts=",
-             f"--config.eval.prompts={evaluation}", "--config.test.prompts=",
-             "--config.sampler.num_steps=1", "--config.objective.grad_steps=1",
-             "--config.steps=1"]
+    flags = [
+        "--config=configs/sdxl_r0.py:dryrun",
+        "--config.data.prompts=",
+        f"--config.eval.prompts={evaluation}",
+        "--config.test.prompts=",
+        "--config.sampler.num_steps=1",
+        "--config.objective.grad_steps=1",
+        "--config.steps=1",
+    ]
     mine, ready = tmp_path / "my_embeddings", tmp_path / "ready"
     assert "no features of the reward clip_score" in one_line_error(
-        run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}"))
+        run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}")
+    )
     ended_well(run("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"))
-    ended_well(run("main", *flags, f"--config.data.encoded={ready}",
-                   f"--workdir={tmp_path / 'run'}"))
+    ended_well(
+        run("main", *flags, f"--config.data.encoded={ready}", f"--workdir={tmp_path / 'run'}")
+    )
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     scores = [line["heldout/pickscore"] for line in lines if "heldout/pickscore" in line]
     assert len(scores) == 2 and np.isfinite(scores).all()
 
     found = encoded_prompts.open_folder(ready).read("evaluation", range(4))
-    np.testing.assert_array_equal(found["prompt_embeds"],
-                                  np.load("evaluation.npy").astype("bfloat16"))
+    np.testing.assert_array_equal(
+        found["prompt_embeds"], np.load("evaluation.npy").astype("bfloat16")
+    )
     reward = rewards.load("clip_score", miniature.kept_reward("clip_score", 0))
-    np.testing.assert_allclose(found["features/clip_score"], reward.text_features(
-        lazy.place(reward.params), found["prompt"].tolist()), atol=4e-3)
+    np.testing.assert_allclose(
+        found["features/clip_score"],
+        reward.text_features(lazy.place(reward.params), found["prompt"].tolist()),
+        atol=4e-3,
+    )
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
     made = columns(5, ids=np.arange(10, dtype=np.int64).reshape(5, 2))
-    encoded_prompts.write(tmp_path / "e", made, negative=columns(1, prompt=None, ids=[[0, 0]]),
-                          dtype="float32", shard_prompts=2)
+    encoded_prompts.write(
+        tmp_path / "e",
+        made,
+        negative=columns(1, prompt=None, ids=[[0, 0]]),
+        dtype="float32",
+        shard_prompts=2,
+    )
     found = encoded_prompts.open_folder(tmp_path / "e")
     assert found.rows == {"train": 5, "negative": 1}
     read = found.read("train", range(5))
@@ -293,17 +369,20 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert batch.keys() == {"prompt_embeds"} and batch["prompt_embeds"].shape == (4, 7, 40)
 
 
-@pytest.mark.parametrize("train_, negative, message", [
-    (columns(3, prompt_embeds=None), None, "no column 'prompt_embeds'"),
-    (columns(3, prompt_embeds=np.zeros((3, 7, 40), np.int32)), None, "holds int32"),
-    (columns(3, prompt_embeds=np.zeros((2, 7, 40), np.float32)), None, "has shape [2, 7, 40]"),
-    (columns(3, prompt=["a", "b", 3]), None, "should be texts"),
-    (columns(3, pooled_prompt_embeds=np.full((3, 12), np.nan, np.float32)), None, "has NaN"),
-    (columns(3) | {"a b": np.zeros((3, 2))}, None, "cannot be the name of a column"),
-    (columns(0), None, "has no prompts"),
-    (columns(3), columns(2), "expected [1]"),
-    (columns(3), columns(1, pooled_prompt_embeds=None), "different columns"),
-])
+@pytest.mark.parametrize(
+    "train_, negative, message",
+    [
+        (columns(3, prompt_embeds=None), None, "no column 'prompt_embeds'"),
+        (columns(3, prompt_embeds=np.zeros((3, 7, 40), np.int32)), None, "holds int32"),
+        (columns(3, prompt_embeds=np.zeros((2, 7, 40), np.float32)), None, "has shape [2, 7, 40]"),
+        (columns(3, prompt=["a", "b", 3]), None, "should be texts"),
+        (columns(3, pooled_prompt_embeds=np.full((3, 12), np.nan, np.float32)), None, "has NaN"),
+        (columns(3) | {"a b": np.zeros((3, 2))}, None, "cannot be the name of a column"),
+        (columns(0), None, "has no prompts"),
+        (columns(3), columns(2), "expected [1]"),
+        (columns(3), columns(1, pooled_prompt_embeds=None), "different columns"),
+    ],
+)
 def test_columns_that_do_not_fit_are_refused(tmp_path, train_, negative, message):
     with pytest.raises(InputError, match=re.escape(message)):
         encoded_prompts.write(tmp_path / "e", train_, negative=negative)
@@ -360,8 +439,10 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     own = tmp_path / "own"
     encoded_prompts.write(own, columns(3))
     mine = {"data.encoded": str(own), "data.prompts": "", "eval.prompts": "", "test.prompts": ""}
-    refused("no split 'negative', the embedding of the empty prompt, which regularizers.guidance",
-            **mine)
+    refused(
+        "no split 'negative', the embedding of the empty prompt, which regularizers.guidance",
+        **mine,
+    )
     without = mine | {"regularizers.guidance.weight": 0.0}
     check(changed(sdxl, **without))
     looked_at = tmp_path / "looked_at.txt"
@@ -378,25 +459,44 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     refused("'a prompt that nobody encoded' of", **{"eval.prompts": str(other)})
     refused("'a prompt that nobody encoded' of", **{"test.prompts": str(other)})
     clip = sdxl.rewards.clip_score.path
-    refused("made by a reward with other weights",
-            **{"heldout_rewards.pickscore.path": clip})
+    refused("made by a reward with other weights", **{"heldout_rewards.pickscore.path": clip})
     with pytest.raises(InputError, match=r"no features of the reward new.*clip_score"):
         entry = base.reward_entry("clip_score", path=clip)
         encoded_prompts.open_of(sdxl).check_reward(rewards.load("new", entry, text=False), entry)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"prompt_embeds": np.zeros((3, 7, 41), np.float32)}, "takes prompt_embeds of shape [any, 40]"),
-    ({"prompt_embeds": np.zeros((3, 40), np.float32)}, "there are [40] in it"),
-    ({"pooled_prompt_embeds": None}, "there are none in it"),
-    ({"features/clip_score": np.zeros((3, 9), np.float32)}, "has shape [9], but the reward"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"prompt_embeds": np.zeros((3, 7, 41), np.float32)},
+            "takes prompt_embeds of shape [any, 40]",
+        ),
+        ({"prompt_embeds": np.zeros((3, 40), np.float32)}, "there are [40] in it"),
+        ({"pooled_prompt_embeds": None}, "there are none in it"),
+        ({"features/clip_score": np.zeros((3, 9), np.float32)}, "has shape [9], but the reward"),
+    ],
+)
 def test_shapes_that_the_network_does_not_take_are_refused(sdxl, tmp_path, changes, message):
-    encoded_prompts.write(tmp_path / "e", columns(3, **changes), negative=columns(1, **{
-        name: value if value is None else value[:1] for name, value in changes.items()}))
+    encoded_prompts.write(
+        tmp_path / "e",
+        columns(3, **changes),
+        negative=columns(
+            1, **{name: value if value is None else value[:1] for name, value in changes.items()}
+        ),
+    )
     with pytest.raises(InputError, match=re.escape(message)):
-        check(changed(sdxl, **{"data.encoded": str(tmp_path / "e"), "data.prompts": "",
-                               "eval.prompts": "", "test.prompts": ""}))
+        check(
+            changed(
+                sdxl,
+                **{
+                    "data.encoded": str(tmp_path / "e"),
+                    "data.prompts": "",
+                    "eval.prompts": "",
+                    "test.prompts": "",
+                },
+            )
+        )
 
 
 def test_another_family_or_encoder_is_named(sdxl, tmp_path):
@@ -427,9 +527,19 @@ def damage(folder, how):
         (folder / "dataset_info.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["shard gone", "shard cut", "shard empty", "features.json",
-                                 "dataset_info.json", "metadata.json", "no info",
-                                 "metadata of another shape"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "shard gone",
+        "shard cut",
+        "shard empty",
+        "features.json",
+        "dataset_info.json",
+        "metadata.json",
+        "no info",
+        "metadata of another shape",
+    ],
+)
 def test_a_damaged_dataset_is_one_line(sdxl, tmp_path, how):
     folder = tmp_path / "encoded"
     shutil.copytree(sdxl.data.encoded, folder)
@@ -443,8 +553,9 @@ def test_foreign_datasets_are_refused_and_folders_kept(sdxl, tmp_path):
     dataset.prepare({"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p")
     with pytest.raises(InputError, match=r"there are none in it"):
         check(changed(sdxl, **{"data.encoded": str(tmp_path / "p")}))
-    dataset.prepare({"prompt": ["a"], "prompt_embeds": np.zeros((1, 7, 40), np.int32)},
-                 tmp_path / "q")
+    dataset.prepare(
+        {"prompt": ["a"], "prompt_embeds": np.zeros((1, 7, 40), np.int32)}, tmp_path / "q"
+    )
     with pytest.raises(InputError, match="holds int32"):
         check(changed(sdxl, **{"data.encoded": str(tmp_path / "q")}))
     (tmp_path / "notes").mkdir()
@@ -459,23 +570,34 @@ def test_foreign_datasets_are_refused_and_folders_kept(sdxl, tmp_path):
 
 def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
     """Written without this project's writer, and without metadata."""
+
     class Mine(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "mine"
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
             tensor = tfds.features.Tensor
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "prompt": tfds.features.Text(),
-                "prompt_embeds": tensor(shape=(7, 40), dtype=np.float16, encoding="bytes"),
-                "pooled_prompt_embeds": tensor(shape=(12,), dtype=np.float32),
-                "features__image_reward": tensor(shape=(35,), dtype=np.int32),
-                **{f"features__{name}": tensor(shape=(8,), dtype=np.float32)
-                   for name in ("hps_v2_1", "clip_score", "pickscore")}}))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "prompt": tfds.features.Text(),
+                        "prompt_embeds": tensor(shape=(7, 40), dtype=np.float16, encoding="bytes"),
+                        "pooled_prompt_embeds": tensor(shape=(12,), dtype=np.float32),
+                        "features__image_reward": tensor(shape=(35,), dtype=np.int32),
+                        **{
+                            f"features__{name}": tensor(shape=(8,), dtype=np.float32)
+                            for name in ("hps_v2_1", "clip_score", "pickscore")
+                        },
+                    }
+                ),
+            )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(5, 0),
-                    "negative": self._generate_examples(1, 1)}
+            return {
+                "train": self._generate_examples(5, 0),
+                "negative": self._generate_examples(1, 1),
+            }
 
         def _generate_examples(self, count, seed):
             made = columns(count, seed)
@@ -485,12 +607,22 @@ def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
 
     builder = Mine(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    config = changed(sdxl, **{"data.encoded": str(builder.data_dir), "data.prompts": "",
-                              "eval.prompts": "", "test.prompts": ""})
+    config = changed(
+        sdxl,
+        **{
+            "data.encoded": str(builder.data_dir),
+            "data.prompts": "",
+            "eval.prompts": "",
+            "test.prompts": "",
+        },
+    )
     check(config)
     prompts, tokens, features = prepared.evaluation(
-        config, "eval", encoded_prompts.open_of(config).attach(
-            families.load(config.pretrained, text=False)), [])
+        config,
+        "eval",
+        encoded_prompts.open_of(config).attach(families.load(config.pretrained, text=False)),
+        [],
+    )
     assert len(prompts) == config.eval.num_prompts == len(tokens["prompt_embeds"])
     assert not features
 
@@ -501,13 +633,18 @@ def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
 def test_shards_cover_all_rows_once():
     shards = record_shards.plan({"train": 10, "evaluation": 3, "none": 0}, 4)
     assert [(s.split, s.start, s.stop, s.count) for s in shards] == [
-        ("train", 0, 4, 3), ("train", 4, 8, 3), ("train", 8, 10, 3), ("evaluation", 0, 3, 1)]
+        ("train", 0, 4, 3),
+        ("train", 4, 8, 3),
+        ("train", 8, 10, 3),
+        ("evaluation", 0, 3, 1),
+    ]
 
 
 def test_flags_that_do_not_fit_are_one_line(tmp_path):
     flags = ["--config=configs/sd15_r0.py:dryrun", f"--out={tmp_path / 'e'}"]
     for wrong, message in [
-            (["--process=2", "--processes=2"], "--process=2 must be below --processes=2"),
-            (["--process=1"], "--process and --processes go together")]:
+        (["--process=2", "--processes=2"], "--process=2 must be below --processes=2"),
+        (["--process=1"], "--process and --processes go together"),
+    ]:
         assert message in one_line_error(run("encode_prompts", *flags, *wrong))
     assert not (tmp_path / "e").exists()

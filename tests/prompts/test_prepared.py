@@ -42,7 +42,8 @@ def test_prompts_edited_after_the_first_start_are_told_and_not_used(tmp_path):
             warnings.simplefilter("always")
             summary = prepared.prepare(str(file), folder, pipeline, [])
             prompts, tokens, _ = prepared.evaluation(
-                config, "eval", pipeline, [], tmp_path / "run" / "eval_prompts.json")
+                config, "eval", pipeline, [], tmp_path / "run" / "eval_prompts.json"
+            )
         np.testing.assert_array_equal(tokens["input_ids"], pipeline.tokenize(prompts)["input_ids"])
         return summary, prompts, [str(w.message) for w in said]
 

@@ -21,13 +21,11 @@ from r0_jax.rewards.reward import value_and_gradient
 SHAPES = [(48, 48), (9, 9), (16, 16), (40, 23), (23, 40), (10, 25), (33, 12)]
 
 
-
-
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize(("policy", "corner"), [
-    ("crop", "floor"), ("crop", "round"), ("pad", "floor"), ("squash", "floor")])
+@pytest.mark.parametrize(
+    ("policy", "corner"),
+    [("crop", "floor"), ("crop", "round"), ("pad", "floor"), ("squash", "floor")],
+)
 def test_equals_torch_forward_and_gradient(shape, policy, corner):
     images, weights = noise(*shape), noise(SIZE, SIZE, 1)
     there = torch.tensor(images, requires_grad=True)
@@ -41,11 +39,13 @@ def test_equals_torch_forward_and_gradient(shape, policy, corner):
     np.testing.assert_allclose(pullback(jnp.asarray(weights))[0], there.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 71), (71, 48), (9, 14)],
-                         ids="{0[0]}x{0[1]}".format)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (48, 71), (71, 48), (9, 14)], ids="{0[0]}x{0[1]}".format
+)
 def test_equals_the_processor_of_transformers_on_uint8(shape):
-    processor = CLIPImageProcessor(size={"shortest_edge": SIZE},
-                                   crop_size={"height": SIZE, "width": SIZE})  # fmt: skip
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
     prepare = preprocess.from_json(processor.to_dict(), SIZE)
 
     def difference(images):
@@ -69,10 +69,13 @@ def test_a_processor_that_is_given_both_sides_squashes_before_it_crops():
     assert np.abs(np.moveaxis(theirs, 1, -1) - ours).max() * min(CLIP_STD) < 2 / 255
 
 
-@pytest.mark.parametrize("shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)],
-                         ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize(("policy", "corner"), [
-    ("crop", "round"), ("crop", "floor"), ("pad", "floor"), ("squash", "floor")])
+@pytest.mark.parametrize(
+    "shape", [(48, 48), (64, 48), (48, 64), (91, 48), (9, 9)], ids="{0[0]}x{0[1]}".format
+)
+@pytest.mark.parametrize(
+    ("policy", "corner"),
+    [("crop", "round"), ("crop", "floor"), ("pad", "floor"), ("squash", "floor")],
+)
 def test_equals_the_published_path_through_pil_but_for_rounding_and_clipping(shape, policy, corner):
     prepare = Preprocess(SIZE, policy, corner=corner)
     grey = (64 + 128 * noise(*shape)[0]).astype(np.uint8)
@@ -114,13 +117,16 @@ def test_a_line_of_pixels_is_still_an_image():
 @pytest.mark.parametrize("policies", [("crop",) * 3, ("crop", "pad", "squash")])
 def test_rewards_in_one_program_share_the_resize_of_a_square_image(policies):
     """XLA merges them; the gradients stay apart, as their normalization needs."""
+
     def flops(policies):
         def score(number, policy, images):
             return jnp.sin(number + Preprocess(SIZE, policy)(images)).sum((1, 2, 3))
 
         def gradients(images):
-            return [value_and_gradient(functools.partial(score, *chosen), images)
-                    for chosen in enumerate(policies)]
+            return [
+                value_and_gradient(functools.partial(score, *chosen), images)
+                for chosen in enumerate(policies)
+            ]
 
         images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
         return jax.jit(gradients).lower(images).compile().cost_analysis()["flops"]
@@ -139,8 +145,14 @@ def test_overshoot_keeps_its_gradient():
 
 
 def test_reads_published_files():
-    openai = {"crop_size": 224, "size": 224, "do_center_crop": True, "resample": 3,
-              "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}  # fmt: skip
+    openai = {
+        "crop_size": 224,
+        "size": 224,
+        "do_center_crop": True,
+        "resample": 3,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
     assert preprocess.from_json(openai, 224) == Preprocess(224)
     newer = openai | {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
     assert preprocess.from_json(newer, 224) == Preprocess(224)
@@ -183,12 +195,25 @@ def test_files_that_do_not_fit(fields, said):
 
 def test_preprocessing_of_open_clip():
     assert preprocess.from_open_clip({}, 16) == Preprocess(16, corner="round")
-    fields = {"resize_mode": "longest", "interpolation": "bicubic", "mean": [0.5] * 3,
-              "std": [0.25] * 3, "size": [16, 16], "fill_color": 0}
+    fields = {
+        "resize_mode": "longest",
+        "interpolation": "bicubic",
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "size": [16, 16],
+        "fill_color": 0,
+    }
     assert preprocess.from_open_clip(fields, 16) == Preprocess(
-        16, "pad", (0.5,) * 3, (0.25,) * 3, "round")
+        16, "pad", (0.5,) * 3, (0.25,) * 3, "round"
+    )
     assert preprocess.from_open_clip(dict.fromkeys(fields), 16) == Preprocess(16, corner="round")
-    for name, value in [("interpolation", "bilinear"), ("size", 18), ("resize_mode", "random"),
-                        ("mean", 0.5), ("std", [0.5, 0.5, 0]), ("interpolation", ["bicubic"])]:
+    for name, value in [
+        ("interpolation", "bilinear"),
+        ("size", 18),
+        ("resize_mode", "random"),
+        ("mean", 0.5),
+        ("std", [0.5, 0.5, 0]),
+        ("interpolation", ["bicubic"]),
+    ]:
         with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
             preprocess.from_open_clip({name: value}, 16)

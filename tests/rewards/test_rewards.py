@@ -39,8 +39,9 @@ def torch_clip(folder):
 
 
 def torch_text(folder, prompts):
-    ids = CLIPTokenizer.from_pretrained(folder)(prompts, padding="max_length", truncation=True,
-                                                max_length=tiny.TOKENS, return_tensors="pt")
+    ids = CLIPTokenizer.from_pretrained(folder)(
+        prompts, padding="max_length", truncation=True, max_length=tiny.TOKENS, return_tensors="pt"
+    )
     with torch.no_grad():
         features = torch_clip(folder).get_text_features(**ids).pooler_output
     return features / features.norm(dim=-1, keepdim=True)
@@ -63,8 +64,11 @@ def score(reward, images, features):
 
 def scores_and_gradient(reward, images, features):
     features = features if features is None else jnp.asarray(features)
-    compiled = jax.jit(lambda params, images: value_and_gradient(
-        lambda x: reward.score(params, x, features), images))
+    compiled = jax.jit(
+        lambda params, images: value_and_gradient(
+            lambda x: reward.score(params, x, features), images
+        )
+    )
     return compiled(lazy.place(reward.params), jnp.asarray(images))
 
 
@@ -98,11 +102,11 @@ def test_clip_score_of_a_folder_that_squashes(tmp_path):
 def test_clip_score_of_image_files_equals_the_processor_of_transformers(folder, reward):
     """Its uint8 rounding and clipping is all that differs."""
     files = (noise(40, 61) * 255).astype(np.uint8)
-    scores = score(reward, files / np.float32(255),
-                   reward.text_features(reward.params, PROMPTS))
+    scores = score(reward, files / np.float32(255), reward.text_features(reward.params, PROMPTS))
     with torch.no_grad():
         pixel_values = CLIPImageProcessor.from_pretrained(folder)(
-            [Image.fromarray(file) for file in files], return_tensors="pt").pixel_values
+            [Image.fromarray(file) for file in files], return_tensors="pt"
+        ).pixel_values
         expected = (torch_image(folder, pixel_values) * torch_text(folder, PROMPTS)).sum(-1)
     np.testing.assert_allclose(scores, expected, atol=5e-3)
 
@@ -151,8 +155,9 @@ def test_text_features_of_many_prompts(folder, reward):
     found = reward.text_features(reward.params, prompts)
     assert found.dtype == np.float32 and isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, torch_text(folder, prompts), atol=2e-6)
-    np.testing.assert_allclose(reward.text_features(reward.params, prompts[-2:]), found[-2:],
-                               atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        reward.text_features(reward.params, prompts[-2:]), found[-2:], atol=1e-6
+    )
 
 
 def test_text_tower_is_compiled_for_few_sizes(reward):
@@ -182,8 +187,16 @@ def head(tmp_path_factory):
     linears = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     dropout = torch.nn.Dropout(0.2)
     mlp = torch.nn.Module()  # as improved-aesthetic-predictor's simple_inference.py has it
-    mlp.layers = torch.nn.Sequential(linears[0], dropout, linears[1], dropout, linears[2],
-                                     torch.nn.Dropout(0.1), linears[3], linears[4])
+    mlp.layers = torch.nn.Sequential(
+        linears[0],
+        dropout,
+        linears[1],
+        dropout,
+        linears[2],
+        torch.nn.Dropout(0.1),
+        linears[3],
+        linears[4],
+    )
     tiny.randomize(mlp, seed=4)
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
     save_file(mlp.state_dict(), path)
@@ -237,17 +250,21 @@ def test_a_resize_of_the_entry(folder, reward):
     reduced = rewards.load("clip", reward_entry("clip_score", path=str(folder), resize="reduce"))
     features, images = reward.text_features(reward.params, PROMPTS), noise(64, 64)
     blocks = images.reshape(2, 32, 2, 32, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(score(reduced, images, features), score(reward, blocks, features),
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        score(reduced, images, features), score(reward, blocks, features), atol=1e-6
+    )
     with pytest.raises(InputError, match=r"rewards.x.resize = 'area' is unknown; known: bicubic"):
         rewards.load("x", reward_entry("clip_score", path=str(folder), resize="area"))
 
 
-@pytest.mark.parametrize(("fields", "missing"), [
-    ({"type": "clip_score"}, "path"),
-    ({"type": "aesthetic", "head": "head.safetensors"}, "path"),
-    ({"type": "hps_v2_1"}, "path"),
-])
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"type": "clip_score"}, "path"),
+        ({"type": "aesthetic", "head": "head.safetensors"}, "path"),
+        ({"type": "hps_v2_1"}, "path"),
+    ],
+)
 def test_an_entry_without_its_files(fields, missing):
     with pytest.raises(InputError, match=rf"rewards.x.{missing} is not set: a reward of type"):
         rewards.load("x", reward_entry(**fields))
@@ -256,18 +273,41 @@ def test_an_entry_without_its_files(fields, missing):
 COMMAND = "convert the published file first, with python -m r0_jax.convert_reward"
 
 
-@pytest.mark.parametrize(("kind", "files", "path", "said"), [
-    ("hps_v2_1", ["HPS.pt"], "HPS.pt", "= '{0}/HPS.pt' is a file: give a folder of transformers "
-     f"or open_clip, or {COMMAND} --reward=hps_v2_1 --checkpoint={{0}}/HPS.pt --tokenizer=PATH "
-     "--out=FOLDER"),
-    ("pickscore", ["model.safetensors"], "model.safetensors", "is a file: give a folder of"),
-    ("image_reward", ["ImageReward.pt", "med_config.json"], "", "= '{0}' holds ImageReward.pt, "
-     f"which is never read: {COMMAND} --reward=image_reward --checkpoint={{0}}/ImageReward.pt"),
-    ("clip_score", ["open_clip_config.json", "open_clip_pytorch_model.bin"], "",
-     "--reward=clip_score --checkpoint={0}/open_clip_pytorch_model.bin --tokenizer=PATH"),
-    ("aesthetic", ["linearMSE.pth"], "linearMSE.pth",
-     "--reward=aesthetic --checkpoint={0}/linearMSE.pth --out=FOLDER (see"),
-])
+@pytest.mark.parametrize(
+    ("kind", "files", "path", "said"),
+    [
+        (
+            "hps_v2_1",
+            ["HPS.pt"],
+            "HPS.pt",
+            "= '{0}/HPS.pt' is a file: give a folder of transformers "
+            f"or open_clip, or {COMMAND} --reward=hps_v2_1 "
+            "--checkpoint={0}/HPS.pt --tokenizer=PATH "
+            "--out=FOLDER",
+        ),
+        ("pickscore", ["model.safetensors"], "model.safetensors", "is a file: give a folder of"),
+        (
+            "image_reward",
+            ["ImageReward.pt", "med_config.json"],
+            "",
+            "= '{0}' holds ImageReward.pt, "
+            f"which is never read: {COMMAND} --reward=image_reward "
+            "--checkpoint={0}/ImageReward.pt",
+        ),
+        (
+            "clip_score",
+            ["open_clip_config.json", "open_clip_pytorch_model.bin"],
+            "",
+            "--reward=clip_score --checkpoint={0}/open_clip_pytorch_model.bin --tokenizer=PATH",
+        ),
+        (
+            "aesthetic",
+            ["linearMSE.pth"],
+            "linearMSE.pth",
+            "--reward=aesthetic --checkpoint={0}/linearMSE.pth --out=FOLDER (see",
+        ),
+    ],
+)
 def test_published_checkpoints_are_led_to_the_converter(tmp_path, kind, files, path, said):
     for name in files:
         (tmp_path / name).write_bytes(b"{}")
@@ -278,8 +318,11 @@ def test_published_checkpoints_are_led_to_the_converter(tmp_path, kind, files, p
 
 def test_a_published_head_is_led_to_the_converter(folder):
     entry = reward_entry("aesthetic", path=str(folder), head="/x/linearMSE.pth")
-    with pytest.raises(InputError, match=r"rewards.x.head = '/x/linearMSE.pth' is a pickle.* "
-                       rf"--checkpoint=/x/linearMSE.pth --out={folder} \(see"):
+    with pytest.raises(
+        InputError,
+        match=r"rewards.x.head = '/x/linearMSE.pth' is a pickle.* "
+        rf"--checkpoint=/x/linearMSE.pth --out={folder} \(see",
+    ):
         rewards.load("x", entry)
 
 
@@ -295,7 +338,7 @@ def test_a_folder_of_transformers_with_pickles_is_led_to_save_pretrained(folder,
 # --- A user's own function ------------------------------------------------------------------------
 
 SHAPE = (4, 6, 3)
-MODULE = '''
+MODULE = """
 import jax.numpy as jnp
 
 def redness(images, features):
@@ -311,12 +354,13 @@ def one_argument(images):
     return images.mean(axis=(1, 2, 3))
 
 a_number = 3
-'''
+"""
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Writes a module and makes it importable, for this test only."""
+
     def write(name, text):
         (tmp_path / f"{name}.py").write_text(text, "utf-8")
 
@@ -339,8 +383,9 @@ def test_a_users_function(module):
     plugin.check(reward, SHAPE)
     features = reward.text_features({}, ["abc", "abcde"])
     assert features.dtype == np.float32 and features.tolist() == [[0, 3, 1], [0, 5, 1]]
-    np.testing.assert_allclose(reward.score({}, images, features),
-                               images.mean((1, 2, 3)) * np.asarray([3, 5]), rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        reward.score({}, images, features), images.mean((1, 2, 3)) * np.asarray([3, 5]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,12 +440,15 @@ def failing(images, features):
         (lambda x, f: mean(x) + jnp.zeros(2), r"fails on images of shape \(3, 4, 6, 3\)"),
         (lambda x, f: jnp.asarray(np.asarray(x).mean((1, 2, 3))), "fails on .*TracerArrayConv"),
         (lambda x, f: mean(x) * f[:, 0], r"fails on images of shape \(2, 4, 6, 3\): TypeError"),
-        (lambda x, f: jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)),
-                                        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32), x),
-         "fails on the gradient at images .*ValueError: Pure callbacks do not support JVP"),
+        (
+            lambda x, f: jax.pure_callback(
+                lambda x: np.mean(x, (1, 2, 3)), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32), x
+            ),
+            "fails on the gradient at images .*ValueError: Pure callbacks do not support JVP",
+        ),
         (failing, "fails on images .*: AssertionError$"),
     ],
-)  # fmt: skip
+)
 def test_functions_that_cannot_be_trained_on(function, said):
     reward = Reward("x", {}, lambda params, images, features: function(images, features), None)
     with pytest.raises(InputError, match=said) as e:
@@ -418,8 +466,11 @@ def test_functions_that_cannot_be_trained_on(function, said):
     ],
 )
 def test_text_features_that_do_not_fit(module, encode, said):
-    module("mine", "def f(images, features):\n    return features[:, 0]\n"
-                   f"def f_text_features(prompts):\n{encode}\n")  # fmt: skip
+    module(
+        "mine",
+        "def f(images, features):\n    return features[:, 0]\n"
+        f"def f_text_features(prompts):\n{encode}\n",
+    )
     reward = rewards.load("x", reward_entry("function", function="mine:f"))
     with pytest.raises(InputError, match=said) as e:
         plugin.check(reward, SHAPE)
@@ -428,31 +479,41 @@ def test_text_features_that_do_not_fit(module, encode, said):
 
 def test_a_function_that_is_only_measured_needs_no_gradient():
     def score(params, images, features):
-        return jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)),
-                                 jax.ShapeDtypeStruct(images.shape[:1], jnp.float32), images)
+        return jax.pure_callback(
+            lambda x: np.mean(x, (1, 2, 3)),
+            jax.ShapeDtypeStruct(images.shape[:1], jnp.float32),
+            images,
+        )
 
     plugin.check(Reward("x", {}, score, None), SHAPE, trained=False)
     with pytest.raises(InputError, match="depends on another image"):
-        plugin.check(Reward("x", {}, lambda p, x, f: jnp.cumsum(score(p, x, f)), None), SHAPE,
-                     trained=False)
+        plugin.check(
+            Reward("x", {}, lambda p, x, f: jnp.cumsum(score(p, x, f)), None), SHAPE, trained=False
+        )
 
 
 def test_a_function_with_weights_of_its_own(module):
-    module("mine", "import numpy as np\n"
-                   "def f(params, images, features):\n"
-                   "    assert not isinstance(params['a'], np.ndarray)\n"
-                   "    return images.mean((1, 2, 3)) * params['a'] + params['b'].sum()\n"
-                   "def f_params():\n"
-                   "    return {'a': np.float32(3), 'b': np.ones((2, 2), np.float32)}\n"
-                   "g, g_params, h, h_params = f, lambda: [1], f, lambda: {'a': None}\n"
-                   "def k(images, features): pass\n"
-                   "k_params = f_params\n")  # fmt: skip
+    module(
+        "mine",
+        "import numpy as np\n"
+        "def f(params, images, features):\n"
+        "    assert not isinstance(params['a'], np.ndarray)\n"
+        "    return images.mean((1, 2, 3)) * params['a'] + params['b'].sum()\n"
+        "def f_params():\n"
+        "    return {'a': np.float32(3), 'b': np.ones((2, 2), np.float32)}\n"
+        "g, g_params, h, h_params = f, lambda: [1], f, lambda: {'a': None}\n"
+        "def k(images, features): pass\n"
+        "k_params = f_params\n",
+    )
     reward = rewards.load("x", reward_entry("function", function="mine:f"))
     plugin.check(reward, SHAPE)
     images = noise(4, 6)
     np.testing.assert_allclose(reward(images, ["", ""]), 3 * images.mean((1, 2, 3)) + 4, rtol=1e-5)
-    for name, said in (("g", "must return .name: array., not list"), ("h", "must return"),
-                       ("k", "mine:k must take .params, images, features.")):
+    for name, said in (
+        ("g", "must return .name: array., not list"),
+        ("h", "must return"),
+        ("k", "mine:k must take .params, images, features."),
+    ):
         with pytest.raises(InputError, match=said):
             rewards.load("x", reward_entry("function", function=f"mine:{name}"))
 
@@ -475,13 +536,17 @@ def test_features_of_a_prompt_are_computed_once(monkeypatch):
     assert asked[2:] == [["dddd"], ["a"]]
 
 
-@pytest.mark.parametrize("images, prompts, said", [
-    (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], "dtype uint8 cannot be scored"),
-    (np.zeros((4, 4, 3), np.float32), ["a"], r"shape \(4, 4, 3\) .* give \[B, h, w, 3\]"),
-    (np.zeros((2, 3, 4, 4), np.float32), ["a", "b"], r"shape \(2, 3, 4, 4\)"),
-    (np.zeros((2, 4, 4, 3), np.float32), ["a"], "2 images and 1 prompts"),
-    (np.zeros((1, 4, 4, 3), np.float32), "a", "1 images and one text: give a list"),
-    ([[0.5]], ["a"], "dtype object cannot be scored")])
+@pytest.mark.parametrize(
+    "images, prompts, said",
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], "dtype uint8 cannot be scored"),
+        (np.zeros((4, 4, 3), np.float32), ["a"], r"shape \(4, 4, 3\) .* give \[B, h, w, 3\]"),
+        (np.zeros((2, 3, 4, 4), np.float32), ["a", "b"], r"shape \(2, 3, 4, 4\)"),
+        (np.zeros((2, 4, 4, 3), np.float32), ["a"], "2 images and 1 prompts"),
+        (np.zeros((1, 4, 4, 3), np.float32), "a", "1 images and one text: give a list"),
+        ([[0.5]], ["a"], "dtype object cannot be scored"),
+    ],
+)
 def test_a_call_that_would_be_misunderstood(images, prompts, said):
     # By itself: in tests the annotations of the calls would be checked first.
     with pytest.raises(InputError, match=said):

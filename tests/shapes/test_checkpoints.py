@@ -50,8 +50,13 @@ def test_stock_diffusers_draws_the_same_images(pipeline):
     ours = np.asarray(sampler(lazy.place(pipeline.params), pipeline.tokenize(FOUR), noise, keys))
     stock = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINTS / "pipeline")
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(FOUR, num_inference_steps=4, guidance_scale=2.0, output_type="np",
-                   latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())).images
+    theirs = stock(
+        FOUR,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        output_type="np",
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+    ).images
     assert np.abs(ours - theirs).max() < 2 / 255
     assert ours.std() > 0.1
 

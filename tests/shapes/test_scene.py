@@ -143,8 +143,9 @@ def test_shapes_have_their_area_and_extent(index, area):
 
 
 def test_triangle_points_up():
-    covered = coverage(
-        signed_distance(np.array([2]), np.array([[32.0, 32.0]]), np.array([12.0])))[0]
+    covered = coverage(signed_distance(np.array([2]), np.array([[32.0, 32.0]]), np.array([12.0])))[
+        0
+    ]
     assert covered[:32].sum() < 0.5 * covered[32:].sum()
 
 
@@ -159,7 +160,8 @@ def test_objects_have_their_colour_and_edges_are_soft():
         x, y = layouts.centre[shown, i].astype(int).T
         np.testing.assert_allclose(images[shown, y, x], palette[scenes.colour[shown, i]], atol=1e-6)
     covered = coverage(
-        signed_distance(scenes.shape[:, 0], layouts.centre[:, 0], layouts.radius[:, 0]))
+        signed_distance(scenes.shape[:, 0], layouts.centre[:, 0], layouts.radius[:, 0])
+    )
     soft = ((covered > 0.05) & (covered < 0.95)).any((1, 2))
     assert soft.mean() > 0.98  # all but a few whose straight edges lie between pixels
 

@@ -9,8 +9,11 @@ from r0_jax.pipelines import families, tiny_decoder
 from r0_jax.stand_ins import blank
 
 # Millions of parameters of the part that is trained.
-SIZES = {"StableDiffusionPipeline": 859.5, "StableDiffusionXLPipeline": 2567.5,
-         "StableDiffusion3Pipeline": 2084.95}
+SIZES = {
+    "StableDiffusionPipeline": 859.5,
+    "StableDiffusionXLPipeline": 2567.5,
+    "StableDiffusion3Pipeline": 2084.95,
+}
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -19,11 +22,13 @@ def test_pipelines(tmp_path, family):
     pipeline = families.load(tmp_path / "pipeline", "bfloat16")
     params = pipeline.params[pipeline.generator_part]
     assert sum(np.prod(x.shape) for x in params.values()) / 1e6 == pytest.approx(
-        SIZES[family], rel=1e-4)
+        SIZES[family], rel=1e-4
+    )
     blank.write_decoder(tmp_path / "decoder", family)
     assert tiny_decoder.load(tmp_path / "decoder", pipeline, "bfloat16").params
-    assert not np.asarray(params["conv_out.bias" if "conv_out.bias" in params else
-                                 "proj_out.bias"]).any()
+    assert not np.asarray(
+        params["conv_out.bias" if "conv_out.bias" in params else "proj_out.bias"]
+    ).any()
     assert {ids.shape[1] for ids in pipeline.tokenize(["a prompt"]).values()} <= {77, 256}
     on_disk = sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*"))
     assert on_disk < 5e6  # of gigabytes
@@ -37,8 +42,9 @@ def test_taiyi(tmp_path):
     assert words.shape == (21128, 768)
 
 
-@pytest.mark.parametrize("kind", ["hps_v2_1", "image_reward", "clip_score", "aesthetic",
-                                  "pickscore", "chinese_clip"])
+@pytest.mark.parametrize(
+    "kind", ["hps_v2_1", "image_reward", "clip_score", "aesthetic", "pickscore", "chinese_clip"]
+)
 def test_rewards(tmp_path, kind):
     blank.write_reward(tmp_path / kind, kind)
     reward = rewards.load(kind, str(tmp_path / kind), "bfloat16")

@@ -21,8 +21,14 @@ def cache(tmp_path_factory):
 
 
 def run(module, *arguments):
-    return subprocess.run(command(module, *arguments), cwd=ROOT, env=environment(),
-                          capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command(module, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def command(module, *arguments):
@@ -30,5 +36,8 @@ def command(module, *arguments):
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                         "XLA_FLAGS": fast_xla.FLAGS}
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": fast_xla.FLAGS,
+    }

@@ -22,6 +22,7 @@ class Disk:
     def run(self, world: World, workdir: Path, room: int) -> Process:
         """A run that finds so many bytes free, or may write files of at most so many."""
         if not self.mounted:
+
             def limit() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
@@ -47,8 +48,14 @@ class Disk:
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Disk]:
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={Disk.ROOM}", "tmpfs", folder],
-                             capture_output=True, check=False).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={Disk.ROOM}", "tmpfs", folder],
+            capture_output=True,
+            check=False,
+        ).returncode
+        == 0
+    )
     try:
         yield Disk(folder, mounted)
     finally:

@@ -1,7 +1,7 @@
 """What `tests/support/faults.py` runs in processes of their own, besides the main job itself.
 
-    python -m fault_programs restore --config=... --workdir=W    digests of what a mesh restores
-    python -m fault_programs damage W COUNT SEED                 a line of JSON a damaged checkpoint
+python -m fault_programs restore --config=... --workdir=W    digests of what a mesh restores
+python -m fault_programs damage W COUNT SEED                 a line of JSON a damaged checkpoint
 """
 
 import hashlib
@@ -57,10 +57,16 @@ def restore() -> None:
 
     def loop(config, folder, state, *rest):
         arrays = checkpoint._flatten(state)
-        split = [name for name, x in arrays.items()
-                 if x.addressable_shards[0].data.size < x.size]
-        print(json.dumps({"devices": len(jax.devices()), "split": len(split),
-                          "digests": {name: digest(x) for name, x in arrays.items()}}))
+        split = [name for name, x in arrays.items() if x.addressable_shards[0].data.size < x.size]
+        print(
+            json.dumps(
+                {
+                    "devices": len(jax.devices()),
+                    "split": len(split),
+                    "digests": {name: digest(x) for name, x in arrays.items()},
+                }
+            )
+        )
         return False
 
     training.loop = loop
@@ -82,23 +88,38 @@ def damage(workdir: str, count: str, seed: str) -> None:
     for step in (older, newest):
         folder = workdir / "checkpoints" / str(step)
         shapes = checkpoint._stored_shapes(folder)
-        whole[step] = ({name: digest(x) for name, x in checkpoint._read(folder, shapes).items()},
-                       checkpoint.read_metadata(workdir, step))
+        whole[step] = (
+            {name: digest(x) for name, x in checkpoint._read(folder, shapes).items()},
+            checkpoint.read_metadata(workdir, step),
+        )
     config = ConfigDict(json.loads((workdir / "config.json").read_text("utf-8")))
-    params = {name.removeprefix("params."): shape for name, shape in shapes.items()
-              if name.startswith("params.")}
+    params = {
+        name.removeprefix("params."): shape
+        for name, shape in shapes.items()
+        if name.startswith("params.")
+    }
     moments = [name.split(".")[1] for name in shapes if name.startswith("moments.")]
-    state = jax.eval_shape(lambda: train_state.init(
-        {name: jnp.zeros(x.shape, x.dtype) for name, x in params.items()},
-        optim.make_optimizer(config, 0.0), sorted(set(moments))))
+    state = jax.eval_shape(
+        lambda: train_state.init(
+            {name: jnp.zeros(x.shape, x.dtype) for name, x in params.items()},
+            optim.make_optimizer(config, 0.0),
+            sorted(set(moments)),
+        )
+    )
     where = jax.tree.map(lambda _: sharding.replicated(sharding.local_mesh()), state)
     target = sharding.with_sharding(state, where)
 
     def outcome(copy: Path) -> str:
         try:  # as a reader of the run, who must not change it
             read, _ = checkpoint.load_params(copy, step=newest)
-            reader = "read" if all(digest(x) == whole[newest][0][f"ema_params.{name}"]
-                                   for name, x in read.items()) and read else "WRONG NUMBERS READ"
+            reader = (
+                "read"
+                if all(
+                    digest(x) == whole[newest][0][f"ema_params.{name}"] for name, x in read.items()
+                )
+                and read
+                else "WRONG NUMBERS READ"
+            )
         except InputError:
             reader = "refused"
         with checkpoint.Checkpoints(copy, best_metric=config.best_metric) as checkpoints:
@@ -133,8 +154,7 @@ def harm(checkpoint: Path, rng: random.Random, number: int) -> tuple[str, str]:
 
     Mostly it is one that is read: a process leaves many others, from before they were merged.
     """
-    found = sorted(path for path in checkpoint.rglob("*")
-                   if path.is_file() and path.stat().st_size)
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
     read = [path for path in found if "ocdbt.process_0" not in path.parts]
     path = rng.choice(read if rng.random() < 0.8 else found)
     how, size = HARMS[number % len(HARMS)], path.stat().st_size

@@ -28,8 +28,10 @@ def table(rows: list[Row]) -> Table:
 
 def report(rows: list[Row], world: World, seed: int, minutes: float) -> str:
     """docs/faults.md."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (
-        "jax", "orbax-checkpoint", "tensorstore"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("jax", "orbax-checkpoint", "tensorstore")
+    )
     lines = "".join(f"| {row.section} | {row.what} | {row.found} |\n" for row in rows)
     return f"""# Faults
 

@@ -63,27 +63,46 @@ class World:
         self.folder, self.steps = folder, steps
         # What a restart costs is tracing: as few layers as there can be.
         miniature.write(
-            folder / "pipeline", "StableDiffusionPipeline", text_encoder={"num_hidden_layers": 1},
+            folder / "pipeline",
+            "StableDiffusionPipeline",
+            text_encoder={"num_hidden_layers": 1},
             unet={"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
-            vae={"block_out_channels": [8], "sample_size": 8,
-                 "down_block_types": ["DownEncoderBlock2D"],
-                 "up_block_types": ["UpDecoderBlock2D"]})
+            vae={
+                "block_out_channels": [8],
+                "sample_size": 8,
+                "down_block_types": ["DownEncoderBlock2D"],
+                "up_block_types": ["UpDecoderBlock2D"],
+            },
+        )
         prompts = miniature.PROMPTS + [f"{number} stars" for number in range(11)]
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         (folder / "recipe.py").write_text(
-            RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL,
-                          evaluated=EVALUATED), encoding="utf-8")
+            RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL, evaluated=EVALUATED),
+            encoding="utf-8",
+        )
         self.run(folder / "compiled", "--config.steps=1").must_end_well()
         begin = time.monotonic()
         self.whole = folder / "whole"
         self.run(self.whole).must_end_well()
         self.seconds = time.monotonic() - begin
 
-    def start(self, workdir: Path, *flags: str, devices: int = 1, program: str = "r0_jax.main",
-              **popen: Any) -> "Process":
+    def start(
+        self,
+        workdir: Path,
+        *flags: str,
+        devices: int = 1,
+        program: str = "r0_jax.main",
+        **popen: Any,
+    ) -> "Process":
         """The main job in `workdir`; `program` may be another module, with its argument."""
-        command = [sys.executable, "-m", *program.split(), f"--config={self.folder / 'recipe.py'}",
-                   f"--workdir={workdir}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            *program.split(),
+            f"--config={self.folder / 'recipe.py'}",
+            f"--workdir={workdir}",
+            *flags,
+        ]
         return Process(command, workdir, environment(devices), **popen)
 
     def run(self, workdir: Path, *flags: str, **options: Any) -> "Process":
@@ -148,11 +167,13 @@ class Process(subprocess.Popen):
 def environment(devices: int) -> dict[str, str]:
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     return os.environ | {
-        "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": paths,
+        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         # All compiled programs are kept, however quickly they were made: a restart is quicker.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 # --- moments -----------------------------------------------------------------------------
@@ -191,8 +212,11 @@ def in_an_evaluation(process: Process, rng: random.Random, seconds: float) -> No
 
     def begun() -> bool:
         found = list(lines(process.workdir))
-        return len(found) > before and found[-1]["step"] % EVALUATED == 0 and (
-            "train/loss" in found[-1])
+        return (
+            len(found) > before
+            and found[-1]["step"] % EVALUATED == 0
+            and ("train/loss" in found[-1])
+        )
 
     _until(process, None, begun)
     time.sleep(rng.uniform(0, 0.05))
@@ -225,7 +249,7 @@ def lines(workdir: Path) -> Iterator[dict]:
     """The whole lines of metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     text = path.read_text("utf-8") if path.is_file() else ""
-    for line in text[:text.rfind("\n") + 1].splitlines():
+    for line in text[: text.rfind("\n") + 1].splitlines():
         yield json.loads(line)
 
 
@@ -243,7 +267,8 @@ def measured(workdir: Path) -> list[dict]:
     found: dict[int, dict] = {}
     for line in lines(workdir):
         found.setdefault(line["step"], {}).update(
-            {name: value for name, value in line.items() if not name.startswith("perf/")})
+            {name: value for name, value in line.items() if not name.startswith("perf/")}
+        )
     return list(found.values())
 
 
@@ -255,8 +280,11 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
-        and a[name].tobytes() == b[name].tobytes() for name in a)
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
 
 
 def stop(process: Process) -> float | None:

@@ -66,30 +66,45 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     del rng
     workdir = world.folder / "eight"
     devices, *mesh = SAVED_ON
-    world.run(workdir, "--config.steps=3", *mesh, devices=devices,
-              program="fault_programs train").must_end_well()
+    world.run(
+        workdir, "--config.steps=3", *mesh, devices=devices, program="fault_programs train"
+    ).must_end_well()
     wanted, wrong, done = None, [], []
-    for data, fsdp in MESHES[:counts.meshes]:
-        process = world.start(workdir, f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}",
-                              devices=data * fsdp, program="fault_programs restore",
-                              stdout=subprocess.PIPE, text=True)
+    for data, fsdp in MESHES[: counts.meshes]:
+        process = world.start(
+            workdir,
+            f"--config.mesh.data={data}",
+            f"--config.mesh.fsdp={fsdp}",
+            devices=data * fsdp,
+            program="fault_programs restore",
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         out, _ = process.communicate()
         # It is stopped after the restore.
         if process.returncode != cli.STOPPED or "Traceback" in process.said:
             wrong.append(f"{data} x {fsdp}: status {process.returncode}: {process.said[-300:]}")
             continue
         found = json.loads(out)
-        wanted = wanted or {name: fault_programs.digest(x)
-                            for name, x in fault_world.arrays(workdir, 3).items()}
+        wanted = wanted or {
+            name: fault_programs.digest(x) for name, x in fault_world.arrays(workdir, 3).items()
+        }
         if found["digests"] != wanted:
             wrong.append(f"{data} x {fsdp}: other numbers")
         if found["devices"] != data * fsdp or (found["split"] > 0) != (fsdp > 1):
-            wrong.append(f"{data} x {fsdp}: {found['devices']} devices, {found['split']} arrays "
-                         "are split")
+            wrong.append(
+                f"{data} x {fsdp}: {found['devices']} devices, {found['split']} arrays are split"
+            )
         done.append(f"{data} x {fsdp}")
     bytes_equal = f"{len(done)} of {counts.meshes} bit-equal: {', '.join(done)} (data x fsdp)"
-    return [Row("meshes", f"saved on 2 x 4 devices, {len(wanted or {})} arrays, restored on",
-                bytes_equal, tuple(wrong))]
+    return [
+        Row(
+            "meshes",
+            f"saved on 2 x 4 devices, {len(wanted or {})} arrays, restored on",
+            bytes_equal,
+            tuple(wrong),
+        )
+    ]
 
 
 # --- kills -------------------------------------------------------------------------------
@@ -123,8 +138,12 @@ class Kill(NamedTuple):
         return []
 
 
-MOMENTS = {"at any time": fault_world.anytime, "in training": fault_world.in_training,
-           "in a save": fault_world.in_a_save, "in an evaluation": fault_world.in_an_evaluation}
+MOMENTS = {
+    "at any time": fault_world.anytime,
+    "in training": fault_world.in_training,
+    "in a save": fault_world.in_a_save,
+    "in an evaluation": fault_world.in_an_evaluation,
+}
 
 
 def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
@@ -164,14 +183,24 @@ def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     return [
         Row("kill -9", "at random moments", f"{len(done)}: {by_moment}"),
         Row("kill -9", "came while a checkpoint was being written", str(saving)),
-        Row("kill -9", "started again from the newest checkpoint, to the end", f"{len(done)} of "
-            f"{len(done)}" if not wrong else "NOT ALWAYS", tuple(wrong)),
-        Row("kill -9", f"steps done again, checkpoints every {INTERVAL}",
+        Row(
+            "kill -9",
+            "started again from the newest checkpoint, to the end",
+            f"{len(done)} of {len(done)}" if not wrong else "NOT ALWAYS",
+            tuple(wrong),
+        ),
+        Row(
+            "kill -9",
+            f"steps done again, checkpoints every {INTERVAL}",
             f"median {statistics.median(lost):.0f}, most {max(lost)}, of them in a save "
             f"{max((k.lost for k in done if k.saving is not None), default=0)}, otherwise "
-            f"{max((k.lost for k in done if k.saving is None), default=0)}"),
-        Row("kill -9", "runs that ended bit-equal to the undisturbed one",
-            f"{runs} of {runs}" if not wrong else "NOT ALL"),
+            f"{max((k.lost for k in done if k.saving is None), default=0)}",
+        ),
+        Row(
+            "kill -9",
+            "runs that ended bit-equal to the undisturbed one",
+            f"{runs} of {runs}" if not wrong else "NOT ALL",
+        ),
     ]
 
 
@@ -186,27 +215,51 @@ def last_reached(process: Process) -> int:
 def damages(world: World, counts: Counts, rng: random.Random) -> list[Row]:
     """The newest checkpoint damaged: in copies that are only restored, then in runs that go on."""
     process = subprocess.run(
-        [sys.executable, "-m", "fault_programs", "damage", str(world.whole), str(counts.damages),
-         str(rng.randrange(2**32))], cwd=ROOT, env=fault_world.environment(2), capture_output=True,
-        text=True, timeout=1800)
+        [
+            sys.executable,
+            "-m",
+            "fault_programs",
+            "damage",
+            str(world.whole),
+            str(counts.damages),
+            str(rng.randrange(2**32)),
+        ],
+        cwd=ROOT,
+        env=fault_world.environment(2),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     found = [json.loads(line) for line in process.stdout.splitlines()]
     outcomes = Counter(x["outcome"] for x in found)
-    wrong = [f"{x['how']} {x['file']}: {x['outcome']}" for x in found
-             if x["outcome"] not in ("set aside", "harmless")]
+    wrong = [
+        f"{x['how']} {x['file']}: {x['outcome']}"
+        for x in found
+        if x["outcome"] not in ("set aside", "harmless")
+    ]
     if len(found) < counts.damages or "Traceback" in process.stderr:
-        wrong.append(f"status {process.returncode}: "
-                     f"{process.stderr[max(process.stderr.find('Traceback') - 500, 0):][:3000]}")
+        wrong.append(
+            f"status {process.returncode}: "
+            f"{process.stderr[max(process.stderr.find('Traceback') - 500, 0) :][:3000]}"
+        )
     warned = process.stderr.count("the newest of the others is used")
     if warned != outcomes["set aside"]:
         wrong.append(f"{outcomes['set aside']} set aside, but {warned} warnings")
     ways = ", ".join(f"{n} {how}" for how, n in Counter(x["how"] for x in found).items())
     rows = [
         Row("damage", "a random file of the newest checkpoint", f"{len(found)}: {ways}"),
-        Row("damage", "set aside with a warning, the one before restored bit-equal",
-            str(outcomes["set aside"])),
-        Row("damage", "in what is not read: the newest restored bit-equal",
-            str(outcomes["harmless"])),
-        Row("damage", "tracebacks, wrong numbers", str(len(wrong)), tuple(wrong))]
+        Row(
+            "damage",
+            "set aside with a warning, the one before restored bit-equal",
+            str(outcomes["set aside"]),
+        ),
+        Row(
+            "damage",
+            "in what is not read: the newest restored bit-equal",
+            str(outcomes["harmless"]),
+        ),
+        Row("damage", "tracebacks, wrong numbers", str(len(wrong)), tuple(wrong)),
+    ]
     return [*rows, damaged_runs(world, counts, rng)] if counts.damaged_runs else rows
 
 
@@ -221,18 +274,26 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
         fault_world.stop(process)
         *_, before, newest = checkpoint.steps(workdir)
         while True:  # until it is one that matters
-            how, file = fault_programs.harm(workdir / "checkpoints" / str(newest), rng,
-                                            rng.choice([0, 2, 3]))
+            how, file = fault_programs.harm(
+                workdir / "checkpoints" / str(newest), rng, rng.choice([0, 2, 3])
+            )
             if file.startswith("state/d/") or file == "metrics/metrics":
                 break
         process = world.run(workdir)
-        if (process.returncode, process.continued_from) != (0, before) or \
-                f"{newest}.damaged" not in process.said or "Traceback" in process.said:
+        if (
+            (process.returncode, process.continued_from) != (0, before)
+            or f"{newest}.damaged" not in process.said
+            or "Traceback" in process.said
+        ):
             wrong.append(f"{file} {how}: {process.said[-500:]}")
         wrong += [f"{file} {how}: {what}" for what in world.differences(workdir)]
         console.print(f"{newest}/{file} {how}: continued from {process.continued_from}")
-    return Row("damage", "runs that went on from the one before and ended bit-equal",
-               f"{counts.damaged_runs - len(wrong)} of {counts.damaged_runs}", tuple(wrong))
+    return Row(
+        "damage",
+        "runs that went on from the one before and ended bit-equal",
+        f"{counts.damaged_runs - len(wrong)} of {counts.damaged_runs}",
+        tuple(wrong),
+    )
 
 
 # --- a full disk -------------------------------------------------------------------------
@@ -251,12 +312,15 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             rooms = (0, 8_000, 60_000, 120_000) if steps else (0, 30_000, 150_000, 400_000)
             room = rooms[number % 4]
             process = disk.run(world, workdir, room)
-            console.print(f"{room} bytes of room after step {max(steps, default=None)}: status "
-                          f"{process.returncode}: {process.said[-200:].strip()}")
+            console.print(
+                f"{room} bytes of room after step {max(steps, default=None)}: status "
+                f"{process.returncode}: {process.said[-200:].strip()}"
+            )
             errors = [line for line in process.said.splitlines() if line.startswith("error: ")]
             if process.returncode != 2 or len(errors) != 1 or "Traceback" in process.said:
-                wrong.append(f"{room} bytes of room, status {process.returncode}: "
-                             f"{process.said[-1500:]}")
+                wrong.append(
+                    f"{room} bytes of room, status {process.returncode}: {process.said[-1500:]}"
+                )
             elif max(checkpoint.steps(workdir), default=-1) < max(steps, default=-1):
                 wrong.append(f"{steps} were there, {checkpoint.steps(workdir)} are left")
             else:
@@ -274,10 +338,19 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             wrong.append(f"with room again: {world_run.said[-500:]}")
         kind = disk.kind
     places = ", ".join(f"{n} at {name}" for name, n in where.items())
-    return [Row("full disk", f"one line, status 2, the last checkpoint kept ({kind})",
-                f"{failed} of {counts.disks}: {places}", tuple(wrong)),
-            Row("full disk", "the run went on when there was room, and ended bit-equal",
-                "yes" if not wrong else "NO")]
+    return [
+        Row(
+            "full disk",
+            f"one line, status 2, the last checkpoint kept ({kind})",
+            f"{failed} of {counts.disks}: {places}",
+            tuple(wrong),
+        ),
+        Row(
+            "full disk",
+            "the run went on when there was room, and ended bit-equal",
+            "yes" if not wrong else "NO",
+        ),
+    ]
 
 
 # --- SIGTERM -----------------------------------------------------------------------------
@@ -302,39 +375,65 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 ended = True
                 continue
             took = fault_world.stop(process)
-            console.print(f"stopped {moment} within {took} s, status {process.returncode}: "
-                          f"{process.said.splitlines()[-1:]}")
+            console.print(
+                f"stopped {moment} within {took} s, status {process.returncode}: "
+                f"{process.said.splitlines()[-1:]}"
+            )
             if took is None:
                 wrong.append(f"not ended after {GRACE:.0f} s")
             seconds.append(took or GRACE)
             saved = max(checkpoint.steps(workdir), default=0)
             if process.returncode == -signal.SIGTERM and (
-                    process.continued_from is None or saved == world.steps):
+                process.continued_from is None or saved == world.steps
+            ):
                 early += 1  # while Python was still importing, or was about to end
                 continue
             ended = process.returncode == 0
-            if process.returncode not in (0, cli.STOPPED) or "Traceback" in process.said or (
-                    last_reached(process) != saved) or ended == ("stopped" in process.said):
-                wrong.append(f"status {process.returncode}, step {last_reached(process)}, saved "
-                             f"{saved}: {process.said[-300:]}")
+            if (
+                process.returncode not in (0, cli.STOPPED)
+                or "Traceback" in process.said
+                or (last_reached(process) != saved)
+                or ended == ("stopped" in process.said)
+            ):
+                wrong.append(
+                    f"status {process.returncode}, step {last_reached(process)}, saved "
+                    f"{saved}: {process.said[-300:]}"
+                )
         wrong += [f"{workdir.name}: {what}" for what in world.differences(workdir)]
     return [
-        Row("SIGTERM", "at random moments; saved to the last step",
-            f"{len(seconds) - early}, and {early} when there was nothing to save", tuple(wrong)),
-        Row("SIGTERM", f"seconds to save and end, of {GRACE:.0f}",
-            f"median {statistics.median(seconds):.1f}, most {max(seconds):.1f}"),
-        Row("SIGTERM", "runs that went on and ended bit-equal to the undisturbed one",
-            f"{runs} of {runs}" if not wrong else "NOT ALL")]
+        Row(
+            "SIGTERM",
+            "at random moments; saved to the last step",
+            f"{len(seconds) - early}, and {early} when there was nothing to save",
+            tuple(wrong),
+        ),
+        Row(
+            "SIGTERM",
+            f"seconds to save and end, of {GRACE:.0f}",
+            f"median {statistics.median(seconds):.1f}, most {max(seconds):.1f}",
+        ),
+        Row(
+            "SIGTERM",
+            "runs that went on and ended bit-equal to the undisturbed one",
+            f"{runs} of {runs}" if not wrong else "NOT ALL",
+        ),
+    ]
 
 
 # --- all of it ---------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[World, Counts, random.Random], list[Row]]] = {
-    "meshes": meshes, "damages": damages, "disks": disks, "stops": stops, "kills": kills}
+    "meshes": meshes,
+    "damages": damages,
+    "disks": disks,
+    "stops": stops,
+    "kills": kills,
+}
 
 
-def campaign(folder: Path, counts: Counts, seed: int, steps: int,
-             sections: tuple[str, ...] = tuple(SECTIONS)) -> tuple[list[Row], World]:
+def campaign(
+    folder: Path, counts: Counts, seed: int, steps: int, sections: tuple[str, ...] = tuple(SECTIONS)
+) -> tuple[list[Row], World]:
     """The rows of the table; what went wrong is in them."""
     world = World(folder, steps)
     console.print(f"an undisturbed run of {steps} steps: {world.seconds:.1f} s")
@@ -361,16 +460,18 @@ def main() -> int:
     counts = Counts(**{name: getattr(given, name) for name in Counts._fields})
     begin = time.monotonic()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    rows, world = campaign(folder, counts, given.seed, given.steps,
-                           tuple(given.sections.split(",")))
+    rows, world = campaign(
+        folder, counts, given.seed, given.steps, tuple(given.sections.split(","))
+    )
     Console().print(table(rows))
     if any(row.wrong for row in rows):
         console.print(f"something is wrong; the runs are in {folder}", style="bold red")
         return 1
     shutil.rmtree(folder)
     if given.report:
-        given.report.write_text(report(rows, world, given.seed, (time.monotonic() - begin) / 60),
-                                encoding="utf-8")
+        given.report.write_text(
+            report(rows, world, given.seed, (time.monotonic() - begin) / 60), encoding="utf-8"
+        )
     return 0
 
 

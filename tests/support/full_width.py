@@ -93,6 +93,7 @@ def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _network(path: str, config: str, fields: Callable[[], dict]) -> Callable[[], Any]:
     """Makes the Network of a class and config class of `r0_jax.models`, by name."""
+
     def make():
         from r0_jax.weights.network import Network
 
@@ -167,36 +168,66 @@ def _cosine_here(network, params, ids, images):
 
 
 def _cosine(reference: str, module, network, length: int, words: int, ends: bool) -> Case:
-    return Case(reference, module, network,
-                lambda: (token_ids(length, words, ends), normal(0, 1, 224, 224, 3)),
-                _cosine_there, _cosine_here, ("logit_scale.",))
+    return Case(
+        reference,
+        module,
+        network,
+        lambda: (token_ids(length, words, ends), normal(0, 1, 224, 224, 3)),
+        _cosine_there,
+        _cosine_here,
+        ("logit_scale.",),
+    )
 
 
 def _open_clip(name: str) -> Case:
     fields = _architecture("open_clip", name)
-    return _cosine("torch twin", _twin("OpenCLIP", fields),
-                   _network("open_clip.OpenCLIP", "OpenCLIPConfig", fields), 77, 49408, True)
+    return _cosine(
+        "torch twin",
+        _twin("OpenCLIP", fields),
+        _network("open_clip.OpenCLIP", "OpenCLIPConfig", fields),
+        77,
+        49408,
+        True,
+    )
 
 
 def _clip(name: str) -> Case:
     def fields():
         return config_of(name)
 
-    return _cosine("transformers", _transformers("CLIPModel", fields),
-                   _network("clip.CLIPModel", "CLIPConfig", fields), 77, 49408, True)
+    return _cosine(
+        "transformers",
+        _transformers("CLIPModel", fields),
+        _network("clip.CLIPModel", "CLIPConfig", fields),
+        77,
+        49408,
+        True,
+    )
 
 
 def _cn_clip(name: str) -> Case:
     fields = _architecture("chinese_clip", name)
-    return _cosine("torch twin", _twin("CNCLIP", fields),
-                   _network("chinese_clip.CNCLIP", "CNCLIPConfig", fields), 52, 21128, False)
+    return _cosine(
+        "torch twin",
+        _twin("CNCLIP", fields),
+        _network("chinese_clip.CNCLIP", "CNCLIPConfig", fields),
+        52,
+        21128,
+        False,
+    )
 
 
 IMAGE_REWARD = {
     "vision": {"image_size": 224, "patch_size": 16, "width": 1024, "layers": 24, "heads": 16},
-    "text": {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12,
-             "num_attention_heads": 12, "intermediate_size": 3072,
-             "max_position_embeddings": 512}}
+    "text": {
+        "vocab_size": 30524,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+    },
+}
 
 
 def _image_reward_here(network, params, ids, images):
@@ -209,8 +240,12 @@ def _aesthetic_there():
     import torch_twins
     from torch import nn
 
-    return nn.ModuleDict({"clip": _transformers("CLIPModel", lambda: config_of(
-        "clip_score"))(), "head": torch_twins.score_mlp(768)})
+    return nn.ModuleDict(
+        {
+            "clip": _transformers("CLIPModel", lambda: config_of("clip_score"))(),
+            "head": torch_twins.score_mlp(768),
+        }
+    )
 
 
 def _aesthetic_here():
@@ -244,17 +279,25 @@ REWARDS = {
     "chinese_clip_l": _cn_clip("ViT-L-14"),
     "chinese_clip_h": _cn_clip("ViT-H-14"),
     "image_reward": Case(
-        "torch twin", _twin("ImageReward", lambda: IMAGE_REWARD["vision"],
-                            lambda: IMAGE_REWARD["text"]),
+        "torch twin",
+        _twin("ImageReward", lambda: IMAGE_REWARD["vision"], lambda: IMAGE_REWARD["text"]),
         _network("blip.ImageReward", "ImageRewardConfig", dict),
         lambda: (token_ids(35, 30000, False), normal(0, 1, 224, 224, 3)),
-        lambda module, *inputs: module(*inputs), _image_reward_here, ("mlp.",)),
+        lambda module, *inputs: module(*inputs),
+        _image_reward_here,
+        ("mlp.",),
+    ),
     "aesthetic": Case(
-        "transformers and torch twin", _aesthetic_there, _aesthetic_here,
+        "transformers and torch twin",
+        _aesthetic_there,
+        _aesthetic_here,
         lambda: (normal(0, 1, 224, 224, 3),),
         lambda module, images: module["head"]["layers"](
-            _unit(module["clip"].get_image_features(images).pooler_output))[:, 0],
-        lambda network, params, images: network(params, images), ("head.",)),
+            _unit(module["clip"].get_image_features(images).pooler_output)
+        )[:, 0],
+        lambda network, params, images: network(params, images),
+        ("head.",),
+    ),
 }
 
 
@@ -268,15 +311,15 @@ def _unet_there(module, latents, prompt_embeds, *pooled):
     import torch
 
     added = {"text_embeds": pooled[0], "time_ids": torch.tensor(TIME_IDS)} if pooled else None
-    return module(latents, torch.tensor(TIMESTEPS), prompt_embeds,
-                  added_cond_kwargs=added).sample
+    return module(latents, torch.tensor(TIMESTEPS), prompt_embeds, added_cond_kwargs=added).sample
 
 
 def _unet_here(network, params, latents, prompt_embeds, *pooled):
     import jax.numpy as jnp
 
-    added = {"pooled_prompt_embeds": pooled[0], "add_time_ids": jnp.asarray(TIME_IDS)} \
-        if pooled else {}
+    added = (
+        {"pooled_prompt_embeds": pooled[0], "add_time_ids": jnp.asarray(TIME_IDS)} if pooled else {}
+    )
     return network(params, latents, jnp.asarray(TIMESTEPS), prompt_embeds, **added)
 
 
@@ -304,8 +347,9 @@ def _sd3_here(network, params, latents, prompt_embeds, pooled):
     return network(params, latents, jnp.asarray(TIMESTEPS), prompt_embeds, pooled)
 
 
-def _autoencoder(kind: str, fields: Callable[[], dict], channels: int,
-                 gradient: float = GRADIENT) -> Case:
+def _autoencoder(
+    kind: str, fields: Callable[[], dict], channels: int, gradient: float = GRADIENT
+) -> Case:
     """Decodes and encodes."""
     path = {"AutoencoderKL": "autoencoder_kl", "AutoencoderTiny": "autoencoder_tiny"}[kind]
 
@@ -319,15 +363,27 @@ def _autoencoder(kind: str, fields: Callable[[], dict], channels: int,
         encoded = encoded[0] if kind == "AutoencoderKL" else encoded
         return network.apply(params, "decode", latents), encoded
 
-    return Case("diffusers", _diffusers(kind, fields),
-                _network(f"{path}.{kind}", f"{kind}Config", fields),
-                lambda: (normal(0, 1, 16, 16, channels), 0.5 * normal(1, 1, 64, 64, 3)),
-                theirs, ours, gradient=gradient)
+    return Case(
+        "diffusers",
+        _diffusers(kind, fields),
+        _network(f"{path}.{kind}", f"{kind}Config", fields),
+        lambda: (normal(0, 1, 16, 16, channels), 0.5 * normal(1, 1, 64, 64, 3)),
+        theirs,
+        ours,
+        gradient=gradient,
+    )
 
 
-def _text(kind: str, path: str, config: str, fields: Callable[[], dict], words: int,
-          parts: tuple[tuple[str, str], ...]) -> Case:
+def _text(
+    kind: str,
+    path: str,
+    config: str,
+    fields: Callable[[], dict],
+    words: int,
+    parts: tuple[tuple[str, str], ...],
+) -> Case:
     """`parts` are (our name, theirs) of the outputs; both want "" where the output is one array."""
+
     def theirs(module, ids):
         found = module(ids)
         return [getattr(found, name) for _, name in parts]
@@ -338,54 +394,111 @@ def _text(kind: str, path: str, config: str, fields: Callable[[], dict], words: 
         found = network(params, jnp.asarray(ids))
         return [getattr(found, name) if name else found for name, _ in parts]
 
-    return Case("transformers", _transformers(kind, fields), _network(path, config, fields),
-                lambda: (token_ids(77, words, kind.startswith("CLIP")),), theirs, ours)
+    return Case(
+        "transformers",
+        _transformers(kind, fields),
+        _network(path, config, fields),
+        lambda: (token_ids(77, words, kind.startswith("CLIP")),),
+        theirs,
+        ours,
+    )
 
 
 SD3_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-BIG_G_TEXT = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-              "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
-              "eos_token_id": 2}
+BIG_G_TEXT = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+    "eos_token_id": 2,
+}
+
+
 def _unet(name: str, inputs: Callable[[], tuple], there=_unet_there, here=_unet_here) -> Case:
-    return Case("diffusers", _diffusers("UNet2DConditionModel", lambda: config_of(name)),
-                _network("unet_2d_condition.UNet2DConditionModel", "UNet2DConditionConfig",
-                         lambda: config_of(name)), inputs, there, here)
+    return Case(
+        "diffusers",
+        _diffusers("UNet2DConditionModel", lambda: config_of(name)),
+        _network(
+            "unet_2d_condition.UNet2DConditionModel",
+            "UNet2DConditionConfig",
+            lambda: config_of(name),
+        ),
+        inputs,
+        there,
+        here,
+    )
 
 
 LAST = ("last_hidden_state", "last_hidden_state")
 
 GENERATORS = {
-    "sd15_unet": _unet("stable_diffusion/unet",
-                       lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768))),
-    "lcm_unet": _unet("lcm-dreamshaper-v7-unet", lambda: (
-        normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)), _lcm_there, _lcm_here),
-    "sdxl_unet": _unet("stable_diffusion_xl/unet", lambda: (
-        normal(0, 1, 16, 16, 4), normal(1, 1, 77, 2048), normal(2, 1, 1280))),
+    "sd15_unet": _unet(
+        "stable_diffusion/unet", lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768))
+    ),
+    "lcm_unet": _unet(
+        "lcm-dreamshaper-v7-unet",
+        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 768), normal(2, 1, 256)),
+        _lcm_there,
+        _lcm_here,
+    ),
+    "sdxl_unet": _unet(
+        "stable_diffusion_xl/unet",
+        lambda: (normal(0, 1, 16, 16, 4), normal(1, 1, 77, 2048), normal(2, 1, 1280)),
+    ),
     "sd3_transformer": Case(
-        "diffusers", _diffusers("SD3Transformer2DModel",
-                                lambda: config_of("stable_diffusion_3/transformer")),
-        _network("transformer_sd3.SD3Transformer2DModel", "SD3Transformer2DConfig",
-                 lambda: config_of("stable_diffusion_3/transformer")),
+        "diffusers",
+        _diffusers("SD3Transformer2DModel", lambda: config_of("stable_diffusion_3/transformer")),
+        _network(
+            "transformer_sd3.SD3Transformer2DModel",
+            "SD3Transformer2DConfig",
+            lambda: config_of("stable_diffusion_3/transformer"),
+        ),
         lambda: (normal(0, 1, 16, 16, 16), normal(1, 1, 154, 4096), normal(2, 1, 2048)),
-        _sd3_there, _sd3_here),
+        _sd3_there,
+        _sd3_here,
+    ),
     "sd_vae": _autoencoder("AutoencoderKL", lambda: config_of("stable_diffusion/vae"), 4),
-    "sd3_vae": _autoencoder("AutoencoderKL",
-                            lambda: config_of("stable_diffusion/vae") | SD3_VAE, 16),
-    "taesd": _autoencoder("AutoencoderTiny", lambda: config_of("taesd"), 4,
-                          gradient=1e-2),  # rounding decides a few of its ReLUs
+    "sd3_vae": _autoencoder(
+        "AutoencoderKL", lambda: config_of("stable_diffusion/vae") | SD3_VAE, 16
+    ),
+    "taesd": _autoencoder(
+        "AutoencoderTiny", lambda: config_of("taesd"), 4, gradient=1e-2
+    ),  # rounding decides a few of its ReLUs
     "taesd3": _autoencoder("AutoencoderTiny", lambda: config_of("taesd3"), 16),
-    "clip_l_text": _text("CLIPTextModel", "clip.CLIPTextModel", "CLIPTextConfig",
-                         lambda: config_of("stable_diffusion/text_encoder"), 49408,
-                         (LAST, ("pooled", "pooler_output"))),
-    "clip_bigg_text": _text("CLIPTextModelWithProjection", "clip.CLIPTextModelWithProjection",
-                            "CLIPTextConfig", lambda: BIG_G_TEXT, 49408,
-                            (LAST, ("pooled", "text_embeds"))),
-    "taiyi_bert": _text("BertModel", "bert.BertModel", "BertConfig",
-                        lambda: config_of("taiyi/text_encoder"), 21128,
-                        (LAST, ("pooled", "pooler_output"))),
-    "t5_xxl": _text("T5EncoderModel", "t5.T5EncoderModel", "T5Config",
-                    lambda: config_of("stable_diffusion_3/text_encoder_3"), 32128,
-                    (("", "last_hidden_state"),)),
+    "clip_l_text": _text(
+        "CLIPTextModel",
+        "clip.CLIPTextModel",
+        "CLIPTextConfig",
+        lambda: config_of("stable_diffusion/text_encoder"),
+        49408,
+        (LAST, ("pooled", "pooler_output")),
+    ),
+    "clip_bigg_text": _text(
+        "CLIPTextModelWithProjection",
+        "clip.CLIPTextModelWithProjection",
+        "CLIPTextConfig",
+        lambda: BIG_G_TEXT,
+        49408,
+        (LAST, ("pooled", "text_embeds")),
+    ),
+    "taiyi_bert": _text(
+        "BertModel",
+        "bert.BertModel",
+        "BertConfig",
+        lambda: config_of("taiyi/text_encoder"),
+        21128,
+        (LAST, ("pooled", "pooler_output")),
+    ),
+    "t5_xxl": _text(
+        "T5EncoderModel",
+        "t5.T5EncoderModel",
+        "T5Config",
+        lambda: config_of("stable_diffusion_3/text_encoder_3"),
+        32128,
+        (("", "last_hidden_state"),),
+    ),
 }
 CASES = REWARDS | GENERATORS
 
@@ -420,8 +533,9 @@ def in_torch(case: Case) -> dict[str, np.ndarray]:
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     found = {f"output {i}": to_jax(x) for i, x in enumerate(outputs)}
     if floats:
-        sum((x * to_torch(weights(i, to_jax(x).shape))).sum()
-            for i, x in enumerate(outputs)).backward()
+        sum(
+            (x * to_torch(weights(i, to_jax(x).shape))).sum() for i, x in enumerate(outputs)
+        ).backward()
         found |= {f"gradient {i}": to_jax(x.grad) for i, x in enumerate(floats)}
     return found
 
@@ -464,13 +578,17 @@ def in_jax(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | N
         if not floats:
             return forward(floats), []
         outputs, pullback = jax.vjp(forward, floats)
-        return outputs, pullback([jnp.asarray(weights(i, x.shape), x.dtype)
-                                  for i, x in enumerate(outputs)])[0]
+        return outputs, pullback(
+            [jnp.asarray(weights(i, x.shape), x.dtype) for i, x in enumerate(outputs)]
+        )[0]
 
     def named(params):
         outputs, gradients = run(params, [jnp.asarray(inputs[i]) for i in places])
-        return {f"{what} {i}": np.asarray(x, np.float32) for what, values in (
-            ("output", outputs), ("gradient", gradients)) for i, x in enumerate(values)}
+        return {
+            f"{what} {i}": np.asarray(x, np.float32)
+            for what, values in (("output", outputs), ("gradient", gradients))
+            for i, x in enumerate(values)
+        }
 
     count, found, half = sum(x.size for x in params.values()), named(params), None
     if case.keeps is not None:
@@ -487,8 +605,11 @@ def compare(case: Case, theirs: dict[str, np.ndarray]) -> dict[str, Any]:
     assert found.keys() == theirs.keys()
     measured: dict[str, Any] = {"reference": case.reference, "parameters": count}
     for kind in ("output", "gradient"):
-        errors = [float(np.abs(found[name] - other).max() / np.abs(other).max())
-                  for name, other in theirs.items() if name.startswith(kind)]
+        errors = [
+            float(np.abs(found[name] - other).max() / np.abs(other).max())
+            for name, other in theirs.items()
+            if name.startswith(kind)
+        ]
         measured[kind] = max(errors, default=None)
     if half is not None:
         a, b = found["gradient 0"].ravel(), half["gradient 0"].ravel()
@@ -503,8 +624,13 @@ def compare(case: Case, theirs: dict[str, np.ndarray]) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of the code and the versions that a result depends on."""
     weights = ROOT / "r0_jax" / "weights"
-    paths = [*sorted((ROOT / "r0_jax" / "models").glob("*.py")), weights / "network.py",
-             weights / "convert.py", Path(__file__), Path(__file__).with_name("torch_twins.py")]
+    paths = [
+        *sorted((ROOT / "r0_jax" / "models").glob("*.py")),
+        weights / "network.py",
+        weights / "convert.py",
+        Path(__file__),
+        Path(__file__).with_name("torch_twins.py"),
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
     for package in ("jax", "flax", "torch", "diffusers", "transformers"):
         digest.update(importlib.metadata.version(package).encode())
@@ -539,8 +665,12 @@ def measure(name: str) -> dict[str, Any]:
     folder, measured = RESULTS / "running", {"fingerprint": fingerprint()}
     folder.mkdir(parents=True, exist_ok=True)
     for which in ("torch", "jax"):
-        subprocess.run([sys.executable, __file__, name, f"--side={which}"], check=True, cwd=ROOT,
-                       env=os.environ | {"XLA_FLAGS": ""})
+        subprocess.run(
+            [sys.executable, __file__, name, f"--side={which}"],
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": ""},
+        )
         measured |= json.loads((folder / f"{name}.{which}.json").read_text())
     for path in folder.glob(f"{name}.*"):
         path.unlink()
@@ -552,26 +682,31 @@ def measure(name: str) -> dict[str, Any]:
 
 def table() -> str:
     """Markdown of all that was measured."""
-    header = ("| network | parameters | reference | output | gradient | bfloat16 score | "
-              "bfloat16 cosine | PyTorch | JAX |\n|---|---:|---|---:|---:|---:|---:|---:|---:|\n")
+    header = (
+        "| network | parameters | reference | output | gradient | bfloat16 score | "
+        "bfloat16 cosine | PyTorch | JAX |\n|---|---:|---|---:|---:|---:|---:|---:|---:|\n"
+    )
 
     def row(name: str, m: dict[str, Any]) -> str:
         def number(key: str, form: str) -> str:
             return "" if m.get(key) is None else format(m[key], form)
 
         sides = [f"{m[f'{x} seconds']:.0f} s, {m[f'{x} GiB']:.1f} GiB" for x in ("torch", "jax")]
-        return (f"| `{name}` | {m['parameters'] / 1e6:,.0f} M | {m['reference']} | "
-                f"{number('output', '.1e')} | {number('gradient', '.1e')} | "
-                f"{number('bfloat16 output', '.1e')} | {number('bfloat16 cosine', '.4f')} | "
-                f"{' | '.join(sides)} |\n")
+        return (
+            f"| `{name}` | {m['parameters'] / 1e6:,.0f} M | {m['reference']} | "
+            f"{number('output', '.1e')} | {number('gradient', '.1e')} | "
+            f"{number('bfloat16 output', '.1e')} | {number('bfloat16 cosine', '.4f')} | "
+            f"{' | '.join(sides)} |\n"
+        )
 
     return header + "".join(row(name, m) for name in CASES if (m := read(name)) is not None)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", choices=[*CASES, []], metavar="CASE",
-                        help=", ".join(CASES))
+    parser.add_argument(
+        "names", nargs="*", choices=[*CASES, []], metavar="CASE", help=", ".join(CASES)
+    )
     parser.add_argument("--side", choices=["torch", "jax"])
     given = parser.parse_args()
     if given.side:

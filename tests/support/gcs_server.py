@@ -17,10 +17,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         bucket, name = url.path.removeprefix("/storage/v1/b/").split("/o", 1)
         path = self.root / bucket / urllib.parse.unquote(name.strip("/"))
         if not name.strip("/"):
-            files = [p.relative_to(self.root / bucket).as_posix()
-                     for p in (self.root / bucket).rglob("*") if p.is_file()]
-            items = ", ".join(f'{{"name": "{f}", "generation": "1", "size": "1"}}' for f in files
-                              if f.startswith(asked.get("prefix", [""])[0]))
+            files = [
+                p.relative_to(self.root / bucket).as_posix()
+                for p in (self.root / bucket).rglob("*")
+                if p.is_file()
+            ]
+            items = ", ".join(
+                f'{{"name": "{f}", "generation": "1", "size": "1"}}'
+                for f in files
+                if f.startswith(asked.get("prefix", [""])[0])
+            )
             self._answer(200, f'{{"items": [{items}]}}'.encode())
         elif not path.is_file():
             self._answer(404)
@@ -28,7 +34,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             data, status, where = path.read_bytes(), 200, None
             if (wanted := self.headers.get("Range")) and data:
                 first, last = wanted.removeprefix("bytes=").split("-")
-                size, data = len(data), data[int(first):int(last) + 1 if last else None]
+                size, data = len(data), data[int(first) : int(last) + 1 if last else None]
                 status, where = 206, f"bytes {first}-{int(first) + len(data) - 1}/{size}"
             self._answer(status, data, path, where)
 
@@ -39,8 +45,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.root / bucket / asked["name"][0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        self._answer(200, f'{{"name": "{asked["name"][0]}", "generation": "{_generation(path)}"}}'
-                     .encode(), path)
+        self._answer(
+            200,
+            f'{{"name": "{asked["name"][0]}", "generation": "{_generation(path)}"}}'.encode(),
+            path,
+        )
 
     def _split(self):
         url = urllib.parse.urlsplit(self.path)

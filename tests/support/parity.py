@@ -49,7 +49,8 @@ def params_of(module: torch.nn.Module, shapes: Shapes, prefix: str = "") -> Para
     assert {convert.to_key(name) for name in shapes} == set(state)
     params = {name: convert.from_checkpoint(name, state[convert.to_key(name)]) for name in shapes}
     assert {name: value.shape for name, value in params.items()} == {
-        name: struct.shape for name, struct in shapes.items()}
+        name: struct.shape for name, struct in shapes.items()
+    }
     return params
 
 
@@ -61,8 +62,10 @@ def assert_round_trip(params: Params, folder: Path, torch_class: type[torch.nn.M
     convert.save(params, path)
     ours = load_file(path)
     assert ours.keys() == theirs.keys()
-    assert all(ours[key].shape == value.shape and ours[key].tobytes() == value.tobytes()
-               for key, value in theirs.items())
+    assert all(
+        ours[key].shape == value.shape and ours[key].tobytes() == value.tobytes()
+        for key, value in theirs.items()
+    )
     _, info = torch_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
 
@@ -75,8 +78,14 @@ def quieten(module: torch.nn.Module, *names: str) -> None:
             value.data *= 1e-3
 
 
-def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarray,
-            output: float = OUTPUT, gradient: float = GRADIENT) -> None:
+def compare(
+    ours: Callable,
+    params: Params,
+    theirs: Callable,
+    *inputs: np.ndarray,
+    output: float = OUTPUT,
+    gradient: float = GRADIENT,
+) -> None:
     """Asserts that all outputs agree, and their gradients with respect to each float input.
 
     `ours(params, *inputs)` takes and returns images as [B, H, W, C]; `theirs(*inputs)` as
@@ -107,7 +116,8 @@ def compare(ours: Callable, params: Params, theirs: Callable, *inputs: np.ndarra
     for i, (found, other) in enumerate(zip(outputs, expected, strict=True)):
         assert_close(found, to_jax(other), output, f"output {i}")
     for i, (found, x) in enumerate(
-            zip(gradients, (x for x in theirs_in if x.requires_grad), strict=True)):
+        zip(gradients, (x for x in theirs_in if x.requires_grad), strict=True)
+    ):
         assert_close(found, to_jax(x.grad), gradient, f"gradient {i}")
 
 

@@ -1,6 +1,6 @@
 """What one of many processes does in tests: small steps together, and one that goes wrong.
 
-    python launch/local.py --processes=2 -- tests/support/process_program.py TROUBLE FOLDER
+python launch/local.py --processes=2 -- tests/support/process_program.py TROUBLE FOLDER
 """
 
 import os
@@ -74,8 +74,10 @@ def save_and_restore(trouble: str, folder: Path) -> None:
     """Two checkpoints, and one that the disk refuses to process 0, or process 1 cannot read."""
     where = sharding.replicated(sharding.global_mesh())
     params = {"a.kernel": jnp.arange(4096.0)}
-    start = jax.jit(lambda step: train_state.init(params, optax.sgd(1.0))._replace(step=step),
-                    out_shardings=where)
+    start = jax.jit(
+        lambda step: train_state.init(params, optax.sgd(1.0))._replace(step=step),
+        out_shardings=where,
+    )
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step in (1, 2):
             checkpoints.save(start(jnp.int32(step)))
@@ -93,8 +95,10 @@ def save_and_restore(trouble: str, folder: Path) -> None:
             return read(folder, wanted)
 
         checkpoint._read = once
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                              jax.eval_shape(start, jnp.int32(0)))
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            jax.eval_shape(start, jnp.int32(0)),
+        )
         print(f"restored {int(checkpoints.restore(target)[0].step)}", flush=True)
 
 

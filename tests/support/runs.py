@@ -35,15 +35,20 @@ CLOSE = 2 / 255
 def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
     config = {
-        "pretrained": str(pretrained), "data": {"encoded": ""}, "dtype": "float32",
-        "attention": "xla", "steps": 100, "batch_size": 8,
-        "seed": 3, "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
+        "pretrained": str(pretrained),
+        "data": {"encoded": ""},
+        "dtype": "float32",
+        "attention": "xla",
+        "steps": 100,
+        "batch_size": 8,
+        "seed": 3,
+        "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
         "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
         "objective": {"method": "r0plus"},
         "rewards": {"hps": {"weight": 1.0}, "clip": {"weight": 0.5}},
         "heldout_rewards": {"pickscore": {"weight": 1.0}},
         "regularizers": {"weight": {"weight": 0.01}, "output": {"weight": 0.0}},
-    }  # fmt: skip
+    }
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
     pipeline = families.load(pretrained)
@@ -55,9 +60,14 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
         for step, score in scores.items():
             random = np.random.default_rng(step)
             params, ema_params = (
-                {name: jnp.asarray(base.get(name, 0) + 0.2 * random.standard_normal(x.shape),
-                                   x.dtype) for name, x in start.items()} for _ in range(2)
-            )  # fmt: skip
+                {
+                    name: jnp.asarray(
+                        base.get(name, 0) + 0.2 * random.standard_normal(x.shape), x.dtype
+                    )
+                    for name, x in start.items()
+                }
+                for _ in range(2)
+            )
             state = train_state.init(params, optax.sgd(0.0))
             state = state._replace(step=jnp.int32(step), ema_params=ema_params)
             checkpoints.save(state)
@@ -84,17 +94,20 @@ def silent():
             logger.setLevel(level)
     said = [record.getMessage() for record in records]
     # diffusers says this of every LoRA without a text encoder's part, whatever the file holds.
-    expected = ("No LoRA keys associated to ",
-                # Of Taiyi's BERT, in the pipeline that its authors chose for it.
-                "Expected types for text_encoder: ")
+    expected = (
+        "No LoRA keys associated to ",
+        # Of Taiyi's BERT, in the pipeline that its authors chose for it.
+        "Expected types for text_encoder: ",
+    )
     assert [x for x in said if not x.startswith(expected)] == []
 
 
 def images_of(pipeline, steps=4, noise=LATENTS):
     """Stock diffusers' images from the noise."""
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    return pipeline(PROMPTS, num_inference_steps=steps, guidance_scale=1, latents=latents,
-                    output_type="np").images  # fmt: skip
+    return pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=1, latents=latents, output_type="np"
+    ).images
 
 
 def ours(source, noise=LATENTS):
@@ -116,9 +129,12 @@ def commands(module, calls):
     """[(exit status, stdout, stderr)] of one command with each of several lists of arguments."""
     result = subprocess.run(
         [sys.executable, "-c", COMMANDS, module, json.dumps([[str(x) for x in c] for c in calls])],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": fast_xla.FLAGS}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": fast_xla.FLAGS},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -33,10 +33,15 @@ from r0_jax.weights.network import Network, Params
 
 TOKENS, WORDS, EMBED = 6, 50, 8
 SCHEDULER = {  # of Stable Diffusion 1.5
-    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "skip_prk_steps": True, "set_alpha_to_one": False,
-    "steps_offset": 1, "num_train_timesteps": 1000,
-}  # fmt: skip
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "num_train_timesteps": 1000,
+}
 
 
 class ToyConfig(NamedTuple):
@@ -131,19 +136,46 @@ def toy_networks(config: ToyConfig) -> dict[str, Network]:
 
 def real_networks(width: int = 4) -> dict[str, Network]:
     """The project's own networks, at their smallest."""
-    unet = UNet2DConditionConfig.from_json({
-        "sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": [width],
-        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"],
-        "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
-        "cross_attention_dim": EMBED})  # fmt: skip
-    vae = AutoencoderKLConfig.from_json({
-        "sample_size": 4, "block_out_channels": [width], "latent_channels": 4, "norm_num_groups": 2,
-        "down_block_types": ["DownEncoderBlock2D"], "layers_per_block": 1,
-        "up_block_types": ["UpDecoderBlock2D"], "scaling_factor": 0.5})  # fmt: skip
-    text = CLIPTextConfig.from_json({
-        "hidden_size": EMBED, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": WORDS,
-        "num_attention_heads": 2, "max_position_embeddings": TOKENS, "projection_dim": 4,
-        "eos_token_id": WORDS - 1, "bos_token_id": 0, "hidden_act": "quick_gelu"})  # fmt: skip
+    unet = UNet2DConditionConfig.from_json(
+        {
+            "sample_size": 4,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [width],
+            "down_block_types": ["CrossAttnDownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "attention_head_dim": 2,
+            "cross_attention_dim": EMBED,
+        }
+    )
+    vae = AutoencoderKLConfig.from_json(
+        {
+            "sample_size": 4,
+            "block_out_channels": [width],
+            "latent_channels": 4,
+            "norm_num_groups": 2,
+            "down_block_types": ["DownEncoderBlock2D"],
+            "layers_per_block": 1,
+            "up_block_types": ["UpDecoderBlock2D"],
+            "scaling_factor": 0.5,
+        }
+    )
+    text = CLIPTextConfig.from_json(
+        {
+            "hidden_size": EMBED,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "vocab_size": WORDS,
+            "num_attention_heads": 2,
+            "max_position_embeddings": TOKENS,
+            "projection_dim": 4,
+            "eos_token_id": WORDS - 1,
+            "bos_token_id": 0,
+            "hidden_act": "quick_gelu",
+        }
+    )
     return {
         "unet": Network.abstract(lambda rngs: UNet2DConditionModel(unet, rngs=rngs)),
         "vae": Network.abstract(lambda rngs: AutoencoderKL(vae, rngs=rngs)),
@@ -178,9 +210,13 @@ def agreement(params: Params, images: jax.Array, features: jax.Array) -> jax.Arr
 
 REWARDS = [
     Reward("brightness", {"target": np.asarray([0.9, 0.2, 0.4], np.float32)}, brightness, None),
-    Reward("agreement", {"projection": np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)},
-           agreement, lambda params, prompts: np.ones((len(prompts), 5), np.float32)),
-]  # fmt: skip
+    Reward(
+        "agreement",
+        {"projection": np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)},
+        agreement,
+        lambda params, prompts: np.ones((len(prompts), 5), np.float32),
+    ),
+]
 
 
 def config(changes: dict[str, Any] | None = None) -> ConfigDict:
@@ -191,10 +227,19 @@ def config(changes: dict[str, Any] | None = None) -> ConfigDict:
         config.rewards.agreement = base.reward_entry("function", weight=1.3)
     # An eps that dwarfs the gradient makes Adam's first update the gradient itself, so that a
     # wrong gradient is a wrong result.
-    config.update_from_flattened_dict({
-        "lora.rank": 2, "lora.alpha": 3.0, "lora.targets": r".*(to_q|to_k|conv|conv_out)",
-        "optimizer.warmup_steps": 0, "optimizer.eps": 100.0, "optimizer.learning_rate": 100.0,
-        "batch_size": 8, "steps": 10, **(changes or {})})  # fmt: skip
+    config.update_from_flattened_dict(
+        {
+            "lora.rank": 2,
+            "lora.alpha": 3.0,
+            "lora.targets": r".*(to_q|to_k|conv|conv_out)",
+            "optimizer.warmup_steps": 0,
+            "optimizer.eps": 100.0,
+            "optimizer.learning_rate": 100.0,
+            "batch_size": 8,
+            "steps": 10,
+            **(changes or {}),
+        }
+    )
     return config
 
 
@@ -208,10 +253,13 @@ class World(NamedTuple):
     def params(self, noise: float = 0.1) -> Params:
         """Trainable parameters somewhat away from where training starts (LoRA's B is 0 there)."""
         params = self.generator.init(
-            jax.random.key(3), self.frozen["base"], self.pipeline.networks["unet"].shapes)
+            jax.random.key(3), self.frozen["base"], self.pipeline.networks["unet"].shapes
+        )
         rng = np.random.default_rng(5)
-        return {name: value + noise * rng.standard_normal(value.shape).astype(np.float32)
-                for name, value in params.items()}
+        return {
+            name: value + noise * rng.standard_normal(value.shape).astype(np.float32)
+            for name, value in params.items()
+        }
 
     def value_and_grad(self, params, batch, last, keys=None):
         """((loss, metrics), grads), compiled."""
@@ -226,12 +274,17 @@ class World(NamedTuple):
         from. Without a mesh, on one device."""
         mesh = mesh or sharding.make_mesh({"data": 1}, jax.devices()[:1])
         optimizer = optim.make_optimizer(self.config, self.config.regularizers.langevin.weight)
-        spread_of = (list(self.frozen["rewards"])
-                     if self.config.objective.normalization == "running_std" else [])
+        spread_of = (
+            list(self.frozen["rewards"])
+            if self.config.objective.normalization == "running_std"
+            else []
+        )
         state = train_state.init(self.params(), optimizer, spread_of)
         specs = sharding.state_sharding(jax.eval_shape(lambda: state), mesh, self.config.sharding)
-        step = jax.jit(make_train_step(self.objective, optimizer, self.config, mesh),
-                       out_shardings=(specs, sharding.replicated(mesh)))
+        step = jax.jit(
+            make_train_step(self.objective, optimizer, self.config, mesh),
+            out_shardings=(specs, sharding.replicated(mesh)),
+        )
         frozen = place(self.frozen, mesh, self.config)
         split = sharding.batch_sharding(mesh)
 
@@ -246,25 +299,40 @@ def _program(objective: Objective):
     return jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
 
 
-def make(changes: dict[str, Any] | None = None, toy: ToyConfig | None = ToyConfig(),  # noqa: B008
-         prediction_type: str = "epsilon", rewards: list[Reward] | None = None,
-         width: int = 4) -> World:
+def make(
+    changes: dict[str, Any] | None = None,
+    toy: ToyConfig | None = ToyConfig(),  # noqa: B008
+    prediction_type: str = "epsilon",
+    rewards: list[Reward] | None = None,
+    width: int = 4,
+) -> World:
     """A world of toy networks; of the real ones, `width` channels wide, if `toy` is None."""
     settings = config(changes)
     networks = real_networks(width) if toy is None else toy_networks(toy)
-    params = {part: random_params(network, seed)
-              for seed, (part, network) in enumerate(networks.items())}
+    params = {
+        part: random_params(network, seed) for seed, (part, network) in enumerate(networks.items())
+    }
     rewards = REWARDS if rewards is None else rewards
-    pipeline = StableDiffusionPipeline(Path("."), networks, params, {"tokenizer": CLIPTokenizer()},
-                                       SCHEDULER | {"prediction_type": prediction_type})
+    pipeline = StableDiffusionPipeline(
+        Path("."),
+        networks,
+        params,
+        {"tokenizer": CLIPTokenizer()},
+        SCHEDULER | {"prediction_type": prediction_type},
+    )
     lora = settings.lora
     generator = Generator(lora.rank, lora.alpha, lora.targets, settings.dtype)
-    frozen = {"base": params["unet"], "vae": params["vae"], "text_encoder": params["text_encoder"],
-              "rewards": {reward.name: reward.params for reward in rewards},
-              "empty": {"input_ids": np.full((1, TOKENS), WORDS - 1, np.int32)}}
+    frozen = {
+        "base": params["unet"],
+        "vae": params["vae"],
+        "text_encoder": params["text_encoder"],
+        "rewards": {reward.name: reward.params for reward in rewards},
+        "empty": {"input_ids": np.full((1, TOKENS), WORDS - 1, np.int32)},
+    }
     frozen = jax.tree.map(jnp.asarray, frozen)
-    return World(settings, pipeline, generator, Objective(pipeline, generator, rewards, settings),
-                 frozen)
+    return World(
+        settings, pipeline, generator, Objective(pipeline, generator, rewards, settings), frozen
+    )
 
 
 def place(frozen: dict[str, Any], mesh, config: ConfigDict) -> dict[str, Any]:
@@ -273,8 +341,11 @@ def place(frozen: dict[str, Any], mesh, config: ConfigDict) -> dict[str, Any]:
         return jax.device_put(params, sharding.param_sharding(shapes, mesh, config.sharding))
 
     networks = {part: put(frozen[part]) for part in ("base", "vae", "text_encoder")}
-    return {**networks, "rewards": {k: put(v) for k, v in frozen["rewards"].items()},
-            "empty": jax.device_put(frozen["empty"], sharding.replicated(mesh))}
+    return {
+        **networks,
+        "rewards": {k: put(v) for k, v in frozen["rewards"].items()},
+        "empty": jax.device_put(frozen["empty"], sharding.replicated(mesh)),
+    }
 
 
 def batch(size: int) -> dict[str, np.ndarray]:
@@ -300,4 +371,5 @@ def assert_close(found, expected, rtol: float = 1e-5) -> None:
         worst = np.max(np.abs(a - b), initial=0)
         assert worst <= rtol * max(np.max(np.abs(b), initial=0), 1e-12), (
             f"{jax.tree_util.keystr(path)}: off by {worst:.3g}, entries up to "
-            f"{np.max(np.abs(b)):.3g}")
+            f"{np.max(np.abs(b)):.3g}"
+        )

@@ -1,7 +1,7 @@
 """Pretrained folders in miniature: random weights, written by the libraries that write real ones.
 
-    tiny.stable_diffusion(tmp_path, seed=0, unet={"attention_head_dim": 4})   a diffusers folder
-    tiny.clip(tmp_path, seed=1)                                               a transformers folder
+tiny.stable_diffusion(tmp_path, seed=0, unet={"attention_head_dim": 4})   a diffusers folder
+tiny.clip(tmp_path, seed=1)                                               a transformers folder
 """
 
 import json
@@ -173,5 +173,9 @@ def _vocabulary() -> tuple[dict[str, int], list[str]]:
 
 def _token_ids(tokens: CLIPTokenizer | None = None) -> dict[str, int]:
     vocab = _vocabulary()[0]
-    return {"vocab_size": len(vocab), "bos_token_id": vocab[BOS], "eos_token_id": vocab[EOS],
-            "pad_token_id": vocab[EOS]}
+    return {
+        "vocab_size": len(vocab),
+        "bos_token_id": vocab[BOS],
+        "eos_token_id": vocab[EOS],
+        "pad_token_id": vocab[EOS],
+    }

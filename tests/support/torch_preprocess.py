@@ -29,7 +29,7 @@ def in_torch(images, policy, corner="floor"):
     if policy == "crop":
         halve = {"floor": math.floor, "round": round}[corner]
         top, left = halve((new[0] - SIZE) / 2), halve((new[1] - SIZE) / 2)
-        x = x[..., top:top + SIZE, left:left + SIZE]
+        x = x[..., top : top + SIZE, left : left + SIZE]
     if policy == "pad":
         tall, wide = SIZE - new[0], SIZE - new[1]
         x = torch.nn.functional.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))

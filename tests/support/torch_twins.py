@@ -19,8 +19,9 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         inner = int(width * mlp_ratio)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, inner),
-                                  "c_proj": nn.Linear(inner, width)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, inner), "c_proj": nn.Linear(inner, width)}
+        )
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x, mask=None):
@@ -33,7 +34,8 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, activation, mlp_ratio=4.0):
         super().__init__()
         self.resblocks = nn.ModuleList(
-            [Block(width, heads, activation, mlp_ratio) for _ in range(layers)])
+            [Block(width, heads, activation, mlp_ratio) for _ in range(layers)]
+        )
 
     def forward(self, x, mask=None):
         for block in self.resblocks:
@@ -42,8 +44,9 @@ class Transformer(nn.Module):
 
 
 class Vision(nn.Module):
-    def __init__(self, width, layers, heads, patch, image_size, embed_dim, activation,
-                 mlp_ratio=4.0):
+    def __init__(
+        self, width, layers, heads, patch, image_size, embed_dim, activation, mlp_ratio=4.0
+    ):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty((image_size // patch) ** 2 + 1, width))
@@ -64,21 +67,40 @@ class OpenCLIP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        vision = {"layers": 12, "width": 768, "head_width": 64, "patch_size": 16,
-                  "image_size": 224, "mlp_ratio": 4.0} | cfg["vision_cfg"]
-        text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12,
-                "mlp_ratio": 4.0} | cfg["text_cfg"]
+        vision = {
+            "layers": 12,
+            "width": 768,
+            "head_width": 64,
+            "patch_size": 16,
+            "image_size": 224,
+            "mlp_ratio": 4.0,
+        } | cfg["vision_cfg"]
+        text = {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 512,
+            "heads": 8,
+            "layers": 12,
+            "mlp_ratio": 4.0,
+        } | cfg["text_cfg"]
         activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
         width = text["width"]
         self.positional_embedding = nn.Parameter(torch.empty(text["context_length"], width))
         self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.visual = Vision(vision["width"], vision["layers"],
-                             vision["width"] // vision["head_width"], vision["patch_size"],
-                             vision["image_size"], cfg["embed_dim"], activation,
-                             vision["mlp_ratio"])
-        self.transformer = Transformer(width, text["layers"], text["heads"], activation,
-                                       text["mlp_ratio"])
+        self.visual = Vision(
+            vision["width"],
+            vision["layers"],
+            vision["width"] // vision["head_width"],
+            vision["patch_size"],
+            vision["image_size"],
+            cfg["embed_dim"],
+            activation,
+            vision["mlp_ratio"],
+        )
+        self.transformer = Transformer(
+            width, text["layers"], text["heads"], activation, text["mlp_ratio"]
+        )
         self.token_embedding = nn.Embedding(text["vocab_size"], width)
         self.ln_final = nn.LayerNorm(width)
 
@@ -104,8 +126,10 @@ class BertSelf(nn.Module):
         self.key, self.value = nn.Linear(context, width), nn.Linear(context, width)
 
     def forward(self, x, context, mask):
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for y in (self.query(x), self.key(context), self.value(context)))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.query(x), self.key(context), self.value(context))
+        )
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if mask is not None:
             scores = scores + (1 - mask[:, None, None, :].to(scores)) * -10000.0
@@ -149,13 +173,21 @@ class BertLayer(nn.Module):
 class Bert(nn.Module):
     def __init__(self, vocab, width, layers, heads, inner, positions, types, context):
         super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(vocab, width),
-            "position_embeddings": nn.Embedding(positions, width),
-            **({"token_type_embeddings": nn.Embedding(types, width)} if types else {}),
-            "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
-            [BertLayer(width, heads, inner, context) for _ in range(layers)])})
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(vocab, width),
+                "position_embeddings": nn.Embedding(positions, width),
+                **({"token_type_embeddings": nn.Embedding(types, width)} if types else {}),
+                "LayerNorm": nn.LayerNorm(width, eps=1e-12),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {
+                "layer": nn.ModuleList(
+                    [BertLayer(width, heads, inner, context) for _ in range(layers)]
+                )
+            }
+        )
 
     def forward(self, ids, context=None):
         parts, positions = self.embeddings, torch.arange(ids.shape[1], device=ids.device)
@@ -177,12 +209,25 @@ class CNCLIP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         width, vision = cfg["text_hidden_size"], cfg["vision_width"]
-        self.visual = Vision(vision, cfg["vision_layers"],
-                             vision // cfg.get("vision_head_width", 64), cfg["vision_patch_size"],
-                             cfg.get("image_resolution", 224), cfg["embed_dim"], "quick_gelu")
-        self.bert = Bert(cfg["vocab_size"], width, cfg["text_num_hidden_layers"],
-                         cfg["text_num_attention_heads"], cfg["text_intermediate_size"],
-                         cfg.get("text_max_position_embeddings", 512), 2, None)
+        self.visual = Vision(
+            vision,
+            cfg["vision_layers"],
+            vision // cfg.get("vision_head_width", 64),
+            cfg["vision_patch_size"],
+            cfg.get("image_resolution", 224),
+            cfg["embed_dim"],
+            "quick_gelu",
+        )
+        self.bert = Bert(
+            cfg["vocab_size"],
+            width,
+            cfg["text_num_hidden_layers"],
+            cfg["text_num_attention_heads"],
+            cfg["text_intermediate_size"],
+            cfg.get("text_max_position_embeddings", 512),
+            2,
+            None,
+        )
         self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -201,10 +246,12 @@ class BLIPBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
-                                   "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
-                                  "fc2": nn.Linear(4 * width, width)})
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
@@ -234,22 +281,42 @@ class BLIPVision(nn.Module):
 def score_mlp(inputs):
     """As the aesthetic predictor and ImageReward have it, under `layers`."""
     dropout = nn.Dropout(0.2)
-    return nn.ModuleDict({"layers": nn.Sequential(
-        nn.Linear(inputs, 1024), dropout, nn.Linear(1024, 128), dropout, nn.Linear(128, 64),
-        nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))})
+    return nn.ModuleDict(
+        {
+            "layers": nn.Sequential(
+                nn.Linear(inputs, 1024),
+                dropout,
+                nn.Linear(1024, 128),
+                dropout,
+                nn.Linear(128, 64),
+                nn.Dropout(0.1),
+                nn.Linear(64, 16),
+                nn.Linear(16, 1),
+            )
+        }
+    )
 
 
 class ImageReward(nn.Module):
     def __init__(self, vision, text):
         super().__init__()
-        self.blip = nn.ModuleDict({
-            "visual_encoder": BLIPVision(**vision),
-            "text_encoder": Bert(text["vocab_size"], text["hidden_size"],
-                                 text["num_hidden_layers"], text["num_attention_heads"],
-                                 text["intermediate_size"], text["max_position_embeddings"], 0,
-                                 vision["width"]),
-            "vision_proj": nn.Linear(vision["width"], 256),
-            "text_proj": nn.Linear(text["hidden_size"], 256)})
+        self.blip = nn.ModuleDict(
+            {
+                "visual_encoder": BLIPVision(**vision),
+                "text_encoder": Bert(
+                    text["vocab_size"],
+                    text["hidden_size"],
+                    text["num_hidden_layers"],
+                    text["num_attention_heads"],
+                    text["intermediate_size"],
+                    text["max_position_embeddings"],
+                    0,
+                    vision["width"],
+                ),
+                "vision_proj": nn.Linear(vision["width"], 256),
+                "text_proj": nn.Linear(text["hidden_size"], 256),
+            }
+        )
         self.mlp = score_mlp(text["hidden_size"])
 
     def forward(self, ids, images):

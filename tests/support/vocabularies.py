@@ -4,8 +4,32 @@ import gzip
 
 import pytest
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdeimoqrstuw", "##e", "##d", "##quare",
-         "red", "square", "##s", "红", "色", "的", "方", "块", "一", "个", "&", ";", "#", ",", "!"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdeimoqrstuw",
+    "##e",
+    "##d",
+    "##quare",
+    "red",
+    "square",
+    "##s",
+    "红",
+    "色",
+    "的",
+    "方",
+    "块",
+    "一",
+    "个",
+    "&",
+    ";",
+    "#",
+    ",",
+    "!",
+]
 MERGES = ["r e", "re d</w>", "s q", "sq u", "squ a", "squa r", "squar e</w>"]
 
 

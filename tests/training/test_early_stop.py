@@ -17,8 +17,13 @@ def test_it_is_due_after_so_many_evaluations_without_a_new_best(tmp_path):
 
 
 def test_a_run_that_continues_counts_from_its_file(tmp_path):
-    lines = [{"step": 0, "m": 1.0}, {"step": 1, "loss": 3.0}, {"step": 2, "m": 2.0},
-             {"step": 4, "m": 1.9}, {"step": 6, "m": 5.0}]
+    lines = [
+        {"step": 0, "m": 1.0},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "m": 2.0},
+        {"step": 4, "m": 1.9},
+        {"step": 6, "m": 5.0},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
     assert due([1.9, 1.8], 3, tmp_path, step=4) == [False, True]
     assert due([1.9], 1, tmp_path, step=6) == [True]

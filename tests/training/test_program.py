@@ -10,16 +10,21 @@ from r0_jax.parallel import sharding
 from r0_jax.plan import predict
 
 
-@pytest.mark.parametrize("fields, sizes, expected", [
-    ({}, (1, 1, 1), Repeat(scan=True, remat=True)),
-    ({"remat": "calls", "scan_blocks": False}, (1, 1, 1), Repeat()),
-    ({"remat": "none"}, (4, 1, 2), Repeat(scan=True)),
-])
+@pytest.mark.parametrize(
+    "fields, sizes, expected",
+    [
+        ({}, (1, 1, 1), Repeat(scan=True, remat=True)),
+        ({"remat": "calls", "scan_blocks": False}, (1, 1, 1), Repeat()),
+        ({"remat": "none"}, (4, 1, 2), Repeat(scan=True)),
+    ],
+)
 def test_blocks_are_compiled_as_the_config_says(cache, fields, sizes, expected):  # noqa: F811
     config = sd15_r0.get_config("dryrun")
     config.update(fields)
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)),
-                              jax.devices()[:sizes[0] * sizes[1] * sizes[2]])
+    mesh = sharding.make_mesh(
+        dict(zip(sharding.AXES, sizes, strict=True)),
+        jax.devices()[: sizes[0] * sizes[1] * sizes[2]],
+    )
     assert predict.load(config, mesh).objective.repeat == expected
 
 

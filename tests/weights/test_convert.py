@@ -77,15 +77,18 @@ def load(folder, network, dtype="float32"):
 # --- the rule --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, key, shape, file_shape", [
-    ("conv_in.kernel", "conv_in.weight", (3, 5, 4, 8), (8, 4, 3, 5)),
-    ("ff.net.0.proj.kernel", "ff.net.0.proj.weight", (4, 8), (8, 4)),
-    ("norm1.scale", "norm1.weight", (4,), (4,)),
-    ("norm1.bias", "norm1.bias", (4,), (4,)),
-    ("token_embedding.embedding", "token_embedding.weight", (5, 3), (5, 3)),
-    ("embeddings.class_embedding", "embeddings.class_embedding", (3,), (3,)),
-    ("logit_scale", "logit_scale", (), ()),
-])
+@pytest.mark.parametrize(
+    "name, key, shape, file_shape",
+    [
+        ("conv_in.kernel", "conv_in.weight", (3, 5, 4, 8), (8, 4, 3, 5)),
+        ("ff.net.0.proj.kernel", "ff.net.0.proj.weight", (4, 8), (8, 4)),
+        ("norm1.scale", "norm1.weight", (4,), (4,)),
+        ("norm1.bias", "norm1.bias", (4,), (4,)),
+        ("token_embedding.embedding", "token_embedding.weight", (5, 3), (5, 3)),
+        ("embeddings.class_embedding", "embeddings.class_embedding", (3,), (3,)),
+        ("logit_scale", "logit_scale", (), ()),
+    ],
+)
 def test_the_rule(name, key, shape, file_shape):
     value = np.random.default_rng(0).standard_normal(shape)
     assert convert.to_key(name) == key
@@ -98,20 +101,30 @@ MANIFESTS = {  # of the published files -> the config published with them
     "sd15_unet": ("stable_diffusion/unet", NETWORKS["UNet2DConditionModel"][0]),
     "sd15_vae_fp32_oldnames": ("stable_diffusion/vae", NETWORKS["AutoencoderKL"][0]),
     "clip_l_text_hub": ("stable_diffusion/text_encoder", NETWORKS["CLIPTextModel"][0]),
-    "clip_l_hf": ("clip_score",
-                  lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs)),
+    "clip_l_hf": (
+        "clip_score",
+        lambda fields, rngs: CLIPModel(CLIPConfig.from_json(fields), rngs=rngs),
+    ),
     "sdxl_unet": ("stable_diffusion_xl/unet", NETWORKS["UNet2DConditionModel"][0]),
     "sdxl_vae": ("stable_diffusion_xl/vae", NETWORKS["AutoencoderKL"][0]),
-    "sdxl_text_encoder_2": ("stable_diffusion_xl/text_encoder_2",
-                            NETWORKS["CLIPTextModelWithProjection"][0]),
+    "sdxl_text_encoder_2": (
+        "stable_diffusion_xl/text_encoder_2",
+        NETWORKS["CLIPTextModelWithProjection"][0],
+    ),
     "sd3_vae": ("stable_diffusion_3/vae", NETWORKS["AutoencoderKL"][0]),
-    "sd3_text_encoder": ("stable_diffusion_3/text_encoder",
-                         NETWORKS["CLIPTextModelWithProjection"][0]),
+    "sd3_text_encoder": (
+        "stable_diffusion_3/text_encoder",
+        NETWORKS["CLIPTextModelWithProjection"][0],
+    ),
     "t5xxl_encoder": ("stable_diffusion_3/text_encoder_3", NETWORKS["T5EncoderModel"][0]),
     "taiyi_bert_text_encoder": ("taiyi/text_encoder", NETWORKS["BertModel"][0]),
 }
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
-             ".proj_attn.": ".to_out.0."}
+OLD_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS)
@@ -135,8 +148,11 @@ def test_names_and_shapes_are_those_of_the_published_file(manifest):
 
 # --- there and back --------------------------------------------------------------------------
 
-TORCH = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-         "clip": transformers.CLIPModel}
+TORCH = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "clip": transformers.CLIPModel,
+}
 
 
 @pytest.mark.parametrize("part", TORCH)
@@ -164,8 +180,7 @@ def test_round_trip_is_exact(part, originals, tmp_path):
         assert torch.equal(value, theirs[key]), key
 
 
-def test_a_text_encoder_is_read_without_and_written_with_the_prefix_of_the_hub(
-        originals, tmp_path):
+def test_a_text_encoder_is_read_without_and_written_with_the_prefix_of_the_hub(originals, tmp_path):
     """transformers 5 writes a CLIPTextModel without `text_model.`, and reads both."""
     folder = shutil.copytree(originals / "text_encoder", tmp_path / "text_encoder")
     path = folder / "model.safetensors"
@@ -173,8 +188,9 @@ def test_a_text_encoder_is_read_without_and_written_with_the_prefix_of_the_hub(
     network = network_of(folder)
     params = convert.load(convert.find_files(folder, "model"), network)
     convert.save(params, path)
-    assert load_file(path).keys() == {f"text_model.{key.removeprefix('text_model.')}"
-                                      for key in theirs}
+    assert load_file(path).keys() == {
+        f"text_model.{key.removeprefix('text_model.')}" for key in theirs
+    }
     again = convert.load([path], network)
     assert all(np.array_equal(again[name], params[name]) for name in params)
     module, info = transformers.CLIPTextModel.from_pretrained(folder, output_loading_info=True)
@@ -226,8 +242,10 @@ def test_shards_may_have_any_name(folder, variant):
     for name, half in zip(names, (tensors[::2], tensors[1::2]), strict=True):
         save_file(dict(half), folder / name)
     index = folder / f"{FILE}.index{variant}.json"
-    index.write_text(json.dumps({"weight_map": {
-        key: names[i % 2] for i, (key, _) in enumerate(tensors)}}), "utf-8")
+    index.write_text(
+        json.dumps({"weight_map": {key: names[i % 2] for i, (key, _) in enumerate(tensors)}}),
+        "utf-8",
+    )
     assert convert.find_weights(folder, STEM) == index
     assert convert.find_files(folder, STEM) == [folder / name for name in names]
 
@@ -260,8 +278,10 @@ def test_a_variant_that_is_whole_is_preferred_to_shards_that_are_not_there(folde
         convert.find_files(folder, STEM)
 
 
-@pytest.mark.parametrize("name, dtype", [
-    ("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)],
+)
 def test_dtypes(folder, vae, name, dtype):
     params = load(folder, vae, name)
     assert {value.dtype for value in params.values()} == {np.dtype(dtype)}
@@ -324,12 +344,15 @@ def test_an_unexpected_key_is_named_with_its_shape(folder, vae):
         load(folder, vae)
 
 
-@pytest.mark.parametrize("key, shape, expected", [
-    (KEY, (16, 4, 5, 5), "(16, 4, 3, 3)"),
-    (KEY, (16, 4), "(16, 4, 3, 3)"),
-    ("encoder.mid_block.attentions.0.to_q.weight", (16, 16, 3, 3), "(16, 16)"),
-    ("encoder.conv_in.bias", (8, 1, 1), "(8,)"),
-])
+@pytest.mark.parametrize(
+    "key, shape, expected",
+    [
+        (KEY, (16, 4, 5, 5), "(16, 4, 3, 3)"),
+        (KEY, (16, 4), "(16, 4, 3, 3)"),
+        ("encoder.mid_block.attentions.0.to_q.weight", (16, 16, 3, 3), "(16, 16)"),
+        ("encoder.conv_in.bias", (8, 1, 1), "(8,)"),
+    ],
+)
 def test_a_mis_shaped_key_is_named_with_both_shapes(folder, vae, key, shape, expected):
     change(folder, lambda tensors: tensors.update({key: torch.zeros(shape)}))
     with refused(FILE, key, str(shape), expected):
@@ -357,11 +380,15 @@ def test_a_truncated_file(folder, vae, size):
         load(folder, vae)
 
 
-@pytest.mark.parametrize("content", [
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 334643276\n",
-    b"<!DOCTYPE html><html>Sign in</html>",
-    pickle.dumps({"a": 1}),
-], ids=["git-lfs", "html", "pickle"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 334643276\n",
+        b"<!DOCTYPE html><html>Sign in</html>",
+        pickle.dumps({"a": 1}),
+    ],
+    ids=["git-lfs", "html", "pickle"],
+)
 def test_a_foreign_file(folder, vae, content):
     (folder / FILE).write_bytes(content)
     with refused(FILE, "not a complete safetensors file"):
@@ -394,19 +421,22 @@ def test_pickles_are_refused_and_never_run(folder, vae, tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("index", [
-    {"weight_map": {KEY: "../outside.safetensors"}},
-    {"weight_map": {KEY: "/etc/passwd"}},
-    {"weight_map": {KEY: "folder/inside.safetensors"}},
-    {"weight_map": {KEY: 3}},
-    {"weight_map": {KEY: "a" * 5000}},
-    {"weight_map": {KEY: "色" * 200}},  # 600 bytes
-    {"weight_map": {KEY: "\ud800"}},
-    {"weight_map": {}},
-    {"weight_map": [FILE]},
-    {"metadata": {}},
-    [],
-])
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {KEY: "../outside.safetensors"}},
+        {"weight_map": {KEY: "/etc/passwd"}},
+        {"weight_map": {KEY: "folder/inside.safetensors"}},
+        {"weight_map": {KEY: 3}},
+        {"weight_map": {KEY: "a" * 5000}},
+        {"weight_map": {KEY: "色" * 200}},  # 600 bytes
+        {"weight_map": {KEY: "\ud800"}},
+        {"weight_map": {}},
+        {"weight_map": [FILE]},
+        {"metadata": {}},
+        [],
+    ],
+)
 def test_an_index_of_other_places_or_of_nothing(folder, vae, index):
     shutil.copy(folder / FILE, folder.parent / "outside.safetensors")
     (folder / FILE).unlink()
@@ -435,6 +465,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(folder, vae, monkey
             if name == list(params)[-1]:  # the others are written
                 raise error
             return value
+
         return read
 
     monkeypatch.setattr(convert, "to_checkpoint", fail(KeyboardInterrupt()))

@@ -64,12 +64,17 @@ def stored(request, network, tmp_path_factory):
 def same(found, expected):
     found, expected = np.asarray(found), np.asarray(expected)
     return (found.dtype, found.shape, found.tobytes()) == (
-        expected.dtype, expected.shape, expected.tobytes())
+        expected.dtype,
+        expected.shape,
+        expected.tobytes(),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strategy, mesh", [
-    ("fsdp", {"fsdp": -1}), ("fsdp", {"data": 4, "fsdp": 2}), ("replicate", {"data": -1})])
+@pytest.mark.parametrize(
+    "strategy, mesh",
+    [("fsdp", {"fsdp": -1}), ("fsdp", {"data": 4, "fsdp": 2}), ("replicate", {"data": -1})],
+)
 def test_every_device_gets_its_part(stored, network, dtype, strategy, mesh):
     path, expected = stored
     leaves = convert.open_params([path], network, dtype)
@@ -91,14 +96,20 @@ def test_every_device_gets_its_part(stored, network, dtype, strategy, mesh):
 def test_any_part_of_a_tensor_is_read_alone(stored, network):
     path, expected = stored
     leaves = convert.open_params([path], network, "float32")
-    for name, index in [("wide.kernel", np.s_[3:900, 1:1400]), ("positions", np.s_[0:1, 9:700, :]),
-                        ("conv.kernel", np.s_[1:2, :, 5:300, 2:319]), ("one.kernel", np.s_[2:5, :]),
-                        ("table.embedding", np.s_[600:601, 30:]), ("norm.scale", np.s_[:0]),
-                        ("logit_scale", ())]:
+    for name, index in [
+        ("wide.kernel", np.s_[3:900, 1:1400]),
+        ("positions", np.s_[0:1, 9:700, :]),
+        ("conv.kernel", np.s_[1:2, :, 5:300, 2:319]),
+        ("one.kernel", np.s_[2:5, :]),
+        ("table.embedding", np.s_[600:601, 30:]),
+        ("norm.scale", np.s_[:0]),
+        ("logit_scale", ()),
+    ]:
         index = index if isinstance(index, tuple) else (index,)
         assert same(leaves[name][index], expected[name].astype(np.float32)[index]), name
-    assert same(leaves["wide.bias"].astype(jnp.bfloat16), expected["wide.bias"].astype(
-        ml_dtypes.bfloat16))
+    assert same(
+        leaves["wide.bias"].astype(jnp.bfloat16), expected["wide.bias"].astype(ml_dtypes.bfloat16)
+    )
     assert jnp.asarray(leaves["odd.kernel"]).shape == (1021, 1031)
 
 
@@ -109,8 +120,10 @@ def test_shards_of_a_file_and_the_whole_are_the_same(stored, network, tmp_path, 
     convert.save_shards(convert.open_params([path], network, dtype), tmp_path, "model", dtype)
     files = convert.find_files(tmp_path, "model")
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all(sum(x.nbytes for x in tensors.values()) <= 3_000_000 or len(tensors) == 1
-               for tensors in map(load_file, files))
+    assert all(
+        sum(x.nbytes for x in tensors.values()) <= 3_000_000 or len(tensors) == 1
+        for tensors in map(load_file, files)
+    )
     found = convert.load(files, network, dtype)
     assert found.keys() == expected.keys()
     assert all(same(found[name], expected[name]) for name in expected)
@@ -126,9 +139,17 @@ def test_leaves_stay_true_to_the_file_that_was_opened(network, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("stored_as, dtype", [
-    ("float32", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"),
-    ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")])
+@pytest.mark.parametrize(
+    "stored_as, dtype",
+    [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        ("float16", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float16", "float16"),
+    ],
+)
 def test_weights_that_are_no_numbers_are_refused(network, tmp_path, value, stored_as, dtype):
     params = miniature.random_params(network, seed=1)
     params["tall.kernel"][1503, 1023] = value
@@ -154,8 +175,11 @@ def test_a_file_cut_short_after_it_was_opened(network, tmp_path):
 
 def test_arrays_are_placed_too(network):
     mesh = sharding.make_mesh({"data": -1})
-    tree = {"a": np.ones(3), "b": jnp.ones(2), "c": lazy.computed((2,), "float32",
-                                                                lambda: np.arange(2.0))}
+    tree = {
+        "a": np.ones(3),
+        "b": jnp.ones(2),
+        "c": lazy.computed((2,), "float32", lambda: np.arange(2.0)),
+    }
     placed = lazy.place(tree, sharding.replicated(mesh), "bfloat16")
     assert all(x.dtype == jnp.bfloat16 and len(x.devices()) == 8 for x in placed.values())
     assert lazy.place(placed)["a"] is placed["a"]

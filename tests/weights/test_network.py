@@ -18,8 +18,9 @@ class Pair(nnx.Module):
 
     def __init__(self, config, *, rngs):
         self.config = config
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Module(),
-                                nnx.LayerNorm(4, rngs=rngs)])
+        self.layers = nnx.List(
+            [nnx.Linear(3, 4, rngs=rngs), nnx.Module(), nnx.LayerNorm(4, rngs=rngs)]
+        )
         self.table = nnx.Embed(5, 3, rngs=rngs)
         self.offset = nnx.Param(jax.random.normal(rngs.params(), (3,)))
 
@@ -35,15 +36,23 @@ def build(rngs):
     return Pair("the config", rngs=rngs)
 
 
-NAMES = {"layers.0.kernel": (3, 4), "layers.0.bias": (4,), "layers.2.scale": (4,),
-         "layers.2.bias": (4,), "table.embedding": (5, 3), "offset": (3,)}
+NAMES = {
+    "layers.0.kernel": (3, 4),
+    "layers.0.bias": (4,),
+    "layers.2.scale": (4,),
+    "layers.2.bias": (4,),
+    "table.embedding": (5, 3),
+    "offset": (3,),
+}
 
 
 def test_abstract_names_and_shapes():
     pair = Network.abstract(build)
     assert {name: struct.shape for name, struct in pair.shapes.items()} == NAMES
-    assert all(isinstance(struct, jax.ShapeDtypeStruct) and struct.dtype == jnp.float32
-               for struct in pair.shapes.values())
+    assert all(
+        isinstance(struct, jax.ShapeDtypeStruct) and struct.dtype == jnp.float32
+        for struct in pair.shapes.values()
+    )
     assert pair.config == "the config"
 
 
@@ -68,9 +77,15 @@ def test_call_and_method_equal_the_module():
     pair, ids = Network.abstract(build), jnp.asarray([1, 4])
     params = network.init(build, jax.random.key(0))
     module = build(nnx.Rngs(0))
-    nnx.update(module, nnx.from_flat_state([
-        (path, nnx.Param(params[".".join(map(str, path))]))
-        for path, _ in nnx.to_flat_state(nnx.state(module))]))
+    nnx.update(
+        module,
+        nnx.from_flat_state(
+            [
+                (path, nnx.Param(params[".".join(map(str, path))]))
+                for path, _ in nnx.to_flat_state(nnx.state(module))
+            ]
+        ),
+    )
     np.testing.assert_array_equal(pair(params, ids, scale=2.0), module(ids, scale=2.0))
     np.testing.assert_array_equal(pair.apply(params, "total"), module.total())
 

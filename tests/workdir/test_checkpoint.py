@@ -89,13 +89,18 @@ def change(path, before, after):
 
 def run(program, *arguments):
     """A process of its own with one device, to be killed or to run into a full disk."""
-    header = ("import sys; sys.path[:0] = ['tests/support', 'tests/workdir']\n"
-              "import test_checkpoint as t\n")
+    header = (
+        "import sys; sys.path[:0] = ['tests/support', 'tests/workdir']\n"
+        "import test_checkpoint as t\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", header + program, *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_xla.FLAGS},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -295,11 +300,17 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
     assert checkpoint.steps(copied) == [10, 20]
 
 
-@pytest.mark.parametrize(("error", "is_damage"), [
-    (PermissionError(errno.EACCES, "no"), False), (MemoryError(), False),
-    (ValueError("PERMISSION_DENIED: [os_error_code='13']"), False),
-    (ValueError("[os_error_code='116']"), False),  # a stale handle of a network's file system
-    (ValueError("[os_error_code='5']"), True), (ValueError("out of bounds"), True)])
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (PermissionError(errno.EACCES, "no"), False),
+        (MemoryError(), False),
+        (ValueError("PERMISSION_DENIED: [os_error_code='13']"), False),
+        (ValueError("[os_error_code='116']"), False),  # a stale handle of a network's file system
+        (ValueError("[os_error_code='5']"), True),
+        (ValueError("out of bounds"), True),
+    ],
+)
 def test_what_forbids_reading_is_no_damage(tmp_path, error, is_damage):
     found = checkpoint._unreadable(tmp_path / "3", error)
     assert type(found) is (checkpoint.DamagedError if is_damage else InputError)
@@ -462,6 +473,4 @@ def test_checksum_sees_a_bit_a_swap_and_a_name_but_not_the_sharding(state):
         change(changed)
         assert checksum.of_fields({"params.a": changed}) != value
     assert checksum.of_fields({"params.b": x}) != value
-    assert (
-        checksum.of_fields({"params.a": x.reshape(3, 64)}) == value
-    )  # shapes are checked apart
+    assert checksum.of_fields({"params.a": x.reshape(3, 64)}) == value  # shapes are checked apart

@@ -138,8 +138,10 @@ def test_a_config_that_is_a_folder_or_too_deep_is_named(tmp_path):
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     folder = tmp_path / "new"
     with identity.alone(folder):
-        with pytest.raises(InputError, match="another process is training in"), \
-                identity.alone(folder):
+        with (
+            pytest.raises(InputError, match="another process is training in"),
+            identity.alone(folder),
+        ):
             pass
     with identity.alone(folder):  # free again
         pass
@@ -148,6 +150,8 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, name):
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(InputError, match=r"file.* cannot be written to"), identity.alone(
-            tmp_path / name):
+    with (
+        pytest.raises(InputError, match=r"file.* cannot be written to"),
+        identity.alone(tmp_path / name),
+    ):
         pass

@@ -81,7 +81,8 @@ def test_resume_drops_an_evaluation_that_comes_again(tmp_path):
     for evaluated in (True, False):
         with MetricWriter(tmp_path, tensorboard=False, resume_step=2, evaluated=evaluated):
             assert [line.get("heldout/x") for line in read(tmp_path)] == (
-                [None, 0, None, 2] if evaluated else [None, 0, None])
+                [None, 0, None, 2] if evaluated else [None, 0, None]
+            )
 
 
 def test_without_resume_step_all_whole_lines_stay(tmp_path):
@@ -185,8 +186,11 @@ except InputError as error:
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("cannot write ") and done.stderr.count("\n") == 1, done.stderr
     # What is there is whole but for the end, and a later run goes on.
