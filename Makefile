@@ -32,7 +32,7 @@ results: install
 	  --out=docs/results.md
 
 test: install-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
 
 # Writes down what the tests against PyTorch measure: docs/parity.md. Networks at full width, 24 GiB
@@ -49,4 +49,4 @@ faults: install-dev
 	$(BIN)/python tests/support/faults.py --report=docs/faults.md
 
 lint: install-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

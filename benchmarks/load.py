@@ -34,11 +34,10 @@ from benchmarks.measure import publish
 from configs import sdxl_r0
 from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
 from r0_jax.export import folder as export
+from r0_jax.files import read_json, write_bytes
 from r0_jax.method import train_state
 from r0_jax.method.generator import Generator
-from r0_jax.models.config import read_json
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.parallel import sharding
 from r0_jax.stand_ins import miniature

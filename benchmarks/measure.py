@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:

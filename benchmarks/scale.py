@@ -22,7 +22,7 @@ from absl import flags
 from benchmarks import measure
 from r0_jax import cli
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 from r0_jax.plan.predict import Plan
 
 _OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")

@@ -1,9 +1,7 @@
 """How `python -m r0_jax.X` starts and ends: flags, the config file, one-line errors."""
 
 import difflib
-import errno
 import math
-import os
 import re
 import sys
 import traceback
@@ -16,23 +14,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from r0_jax.errors import InputError, UnreachableError
+from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists --config under the program that defines it
 
-BUG = 1  # exit status, as Python has it
-USER_ERROR = 2  # as argparse and most Unix tools have it
-INTERRUPTED = 130  # 128 + SIGINT
-STOPPED = 75  # sysexits' "try again": by a SIGTERM, before the end
-
-_DISK_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder",
-    errno.EDQUOT: "free some space or choose another folder",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "change its permissions or choose another one",
-    errno.ENAMETOOLONG: "give the path of a file or folder",
-}
 # absl says "a number" and the like itself (`syntactic_help`), but nothing for these.
 _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
 
@@ -55,17 +41,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         elif status != INTERRUPTED:
             raise
         sys.exit(status)
-
-
-def explain(error: BaseException) -> tuple[int, str | None]:
-    """The exit status, and the line that says what a user can do; None of Ctrl-C and of bugs."""
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, None
-    line = str(error) if isinstance(error, InputError) else _disk_problem(error)
-    if line is None:
-        return BUG, None
-    status = BUG if isinstance(error, UnreachableError) else USER_ERROR
-    return status, " ".join(line.splitlines())
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:
@@ -219,24 +194,6 @@ def _did_you_mean(name: str, names: list[str], prefix: str = "", quote: str = ""
     return f"; did you mean {said}?" if said else ""
 
 
-def _disk_problem(error: BaseException | None) -> str | None:
-    """What a user can do about it, or None where `error` is not about the disk."""
-    if error is None:
-        return None
-    code = path = None
-    if isinstance(error, OSError):
-        code, path = error.errno, error.filename
-    elif isinstance(error, ValueError | RuntimeError):
-        # C++ libraries, tensorstore under orbax and array_record, say it only in their text.
-        code = next((code for code in _DISK_ADVICE if os.strerror(code) in str(error)), None)
-        found = re.search(r'(?:local file "|; writing )([^";]+)', str(error))
-        path = found and found[1]
-    if code not in _DISK_ADVICE:
-        return _disk_problem(error.__cause__)
-    reason = os.strerror(code).lower()
-    return (f"{path}: " if path else "") + f"{reason}; {_DISK_ADVICE[code]}"
-
-
 def _is_news(record) -> bool:
     """False for orbax's log of a traceback that `run` is about to tell in one line."""
-    return not (record.exc_info and _disk_problem(record.exc_info[1]))
+    return not (record.exc_info and disk_problem(record.exc_info[1]))

@@ -184,7 +184,8 @@ def get_config() -> ConfigDict:
     # machine is gone, or it is frozen.
     config.processes.lost_timeout = 60
     # The run ends when no process has finished a step, a batch of an evaluation or a checkpoint for
-    # so many seconds, which have to be enough to compile the step: one of them hangs.
+    # so many seconds, which have to be enough to compile the step and to fetch one folder of
+    # weights: one of them hangs.
     config.processes.hang_timeout = 1800
 
     # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also

@@ -25,12 +25,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from r0_jax import cli, remote
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import check_writable, read_json, write_bytes
 from r0_jax.models import chinese_clip, open_clip
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
-from r0_jax.models.config import read_json
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.rewards import prompt_text
@@ -40,7 +39,6 @@ from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network
 from r0_jax.weights.tensor_file import TensorFile
-from r0_jax.workdir.run import check_writable
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 Fields = dict[str, Any]

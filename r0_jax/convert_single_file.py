@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 
 from r0_jax import cli, remote
 from r0_jax.errors import InputError
+from r0_jax.files import check_writable
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.weights.tensor_file import TensorFile
-from r0_jax.workdir.run import check_writable
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from r0_jax import cli, config_check, remote, rewards
 from r0_jax.console import EncodingProgress
 from r0_jax.errors import InputError
+from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, take
@@ -38,7 +39,6 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.training import train
 from r0_jax.weights import lazy
 from r0_jax.weights.network import fingerprint
-from r0_jax.workdir.run import check_writable
 
 console = Console(stderr=True)
 

@@ -19,6 +19,7 @@ from r0_jax.errors import InputError
 from r0_jax.evaluation import report
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.testbed import Model, Testbed, evaluate_models, evaluate_run
+from r0_jax.files import check_writable
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
@@ -86,7 +87,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         raise InputError(
             f"{folder}/config.json has no test.{missing[0]}: it is of an older run or cut short"
         )
-    run.check_writable(folder / "samples" / "eval")
+    check_writable(folder / "samples" / "eval")
     with config.unlocked():
         config.pretrained = pretrained
         config.test.prompts = fields.prompts or config.test.prompts

@@ -9,6 +9,7 @@ from absl import flags
 
 from r0_jax import cli
 from r0_jax.console import console
+from r0_jax.errors import STOPPED
 from r0_jax.parallel import distributed
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         console.print("stopped; what was trained is saved: the same command continues")
         ended = False
     # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
-    return 0 if ended else cli.STOPPED
+    return 0 if ended else STOPPED
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.filesize import decimal
 
 from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
-from r0_jax.parallel import distributed
+from r0_jax.files import PICKLED
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # where it is installed, it would be imported
 
@@ -35,7 +35,6 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what to install
 _THREADS = 8  # files moved at once
 _TOLD_FROM = 10**7  # bytes: less is fetched in silence
 _NOT_OURS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".xml")
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 # Size, and time of change in microseconds: files are the same where both are, as for rsync.
 Stamp: TypeAlias = tuple[int, int]
@@ -111,11 +110,11 @@ def _wanted(there: Mapping[str, Stamp]) -> dict[str, Stamp]:
         for name, stamp in there.items()
         if not (
             name.endswith(_NOT_OURS)
-            or (name.endswith(_PICKLED) and os.path.dirname(name) in whole)
+            or (name.endswith(PICKLED) and os.path.dirname(name) in whole)
             or (
                 "model_index.json" in there
                 and "/" not in name
-                and name.endswith((".safetensors", *_PICKLED))
+                and name.endswith((".safetensors", *PICKLED))
             )
         )
     }
@@ -137,7 +136,6 @@ def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
             raise InputError(f"{below(url, name)} changed while it was fetched: try again")
         os.utime(part, ns=(changed * 1000, changed * 1000))
         os.replace(part, path)
-        distributed.progress(f"{path.name} was fetched")
 
     with told(url):
         in_parallel(get, missing)

@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from r0_jax import cli, remote
-from r0_jax.errors import InputError
+from r0_jax.errors import STOPPED, InputError
 from r0_jax.evaluation import images, report
+from r0_jax.files import write_bytes
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint, identity, mirror, run
@@ -60,10 +61,10 @@ def main(argv: list[str]) -> int:
                 held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
                 for seed in _SEED.value
             ]
-            return 0 if run_all(config, folders, out, stop) else cli.STOPPED
+            return 0 if run_all(config, folders, out, stop) else STOPPED
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
-        return cli.STOPPED
+        return STOPPED
 
 
 def run_all(config: ConfigDict, folders: Sequence[Path], out: Path, stop: StopSignal) -> bool:
@@ -79,7 +80,7 @@ def run_all(config: ConfigDict, folders: Sequence[Path], out: Path, stop: StopSi
         json.loads((folder / "eval.json").read_text(encoding="utf-8")) for folder in folders
     ]
     prompts = write_picture(folders[0], out.with_suffix(".png"))
-    images.write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
+    write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
     return True
 

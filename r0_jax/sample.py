@@ -27,6 +27,7 @@ from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images
 from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
@@ -36,7 +37,7 @@ from r0_jax.prompts.encoded import EncodedPrompts
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir import mirror
-from r0_jax.workdir.run import check_writable, choose_step, open_run, read_config
+from r0_jax.workdir.run import choose_step, open_run, read_config
 
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
 _NOISE, _STEPS = range(2)  # tags of the random draws of one sample

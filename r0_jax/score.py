@@ -26,11 +26,11 @@ from rich.table import Table
 from r0_jax import cli, remote, rewards
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics
+from r0_jax.files import check_writable, write_bytes
 from r0_jax.prompts import files
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
-from r0_jax.workdir.run import check_writable
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OWN_FIELDS = ("file", "prompt")  # of a JSON object that is written
@@ -293,7 +293,7 @@ def main(argv: list[str]) -> None:
         )
         for i in sorted(rows)
     ]
-    images.write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
+    write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
     Console().print(summary(found, list(rows.values()), [items[i].prompt for i in sorted(rows)]))
     left_out = f", {len(problems)} left out" if problems else ""
     print(f"{len(rows)} images scored{left_out}; {out}")

@@ -14,6 +14,7 @@ from r0_jax import config as base
 from r0_jax import evaluate
 from r0_jax.errors import InputError
 from r0_jax.evaluation import world
+from r0_jax.files import check_writable
 from r0_jax.training import train
 from r0_jax.workdir import run
 
@@ -86,14 +87,14 @@ def test_bad_input_is_one_line(folder, tmp_path):
 
 
 def test_where_results_can_be_written(tmp_path, monkeypatch):
-    run.check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
     assert os.listdir(tmp_path) == []  # it only looks
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="link is not a folder"):
-        run.check_writable(tmp_path / "link")
+        check_writable(tmp_path / "link")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(InputError, match=f"a/b: {tmp_path} is not writable"):
-        run.check_writable(tmp_path / "a" / "b")
+        check_writable(tmp_path / "a" / "b")
 
 
 def test_scenes_are_square():

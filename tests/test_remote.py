@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from object_store import ROOT as STORE_ROOT
 from object_store import store  # noqa: F401
 
-from r0_jax import cli, remote
-from r0_jax.errors import InputError
+from r0_jax import remote
+from r0_jax.errors import InputError, explain
 from r0_jax.export import model_card
 from r0_jax.method import train_state
 from r0_jax.pipelines import families
@@ -167,7 +167,7 @@ def test_what_stores_raise_is_one_line(error, said):
     with pytest.raises(InputError, match=said) as raised, remote.told("gs://b/x"):
         raise error
     # A restart may reach it: no mistake of the user's.
-    assert cli.explain(raised.value)[0] == (1 if "cannot be reached" in said else 2)
+    assert explain(raised.value)[0] == (1 if "cannot be reached" in said else 2)
 
 
 def test_another_process_that_is_lost_is_not_the_store():

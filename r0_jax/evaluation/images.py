@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from r0_jax.errors import InputError
+from r0_jax.files import write_bytes
 
 _LABEL_LINES = 3
 _MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
@@ -184,28 +185,6 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
     while last and font.getlength(last.rstrip() + "…") > width:
         last = last[:-1]
     return [*result[: lines - 1], last.rstrip() + "…"]
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file's name is one under which `write_bytes` has not finished."""
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes the whole file or none of it, making its folder; a full disk is an InputError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {path}: {reason}; free space or choose another folder."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, world
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.validation import draw, fixed_noise, score
+from r0_jax.files import write_bytes
 from r0_jax.models import attention_backend
 from r0_jax.parallel import distributed, sharding
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
@@ -275,11 +276,11 @@ def _write(
         )
         for i, prompt in enumerate(testbed.prompts[:SHOWN])
     ]
-    images.write_bytes(
+    write_bytes(
         folder / "samples" / "eval" / "prompts.jsonl", ("\n".join(lines) + "\n").encode("utf-8")
     )
     text = json.dumps(finite(table), indent=1, allow_nan=False)
-    images.write_bytes(folder / "eval.json", text.encode("utf-8"))
+    write_bytes(folder / "eval.json", text.encode("utf-8"))
 
 
 def finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from r0_jax.diffusion import grid as few_step
 from r0_jax.evaluation import hacking, images
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.method.generator import Generator
-from r0_jax.parallel import distributed, sharding
+from r0_jax.parallel import heartbeat, sharding
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.prompts import prepared
 from r0_jax.rewards.reward import Reward
@@ -114,7 +114,7 @@ def draw(
         count = min(batch_size, len(noise) - start)
         batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
         drawn.append(np.asarray(batch)[:count])
-        distributed.progress("a batch of images")
+        heartbeat.beat("a batch of images")
         check()
     return np.concatenate(drawn)
 
@@ -134,6 +134,6 @@ def score(
         count = min(batch_size, len(drawn) - start)
         batch = None if features is None else features[rows]
         found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
-        distributed.progress("a batch of scores")
+        heartbeat.beat("a batch of scores")
         check()
     return np.concatenate(found)

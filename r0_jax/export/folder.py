@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
+from r0_jax.files import read_json
 from r0_jax.method import lora
-from r0_jax.models.config import read_json
 from r0_jax.pipelines.folder import mend_sample_size, read_index
 from r0_jax.weights import convert
 from r0_jax.workdir.run import HostParams, Run, choose_step, find_pretrained, open_run, read_config
@@ -132,7 +132,7 @@ def _copy_part(source: Path, target: Path) -> bool:
         ),
         None,
     )
-    pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in source.glob("*"))
+    pickled = bool(convert.pickles(source))
     if not source.is_dir() or (pickled and stem is None):
         return False
     target.mkdir()

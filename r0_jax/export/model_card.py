@@ -11,7 +11,7 @@ from r0_jax.diffusion import grid as few_step
 from r0_jax.errors import InputError
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
-from r0_jax.models.config import read_json
+from r0_jax.files import read_json
 from r0_jax.workdir.checkpoint import read_metadata
 from r0_jax.workdir.run import Run
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from r0_jax.method import optim, reward_spread, stacks
 from r0_jax.method.objective import SQUARE, Metrics, Objective
 from r0_jax.method.train_state import TrainState
-from r0_jax.parallel import sharding
 
 TrainStep = Callable[
     [TrainState, dict[str, Any], dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
@@ -21,16 +20,18 @@ TrainStep = Callable[
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    count: int,
+    over_devices: NamedSharding,
 ) -> TrainStep:
     """(state, frozen, batch, key) -> (state, metrics); pure, to be jitted with shardings.
 
-    `batch` is the global one. It is cut into microbatches of `config.device_batch` samples a
-    device, whose gradients are averaged; every random draw belongs to a sample, so that this
-    equals one large batch.
+    `batch` is the global one. It is cut into `count` microbatches, which lie on the devices as
+    `over_devices` says of [count, samples, ...] and whose gradients are averaged; every random draw
+    belongs to a sample, so that this equals one large batch.
     """
-    count = sharding.microbatches(config.batch_size, config.device_batch, mesh)
-    over_devices = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
 
     def train_step(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array

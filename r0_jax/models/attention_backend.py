@@ -8,6 +8,7 @@ XLA.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ from jaxtyping import Array, Bool, Float
 
 from r0_jax.errors import InputError
 from r0_jax.models.choice import Choice
-from r0_jax.parallel import sharding
 
 NAMES = ("xla", "cudnn", "splash")
 AUTO = "auto"  # stands for the one of them that a device does best
@@ -35,11 +35,13 @@ class Backend:
     Attributes:
       name: one of `NAMES`.
       mesh: of splash, a kernel for one device: samples and heads are split over this mesh.
+      batch_axes: the axes of this mesh that split the samples; its axis "tensor" splits the heads.
       interpret: run splash's kernel on any platform, slowly; for tests.
     """
 
     name: str = "xla"
     mesh: Mesh | None = None
+    batch_axes: tuple[str, ...] = ("data", "fsdp")
     interpret: bool = False
 
 
@@ -164,7 +166,8 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
     if mesh is None or mesh.size == 1:
         return of_one_device(query, key, value, *masks)
     # What does not divide, such as the one empty prompt, is computed by every device.
-    batch = sharding.BATCH_AXES if len(query) % sharding.batch_parts(mesh) == 0 else None
+    parts = math.prod(mesh.shape[axis] for axis in backend.batch_axes)
+    batch = backend.batch_axes if len(query) % parts == 0 else None
     heads = "tensor" if query.shape[2] % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(batch, None, heads)  # [B, T, n, C]
     return jax.shard_map(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -11,22 +10,6 @@ from r0_jax.errors import InputError
 from r0_jax.models.activations import ACTIVATIONS
 
 Config = TypeVar("Config")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError if it is missing or not a JSON object."""
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} is missing: is the folder complete?") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a JSON file: is the folder complete?") from None
-    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a thousand brackets
-        raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def parse(

@@ -25,9 +25,9 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from r0_jax import cli
 from r0_jax.console import console
-from r0_jax.errors import InputError
+from r0_jax.errors import BUG, INTERRUPTED, STOPPED, InputError, explain
+from r0_jax.parallel import heartbeat
 from r0_jax.parallel.stop_signal import Stopped
 from r0_jax.parallel.watch import Watch
 
@@ -44,7 +44,6 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 
-_watch: Watch | None = None
 _calls = itertools.count()
 
 
@@ -235,48 +234,42 @@ def joined(config: ConfigDict) -> Iterator[None]:
     try:
         alone = not _initialize(place, fields.start_timeout, fields.lost_timeout)
     except InputError as error:
-        _exit(*cli.explain(error))
+        _exit(*explain(error))
     except ApartError as error:
-        _exit(cli.BUG, str(error))
+        _exit(BUG, str(error))
     known = jax._src.distributed.global_state  # without asking a device, which may not start
     if alone or known.num_processes == 1:
         yield
         return
-    global _watch
-    _watch = Watch(
+    watch = Watch(
         _client(), known.process_id, known.num_processes, fields.lost_timeout, fields.hang_timeout
     )
-    _watch.start()
+    watch.start()
     try:
         if jax.process_index() != 0:  # it says the same as process 0
             warnings.simplefilter("ignore")
             logging.set_verbosity(logging.ERROR)
             console.quiet = True
-        yield
+        with heartbeat.heard_by(watch.progress):
+            yield
         together()
     except Stopped:
-        _watch.fail(
-            cli.STOPPED,
+        watch.fail(
+            STOPPED,
             "was asked to stop, and all stop; what was trained is saved: the "
             "same command continues",
         )
-        _exit(cli.STOPPED, None)
+        _exit(STOPPED, None)
     except BaseException as error:
-        _leave(error, _watch)
-    _watch.stop()
+        _leave(error, watch)
+    watch.stop()
     jax.distributed.shutdown()
-
-
-def progress(done: str) -> None:
-    """Something came to its end, such as "step 12": see `Watch.progress`."""
-    if _watch is not None:
-        _watch.progress(done)
 
 
 def of_first(make: Callable[[], T]) -> T:
     """What `make` returns in process 0, which alone calls it while the others wait, as JSON has it.
     All processes come here in the same order."""
-    if _watch is None:
+    if _client() is None:
         return make()
     key = f"r0_jax/first/{next(_calls)}"
     if jax.process_index() == 0:
@@ -287,7 +280,7 @@ def of_first(make: Callable[[], T]) -> T:
 def of_all(value: Any) -> list[Any]:
     """The values of all processes, in their order, as JSON has them. All come here in the same
     order."""
-    if _watch is None:
+    if _client() is None:
         return [value]
     folder = f"r0_jax/all/{next(_calls)}/"
     _client().key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
@@ -301,7 +294,7 @@ def of_all(value: Any) -> list[Any]:
 
 def together() -> None:
     """Returns when all processes are here."""
-    if _watch is not None:
+    if _client() is not None:
         _client().wait_at_barrier(f"r0_jax/together/{next(_calls)}", _WEEK)
 
 
@@ -325,7 +318,7 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
     late = threading.Timer(
         start_timeout,
         lambda: _exit(
-            cli.BUG,
+            BUG,
             (
                 f"not all {place.processes or ''} processes came together within "
                 f"{start_timeout} s: see "
@@ -381,12 +374,12 @@ def _await(address: str, seconds: int) -> None:
 def _leave(error: BaseException, watch: Watch) -> NoReturn:
     if not isinstance(error, InputError) and _LOST.search(str(error)):
         watch.wait_for_verdict()  # which names the lost process, and ends this one
-    status, line = cli.explain(error)
-    if line is None and status != cli.INTERRUPTED:
+    status, line = explain(error)
+    if line is None and status != INTERRUPTED:
         traceback.print_exception(error)
         sys.stderr.flush()
     said = line or f"{type(error).__name__}: {error}".splitlines()[0]
-    said = "it was interrupted" if status == cli.INTERRUPTED else said
+    said = "it was interrupted" if status == INTERRUPTED else said
     watch.fail(status, said)
     _exit(status, line)
 

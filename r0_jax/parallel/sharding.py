@@ -20,7 +20,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from r0_jax.errors import InputError
-from r0_jax.method.train_state import TrainState
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # fsdp shards weights, not work; devices of one `tensor` share work
@@ -127,23 +126,27 @@ def param_sharding(
     return {name: NamedSharding(mesh, spec(name, array)) for name, array in shapes.items()}
 
 
-def state_sharding(
-    state: TrainState, mesh: Mesh, rules: Sequence[Any], heads: Mapping[str, int] | None = None
-) -> TrainState:
-    """The sharding of every leaf of a TrainState, given its shapes (`jax.eval_shape`).
+def follow_params(
+    tree: Any,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    rules: Sequence[Any],
+    heads: Mapping[str, int] | None = None,
+) -> Any:
+    """The sharding of every leaf of a tree of shapes that belongs to parameters, a training state.
 
     EMA and optimizer moments follow their parameter, found by the dotted name that ends their
     path; counters are replicated. `rules` and `heads` are those of `param_sharding`.
     """
-    params = param_sharding(state.params, mesh, rules, heads)
+    found = param_sharding(params, mesh, rules, heads)
 
     def find(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = getattr(path[-1], "key", None)
-        if name in params and leaf.shape == state.params[name].shape:
-            return params[name]
+        if name in found and leaf.shape == params[name].shape:
+            return found[name]
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(find, state)
+    return jax.tree_util.tree_map_with_path(find, tree)
 
 
 def with_sharding(shapes: Any, sharding: Any) -> Any:
@@ -187,6 +190,11 @@ def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
             + f"; use {nearest}"
         )
     return share // at_once
+
+
+def microbatch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch cut into microbatches, [count, samples, ...]: each split as `batch_sharding`."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def local_parts(split: NamedSharding) -> tuple[list[int], int]:

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from r0_jax import cli
+from r0_jax.errors import STOPPED
 
 _FAILED, _ALIVE = "r0_jax/failed", "r0_jax/alive/"
 _CONTINUE = "start the same command again to continue"
@@ -165,7 +165,7 @@ class Watch:
         self._quit(status, message)
 
     def _quit(self, status: int, message: str) -> NoReturn:
-        kind = "" if status == cli.STOPPED else "error: "
+        kind = "" if status == STOPPED else "error: "
         os.write(2, f"{kind}{message}\n".encode())  # no lock of a thread that may be frozen
         if self._process == 0:
             time.sleep(1)

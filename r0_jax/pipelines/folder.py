@@ -13,10 +13,10 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from r0_jax.models.config import read_json
 from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel

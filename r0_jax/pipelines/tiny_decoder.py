@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from r0_jax.models.config import read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params

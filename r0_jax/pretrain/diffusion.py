@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from r0_jax.diffusion import noise_schedule, schedulers
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.validation import draw, fixed_noise
-from r0_jax.models.config import read_json
+from r0_jax.files import read_json
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.pipelines.stable_diffusion import PARTS, StableDiffusionPipeline
 from r0_jax.pipelines.tokenizers import load_tokenizer

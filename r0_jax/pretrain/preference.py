@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from r0_jax.diffusion import grid as few_step
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.validation import draw, fixed_noise
-from r0_jax.models.config import read_json
+from r0_jax.files import read_json
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pipelines.pipeline import take

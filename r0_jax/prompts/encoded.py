@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.models.config import read_json
+from r0_jax.files import read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import dataset, files
 from r0_jax.prompts import shards as record_shards

@@ -10,8 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
-from r0_jax.parallel import distributed
+from r0_jax.files import write_bytes
+from r0_jax.parallel import distributed, heartbeat
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.prompts import dataset, files
 from r0_jax.prompts import encoded as encoded_prompts
@@ -33,7 +33,7 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
                 encoded.append(
                     reward.text_features(reward.params, distinct[start : start + _AT_ONCE])
                 )
-                distributed.progress(f"features of prompts for {reward.name}")
+                heartbeat.beat(f"features of prompts for {reward.name}")
             found[f"features/{reward.name}"] = np.concatenate(encoded)[rows]
     return found
 

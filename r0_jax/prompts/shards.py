@@ -22,7 +22,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 
 NAME = "encoded_prompts"  # of the dataset, and how its files begin
 _INFO, _METADATA = "dataset_info.json", "metadata.json"

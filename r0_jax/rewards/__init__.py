@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.files import PICKLED
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
@@ -80,7 +81,7 @@ def _check_converted(name: str, entry: ConfigDict) -> None:
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a folder of transformers or open_clip, or"
-    elif entry.type == "aesthetic" and Path(entry.head).suffix in convert.PICKLED:
+    elif entry.type == "aesthetic" and Path(entry.head).suffix in PICKLED:
         field, file, said = "head", entry.head, "is a pickle, which is never read:"
     elif (found := convert.pickles(path)) and not any(
         any(path.glob(kept)) for kept in ("*.safetensors*", "config.json")

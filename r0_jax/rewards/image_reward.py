@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
-from r0_jax.models.config import read_json
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward, not_loaded

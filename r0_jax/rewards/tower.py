@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
-from r0_jax.models.config import read_json
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.rewards import preprocess, prompt_text
 from r0_jax.rewards.preprocess import Preprocess

@@ -17,7 +17,7 @@ from r0_jax.method import lora, optim, train_state
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.method.train_state import TrainState
-from r0_jax.method.train_step import make_train_step
+from r0_jax.method.train_step import TrainStep, make_train_step
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import tiny_decoder
@@ -96,7 +96,8 @@ class Program:
         shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
         heads = self.pipeline.networks[self.pipeline.generator_part].heads
         return sharding.with_sharding(
-            shapes, sharding.state_sharding(shapes, self.mesh, self.config.sharding, heads)
+            shapes,
+            sharding.follow_params(shapes, shapes.params, self.mesh, self.config.sharding, heads),
         )
 
     @functools.cached_property
@@ -133,10 +134,23 @@ class Program:
     def step(self):
         """(state, frozen, batch, key) -> (state, metrics), jitted; the state is donated."""
         return jax.jit(
-            make_train_step(self.objective, self.optimizer, self.config, self.mesh),
+            step_on(self.mesh, self.objective, self.optimizer, self.config),
             out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
             donate_argnums=0,
         )
+
+
+def step_on(
+    mesh: Mesh,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+) -> TrainStep:
+    """The pure step of a mesh, its batch cut into microbatches of `config.device_batch` samples a
+    device."""
+    count = sharding.microbatches(config.batch_size, config.device_batch, mesh)
+    split = sharding.microbatch_sharding(mesh)
+    return make_train_step(objective, optimizer, config, count, split)
 
 
 def build(

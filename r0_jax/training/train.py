@@ -26,7 +26,7 @@ from r0_jax.errors import InputError
 from r0_jax.evaluation import report, testbed
 from r0_jax.evaluation.validation import Validation
 from r0_jax.method.train_state import TrainState
-from r0_jax.parallel import distributed, replicas, sharding
+from r0_jax.parallel import distributed, heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.pipelines import families
 from r0_jax.prompts import dataset, prepared
@@ -68,6 +68,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     # Pretrained models; their weights stay in the files.
     encoded = encoded_prompts.open_of(config)  # then no text encoder is needed
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=encoded is None)
+    heartbeat.beat("the pretrained pipeline's files")
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
         check_encoded(encoded, config)
@@ -107,7 +108,11 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     mirror.share(folder)
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
-    frozen = lazy.place(built.frozen, built.frozen_sharding)
+    frozen = lazy.place(
+        built.frozen,
+        built.frozen_sharding,
+        placed=functools.partial(heartbeat.beat, "a tensor's place on the devices"),
+    )
     trained = parameter_overview.count_parameters(built.abstract_state.params)
     console.print(f"{trained:,} trained parameters", highlight=False)
 
@@ -205,6 +210,7 @@ def load_rewards(
             features = two[f"features/{name}"]
         plugin.check(reward, pipeline.image_shape, trained, features)
         loaded.append(reward)
+        heartbeat.beat(f"the reward {name}'s files")
     return loaded
 
 
@@ -290,7 +296,7 @@ def loop(
             if compiled is None:
                 compiled = step_fn.lower(state, frozen, batch, key).compile()
                 host_memory.give_back()  # before the step allocates its own
-            distributed.progress(f"the batch of step {step + 1}")
+            heartbeat.beat(f"the batch of step {step + 1}")
             state, metrics = compiled(state, frozen, batch, key)
             step += 1
             if step == first + 1:
@@ -325,7 +331,7 @@ def save(checkpoints: checkpoint.Checkpoints, state: TrainState) -> None:
     step = int(state.step)
     check_copies(step, {"training state": state})
     checkpoints.save(state)
-    distributed.progress(f"the checkpoint of step {step}")
+    heartbeat.beat(f"the checkpoint of step {step}")
 
 
 def check_copies(step: int, trees: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from r0_jax.errors import InputError
+from r0_jax.files import PICKLED
 from r0_jax.weights import tensor_file
 from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
@@ -32,7 +33,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # suffixes
 MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
 _PIECE = 2**18  # numbers read at once by each thread
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces

@@ -13,8 +13,6 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Shaped
 
-from r0_jax.parallel import distributed
-
 Index = tuple[slice, ...]  # one slice an axis, without steps
 
 
@@ -54,21 +52,29 @@ def computed(shape: tuple[int, ...], dtype: Any, value: Callable[[], np.ndarray]
     return Lazy(shape, dtype, lambda index, dtype: np.asarray(value()[index], dtype))
 
 
-def place(tree: Any, sharding: Any = None, dtype: Any = None) -> Any:
+def place(
+    tree: Any,
+    sharding: Any = None,
+    dtype: Any = None,
+    placed: Callable[[], None] = lambda: None,
+) -> Any:
     """`tree` as jax Arrays in `dtype` (by default their own).
 
     `sharding` is one for all or a tree of them, by default that of this process's first device,
     to which arrays that are on devices already are not moved. A leaf is on its devices before the
-    next one is read, of which every process reads what its own devices need.
+    next one is read, of which every process reads what its own devices need. `placed` is called
+    after each leaf, which may take minutes.
 
     Raises InputError for a file that is damaged or holds NaN or infinities.
     """
     if sharding is None or isinstance(sharding, Sharding):
-        return jax.tree.map(lambda leaf: _place(leaf, sharding, dtype), tree)
-    return jax.tree.map(functools.partial(_place, dtype=dtype), tree, sharding)
+        return jax.tree.map(lambda leaf: _place(leaf, sharding, dtype, placed), tree)
+    return jax.tree.map(functools.partial(_place, dtype=dtype, placed=placed), tree, sharding)
 
 
-def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
+def _place(
+    leaf: Any, sharding: Sharding | None, dtype: Any, placed: Callable[[], None]
+) -> jax.Array:
     if dtype is not None:
         leaf = leaf.astype(dtype)
     if not isinstance(leaf, Lazy):
@@ -92,6 +98,6 @@ def _place(leaf: Any, sharding: Sharding | None, dtype: Any) -> jax.Array:
         return np.asarray(read[part])  # of a scalar NumPy makes something else
 
     # Waits: transfers that lag behind would keep what they copy from.
-    placed = jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
-    distributed.progress("a tensor's place on the devices")
-    return placed
+    array = jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
+    placed()
+    return array

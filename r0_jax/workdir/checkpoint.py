@@ -27,7 +27,7 @@ from jaxtyping import Shaped
 from orbax.checkpoint import checkpoint_managers
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import checksum, distributed
 from r0_jax.weights import lazy

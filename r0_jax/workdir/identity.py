@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
 from r0_jax.workdir import checkpoint
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.images import write_bytes
+from r0_jax.files import write_bytes
 
 
 class MetricWriter:

@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from r0_jax import remote
 from r0_jax.console import console
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images
+from r0_jax.files import is_temporary
 from r0_jax.remote import Stamp
 
 AnyPath: TypeAlias = Path | epath.Path
@@ -251,7 +251,7 @@ class _Mirror:
 
     def _is_mirrored(self, name: str) -> bool:
         parts = name.split("/")
-        if images.is_temporary(parts[-1]):
+        if is_temporary(parts[-1]):
             return False
         if parts[0] == "checkpoints":
             return self.has_checkpoints and _step(name) is not None

@@ -17,8 +17,8 @@ from r0_jax import config as base
 from r0_jax import remote
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.method.generator import Generator
-from r0_jax.models.config import read_json
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
@@ -161,20 +161,6 @@ def find_pretrained(
             "it is now with --pretrained=DIR"
         )
     return folder
-
-
-def check_writable(folder: Path) -> None:
-    """InputError for an output folder that cannot be made or written to, before the work whose
-    results go there; makes nothing."""
-    folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise InputError(f"cannot write to {folder}: {there} is not a folder; choose another one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(
-            f"cannot write to {folder}: {there} is not writable; change its "
-            "permissions or choose another one"
-        )
 
 
 def read_config(workdir: Path) -> ConfigDict:

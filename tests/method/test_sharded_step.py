@@ -12,7 +12,6 @@ from dry_runs import cache  # noqa: F401 (a fixture)
 from step_world import assert_close
 
 from configs import sd3_r0
-from r0_jax.method.train_step import make_train_step
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.prompts import prepared
@@ -67,7 +66,7 @@ def of_mmdit_and_t5() -> Start:
         state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         # As `built.step`, which gives the state's memory away and compiles longer.
         step = jax.jit(
-            make_train_step(built.objective, built.optimizer, config, mesh),
+            program.step_on(mesh, built.objective, built.optimizer, config),
             out_shardings=(built.state_sharding, sharding.replicated(mesh)),
         )
         put = sharding.put_batch(batch, sharding.batch_sharding(mesh))

@@ -6,8 +6,8 @@ import step_world
 from step_world import assert_close, batch
 
 from r0_jax.method import optim, train_state
-from r0_jax.method.train_step import make_train_step
 from r0_jax.parallel import sharding
+from r0_jax.training.program import step_on
 
 KEY = jax.random.key(7)
 PENALTIES = {
@@ -171,7 +171,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
 
     frozen = jax.tree.map(jnp.array, full.frozen)
     state = jax.jit(init)(frozen["base"])  # as the loop makes it
-    step = jax.jit(make_train_step(full.objective, optimizer, full.config, mesh), donate_argnums=0)
+    step = jax.jit(step_on(mesh, full.objective, optimizer, full.config), donate_argnums=0)
     donated = state.params["conv_out.kernel"]
     state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch(8)), KEY)
     assert donated.is_deleted()
@@ -198,7 +198,7 @@ def test_langevin_noise_is_added_when_on_and_absent_when_off(world, stepped):
     def program(optimizer):
         mesh = sharding.make_mesh({"data": 8})
         state = train_state.init(world.params(), optimizer)
-        step = make_train_step(world.objective, optimizer, world.config, mesh)
+        step = step_on(mesh, world.objective, optimizer, world.config)
         return str(jax.make_jaxpr(step)(state, world.frozen, batch(8), KEY))
 
     off = optim.make_optimizer(world.config, world.config.regularizers.langevin.weight)

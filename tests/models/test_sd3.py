@@ -23,9 +23,9 @@ from parity import normal
 from published import config_of
 
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models import transformer_sd3
 from r0_jax.models.attention import GELU, FeedForward
-from r0_jax.models.config import read_json
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, init

@@ -17,12 +17,12 @@ from parity import normal
 from published import config_of
 
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.autoencoder_tiny import (
     AutoencoderTiny,
     AutoencoderTinyBlock,
     AutoencoderTinyConfig,
 )
-from r0_jax.models.config import read_json
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, init
 

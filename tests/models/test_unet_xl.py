@@ -16,7 +16,7 @@ import torch
 from parity import normal
 from published import config_of
 
-from r0_jax.models.config import read_json
+from r0_jax.files import read_json
 from r0_jax.models.embeddings import TimestepEmbedding
 from r0_jax.models.resnet import ResnetBlock2D
 from r0_jax.models.transformer_2d import BasicTransformerBlock

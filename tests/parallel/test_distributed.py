@@ -11,7 +11,7 @@ import pytest
 
 from r0_jax import config as base
 from r0_jax.errors import InputError
-from r0_jax.parallel import distributed
+from r0_jax.parallel import distributed, heartbeat
 from r0_jax.parallel.distributed import Place, find
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_alone_nothing_happens(monkeypatch):
     for name in (distributed.ADDRESS, distributed.PROCESSES, distributed.PROCESS):
         monkeypatch.delenv(name, raising=False)
     with distributed.joined(base.get_config()):
-        distributed.progress("step 1")
+        heartbeat.beat("step 1")
         distributed.together()
         assert distributed.of_first(lambda: (1, "a")) == (1, "a")
 

@@ -303,7 +303,7 @@ def test_state_follows_its_parameters_and_steps_there():
         return train_state.init(params, optimizer)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    where = sharding.state_sharding(shapes, mesh, RULES)
+    where = sharding.follow_params(shapes, shapes.params, mesh, RULES)
     split, whole = PartitionSpec(None, "fsdp"), PartitionSpec()
     adam = where.opt_state[1][0]
     for params in (where.params, where.ema_params, adam.mu, adam.nu):
@@ -323,7 +323,7 @@ def test_same_name_in_the_optimizer_but_another_shape_is_replicated():
     factored = ({"big.kernel": struct(2048)},)
     counter = struct(dtype=jnp.int32)
     shapes = train_state.TrainState(counter, params, params, factored, counter, counter, {})
-    where = sharding.state_sharding(shapes, mesh, RULES)
+    where = sharding.follow_params(shapes, shapes.params, mesh, RULES)
     assert where.opt_state[0]["big.kernel"].spec == PartitionSpec()
 
 

@@ -37,7 +37,7 @@ from fault_report import Row, report, table  # noqa: E402
 from fault_world import GRACE, INTERVAL, Process, World  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from r0_jax import cli  # noqa: E402
+from r0_jax.errors import STOPPED  # noqa: E402
 from r0_jax.workdir import checkpoint  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
@@ -82,7 +82,7 @@ def meshes(world: World, counts: Counts, rng: random.Random) -> list[Row]:
         )
         out, _ = process.communicate()
         # It is stopped after the restore.
-        if process.returncode != cli.STOPPED or "Traceback" in process.said:
+        if process.returncode != STOPPED or "Traceback" in process.said:
             wrong.append(f"{data} x {fsdp}: status {process.returncode}: {process.said[-300:]}")
             continue
         found = json.loads(out)
@@ -390,7 +390,7 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 continue
             ended = process.returncode == 0
             if (
-                process.returncode not in (0, cli.STOPPED)
+                process.returncode not in (0, STOPPED)
                 or "Traceback" in process.said
                 or (last_reached(process) != saved)
                 or ended == ("stopped" in process.said)

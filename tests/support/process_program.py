@@ -18,7 +18,7 @@ import optax
 from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.method import train_state
-from r0_jax.parallel import distributed, replicas, sharding
+from r0_jax.parallel import distributed, heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.prompts import dataset
 from r0_jax.workdir import checkpoint
@@ -57,7 +57,7 @@ def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
         print(f"step {step} rows {' '.join(map(str, rows['number']))}", flush=True)
         if step == TROUBLED and me == 1:
             make(trouble)
-        distributed.progress(f"the batch of step {step}")
+        heartbeat.beat(f"the batch of step {step}")
         total = add(total, sharding.put_batch(rows, split)["number"])
         if trouble == "differ" and step == TROUBLED and me == 1:
             total = corrupted(total)

@@ -22,13 +22,13 @@ from r0_jax import config as base
 from r0_jax.method import optim, train_state
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
-from r0_jax.method.train_step import make_train_step
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.parallel import sharding
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
+from r0_jax.training.program import step_on
 from r0_jax.weights.network import Network, Params
 
 TOKENS, WORDS, EMBED = 6, 50, 8
@@ -280,9 +280,10 @@ class World(NamedTuple):
             else []
         )
         state = train_state.init(self.params(), optimizer, spread_of)
-        specs = sharding.state_sharding(jax.eval_shape(lambda: state), mesh, self.config.sharding)
+        shapes = jax.eval_shape(lambda: state)
+        specs = sharding.follow_params(shapes, shapes.params, mesh, self.config.sharding)
         step = jax.jit(
-            make_train_step(self.objective, optimizer, self.config, mesh),
+            step_on(mesh, self.objective, optimizer, self.config),
             out_shardings=(specs, sharding.replicated(mesh)),
         )
         frozen = place(self.frozen, mesh, self.config)

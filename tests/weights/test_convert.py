@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from r0_jax.errors import InputError
+from r0_jax.files import read_json
 from r0_jax.models.clip import CLIPConfig, CLIPModel
-from r0_jax.models.config import read_json
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network

@@ -45,7 +45,9 @@ def target(count, width=2048, **shape):
     """What to restore onto a mesh of `count` devices."""
     mesh = sharding.make_mesh(shape or {"data": -1}, jax.devices()[:count])
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), width))
-    return sharding.with_sharding(shapes, sharding.state_sharding(shapes, mesh, RULES))
+    return sharding.with_sharding(
+        shapes, sharding.follow_params(shapes, shapes.params, mesh, RULES)
+    )
 
 
 @pytest.fixture(scope="module")
