@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults test lint
+.PHONY: install install-dev demo results parity faults test lint wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -31,8 +31,7 @@ results: install
 	$(CPU) $(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
 	  --out=docs/results.md
 
-test: install-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test: lint
 	$(BIN)/python -m pytest -n 2
 
 # Writes down what the tests against PyTorch measure: docs/parity.md. Networks at full width, 24 GiB
@@ -48,5 +47,11 @@ parity: install-dev
 faults: install-dev
 	$(BIN)/python tests/support/faults.py --report=docs/faults.md
 
+# Style, the direction of imports, types of the ground rooms.
 lint: install-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+wheel:
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir=dist .
