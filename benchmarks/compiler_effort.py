@@ -24,11 +24,6 @@ from r0_jax.pipelines import families
 from r0_jax.plan import hlo_cost, predict, topology
 from r0_jax.weights.network import Params
 
-_OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e-1", "a TPU of one chip")
-_SIZE = flags.DEFINE_integer("size", 512, "pixels a side that the decoder makes", lower_bound=64)
-_BLOCKS = flags.DEFINE_integer("blocks", 4, "of Stable Diffusion 3's transformer", lower_bound=1)
-
 # What is differentiated, its weights, and its other arguments.
 Part = tuple[Callable[..., jax.Array], Params, tuple[Any, ...]]
 
@@ -37,7 +32,7 @@ def decoder() -> Part:
     """SDXL's, which one image comes out of; and its gradient by the latents."""
     with predict.filled(sdxl_r0.get_config()) as config:
         pipeline = families.load(config.pretrained, config.dtype, config.family)
-    side = _SIZE.value // 8
+    side = flags.FLAGS.size // 8
 
     def loss(vae: Params, latents: jax.Array) -> jax.Array:
         return jnp.mean(pipeline.decode_unclipped(vae, latents) ** 2)
@@ -51,8 +46,8 @@ def decoder() -> Part:
 
 def transformer() -> Part:
     """A few blocks of Stable Diffusion 3's, of one image of 1024 px; and its gradients."""
-    mesh = sharding.make_mesh({}, topology.find(_TOPOLOGY.value)[1])
-    network, inputs = tensor_parallel.sd3(_BLOCKS.value, mesh, 1)
+    mesh = sharding.make_mesh({}, topology.find(flags.FLAGS.topology)[1])
+    network, inputs = tensor_parallel.sd3(flags.FLAGS.blocks, mesh, 1)
     network = dataclasses.replace(network, attention=attention_backend.Backend("splash", mesh))
 
     def loss(params: Params, *inputs: jax.Array) -> jax.Array:
@@ -63,7 +58,7 @@ def transformer() -> Part:
 
 
 def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
-    chip, devices = topology.find(_TOPOLOGY.value)
+    chip, devices = topology.find(flags.FLAGS.topology)
     where = sharding.replicated(sharding.make_mesh({}, devices))
     step, params, inputs = part
     args = jax.tree.map(
@@ -86,11 +81,18 @@ def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
     )
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
+    flags.DEFINE_string("topology", "v5e-1", "a TPU of one chip")
+    flags.DEFINE_integer("size", 512, "pixels a side that the decoder makes", lower_bound=64)
+    flags.DEFINE_integer("blocks", 4, "of Stable Diffusion 3's transformer", lower_bound=1)
+
+
 def main(argv: list[str]) -> None:
     del argv
     parts = {
-        f"SDXL's decoder, {_SIZE.value} px": decoder(),
-        f"{_BLOCKS.value} blocks of SD3's transformer": transformer(),
+        f"SDXL's decoder, {flags.FLAGS.size} px": decoder(),
+        f"{flags.FLAGS.blocks} blocks of SD3's transformer": transformer(),
     }
     rows = [row(name, part, effort) for name, part in parts.items() for effort in (-1.0, 0.0)]
     text = measure.table(
@@ -98,11 +100,12 @@ def main(argv: list[str]) -> None:
         rows,
     )
     measure.publish(
-        _OUT.value,
+        flags.FLAGS.out,
         "## What the compiler's effort changes",
-        f"{text}\n\n{_TOPOLOGY.value}. {measure.machine('jax', 'libtpu')}",
+        f"{text}\n\n{flags.FLAGS.topology}. {measure.machine('jax', 'libtpu')}",
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

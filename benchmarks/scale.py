@@ -25,8 +25,6 @@ from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.plan.predict import Plan
 
-_OUT = flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
-_ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")
 _RESULTS = Path("runs", "scale")
 _GIB = 2**30
 
@@ -75,13 +73,18 @@ def rows() -> list[Row]:
     ]
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
+    flags.DEFINE_string("only", "", "compile rows with this in their name alone")
+
+
 def main(argv: list[str]) -> None:
     del argv
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
     failed = []
     for row in rows():
-        if _ONLY.value in row.name and not _read(row):
+        if flags.FLAGS.only in row.name and not _read(row):
             print(row.name, flush=True)
             ended = subprocess.run(
                 [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> None:
                 write_bytes(_path(row), ended.stdout)
             else:
                 failed.append(row.name)
-    measure.publish(_OUT.value, "## What fits, and what bounds it", document())
+    measure.publish(flags.FLAGS.out, "## What fits, and what bounds it", document())
     if failed:
         raise InputError(f"not compiled, see above: {', '.join(failed)}")
 
@@ -172,4 +175,5 @@ def _line(model: str, how: str, name: str, found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

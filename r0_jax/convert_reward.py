@@ -175,7 +175,7 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_enum("reward", None, list(REWARDS), "what the checkpoint is", required=True)
     flags.DEFINE_string("checkpoint", None, "the published file", required=True)
     flags.DEFINE_string(

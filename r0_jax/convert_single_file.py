@@ -67,7 +67,7 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("checkpoint", None, "the .safetensors file", required=True)
     flags.DEFINE_string("out", None, "the diffusers folder to make", required=True)
     flags.DEFINE_string(

@@ -43,8 +43,8 @@ from r0_jax.weights.network import fingerprint
 console = Console(stderr=True)
 
 
-def define_flags() -> flags.FlagHolder[ConfigDict]:
-    """The command's flags; not on import, since flags are global and programs share names."""
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("out", None, "folder of the dataset", required=True)
     flags.DEFINE_enum("dtype", "bfloat16", list(encoded_prompts.DTYPES), "of floats on disk")
     flags.DEFINE_integer("batch_size", 32, "prompts encoded at once", lower_bound=1)
@@ -58,7 +58,7 @@ def define_flags() -> flags.FlagHolder[ConfigDict]:
         "process", None, "which of the processes that share the work this is, from 0", lower_bound=0
     )
     flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
-    return cli.define_config()
+    cli.define_config()
 
 
 class Embeddings(NamedTuple):

@@ -27,7 +27,7 @@ from r0_jax.workdir import mirror, run
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("workdir", None, "folder of a run: measures base and generator")
     flags.DEFINE_string("pipeline", None, "diffusers folder: measures it alone")
     flags.DEFINE_string("out", None, "with --pipeline: folder for eval.json and images")

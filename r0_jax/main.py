@@ -15,23 +15,27 @@ from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
 from r0_jax.workdir import mirror
 
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "folder of this run, also in gs:// or s3://; by "
-    "default runs/ and the name of the config with its argument",
-)
+
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
+    cli.define_config()
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of this run, also in gs:// or s3://; by "
+        "default runs/ and the name of the config with its argument",
+    )
 
 
 def main(argv: list[str]) -> int:
     del argv
-    asked = _WORKDIR.value or Path("runs", cli.config_name())
+    config = flags.FLAGS.config
+    asked = flags.FLAGS.workdir or Path("runs", cli.config_name())
     try:
-        with StopSignal() as stop, distributed.joined(_CONFIG.value):
-            train.enable_compilation_cache(_CONFIG.value)
+        with StopSignal() as stop, distributed.joined(config):
+            train.enable_compilation_cache(config)
             with mirror.workdir(asked, training=True) as folder:
-                ended = train.train_and_evaluate(_CONFIG.value, folder, stop)
+                ended = train.train_and_evaluate(config, folder, stop)
                 stop.defer()  # what the store has not got yet
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
@@ -41,4 +45,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -31,12 +31,6 @@ from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint, identity, mirror, run
 
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
-_OUT = flags.DEFINE_string("out", None, "Markdown file; its picture lies beside it", required=True)
-_SEED = flags.DEFINE_multi_integer("seed", [0, 1, 2], "of training and noise; may be repeated")
-_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 1000, "of test.prompts", lower_bound=2)
-
 _COLUMNS = 10  # of the picture
 # (what, metric, the best the ratio of R0's value to the guided base's may be, and the worst)
 _TARGETS = [
@@ -47,33 +41,49 @@ _TARGETS = [
 console = Console(stderr=True)
 
 
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
+    flags.DEFINE_string("out", None, "Markdown file; its picture lies beside it", required=True)
+    flags.DEFINE_multi_integer("seed", [0, 1, 2], "of training and noise; may be repeated")
+    flags.DEFINE_integer("num_prompts", 1000, "of test.prompts", lower_bound=2)
+
+
 def main(argv: list[str]) -> int:
     del argv
-    config = _CONFIG.value
+    given = flags.FLAGS
+    config = given.config
     if not config.test.prompts:
         raise InputError("the config has no test.prompts to measure with")
     train.enable_compilation_cache(config)
-    out = remote.output(_OUT.value)
+    out = remote.output(given.out)
     try:
         with StopSignal() as stop, contextlib.ExitStack() as held:
-            root = _WORKDIR.value.rstrip("/")
+            root = given.workdir.rstrip("/")
             folders = [
                 held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
-                for seed in _SEED.value
+                for seed in given.seed
             ]
-            return 0 if run_all(config, folders, out, stop) else STOPPED
+            with config.unlocked():
+                config.test.num_prompts = given.num_prompts
+            return 0 if run_all(config, given.seed, folders, out, stop) else STOPPED
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
         return STOPPED
 
 
-def run_all(config: ConfigDict, folders: Sequence[Path], out: Path, stop: StopSignal) -> bool:
-    """Trains what is not there yet, a folder a seed, and writes the page; False where it was told
-    to stop."""
-    for seed, folder in zip(_SEED.value, folders, strict=True):
+def run_all(
+    config: ConfigDict, seeds: Sequence[int], folders: Sequence[Path], out: Path, stop: StopSignal
+) -> bool:
+    """Train what is not there yet, a folder a seed, and write the page.
+
+    Returns False if a SIGTERM ended the training.
+    """
+    for seed, folder in zip(seeds, folders, strict=True):
         console.rule(str(folder))
         with config.unlocked():
-            config.seed, config.test.num_prompts = seed, _NUM_PROMPTS.value
+            config.seed = seed
         if not measured(folder, config) and not train.train_and_evaluate(config, folder, stop):
             return False
     evaluations = [
@@ -205,4 +215,5 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

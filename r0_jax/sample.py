@@ -52,7 +52,7 @@ class Source(NamedTuple):
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("pipeline", None, "diffusers folder; its own scheduler is used")
     flags.DEFINE_string(
         "workdir", None, "or the folder of a run: its generator (EMA) on the grid it was trained on"

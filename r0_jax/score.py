@@ -46,7 +46,7 @@ class Item(NamedTuple):
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string(
         "images",
         None,

@@ -6,7 +6,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from r0_jax import results
@@ -85,18 +84,6 @@ def test_what_is_broken_is_measured_anew(run, text, said):
 
 
 def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkeypatch):
-    flags.FLAGS(
-        [
-            "results",
-            "--seed=0",
-            "--seed=1",
-            "--num_prompts=2",
-            "--workdir=w",
-            "--out=o",
-            "--config=configs/shapes_r0.py",
-        ]
-    )
-
     def trained(config, folder, stop):
         found = evaluation(0.8, 1.0, config.seed, config.test.num_prompts)
         (folder / "samples" / "eval").mkdir(parents=True)
@@ -108,13 +95,14 @@ def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkey
 
     train = mock.create_autospec(results.train.train_and_evaluate, side_effect=trained)
     monkeypatch.setattr(results.train, "train_and_evaluate", train)  # which knows its arguments
-    config = ConfigDict({"steps": 4, "seed": 7, "test": {"num_prompts": 300}})
+    config = ConfigDict({"steps": 4, "seed": 7, "test": {"num_prompts": 2}})
     folders = [tmp_path / "seed_0", tmp_path / "seed_1"]
-    assert results.run_all(config, folders, tmp_path / "results.md", StopSignal())
+    assert results.run_all(config, [0, 1], folders, tmp_path / "results.md", StopSignal())
     text = (tmp_path / "results.md").read_text("utf-8")
     assert "2 test prompts" in text and "seeds 0, 1" in text and "1. 红色的圆" in text
     assert (tmp_path / "results.png").is_file()
 
     train.side_effect = lambda config, folder, stop: False  # a SIGTERM came
-    assert not results.run_all(config, [tmp_path / "seed_2"] * 2, tmp_path / "no.md", StopSignal())
+    folders = [tmp_path / "seed_2"] * 2
+    assert not results.run_all(config, [2, 3], folders, tmp_path / "no.md", StopSignal())
     assert train.call_count == 3 and not (tmp_path / "no.md").exists()

@@ -16,7 +16,7 @@ from r0_jax.workdir import mirror
 
 
 def define_flags() -> None:
-    """The command's flags; not on import, since flags are global and programs share names."""
+    """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "folder to write", required=True)
     flags.DEFINE_enum(

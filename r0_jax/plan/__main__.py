@@ -18,30 +18,35 @@ from r0_jax import cli
 from r0_jax.plan import measure, predict, topology
 from r0_jax.plan.predict import Plan
 
-_CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    None,
-    "a TPU slice such as v5e-16, v5p-8 (8 cores), "
-    "v6e-8 or 2xv5e-16; or cpu, or local: this machine's accelerator",
-    required=True,
-)
-_JSON = flags.DEFINE_bool("json", False, "one JSON object on standard output")
-_EFFORT = flags.DEFINE_float(
-    "effort",
-    -1.0,
-    "of the compiler, from -1 (quick; more goes through "
-    "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
-    "many times longer)",
-    lower_bound=-1.0,
-    upper_bound=0.0,
-)
 _GIB = 2**30
+
+
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
+    cli.define_config()
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "a TPU slice such as v5e-16, v5p-8 (8 cores), "
+        "v6e-8 or 2xv5e-16; or cpu, or local: this machine's accelerator",
+        required=True,
+    )
+    flags.DEFINE_bool("json", False, "one JSON object on standard output")
+    flags.DEFINE_float(
+        "effort",
+        -1.0,
+        "of the compiler, from -1 (quick; more goes through "
+        "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
+        "many times longer)",
+        lower_bound=-1.0,
+        upper_bound=0.0,
+    )
 
 
 def main(argv: list[str]) -> None:
     del argv
-    config, name = _CONFIG.value, _TOPOLOGY.value
+    given = flags.FLAGS
+    config, name = given.config, given.topology
     jax.config.update("jax_platforms", "cpu" if name != "local" else None)
     here = name in ("cpu", "local")
     chip, devices = (None, []) if here else topology.find(name)
@@ -49,9 +54,9 @@ def main(argv: list[str]) -> None:
         found = (
             measure.measure(config, name)
             if here
-            else predict.predict(config, name, chip, devices, _EFFORT.value)
+            else predict.predict(config, name, chip, devices, given.effort)
         )
-    if _JSON.value:
+    if given.json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
         print_plan(found)
@@ -101,4 +106,5 @@ def print_plan(found: Plan) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

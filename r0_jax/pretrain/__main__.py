@@ -9,17 +9,21 @@ from r0_jax.errors import InputError
 from r0_jax.pretrain.stages import STAGES
 from r0_jax.shapes import CHECKPOINTS
 
-_CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", str(CHECKPOINTS), "folder that holds all stages' results")
+
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
+    cli.define_config()
+    flags.DEFINE_string("out", str(CHECKPOINTS), "folder that holds all stages' results")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     if config.stage not in STAGES:
         raise InputError(f"stage {config.stage!r} is unknown; known, in order: {', '.join(STAGES)}")
-    STAGES[config.stage](config, Path(_OUT.value))
+    STAGES[config.stage](config, Path(flags.FLAGS.out))
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

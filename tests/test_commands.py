@@ -1,0 +1,29 @@
+"""What holds for every command: modules that `python -m` starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("r0_jax", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text("utf-8")
+]
+
+
+def test_importing_all_commands_in_one_process_defines_no_flag():
+    assert {"r0_jax.main", "r0_jax.sample", "r0_jax.plan.__main__"} <= set(COMMANDS)
+    program = f"""
+import importlib
+from absl import flags
+for name in {COMMANDS}:
+    importlib.import_module(name)
+    # Packages such as jax and grain have flags of their own.
+    own = {{flag.name for flag in flags.FLAGS.flags_by_module_dict().get(name, [])}}
+    assert not own, (name, own)
+    assert "config" not in flags.FLAGS and "workdir" not in flags.FLAGS, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
