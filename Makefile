@@ -26,26 +26,25 @@ CPU := XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_enable_conc
 demo: install
 	$(CPU) $(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 
-# About 20 minutes: all test prompts, three seeds; writes docs/results.md and its picture.
+# About 20 minutes: all test prompts, three seeds; writes docs/reports/results.md and its picture.
 results: install
 	$(CPU) $(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
-	  --out=docs/results.md
+	  --out=docs/reports/results.md
 
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# Writes down what the tests against PyTorch measure: docs/parity.md. Networks at full width, 24 GiB
-# at most, one after another; what runs/parity holds of them already is not measured again.
+# Write down what the tests against PyTorch measure: docs/reports/parity.md. Networks at full width
+# need 24 GiB at most and run one after another. What runs/parity holds is not measured again.
 parity: install-dev
-	$(BIN)/python -m pytest tests/test_models_*.py tests/test_pipeline*.py \
-	  tests/test_full_width.py -m "full_width or not full_width" \
-	  --parity-report=docs/parity.md
+	$(BIN)/python -m pytest tests/models tests/pipelines tests/test_full_width.py \
+	  -m "full_width or not full_width" --parity-report=docs/reports/parity.md
 
-# Runs killed, stopped, starved of disk and damaged, about a hundred of them, in a quarter of an
-# hour on two cores; prints the counts and writes docs/faults.md. Without root no disk is mounted: files are
-# limited in size instead.
+# Kill, stop, starve and damage about a hundred runs: a quarter of an hour on two cores. Prints the
+# counts and writes docs/reports/faults.md. Without root no disk is mounted: files are limited in
+# size instead.
 faults: install-dev
-	$(BIN)/python tests/support/faults.py --report=docs/faults.md
+	$(BIN)/python tests/support/faults.py --report=docs/reports/faults.md
 
 # Style, the direction of imports, types of the ground rooms.
 lint: install-dev

@@ -1,6 +1,6 @@
 """How far the bytes that `plan` counts are from a run's, for which the compiler tries harder.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.compiler_effort --out=docs/scale.md
+    JAX_PLATFORMS=cpu python -m benchmarks.compiler_effort --out=docs/reports/scale.md
 
 compiles two parts of a training step for one TPU chip, each with its gradient, as `plan` does by
 default (--effort=-1) and as a run does (0). Nothing runs; needs requirements-tpu.txt.

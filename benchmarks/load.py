@@ -1,6 +1,6 @@
 """Loading and exporting at full size: time, and memory above what has to be held.
 
-    python -m benchmarks.load --folder=/a/disk/with/room --out=docs/performance.md
+    python -m benchmarks.load --folder=/a/disk/with/room --out=docs/reports/performance.md
 
 Makes a UNet file of SDXL's size (5.1 GB, float16, random), loads it in bfloat16 on 1 and on 8 fake
 CPU devices and reads the same file plainly in between; then exports, from checkpoints written by 8

@@ -1,6 +1,6 @@
 """Preprocessing against the published path through PIL, and what a cheaper resize does.
 
-    python -m benchmarks.preprocess --out=docs/rewards.md
+    python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
 First: every policy on square, wide and tall images, against PIL's resize of 8-bit images. Second:
 a cheaper way down from 1024 px, what it changes of a trained CLIP's scores and image gradients
@@ -43,7 +43,7 @@ SHAPES = {
 }
 # Pixels of scenes and of the CLIP that sees them: 4 2/3 times, as 1024 px are 4 4/7 times 224.
 _SCENE, _TOWER = 224, 48
-HEADINGS = "# Preprocessing against PIL", "# Coming down from 1024 px"
+HEADINGS = "## Preprocessing against PIL", "## Coming down from 1024 px"
 
 
 def define_flags() -> None:
@@ -123,7 +123,7 @@ def against_pil(count: int) -> str:
                 ]
             )
     header = ["policy", "image", "photo-like: mean", "largest", "hard edges: mean", "largest"]
-    return f"""    python -m benchmarks.preprocess --out=docs/rewards.md
+    return f"""    python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
 Absolute differences of pixels after the resize to {SIZE} px, in units of 1/255, between this
 library (float32, differentiable) and the published path: PIL's bicubic on 8-bit images, then crop,
@@ -229,7 +229,7 @@ def from_1024(count: int, repeats: int) -> str:
     }
     rows = cost(chosen, repeats)
     forward = float(rows[0][2]) / 2
-    return f"""    python -m benchmarks.preprocess --out=docs/rewards.md
+    return f"""    python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
 `resize` of an entry of `config.rewards` says how an image comes down to the tower's size.
 "bicubic" (default) is the published path: one antialiased bicubic, which at 1024 px reads 18 x 18

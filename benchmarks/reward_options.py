@@ -1,6 +1,6 @@
 """What the options of combining rewards do to accuracy and hacking, on the embedded world.
 
-    python -m benchmarks.reward_options --workdir=runs/reward_options --out=docs/rewards.md
+    python -m benchmarks.reward_options --workdir=runs/reward_options --out=docs/reports/rewards.md
 
 One run of the recipe an option, `--steps` long, and the same with nothing changed; the images of
 validation prompts are judged. Runs that are finished are not made again, and killed ones continue.
@@ -19,7 +19,7 @@ from r0_jax import cli
 from r0_jax.errors import InputError
 from r0_jax.shapes import PROMPTS
 
-HEADING = "# Options of combining rewards"
+HEADING = "## Options of combining rewards"
 # What is changed of the recipe.
 OPTIONS = {
     "as in the recipe": [],
@@ -128,7 +128,8 @@ def main(argv: list[str]) -> None:
         for name, changes in OPTIONS.items()
         if changes
     )
-    text = f"""    python -m benchmarks.reward_options {measure.given_flags()} --out=docs/rewards.md
+    flags_given = f"{measure.given_flags()} --out=docs/reports/rewards.md"
+    text = f"""    python -m benchmarks.reward_options {flags_given}
 
 {given.steps} steps of `configs/shapes_r0.py` each, which itself takes more, and
 {given.num_prompts} validation prompts; ± is half a 95 % interval. The last columns are signs of

@@ -263,7 +263,7 @@ the largest element; memory is beyond weights and images{
 {measure.table(header, found)}
 
 {measure.machine("jax", "torch")} Seed 0, median of {given.repeats} calls."""
-    heading = f"# Towers here and in PyTorch: {jax.devices()[0].device_kind}, {given.dtype}"
+    heading = f"## Towers here and in PyTorch: {jax.devices()[0].device_kind}, {given.dtype}"
     measure.publish(given.out, heading, text)
 
 

@@ -1,6 +1,6 @@
-"""What fits which TPU slice, and what bounds it there: the table of docs/scale.md.
+"""What fits which TPU slice, and what bounds it there: the table of docs/reports/scale.md.
 
-    python -m benchmarks.scale --out=docs/scale.md
+    python -m benchmarks.scale --out=docs/reports/scale.md
 
 compiles the training steps of all recipes for all slices with the TPU compiler
 (requirements-tpu.txt), one after the other: two to eight minutes each on two cores, two hours for
@@ -143,7 +143,7 @@ def document() -> str:
     if len(found) < len(rows()):
         text += (
             f" {len(found)} of {len(rows())} programs were compiled so far: "
-            "`python -m benchmarks.scale --out=docs/scale.md` goes on."
+            "`python -m benchmarks.scale --out=docs/reports/scale.md` goes on."
         )
     return text + f"\n\n{measure.machine('jax', 'libtpu')}"
 

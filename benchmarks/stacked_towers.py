@@ -134,7 +134,7 @@ image gradients of all.
 {measure.table(header, found)}
 
 {measure.machine("jax")} Seed 0, median of {given.repeats} calls."""
-    measure.publish(given.out, f"# Several towers at once: {jax.devices()[0].device_kind}", text)
+    measure.publish(given.out, f"## Several towers at once: {jax.devices()[0].device_kind}", text)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ Variants:  sd15_r0.py:r0plus, :full, :dryrun, or several with commas. The dry ru
 Weights:   stable-diffusion-v1-5 in diffusers' format (any fine-tune of it will do; the paper
            trains Realistic-Vision). The paper's rewards, each under models/ or where
            --config.rewards.NAME.path says: hps_v2_1 and image_reward as made by
-           `python -m r0_jax.convert_reward` of HPS_v2.1_compressed.pt and ImageReward.pt (README,
-           "Rewards"), clip_score openai/clip-vit-large-patch14 as published; and, never trained
-           on, --config.heldout_rewards.pickscore.path, yuvalkirstain/PickScore_v1.
+           `python -m r0_jax.convert_reward` of HPS_v2.1_compressed.pt and ImageReward.pt
+           (docs/rewards.md), clip_score openai/clip-vit-large-patch14 as published; and, never
+           trained on, --config.heldout_rewards.pickscore.path, yuvalkirstain/PickScore_v1.
 Hardware:  one accelerator of 24 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of the devices (data x fsdp). docs/scale.md has TPU slices, planned.
+           must be a multiple of the devices (data x fsdp). docs/reports/scale.md has plans for TPU
+           slices.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 1.7 GB, VAE and text 0.4 GB,
            HPS 1.3 GB, ImageReward 0.9 GB, CLIP-L 0.6 GB (the text towers' features are computed
            before), PickScore 1.3 GB, in evaluations only: 6 GB. Adapters of rank 32: 6.4 M

@@ -10,7 +10,8 @@ Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log 
            its share of the prompt is then zeros, as in stock diffusers. And the reward models of
            sd15_r0.py.
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
-           must be a multiple of the devices (data x fsdp). docs/scale.md has TPU slices, planned.
+           must be a multiple of the devices (data x fsdp). docs/reports/scale.md has plans for TPU
+           slices.
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
            CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.1 GB: 10 or 20 GB. Adapters of
            rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.

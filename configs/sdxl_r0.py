@@ -10,7 +10,7 @@ Weights:   stabilityai/stable-diffusion-xl-base-1.0 in diffusers' format (fp16 f
 Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of them: batch_size
            must be a multiple of the devices (data x fsdp). On TPUs, planned and not run: a chip of
            v5e-16 needs --config.mesh.data=1 --config.mesh.fsdp=16 --config.device_batch=1, with
-           which it holds 14.5 GiB of its 15.75, and :r0plus 12.1; see docs/scale.md, and
+           which it holds 14.5 GiB of its 15.75, and :r0plus 12.1; see docs/reports/scale.md, and
            `python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16`.
 Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0.2 GB, text
            encoders 1.6 GB, reward models 4.1 GB: 11 GB. Adapters of rank 32: 46 M parameters x

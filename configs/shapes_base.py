@@ -7,7 +7,7 @@ Commands, in this order (each stage needs those before it; --out=DIR writes else
       python -m r0_jax.pretrain --config=configs/shapes_base.py:$stage
     done
 
-Hardware:  2 CPU cores, 4 GiB. README.md gives the minutes and the measured quality.
+Hardware:  2 CPU cores, 4 GiB. docs/world.md gives the minutes and the measured quality.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ Turns the shipped 25-step pipeline of 64 px scenes into a 4-step generator, pure
 Command:   python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 Hardware:  2 CPU cores, 3 GiB; about 5 minutes
 Numbers:   judge accuracy 0.87 +- 0.04 in 4 steps, 0.91 +- 0.03 of the base at 25 guided steps
-           (docs/results.md: 1,000 test prompts, 3 seeds)
+           (docs/reports/results.md: 1,000 test prompts, 3 seeds)
 Variants:  --config=configs/shapes_r0.py:r0plus
 """
 

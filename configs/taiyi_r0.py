@@ -11,7 +11,7 @@ Weights:   IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 in diffusers' format
              pipe.save_pretrained(folder)
            writes the folder with safetensors. The rewards are Chinese-CLIP ViT-L/14 and the LAION
            aesthetic predictor, and Chinese-CLIP ViT-H/14 is never trained on. All three are made
-           by `python -m r0_jax.convert_reward` (README, "Rewards") of clip_cn_vit-l-14.pt,
+           by `python -m r0_jax.convert_reward` (docs/rewards.md) of clip_cn_vit-l-14.pt,
            sac+logos+ava1-l14-linearMSE.pth into the folder of openai/clip-vit-large-patch14, and
            clip_cn_vit-h-14.pt, under models/ or where --config.rewards.NAME.path and
            --config.heldout_rewards.heldout_chinese_clip.path say.

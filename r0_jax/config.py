@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     # Training prompts: a .txt (one a line), .jsonl, .json or .parquet file or a tfds folder.
     config.data.prompts = ""
     # A folder that `r0_jax.encode_prompts` made of these prompts, those of eval and test, and the
-    # rewards, or that holds embeddings of your own (docs/encoded_prompts.md): training, evaluation
+    # rewards, or that holds embeddings of your own (docs/prompts.md): training, evaluation
     # and the table then need no text encoder, neither of the pipeline nor of a reward. data.prompts
     # may be "" then; if it is set, the prompts must be the same. "" encodes prompts while training.
     config.data.encoded = ""
@@ -300,7 +300,8 @@ def reward_entry(
       function: "module:function" of the user's own reward.
       cap: an image that scores so much is not pushed further by this reward: relu(cap - score).
       resize: how images come down to the size of the reward's tower: "bicubic", with antialiasing,
-        as published; "reduce": means of whole blocks of pixels first (docs/rewards.md compares).
+        as published; "reduce": means of whole blocks of pixels first. docs/reports/rewards.md
+        compares them.
     """
     return ConfigDict(
         {

@@ -1,7 +1,7 @@
-"""Trains a recipe with several seeds and writes what came of it: docs/results.md, with a picture.
+"""Train a recipe with several seeds and write docs/reports/results.md, with a picture.
 
     python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \\
-      --out=docs/results.md
+      --out=docs/reports/results.md
 
 A killed one continues with the same command.
 """
@@ -136,7 +136,7 @@ def _number(value: float | None) -> float:
 
 
 def page(evaluations: Sequence[dict[str, Any]], picture: str, prompts: Sequence[str]) -> str:
-    """docs/results.md: the table, the targets, each seed, the picture, and how it was made."""
+    """Return docs/reports/results.md: the table, targets, seeds, picture, and how it was made."""
     pooled = pool(evaluations)
     names = list(pooled["models"])
     seeds = ", ".join(str(evaluation["seed"]) for evaluation in evaluations)

@@ -102,7 +102,7 @@ def define_flags() -> None:
         "encoded",
         None,
         "take the prompts' embeddings from among the evaluation "
-        "prompts of this folder (docs/encoded_prompts.md): no text encoder is read",
+        "prompts of this folder (docs/prompts.md): no text encoder is read",
     )
     flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")

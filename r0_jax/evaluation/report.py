@@ -111,7 +111,7 @@ def print_table(evaluation: dict) -> None:
 
 
 def markdown_table(evaluation: dict) -> str:
-    """The result table as a Markdown pipe table, for docs/results.md and model cards."""
+    """The result table as a Markdown pipe table, for docs/reports/results.md and model cards."""
     models, table = rows(evaluation)
     lines = [["", *models], ["---", *("---:" for _ in models)]]
     lines += [_texts(row) for row in table]

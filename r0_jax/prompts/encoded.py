@@ -1,5 +1,5 @@
 """Prompts as embeddings: a tfds dataset of what text encoders made of them, so that training needs
-no text encoder. docs/encoded_prompts.md says what is in it, for who brings embeddings of their own.
+no text encoder. docs/prompts.md says what is in it, for who brings embeddings of their own.
 
 `r0_jax.encode_prompts` writes it, and so does `write`, from arrays.
 """
@@ -30,7 +30,7 @@ DTYPES = ("bfloat16", "float32")  # of embeddings and features on disk
 SHARD_PROMPTS = 256  # in a file: so many may be encoded anew after a kill
 _AT_ONCE = 64  # prompts read at once
 _FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)))
-_HELP = "docs/encoded_prompts.md says what it should hold"
+_HELP = "docs/prompts.md says what it should hold"
 
 Source = Callable[[Shard], Iterator[Columns]]  # a shard's columns, in parts
 

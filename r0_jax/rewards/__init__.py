@@ -76,7 +76,7 @@ def _check_converted(name: str, entry: ConfigDict) -> None:
         raise InputError(
             f"rewards.{name}.path = {entry.path!r} is not there: give the folder of "
             f"its {entry.type} model, which python -m r0_jax.convert_reward makes of "
-            'a file as it was published (README, "Rewards")'
+            "a file as it was published (docs/rewards.md)"
         )
     if path.is_file():
         field, file = "path", path

@@ -308,11 +308,11 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
         np.save(f"{name}.npy", made["prompt_embeds"].astype(np.float16))
         np.save(f"{name}_pooled.npy", made["pooled_prompt_embeds"])
         Path(f"{name}.txt").write_text("\n".join(made["prompt"]) + "\n", "utf-8")
-    text = (ROOT / "docs" / "encoded_prompts.md").read_text("utf-8")
+    text = (ROOT / "docs" / "prompts.md").read_text("utf-8")
     [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert {line.split()[1] for line in example.splitlines() if "import" in line} == {
         "numpy",
-        "r0_jax",
+        "r0_jax.prompts",
     }
     exec(compile(example, "example", "exec"), {})
 

@@ -1,4 +1,4 @@
-"""What the campaign of faults counted, as a table and as docs/faults.md."""
+"""What the campaign of faults counted, as a table and as docs/reports/faults.md."""
 
 import datetime
 import importlib.metadata
@@ -27,7 +27,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def report(rows: list[Row], world: World, seed: int, minutes: float) -> str:
-    """docs/faults.md."""
+    """Return the text of docs/reports/faults.md."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
         for name in ("jax", "orbax-checkpoint", "tensorstore")
@@ -41,9 +41,9 @@ checkpoint every {INTERVAL}, an evaluation every {EVALUATED}, one CPU device exc
 so. In the end parameters, their average, the optimizer's state, metrics and sample images of every
 run are compared to the bit with those of a run that nothing happened to.
 
-Made by `make faults` (`python tests/support/faults.py --report=docs/faults.md --seed={seed}`) on
-{datetime.date.today()}: {minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()},
-{platform.system()}, Python {platform.python_version()}, {versions}).
+Made by `make faults`, which is `python tests/support/faults.py --report=docs/reports/faults.md`,
+with `--seed={seed}`, on {datetime.date.today()}: {minutes:.0f} minutes on {os.cpu_count()} CPU
+cores ({platform.machine()}, {platform.system()}, Python {platform.python_version()}, {versions}).
 
 | | what | counted |
 |---|---|---|

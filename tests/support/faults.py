@@ -1,6 +1,6 @@
 """Runs of the main job killed, stopped, starved and damaged: what they lose. `make faults`.
 
-    python tests/support/faults.py --report=docs/faults.md     # all of it: 15 minutes on two cores
+    python tests/support/faults.py --report=docs/reports/faults.md    # all: 15 minutes, two cores
     python tests/support/faults.py --kills=3 --sections=kills # a part; --seed=N draws other moments
 
 Each run is `python -m r0_jax.main` in a process of its own, and is done when it has come to its end
