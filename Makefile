@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults test lint wheel
+.PHONY: install install-dev demo results parity faults test lint docs wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -51,6 +51,10 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+# Write docs/api again, from the docstrings.
+docs:
+	$(PYTHON) docs/make_api.py
 
 wheel:
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir=dist .
