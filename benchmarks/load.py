@@ -46,6 +46,7 @@ from r0_jax.weights.lazy import Lazy
 from r0_jax.weights.network import Network, Shapes
 from r0_jax.weights.tensor_file import Tensor, write
 from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parent.parent
 FAMILY = "StableDiffusionXLPipeline"
@@ -133,7 +134,7 @@ def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
     )
     placed = lazy.place(random_leaves(trained, "float32"), split(trained))
     state = train_state.init({}, optax.sgd(0.0))._replace(ema_params=placed)
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(LocalWorkdir(workdir)) as checkpoints:
         checkpoints.save(state)
 
 

@@ -34,6 +34,7 @@ from r0_jax.prompts import files, prepared
 from r0_jax.shapes.judge import judge
 from r0_jax.weights import lazy
 from r0_jax.workdir import run
+from r0_jax.workdir.workdir import LocalWorkdir
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of the implicit reward, as shares of time
 DRAWS = 3  # of its noise, a level
@@ -114,11 +115,12 @@ def implicit_reward(
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    opened = run.open_run(given.workdir)
+    workdir = LocalWorkdir(Path(given.workdir))
+    opened = run.open_run(workdir)
     config, pipeline = opened.config, opened.pipeline
     if config.test.world != "shapes":
         raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
-    weights = opened.weights(opened.params(run.choose_step(Path(given.workdir), given.step)))
+    weights = opened.weights(opened.params(run.choose_step(workdir, given.step)))
 
     distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts :]
     shape = (len(distinct), given.samples_per_prompt)

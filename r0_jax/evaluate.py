@@ -24,6 +24,7 @@ from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.workdir import mirror, run
+from r0_jax.workdir.workdir import Workdir
 
 
 def define_flags() -> None:
@@ -56,12 +57,12 @@ def main(argv: list[str]) -> None:
     with (
         contextlib.nullcontext()
         if fields.workdir is None
-        else mirror.workdir(fields.workdir) as folder
+        else mirror.workdir(fields.workdir) as workdir
     ):
-        evaluate(fields, folder)
+        evaluate(fields, workdir)
 
 
-def evaluate(fields: Any, workdir: Path | None) -> None:
+def evaluate(fields: Any, workdir: Workdir | None) -> None:
     """What the flags ask for, of the run in `workdir` or of --pipeline."""
     if workdir is not None:
         if fields.out or fields.overwrite:
@@ -69,7 +70,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
                 "--out and --overwrite go with --pipeline, not with --workdir, where "
                 "the table lies in the folder of the run"
             )
-        folder, config = workdir, run.read_config(workdir)
+        folder, config = workdir.path, run.read_config(workdir.path)
         pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
     else:
         from configs import shapes_r0
@@ -101,7 +102,7 @@ def evaluate(fields: Any, workdir: Path | None) -> None:
         except InputError as problem:  # it was trained on another machine
             warnings.warn(f"attention is computed by 'xla': {problem}", stacklevel=1)
             config.attention = "xla"
-        table = evaluate_run(folder, config, fields.step)
+        table = evaluate_run(workdir, config, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
         scheduler = grid.of_folder(pipeline.scheduler_config, fields.num_inference_steps)

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     try:
         with StopSignal() as stop, distributed.joined(config):
             train.enable_compilation_cache(config)
-            with mirror.workdir(asked, training=True) as folder:
-                ended = train.train_and_evaluate(config, folder, stop)
+            with mirror.workdir(asked, training=True) as workdir:
+                ended = train.train_and_evaluate(config, workdir, stop)
                 stop.defer()  # what the store has not got yet
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")

@@ -30,6 +30,7 @@ from r0_jax.files import write_bytes
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint, identity, mirror, run
+from r0_jax.workdir.workdir import Workdir
 
 _COLUMNS = 10  # of the picture
 # (what, metric, the best the ratio of R0's value to the guided base's may be, and the worst)
@@ -61,54 +62,59 @@ def main(argv: list[str]) -> int:
     try:
         with StopSignal() as stop, contextlib.ExitStack() as held:
             root = given.workdir.rstrip("/")
-            folders = [
+            workdirs = [
                 held.enter_context(mirror.workdir(f"{root}/seed_{seed}", training=True))
                 for seed in given.seed
             ]
             with config.unlocked():
                 config.test.num_prompts = given.num_prompts
-            return 0 if run_all(config, given.seed, folders, out, stop) else STOPPED
+            return 0 if run_all(config, given.seed, workdirs, out, stop) else STOPPED
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
         return STOPPED
 
 
 def run_all(
-    config: ConfigDict, seeds: Sequence[int], folders: Sequence[Path], out: Path, stop: StopSignal
+    config: ConfigDict,
+    seeds: Sequence[int],
+    workdirs: Sequence[Workdir],
+    out: Path,
+    stop: StopSignal,
 ) -> bool:
-    """Train what is not there yet, a folder a seed, and write the page.
+    """Train what is not there yet, a workdir a seed, and write the page.
 
     Returns False if a SIGTERM ended the training.
     """
-    for seed, folder in zip(seeds, folders, strict=True):
-        console.rule(str(folder))
+    for seed, workdir in zip(seeds, workdirs, strict=True):
+        console.rule(str(workdir.path))
         with config.unlocked():
             config.seed = seed
-        if not measured(folder, config) and not train.train_and_evaluate(config, folder, stop):
+        if not measured(workdir, config) and not train.train_and_evaluate(config, workdir, stop):
             return False
     evaluations = [
-        json.loads((folder / "eval.json").read_text(encoding="utf-8")) for folder in folders
+        json.loads((workdir.path / "eval.json").read_text(encoding="utf-8")) for workdir in workdirs
     ]
-    prompts = write_picture(folders[0], out.with_suffix(".png"))
+    prompts = write_picture(workdirs[0].path, out.with_suffix(".png"))
     write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
     return True
 
 
-def measured(folder: Path, config: ConfigDict) -> bool:
-    """Whether the folder holds this very run, finished and measured as the config asks."""
-    if config.steps not in checkpoint.steps(folder) or not (folder / "eval.json").exists():
+def measured(workdir: Workdir, config: ConfigDict) -> bool:
+    """Return whether the workdir holds this very run, finished and measured as the config asks."""
+    path = workdir.path / "eval.json"
+    if config.steps not in checkpoint.steps(workdir) or not path.exists():
         return False
-    identity.check_same_run(folder, config)
+    identity.check_same_run(workdir, config)
     try:
-        evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
         report.rows(evaluation)
     except (ValueError, InputError):  # broken: measured anew
         return False
     return evaluation.get("test") == config.test.to_dict() and (
         evaluation.get("seed"),
         evaluation.get("checkpoint"),
-    ) == (config.seed, f"step {run.choose_step(folder)}")
+    ) == (config.seed, f"step {run.choose_step(workdir)}")
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir import mirror
 from r0_jax.workdir.run import choose_step, open_run, read_config
+from r0_jax.workdir.workdir import Workdir
 
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
 _NOISE, _STEPS = range(2)  # tags of the random draws of one sample
@@ -124,7 +125,7 @@ def from_pipeline(
 
 
 def from_run(
-    workdir: str | Path,
+    workdir: Workdir,
     num_inference_steps: int | None = None,
     step: str = "",
     pretrained: str | Path | None = None,
@@ -136,7 +137,7 @@ def from_run(
     try:
         run = open_run(workdir, pretrained, text=encoded is None)
     except InputError as problem:
-        if encoded is None and (folder := read_config(Path(workdir)).data.encoded):
+        if encoded is None and (folder := read_config(workdir.path).data.encoded):
             raise InputError(
                 f"{problem} (the run was trained without text encoders, and is "
                 f"sampled so too with --encoded={folder})"
@@ -246,9 +247,9 @@ def main(argv: list[str]) -> None:
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
         source = from_pipeline(fields.pipeline, steps, sigmas, encoded)
     else:
-        with mirror.workdir(fields.workdir) as folder:
+        with mirror.workdir(fields.workdir) as workdir:
             source = from_run(
-                folder, fields.num_inference_steps, fields.step, fields.pretrained, encoded
+                workdir, fields.num_inference_steps, fields.step, fields.pretrained, encoded
             )
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
     text = {

@@ -206,40 +206,44 @@ def test_a_pipeline_and_outputs(store, tmp_path):  # noqa: F811
 
 
 def test_a_local_workdir_stays_what_it_is(tmp_path):
-    with mirror.workdir(tmp_path / "w", training=True) as folder:
-        assert folder == tmp_path / "w" and not folder.exists() and not mirror.is_mirror(folder)
-        assert mirror.checkpoints(folder) == tmp_path.resolve() / "w" / "checkpoints"
-        mirror.push(folder)
+    with mirror.workdir(tmp_path / "w", training=True) as workdir:
+        assert workdir.path == tmp_path / "w" and not workdir.path.exists()
+        assert workdir.checkpoints == tmp_path.resolve() / "w" / "checkpoints"
+        assert not workdir.is_mirror
+        workdir.push()
+        workdir.push_checkpoint(1)
+        workdir.pull_checkpoint(1)
+        assert not workdir.path.exists()
 
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_mirror_is_pushed_and_pulled(store, tmp_path, monkeypatch, url):  # noqa: F811
     there = store / "bucket/runs/w"
-    with mirror.workdir(url, training=True) as folder:
-        assert folder.name == "w" and not any(folder.iterdir()) and mirror.is_mirror(folder)
+    with mirror.workdir(url, training=True) as workdir:
+        assert workdir.path.name == "w" and not any(workdir.path.iterdir()) and workdir.is_mirror
         write(
-            folder,
+            workdir.path,
             **{"metrics.jsonl": "1\n", "prompts__a": "x", "prompts.tmp__a": "x", ".lock": ""},
         )
-        mirror.push(folder)
+        workdir.push()
         assert files(there) == {"metrics.jsonl": "1\n", "prompts/a": "x"}
-        with (folder / "metrics.jsonl").open("a") as file:
+        with (workdir.path / "metrics.jsonl").open("a") as file:
             file.write("2\n")
-        (folder / "prompts" / "a").unlink()
+        (workdir.path / "prompts" / "a").unlink()
     assert files(there) == {"metrics.jsonl": "1\n2\n"}
     assert not (store / "bucket/runs/w/.r0_jax").exists()
 
     # On another machine.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    with mirror.workdir(url, training=True) as folder:
-        assert files(folder) == {"metrics.jsonl": "1\n2\n"}
-        write(folder, **{"metrics.jsonl": "1\n2\n3\n"})
+    with mirror.workdir(url, training=True) as workdir:
+        assert files(workdir.path) == {"metrics.jsonl": "1\n2\n"}
+        write(workdir.path, **{"metrics.jsonl": "1\n2\n3\n"})
 
     # The first one again: it goes on from the store, not from what it had.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with mirror.workdir(url, training=True) as folder:
-        write(folder, left="over")
-        assert files(folder) == {"metrics.jsonl": "1\n2\n3\n", "left": "over"}
+    with mirror.workdir(url, training=True) as workdir:
+        write(workdir.path, left="over")
+        assert files(workdir.path) == {"metrics.jsonl": "1\n2\n3\n", "left": "over"}
 
 
 def test_who_only_reads_changes_only_what_it_writes(store):  # noqa: F811
@@ -254,13 +258,13 @@ def test_who_only_reads_changes_only_what_it_writes(store):  # noqa: F811
             "checkpoints__4__state__a": "half",
         },
     )
-    with mirror.workdir("s3://bucket/runs/w") as folder:
-        assert checkpoint.steps(folder) == [3]
-        assert not (folder / "checkpoints/3/state").exists()
-        mirror.pull_checkpoint(folder, 3)
-        assert (folder / "checkpoints/3/state/a").read_text() == "x"
+    with mirror.workdir("s3://bucket/runs/w") as workdir:
+        assert checkpoint.steps(workdir) == [3]
+        assert not (workdir.path / "checkpoints/3/state").exists()
+        workdir.pull_checkpoint(3)
+        assert (workdir.path / "checkpoints/3/state/a").read_text() == "x"
         write(there, **{"metrics.jsonl": "1\n2\n"})  # by the run, which goes on
-        write(folder, **{"eval.json": "new"})
+        write(workdir.path, **{"eval.json": "new"})
     assert files(there)["metrics.jsonl"] == "1\n2\n" and files(there)["eval.json"] == "new"
     assert files(there)["checkpoints/4/state/a"] == "half"
 
@@ -293,10 +297,10 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
         kind, "rm_file", lambda self, url: (order.append(f"-{name(url)}"), rm(self, url))
     )
     write(there, checkpoints__1__state__left="of a kill")
-    with mirror.workdir("s3://bucket/w", training=True) as folder:
-        assert checkpoint.steps(folder) == []
+    with mirror.workdir("s3://bucket/w", training=True) as workdir:
+        assert checkpoint.steps(workdir) == []
         write(
-            folder,
+            workdir.path,
             **{
                 "checkpoints__1__metrics__metrics": "{}",
                 "checkpoints__1__state__a": "x",
@@ -305,7 +309,7 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
             },
         )
         order.clear()
-        mirror.push(folder)
+        workdir.push()
         assert order == [
             "+zz",
             "+checkpoints/1/state/a",
@@ -313,10 +317,13 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
             "-checkpoints/1/state/left",
         ]
         # One that is just being deleted: its files go one by one.
-        write(folder, **{"checkpoints__2__metrics__metrics": "{}", "checkpoints__2__state__a": "x"})
-        (folder / "checkpoints/1/state/a").unlink()
+        write(
+            workdir.path,
+            **{"checkpoints__2__metrics__metrics": "{}", "checkpoints__2__state__a": "x"},
+        )
+        (workdir.path / "checkpoints/1/state/a").unlink()
         order.clear()
-        mirror.push(folder)
+        workdir.push()
         assert order == [
             "+checkpoints/2/state/a",
             "+checkpoints/2/metrics/metrics",
@@ -328,18 +335,18 @@ def test_checkpoints_of_s3_are_there_whole_or_not_at_all(store, monkeypatch):  #
 
 def test_a_file_that_is_being_written_is_no_file_of_a_checkpoint(store):  # noqa: F811
     """Seen once and gone, it would take its checkpoint for one that is being deleted."""
-    with mirror.workdir("s3://bucket/w", training=True) as folder:
+    with mirror.workdir("s3://bucket/w", training=True) as workdir:
         write(
-            folder,
+            workdir.path,
             **{
                 "checkpoints__1__metrics__metrics": "{}",
                 "checkpoints__1__state__a": "x",
                 "checkpoints__1__metrics__.metrics.7.tmp": "{",
             },
         )
-        mirror.push(folder)
-        (folder / "checkpoints/1/metrics/.metrics.7.tmp").unlink()
-        mirror.push(folder)
+        workdir.push()
+        (workdir.path / "checkpoints/1/metrics/.metrics.7.tmp").unlink()
+        workdir.push()
     assert set(files(store / "bucket/w")) == {
         "checkpoints/1/metrics/metrics",
         "checkpoints/1/state/a",
@@ -364,19 +371,19 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
         write_metrics(checkpoints, step, metrics)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_write_metrics", after_its_row)
-    with mirror.workdir(url, training=True) as folder:
-        with checkpoint.Checkpoints(folder, keep=1, best_metric="heldout/x") as checkpoints:
+    with mirror.workdir(url, training=True) as workdir:
+        with checkpoint.Checkpoints(workdir, keep=1, best_metric="heldout/x") as checkpoints:
             for step in (1, 2, 3):
-                write(folder, **{"metrics.jsonl": f"{step}\n"})
+                write(workdir.path, **{"metrics.jsonl": f"{step}\n"})
                 checkpoints.save(small_state(step))
                 # What is measured up to a checkpoint is there before it.
                 assert (there / "metrics.jsonl").read_text() == f"{step}\n"
-                write(folder, **{"metrics.jsonl": f"{step} measured\n"})
+                write(workdir.path, **{"metrics.jsonl": f"{step} measured\n"})
                 checkpoints.add_metrics(step, {"heldout/x": -step})
                 checkpoints.wait()
             wait_for(lambda: (there / "checkpoints/3/metrics/metrics").exists())
-        assert (folder / "checkpoints").exists() == url.startswith("s3")
-        assert checkpoint.steps(folder) == [1, 3]
+        assert (workdir.path / "checkpoints").exists() == url.startswith("s3")
+        assert checkpoint.steps(workdir) == [1, 3]
     assert sorted(
         path.name
         for path in (there / "checkpoints").iterdir()
@@ -384,17 +391,17 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
     ) == ["1", "3"]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    with mirror.workdir(url, training=True) as folder:
+    with mirror.workdir(url, training=True) as workdir:
         where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(lambda: small_state(0)),
         )
-        with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
             state, _ = checkpoints.restore(target)
         jax.tree.map(np.testing.assert_array_equal, state, small_state(3))
-    with mirror.workdir(url) as folder:
-        params, metadata = checkpoint.load_params(folder, step="best")
+    with mirror.workdir(url) as workdir:
+        params, metadata = checkpoint.load_params(workdir, step="best")
         assert metadata["step"] == 1
         np.testing.assert_array_equal(params["a.kernel"], small_state(1).params["a.kernel"])
 

@@ -13,6 +13,7 @@ from r0_jax.evaluation import images
 from r0_jax.evaluation.report import markdown_table
 from r0_jax.parallel.stop_signal import StopSignal
 from r0_jax.workdir import checkpoint, identity
+from r0_jax.workdir.workdir import LocalWorkdir
 
 
 def evaluation(accuracy, distance, seed=0, prompts=2):
@@ -53,10 +54,10 @@ def test_a_value_that_is_null_is_not_finite_in_the_table():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A folder of a finished run, and its config."""
-    monkeypatch.setattr(checkpoint, "steps", lambda folder: [4])
-    monkeypatch.setattr(identity, "check_same_run", lambda folder, config: "")
-    monkeypatch.setattr(results.run, "choose_step", lambda folder: 4)
-    return tmp_path, ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
+    monkeypatch.setattr(checkpoint, "steps", lambda workdir: [4])
+    monkeypatch.setattr(identity, "check_same_run", lambda workdir, config: "")
+    monkeypatch.setattr(results.run, "choose_step", lambda workdir: 4)
+    return LocalWorkdir(tmp_path), ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
 
 
 @pytest.mark.parametrize(
@@ -77,14 +78,15 @@ def run(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_broken_is_measured_anew(run, text, said):
-    folder, config = run
-    assert not results.measured(folder, config)
-    (folder / "eval.json").write_text(text, encoding="utf-8")
-    assert results.measured(folder, config) is said
+    workdir, config = run
+    assert not results.measured(workdir, config)
+    (workdir.path / "eval.json").write_text(text, encoding="utf-8")
+    assert results.measured(workdir, config) is said
 
 
 def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkeypatch):
-    def trained(config, folder, stop):
+    def trained(config, workdir, stop):
+        folder = workdir.path
         found = evaluation(0.8, 1.0, config.seed, config.test.num_prompts)
         (folder / "samples" / "eval").mkdir(parents=True)
         (folder / "eval.json").write_text(json.dumps(found), encoding="utf-8")
@@ -96,13 +98,13 @@ def test_seeds_are_trained_one_after_the_other_and_written_down(tmp_path, monkey
     train = mock.create_autospec(results.train.train_and_evaluate, side_effect=trained)
     monkeypatch.setattr(results.train, "train_and_evaluate", train)  # which knows its arguments
     config = ConfigDict({"steps": 4, "seed": 7, "test": {"num_prompts": 2}})
-    folders = [tmp_path / "seed_0", tmp_path / "seed_1"]
-    assert results.run_all(config, [0, 1], folders, tmp_path / "results.md", StopSignal())
+    workdirs = [LocalWorkdir(tmp_path / f"seed_{seed}") for seed in (0, 1)]
+    assert results.run_all(config, [0, 1], workdirs, tmp_path / "results.md", StopSignal())
     text = (tmp_path / "results.md").read_text("utf-8")
     assert "2 test prompts" in text and "seeds 0, 1" in text and "1. 红色的圆" in text
     assert (tmp_path / "results.png").is_file()
 
-    train.side_effect = lambda config, folder, stop: False  # a SIGTERM came
-    folders = [tmp_path / "seed_2"] * 2
-    assert not results.run_all(config, [2, 3], folders, tmp_path / "no.md", StopSignal())
+    train.side_effect = lambda config, workdir, stop: False  # a SIGTERM came
+    workdirs = [LocalWorkdir(tmp_path / "seed_2")] * 2
+    assert not results.run_all(config, [2, 3], workdirs, tmp_path / "no.md", StopSignal())
     assert train.call_count == 3 and not (tmp_path / "no.md").exists()

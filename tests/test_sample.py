@@ -19,6 +19,7 @@ from r0_jax.diffusion import rollout
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images
 from r0_jax.export import folder as export
+from r0_jax.workdir.workdir import LocalWorkdir
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
 pytestmark = pytest.mark.filterwarnings(
@@ -201,7 +202,7 @@ def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
     )
     assert (status, err, run_status, run_err) == (0, "", 0, "")
     assert out == f"3 images are in {tmp_path / 'a'}, and contact_sheet.png\n"
-    export.export(folder / "run", tmp_path / "exported", "diffusers")
+    export.export(LocalWorkdir(folder / "run"), tmp_path / "exported", "diffusers")
     for name, theirs in [
         ("a", stock(folder / "ddim", 3)),
         ("b", stock(tmp_path / "exported", 4, noise=noise_of(2**32 - 1, 3))),

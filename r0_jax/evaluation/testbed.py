@@ -33,6 +33,7 @@ from r0_jax.rewards.tower import normalize
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir import run
+from r0_jax.workdir.workdir import Workdir
 
 SHOWN = 12  # prompts whose images go into the report
 
@@ -200,13 +201,13 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     return lambda x: score(encode, params, x, None, batch_size)
 
 
-def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, Any]:
+def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[str, Any]:
     """Measures the three models of a finished run, on the devices of all processes together;
     process 0 writes eval.json and samples/eval/."""
     encoded = encoded_prompts.open_of(config)
-    opened = run.open_run(folder, config.pretrained, text=encoded is None)
+    opened = run.open_run(workdir, config.pretrained, text=encoded is None)
     pipeline = opened.pipeline
-    chosen = distributed.of_first(lambda: run.choose_step(folder, step))
+    chosen = distributed.of_first(lambda: run.choose_step(workdir, step))
     if encoded is not None:
         pipeline = encoded.attach(pipeline)
     weights = opened.weights(opened.params(chosen))
@@ -229,7 +230,7 @@ def evaluate_run(folder: Path, config: ConfigDict, step: str = "") -> dict[str, 
         f"r0_{k}": Model(few, trained),
     }
     return evaluate_models(
-        Testbed.build(config, pipeline), models, folder, {"checkpoint": f"step {chosen}"}
+        Testbed.build(config, pipeline), models, workdir.path, {"checkpoint": f"step {chosen}"}
     )
 
 

@@ -48,9 +48,9 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
-    with mirror.workdir(fields.workdir) as folder:
+    with mirror.workdir(fields.workdir) as workdir:
         step = export(
-            folder,
+            workdir,
             remote.output(fields.out),
             fields.format,
             step=fields.step,

@@ -13,13 +13,14 @@ from r0_jax.method import lora
 from r0_jax.pipelines.folder import mend_sample_size, read_index
 from r0_jax.weights import convert
 from r0_jax.workdir.run import HostParams, Run, choose_step, find_pretrained, open_run, read_config
+from r0_jax.workdir.workdir import Workdir
 
 Format = Literal["diffusers", "peft", "kohya"]
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for adapters
 
 
 def export(
-    workdir: Path,
+    workdir: Workdir,
     out: Path,
     form: Format,
     *,
@@ -36,14 +37,16 @@ def export(
     a format that the family does not have, or `out` holds what is not to be replaced.
     """
     _check_out(out, overwrite)
-    config, name = read_config(workdir), out.resolve().name
+    config, name = read_config(workdir.path), out.resolve().name
     if form != "diffusers" and not config.lora.rank:
         raise InputError(
-            f"{workdir} trained all weights, so there are no adapters to write: use "
+            f"{workdir.path} trained all weights, so there are no adapters to write: use "
             "--format=diffusers"
         )
     if form == "kohya":
-        kohya.check_family(read_index(find_pretrained(workdir, config, pretrained))["_class_name"])
+        kohya.check_family(
+            read_index(find_pretrained(workdir.path, config, pretrained))["_class_name"]
+        )
     chosen = choose_step(workdir, step)
     building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
     try:
@@ -184,7 +187,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def _check_apart(out: Path, run: Run) -> None:
     """An export replaces the whole of `out`, so no input may lie there."""
-    for path in (run.workdir.resolve(), run.pretrained.resolve()):
+    for path in (run.workdir.path.resolve(), run.pretrained.resolve()):
         if out.resolve() in (path, *path.parents):
             raise InputError(f"--out={out} holds {path}, which is read; choose another --out")
 

@@ -69,7 +69,7 @@ In this folder (or with its path, or its name on the Hub, in place of `"."`):
 | --- | --- |
 {rows}
 
-{_numbers(run.workdir / "eval.json")}{MADE_WITH} --format={form}`.
+{_numbers(run.workdir.path / "eval.json")}{MADE_WITH} --format={form}`.
 """
 
 

@@ -37,27 +37,30 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.training import host_memory, program
 from r0_jax.training.early_stop import EarlyStop
 from r0_jax.weights import lazy
-from r0_jax.workdir import checkpoint, identity, mirror
+from r0_jax.workdir import checkpoint, identity
 from r0_jax.workdir.metrics import MetricWriter, Throughput
+from r0_jax.workdir.workdir import Workdir
 
 
-def train_and_evaluate(config: ConfigDict, folder: Path, stop: StopSignal) -> bool:
-    """Trains to `config.steps`, continuing from the newest checkpoint in `folder` if there is one;
+def train_and_evaluate(config: ConfigDict, workdir: Workdir, stop: StopSignal) -> bool:
+    """Trains to `config.steps`, continuing from the newest checkpoint in `workdir` if there is one;
     then makes the table and the report. A SIGTERM in training saves and returns False, at any other
     time it raises Stopped."""
     with contextlib.ExitStack() as held:
-        if not _train(config, folder, stop, held):
+        if not _train(config, workdir, stop, held):
             return False
         # What training held on the devices is gone by now.
-        table = testbed.evaluate_run(folder, config) if config.test.prompts else None
+        table = testbed.evaluate_run(workdir, config) if config.test.prompts else None
         if jax.process_index() == 0:
             if table is not None:
                 report.print_table(table)
-            print(f"report: {report.write_report(folder)}")
+            print(f"report: {report.write_report(workdir.path)}")
         return True
 
 
-def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.ExitStack) -> bool:
+def _train(
+    config: ConfigDict, workdir: Workdir, stop: StopSignal, held: contextlib.ExitStack
+) -> bool:
     """Whether it came to its end; `held` keeps the folder from other runs."""
     identity.check_same_everywhere(config)
     config_check.check_config(config)
@@ -87,17 +90,16 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     built = program.build(config, mesh, pipeline, trained_on)
 
     # The run's folder belongs to this config, and its prompts are prepared once.
-    started, config_digest = distributed.of_first(lambda: open_folder(config, folder, held))
-    if not mirror.is_mirror(folder):  # of which each machine has its own
-        identity.check_shared(folder)
+    started, config_digest = distributed.of_first(lambda: open_folder(config, workdir, held))
+    identity.check_shared(workdir)
     if encoded is None:
         examples, distinct, _ = distributed.of_first(
             lambda: prepared.prepare(
-                config.data.prompts, folder / "prompts", pipeline, trained_on, heldout
+                config.data.prompts, workdir.path / "prompts", pipeline, trained_on, heldout
             )
         )
         counted = f"{examples} prompts, {distinct} of them distinct"
-        read = functools.partial(prepared.batches, folder / "prompts")
+        read = functools.partial(prepared.batches, workdir.path / "prompts")
     else:
         counted = f"{encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
         read = functools.partial(
@@ -105,7 +107,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
             encoded.folder,
             encoded_prompts.columns_of(pipeline, trained_on),
         )
-    mirror.share(folder)
+    workdir.share()
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
 
     frozen = lazy.place(
@@ -117,7 +119,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     console.print(f"{trained:,} trained parameters", highlight=False)
 
     checkpoints = checkpoint.Checkpoints(
-        folder, config.keep_checkpoints, config.best_metric or None, config_digest
+        workdir, config.keep_checkpoints, config.best_metric or None, config_digest
     )
     with checkpoints:
         # 1. A checkpoint in the run's folder: continue from the newest whole one.
@@ -130,7 +132,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
             state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         validation = Validation(
             config,
-            folder,
+            workdir.path,
             built.pipeline,
             built.generator,
             trained_on + heldout,
@@ -142,7 +144,7 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
         with stop.deferred():
             ended = loop(
                 config,
-                folder,
+                workdir.path,
                 state,
                 started,
                 measured,
@@ -158,20 +160,22 @@ def _train(config: ConfigDict, folder: Path, stop: StopSignal, held: contextlib.
     return ended
 
 
-def open_folder(config: ConfigDict, folder: Path, held: contextlib.ExitStack) -> tuple[bool, str]:
+def open_folder(
+    config: ConfigDict, workdir: Workdir, held: contextlib.ExitStack
+) -> tuple[bool, str]:
     """Whether the run in the folder goes on, and the digest of its config; one process does this
     for all."""
-    held.enter_context(identity.alone(folder))
-    if (done := max(checkpoint.steps(folder), default=0)) > config.steps:
+    held.enter_context(identity.alone(workdir.path))
+    if (done := max(checkpoint.steps(workdir), default=0)) > config.steps:
         raise InputError(
-            f"{folder} is at step {done} already, beyond steps={config.steps}: raise "
+            f"{workdir.path} is at step {done} already, beyond steps={config.steps}: raise "
             "steps, or give another --workdir"
         )
-    config_digest = identity.check_same_run(folder, config)
-    started = checkpoint.is_begun(folder)
+    config_digest = identity.check_same_run(workdir, config)
+    started = checkpoint.is_begun(workdir)
     if not started:
-        prepared.remove(folder / "prompts")  # of another config
-        (folder / "eval_prompts.json").unlink(missing_ok=True)
+        prepared.remove(workdir.path / "prompts")  # of another config
+        (workdir.path / "eval_prompts.json").unlink(missing_ok=True)
     return started, config_digest
 
 

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,8 +31,8 @@ from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import checksum, distributed
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
-from r0_jax.workdir import mirror, orbax_errors, sealed_json
-from r0_jax.workdir.mirror import AnyPath
+from r0_jax.workdir import orbax_errors, sealed_json
+from r0_jax.workdir.workdir import AnyPath, Workdir
 
 T = TypeVar("T")
 
@@ -56,13 +55,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | os.PathLike,
+        workdir: Workdir,
         keep: int = 3,
         best_metric: str | None = None,
         config_digest: str = "",
     ):
         orbax_errors.tell_once()
-        self._workdir, self.folder = workdir, mirror.checkpoints(workdir)
+        self._workdir, self.folder = workdir, workdir.checkpoints
         self._best_metric, self._digest = best_metric, config_digest
         distributed.of_first(self._set_aside_unreadable)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
@@ -102,7 +101,7 @@ class Checkpoints:
                 "checksums": checksum.of_fields(arrays),
             }
         )
-        mirror.push(self._workdir)  # what was measured is there before its checkpoint
+        self._workdir.push()  # what was measured is there before its checkpoint
         with orbax_errors.one_line(self.folder):
             self._manager.save(
                 step,
@@ -110,7 +109,7 @@ class Checkpoints:
                 metrics=metadata,
                 force=True,  # this step, whatever orbax thinks of the interval
             )
-        mirror.push_checkpoint(self._workdir, step)
+        self._workdir.push_checkpoint(step)
         return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -119,12 +118,12 @@ class Checkpoints:
         Waits for the save in progress. All processes call it.
         """
         self.wait()
-        mirror.push(self._workdir)  # a store has what was measured before it counts as such
+        self._workdir.push()  # a store has what was measured before it counts as such
         metrics = {name: float(value) for name, value in metrics.items()}
         distributed.of_first(functools.partial(self._write_metrics, step, metrics))
         with orbax_errors.one_line(self.folder):
             self._manager.reload()
-        mirror.push(self._workdir)
+        self._workdir.push()
 
     def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         folder = self.folder / str(step)
@@ -199,9 +198,9 @@ class Checkpoints:
                 logging.warning("%s", failed)
 
 
-def steps(workdir: str | os.PathLike) -> list[int]:
+def steps(workdir: Workdir) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
-    folder = mirror.checkpoints(workdir)
+    folder = workdir.checkpoints
     with orbax_errors.reached(folder):
         there = folder.iterdir() if folder.is_dir() else ()
         return sorted(
@@ -213,46 +212,46 @@ def steps(workdir: str | os.PathLike) -> list[int]:
         )
 
 
-def is_begun(workdir: str | os.PathLike) -> bool:
+def is_begun(workdir: Workdir) -> bool:
     """Whether a run has left checkpoints there; InputError where all that it left are damaged."""
     if steps(workdir):
         return True
-    folder = mirror.checkpoints(workdir)
+    folder = workdir.checkpoints
     if folder.is_dir() and any(".damaged" in path.name for path in folder.iterdir()):
         raise InputError(_NONE.format(folder))
     return False
 
 
-def find_step(workdir: str | os.PathLike, step: int | Literal["best"] | None = None) -> int:
+def find_step(workdir: Workdir, step: int | Literal["best"] | None = None) -> int:
     """The step asked for, the newest one by default; InputError where there is none."""
     there = steps(workdir)
     if not there:
-        raise InputError(f"{mirror.checkpoints(workdir)} holds no checkpoint; check --workdir")
+        raise InputError(f"{workdir.checkpoints} holds no checkpoint; check --workdir")
     if step == "best":
         measured = scores(workdir)
         if not measured:
             raise InputError(
-                f"no checkpoint of {workdir} was saved with a held-out metric; leave the step out "
-                "to take the newest"
+                f"no checkpoint of {workdir.path} was saved with a held-out metric; leave the step "
+                "out to take the newest"
             )
         return max(measured, key=lambda step: (measured[step], step))
     if step is not None and step not in there:
-        raise InputError(f"{workdir} has no checkpoint of step {step}; it has {there}")
+        raise InputError(f"{workdir.path} has no checkpoint of step {step}; it has {there}")
     return there[-1] if step is None else step
 
 
-def scores(workdir: str | os.PathLike) -> dict[int, float]:
+def scores(workdir: Workdir) -> dict[int, float]:
     """The held-out metric of the checkpoints that it was measured of, by step."""
     found = {step: _metadata_or_nothing(workdir, step).get("score") for step in steps(workdir)}
     return {step: score for step, score in found.items() if score is not None}
 
 
-def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+def read_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
     """{"step", "config_digest", "metrics": {name: value or None}, ...} of one checkpoint.
 
     Raises DamagedError.
     """
-    return _read_metadata(mirror.checkpoints(workdir) / str(step))
+    return _read_metadata(workdir.checkpoints / str(step))
 
 
 def _read_metadata(folder: AnyPath) -> dict[str, Any]:
@@ -277,7 +276,7 @@ def _metadata_file(folder: AnyPath) -> AnyPath:
 
 
 def load_params(
-    workdir: str | os.PathLike,
+    workdir: Workdir,
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
@@ -287,7 +286,7 @@ def load_params(
 
 
 def open_params(
-    workdir: str | os.PathLike,
+    workdir: Workdir,
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Lazy], dict[str, Any]]:
@@ -299,8 +298,8 @@ def open_params(
     Raises InputError where the checkpoint is missing or damaged.
     """
     step = find_step(workdir, step)
-    mirror.pull_checkpoint(workdir, step)
-    folder = mirror.checkpoints(workdir) / str(step)
+    workdir.pull_checkpoint(step)
+    folder = workdir.checkpoints / str(step)
     try:
         metadata = read_metadata(workdir, step)
         stored = {
@@ -362,7 +361,7 @@ def _score(metadata: Mapping[str, Any]) -> float:
     return -math.inf if metadata["score"] is None else metadata["score"]
 
 
-def _metadata_or_nothing(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+def _metadata_or_nothing(workdir: Workdir, step: int) -> dict[str, Any]:
     try:
         return read_metadata(workdir, step)
     except DamagedError:

@@ -16,6 +16,7 @@ from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import Workdir
 
 # Fields that may change when a run is continued: they decide how long it goes on, how often
 # something is written and where it is computed, not what is. `steps` counts as one of them only
@@ -47,13 +48,13 @@ HARMLESS = frozenset(
 _SEEN = 60.0  # seconds after which a file of one machine is seen by all others on NFS
 
 
-def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
+def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
     """Writes `workdir`/config.json; refuses to continue a run under another config.
 
     A run is continued where there is a checkpoint; its config may then differ in the HARMLESS
     fields only. Returns the digest of all others. Raises InputError that names what differs.
     """
-    path = Path(workdir) / "config.json"
+    path = workdir.path / "config.json"
     new = json.loads(json.dumps(config.to_dict()))  # as it comes back: tuples are lists
     here = dict(_fields(new))
     if checkpoint.steps(workdir):
@@ -66,7 +67,7 @@ def check_same_run(workdir: str | os.PathLike, config: ConfigDict) -> str:
         if differs:
             more = f" (and {len(differs) - 3} more)" if len(differs) > 3 else ""
             raise InputError(
-                f"{workdir} holds a run with another config: {'; '.join(differs[:3])}{more}; "
+                f"{workdir.path} holds a run with another config: {'; '.join(differs[:3])}{more}; "
                 "set it back to continue that run, or give another --workdir"
             )
     elif path.exists() and "rewards" not in _read(path):
@@ -88,9 +89,14 @@ def check_same_everywhere(config: ConfigDict) -> None:
             )
 
 
-def check_shared(workdir: Path) -> None:
-    """InputError in a process that does not see the workdir of process 0, for whom it is made."""
-    path = workdir / ".shared"
+def check_shared(workdir: Workdir) -> None:
+    """Raise InputError in a process that does not see the folder of process 0.
+
+    Each machine has its own mirror of a store, so nothing is checked of a mirror.
+    """
+    if workdir.is_mirror:
+        return
+    path = workdir.path / ".shared"
 
     def write() -> str:
         token = os.urandom(8).hex()
@@ -101,7 +107,7 @@ def check_shared(workdir: Path) -> None:
     while not (path.is_file() and path.read_bytes() == token.encode()):
         if time.monotonic() > deadline:
             raise InputError(
-                f"{workdir} is not the folder that process 0 has under this name: "
+                f"{workdir.path} is not the folder that process 0 has under this name: "
                 "give a --workdir on a file system that all processes share"
             )
         time.sleep(0.2)
@@ -110,22 +116,22 @@ def check_shared(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir, as far as its file system can; a killed run holds nothing.
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, as far as its file system can; a killed run holds nothing.
     InputError where another one is at work in it."""
     with contextlib.ExitStack() as held:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((workdir / ".lock").open("ab"))
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / ".lock").open("ab"))
         except OSError as error:
             raise InputError(
-                f"--workdir={workdir} cannot be written to ({error.strerror}): give another one"
+                f"--workdir={folder} cannot be written to ({error.strerror}): give another one"
             ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another process is training in {workdir}: wait for it, or give another --workdir"
+                f"another process is training in {folder}: wait for it, or give another --workdir"
             ) from None
         except OSError:  # a file system without locks
             pass

@@ -1,12 +1,12 @@
 """A workdir in an object store: a folder of this machine that mirrors it.
 
-    with mirror.workdir("gs://bucket/runs/sdxl", training=True) as folder:
-        ...                    files of `folder`, as of any workdir; a local one stays what it is
-        mirror.push(folder)    and the store has them too
+    with mirror.workdir("gs://bucket/runs/sdxl", training=True) as workdir:
+        ...               # read and write files of workdir.path
+        workdir.push()    # the store has them too
 
-In the beginning the mirror is brought to the state of the store. Checkpoints of gs:// are not in
-it: orbax writes and reads them in the store, each machine its own part. It cannot do so in s3://,
-so those are written to the mirror and pushed whole.
+At the start the mirror takes the state of the store. It does not hold checkpoints of gs://: orbax
+writes and reads them in the store, each machine its own part. Orbax cannot do so in s3://, so those
+are written to the mirror and pushed whole.
 """
 
 import contextlib
@@ -19,12 +19,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
 
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 
 from r0_jax import remote
@@ -32,8 +30,8 @@ from r0_jax.console import console
 from r0_jax.errors import InputError
 from r0_jax.files import is_temporary
 from r0_jax.remote import Stamp
+from r0_jax.workdir.workdir import AnyPath, LocalWorkdir, Workdir
 
-AnyPath: TypeAlias = Path | epath.Path
 _STEP = re.compile(r"checkpoints/\d+/")
 # What who only reads a run does without, until an array is asked for.
 _LEFT_OUT = re.compile(r"checkpoints/\d+/state/|prompts/|tensorboard/")
@@ -43,15 +41,15 @@ _MADE_ANEW = ("prompts.tmp", "prompts.removed")  # what a kill leaves
 
 
 @contextlib.contextmanager
-def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
-    """The local folder of a run: the path itself, or the mirror of what it names.
+def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Workdir]:
+    """Open the folder of a run: the path itself, or the mirror of what it names in a store.
 
-    What has changed is pushed in the end, too. While it is held for training other runs of this
-    machine are kept out, and what leaves the mirror leaves the store. All processes call it.
+    A mirror is pushed at the end, too. With `training` it keeps other runs of this machine out,
+    and what is deleted in the mirror is deleted in the store. All processes call it.
     """
     url = remote.url_of(path)
     if url is None:
-        yield Path(path)
+        yield LocalWorkdir(Path(path))
         return
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
     kind = "workdirs" if training else "read"
@@ -68,76 +66,62 @@ def workdir(path: str | os.PathLike, training: bool = False) -> Iterator[Path]:
                 )
                 _try_writing(url)
             _check_machines(url)
-        mirror = _mirrors[folder] = _Mirror(url, folder, training)
-        held.callback(mirror.close)
-        _in_turn(mirror.pull, url)
+        mirrored = MirroredWorkdir(url, folder, training)
+        held.callback(mirrored.close)
+        _in_turn(mirrored.pull, url)
         console.print(f"{url} is mirrored in {folder}", highlight=False, soft_wrap=True)
         try:
-            yield folder
+            yield mirrored
         except BaseException:
             with contextlib.suppress(InputError):  # the first problem is the one to tell
-                mirror.push()
+                mirrored.push()
             raise
-        mirror.push()
+        mirrored.push()
 
 
-def push(workdir: str | os.PathLike) -> None:
-    """The store gets what has changed in a mirrored workdir, by process 0; elsewhere it does
-    nothing."""
-    if mirror := _mirrors.get(Path(workdir)):
-        mirror.push()
-
-
-def share(workdir: str | os.PathLike) -> None:
-    """What process 0 has written to a mirrored workdir is in the other machines' mirrors too. All
-    processes call it; a workdir that is not mirrored is theirs already."""
-    if (mirror := _mirrors.get(Path(workdir))) and jax.process_count() > 1:
-        mirror.push()
-        _in_turn(mirror.pull, mirror.url)
-
-
-def is_mirror(workdir: str | os.PathLike) -> bool:
-    """Whether a workdir is this machine's mirror of one in a store."""
-    return Path(workdir) in _mirrors
-
-
-def checkpoints(workdir: str | os.PathLike) -> AnyPath:
-    """The folder of a workdir's checkpoints, of this machine or, for gs://, of the store."""
-    mirror = _mirrors.get(Path(workdir))
-    if mirror is None or mirror.has_checkpoints:
-        return Path(workdir).resolve() / "checkpoints"
-    return remote.folder(mirror.url) / "checkpoints"
-
-
-def push_checkpoint(workdir: str | os.PathLike, step: int) -> None:
-    """As soon as the checkpoint of that step, which is being written, is whole, the store gets it;
-    returns at once."""
-    if (mirror := _mirrors.get(Path(workdir))) and mirror.has_checkpoints:
-        mirror.awaited = step
-        threading.Thread(target=mirror.push_when_whole, args=(step,), daemon=True).start()
-
-
-def pull_checkpoint(workdir: str | os.PathLike, step: int) -> None:
-    """Before a checkpoint's arrays are read: they are in the mirror where that is read from."""
-    if (mirror := _mirrors.get(Path(workdir))) and mirror.has_checkpoints:
-        mirror.pull_step(step)
-
-
-class _Mirror:
-    """A folder of this machine and what it mirrors.
+class MirroredWorkdir(Workdir):
+    """A folder of this machine and the folder of a store that it mirrors.
 
     Attributes:
+      url: of the folder in the store.
+      path: of the folder on this machine.
       same: {name: stamp of the file when both sides were last the same}; None for what is in the
         store only, left there by a kill.
       awaited: the step of the checkpoint that is to be pushed when it is whole.
     """
 
-    def __init__(self, url: str, folder: Path, training: bool):
-        self.url, self.folder, self.training = url, folder, training
-        self.has_checkpoints = not remote.orbax_reaches(url)
+    is_mirror = True
+
+    def __init__(self, url: str, path: Path, training: bool):
+        self.url, self.path, self.training = url, path, training
         self.same: dict[str, Stamp | None] = {}
         self.awaited: int | None = None
+        self._has_checkpoints = not remote.orbax_reaches(url)
         self._pushing = threading.Lock()
+
+    @property
+    def checkpoints(self) -> AnyPath:
+        folder = self.path.resolve() if self._has_checkpoints else remote.folder(self.url)
+        return folder / "checkpoints"
+
+    def share(self) -> None:
+        if jax.process_count() > 1:
+            self.push()
+            _in_turn(self.pull, self.url)
+
+    def push_checkpoint(self, step: int) -> None:
+        if self._has_checkpoints:
+            self.awaited = step
+            threading.Thread(target=self._push_when_whole, args=(step,), daemon=True).start()
+
+    def pull_checkpoint(self, step: int) -> None:
+        if not self._has_checkpoints:
+            return
+        name = f"checkpoints/{step}"
+        with remote.locked(self.path.with_name(".pull.lock")):
+            remote.fetch(
+                f"{self.url}/{name}", remote.list_files(f"{self.url}/{name}"), self.path / name
+            )
 
     def pull(self) -> None:
         """The mirror becomes what the store holds."""
@@ -146,27 +130,19 @@ class _Mirror:
         }
         whole = {_step(name) for name in there if _COMMIT.fullmatch(name)}
         wanted = {name: x for name, x in there.items() if _step(name) in whole | {None}}
-        with remote.locked(self.folder.with_name(".pull.lock")):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remote.remove_others(self.folder, wanted if self.training else there)
+        with remote.locked(self.path.with_name(".pull.lock")):
+            self.path.mkdir(parents=True, exist_ok=True)
+            remote.remove_others(self.path, wanted if self.training else there)
             remote.fetch(
                 self.url,
                 wanted
                 if self.training
                 else {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
-                self.folder,
+                self.path,
             )
         # Who only reads changes nothing of what is there.
         left = there.keys() - wanted.keys()
         self.same = {**wanted, **dict.fromkeys(left)} if self.training else {**there}
-
-    def pull_step(self, step: int) -> None:
-        """Brings one checkpoint whole."""
-        name = f"checkpoints/{step}"
-        with remote.locked(self.folder.with_name(".pull.lock")):
-            remote.fetch(
-                f"{self.url}/{name}", remote.list_files(f"{self.url}/{name}"), self.folder / name
-            )
 
     def push(self) -> None:
         """The store becomes what the mirror holds."""
@@ -176,9 +152,9 @@ class _Mirror:
             # Not rglob: orbax removes folders meanwhile, over which that stumbles.
             here = {
                 name
-                for parent, _, files in os.walk(self.folder)
+                for parent, _, files in os.walk(self.path)
                 for file in files
-                if self._is_mirrored(name := Path(parent, file).relative_to(self.folder).as_posix())
+                if self._is_mirrored(name := Path(parent, file).relative_to(self.path).as_posix())
             }
             gone = self.same.keys() - here if self.training else set()
             # A checkpoint goes as one: of what is just being deleted some files are there still.
@@ -188,7 +164,7 @@ class _Mirror:
                 name: stamp
                 for name in here
                 if _step(name) not in steps
-                and (stamp := remote.stamp_of(self.folder / name))
+                and (stamp := remote.stamp_of(self.path / name))
                 and stamp != self.same.get(name)
             }
             there = self._upload(changed)
@@ -202,7 +178,7 @@ class _Mirror:
         done = set()
 
         def put(name: str) -> None:
-            path = self.folder / name
+            path = self.path / name
             try:
                 remote.store(self.url).put_file(str(path), remote.below(self.url, name))
                 done.add(name)
@@ -227,16 +203,16 @@ class _Mirror:
         """Files that were pushed get the store's time, by which a later pull knows them."""
         there = remote.list_files(self.url)
         for name, stamp in pushed.items():
-            path = self.folder / name
+            path = self.path / name
             self.same[name] = stamp  # what was appended meanwhile makes it another
             if name in there and there[name][0] == stamp[0] and remote.stamp_of(path) == stamp:
                 os.utime(path, ns=(there[name][1] * 1000,) * 2)
                 self.same[name] = there[name]
 
-    def push_when_whole(self, step: int) -> None:
+    def _push_when_whole(self, step: int) -> None:
         """Pushes when the checkpoint is there, unless another one is awaited by then."""
         while self.awaited == step:
-            if (self.folder / "checkpoints" / str(step)).is_dir():  # gets this name when whole
+            if (self.path / "checkpoints" / str(step)).is_dir():  # gets this name when whole
                 try:
                     self.push()
                 except InputError as error:  # the next push tries again, and stops the run
@@ -245,20 +221,16 @@ class _Mirror:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """It is no mirror any more."""
+        """Wait for no more checkpoints."""
         self.awaited = None
-        del _mirrors[self.folder]
 
     def _is_mirrored(self, name: str) -> bool:
         parts = name.split("/")
         if is_temporary(parts[-1]):
             return False
         if parts[0] == "checkpoints":
-            return self.has_checkpoints and _step(name) is not None
+            return self._has_checkpoints and _step(name) is not None
         return parts[0] not in _MADE_ANEW and not any(part.startswith(".") for part in parts)
-
-
-_mirrors: dict[Path, _Mirror] = {}  # of this process, by their folders
 
 
 def _step(name: str) -> str | None:

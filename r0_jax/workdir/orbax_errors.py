@@ -14,7 +14,7 @@ from absl import logging
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.workdir.mirror import AnyPath
+from r0_jax.workdir.workdir import AnyPath
 
 _PASSING = {
     errno.EACCES,

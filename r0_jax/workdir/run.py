@@ -24,6 +24,7 @@ from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import Workdir
 
 # Flat, by dotted name: adapters in NumPy, whole weights in the files of their checkpoint.
 HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
@@ -62,7 +63,7 @@ class Run:
       scheduler_config: of diffusers; `config.sampler.num_steps` steps of it visit the trained grid.
     """
 
-    workdir: Path
+    workdir: Workdir
     config: ConfigDict
     pretrained: Path
     pipeline: Pipeline
@@ -98,7 +99,7 @@ class Run:
             here, there = (x[name].shape if name in x else "absent" for x in (expected, params))
             if here != there:
                 raise InputError(
-                    f"{self.workdir} was trained on another pipeline than {self.pretrained}: "
+                    f"{self.workdir.path} was trained on another pipeline than {self.pretrained}: "
                     f"{name} is {there} in the checkpoint and {here} there; give the one that it "
                     "was trained on with --pretrained=DIR"
                 )
@@ -129,7 +130,7 @@ class Run:
 
 
 def open_run(
-    workdir: str | os.PathLike, pretrained: str | os.PathLike | None = None, text: bool = True
+    workdir: Workdir, pretrained: str | os.PathLike | None = None, text: bool = True
 ) -> Run:
     """The run of a workdir.
 
@@ -138,9 +139,8 @@ def open_run(
     InputError for a folder that is no workdir and for a pretrained pipeline that is not there or
     broken; `choose_step`, which is quick, says whether there is a checkpoint.
     """
-    workdir = Path(workdir)
-    config = read_config(workdir)
-    folder = find_pretrained(workdir, config, pretrained)
+    config = read_config(workdir.path)
+    folder = find_pretrained(workdir.path, config, pretrained)
     pipeline = families.load(folder, text=text)
     scheduler_config = grid.scheduler_config(pipeline.scheduler_config, config.sampler.num_steps)
     adapter = config.lora
@@ -191,16 +191,16 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def choose_step(workdir: str | os.PathLike, step: str = "") -> int:
+def choose_step(workdir: Workdir, step: str = "") -> int:
     """The step that a --step flag means: a number, "best", "latest", or "".
 
     Best is by the held-out reward; "" is the best where that was measured after training began,
     else the latest.
     Raises InputError for a folder without checkpoints and for a step that is not there.
     """
-    read_config(Path(workdir))
+    read_config(workdir.path)
     if not checkpoint.steps(workdir):
-        raise InputError(f"{workdir} has no checkpoint yet; wait for the first one of its run")
+        raise InputError(f"{workdir.path} has no checkpoint yet; wait for the first one of its run")
     if step in ("best", "latest"):
         return checkpoint.find_step(workdir, "best" if step == "best" else None)
     if step:

@@ -12,6 +12,7 @@ from r0_jax.export import comfyui
 from r0_jax.export import folder as export
 from r0_jax.stand_ins import miniature
 from r0_jax.workdir.run import open_run
+from r0_jax.workdir.workdir import LocalWorkdir
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"
@@ -50,7 +51,7 @@ def workflow(world, name, form, base_model=None):
     """The export's graph, or None; every run is exported once a form."""
     out = world / name / form
     if not out.exists():
-        export.export(world / name / "run", out, form, base_model=base_model)
+        export.export(LocalWorkdir(world / name / "run"), out, form, base_model=base_model)
     path = out / comfyui.FILE
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
@@ -116,7 +117,7 @@ def test_the_graph_holds_together_and_visits_the_grid(world, name, form):
 
     visited = [float(text) for text in found["ManualSigmas"]["sigmas"].split(", ")]
     assert len(visited) == 5 and visited[-1] == 0
-    grid = sample.from_run(world / name / "run").scheduler
+    grid = sample.from_run(LocalWorkdir(world / name / "run")).scheduler
     if "sd3" in name:
         np.testing.assert_allclose(visited[:-1], grid.sigmas, rtol=1e-6)
         np.testing.assert_allclose(visited, [1, 0.9, 0.75, 0.5, 0], rtol=1e-6)
@@ -190,7 +191,7 @@ def test_no_workflow_that_comfyui_could_not_run(world, name, form, reason):
 
 
 def test_other_numbers_of_steps(world):
-    run = open_run(world / "sd15" / "run")
+    run = open_run(LocalWorkdir(world / "sd15" / "run"))
     for steps in (1, 3):
         run.config.sampler.num_steps = steps
         graph = comfyui.workflow(

@@ -17,6 +17,7 @@ from r0_jax.stand_ins import miniature
 from r0_jax.weights import convert
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.run import open_run
+from r0_jax.workdir.workdir import LocalWorkdir
 
 # Importing them says that torchvision is not there.
 STOCK = {
@@ -52,11 +53,13 @@ def world(tmp_path_factory):
         here = root / name
         miniature.write(here / "base", family, **dict.fromkeys(absent))
         write_run(here / "lora", here / "base", RANK, {10: 0.5}, targets)
-        export.export(here / "lora", here / "peft", "peft", base_model=str(here / "base"))
-        export.export(here / "lora", here / "merged", "diffusers")
+        export.export(
+            LocalWorkdir(here / "lora"), here / "peft", "peft", base_model=str(here / "base")
+        )
+        export.export(LocalWorkdir(here / "lora"), here / "merged", "diffusers")
         if name != "taiyi":  # a UNet as SDXL's
             write_run(here / "full", here / "base", 0, {10: None}, targets)
-            export.export(here / "full", here / "diffusers", "diffusers")
+            export.export(LocalWorkdir(here / "full"), here / "diffusers", "diffusers")
     return root
 
 
@@ -74,7 +77,7 @@ def noise_of(source):
 @functools.cache  # compiled once a family
 def adapted(folder):
     """A run of adapters, noise for it and our images from that noise."""
-    source = sample.from_run(folder / "lora")
+    source = sample.from_run(LocalWorkdir(folder / "lora"))
     noise = noise_of(source)
     return source, noise, ours(source, noise)
 
@@ -82,7 +85,7 @@ def adapted(folder):
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3_without_t5"])
 def test_a_whole_folder_draws_what_the_run_draws(world, name):
     folder, absent = world / name, FAMILIES[name][2]
-    source = sample.from_run(folder / "full")
+    source = sample.from_run(LocalWorkdir(folder / "full"))
     noise = noise_of(source)
     with silent():
         pipeline = stock(folder / "diffusers", absent)
@@ -99,7 +102,7 @@ def test_a_whole_folder_draws_what_the_run_draws(world, name):
         )
         key = "pos_embed.pos_embed"
         np.testing.assert_array_equal(weights[key], before[key])
-        assert key not in open_run(folder / "full").params(10)
+        assert key not in open_run(LocalWorkdir(folder / "full")).params(10)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path,
     monkeypatch.setattr(checkpoint, "_read", read)
     monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
     monkeypatch.setattr(convert, "MAX_SHARD_SIZE", 30_000)
-    export.export(world / name / "full", tmp_path / "out", "diffusers")
+    export.export(LocalWorkdir(world / name / "full"), tmp_path / "out", "diffusers")
     groups = calls[: len(calls) // 2]
     assert calls == 2 * groups and len(groups) > 3
     part = "transformer" if name == "sd3" else "unet"
@@ -222,7 +225,7 @@ def test_an_export_without_t5_says_so(world, tmp_path):
             else (silent())
         ):
             export.export(
-                world / "sd3_without_t5" / "lora",
+                LocalWorkdir(world / "sd3_without_t5" / "lora"),
                 tmp_path / f"{source}_out",
                 "diffusers",
                 pretrained=str(base),

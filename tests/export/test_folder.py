@@ -38,6 +38,7 @@ from r0_jax.method import lora
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.weights import convert, lazy
 from r0_jax.workdir.run import choose_step, open_run
+from r0_jax.workdir.workdir import LocalWorkdir
 
 # --- tiny folders ------------------------------------------------------------------------
 
@@ -58,9 +59,9 @@ def runs(pretrained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export.export(runs / "lora", folder / "lora", "diffusers")
-    export.export(runs / "full", folder / "full", "diffusers")
-    export.export(runs / "lora", folder / "peft", "peft")
+    export.export(LocalWorkdir(runs / "lora"), folder / "lora", "diffusers")
+    export.export(LocalWorkdir(runs / "full"), folder / "full", "diffusers")
+    export.export(LocalWorkdir(runs / "lora"), folder / "peft", "peft")
     return folder
 
 
@@ -81,12 +82,14 @@ def test_stock_diffusers_draws_what_the_run_draws(runs, exported, pretrained, na
     with silent():
         pipeline = stock(exported / name)
         theirs = images_of(pipeline)
-    trained = ours(sample.from_run(runs / name))
+    trained = ours(sample.from_run(LocalWorkdir(runs / name)))
     assert theirs.std() > 0.1 and np.mean((theirs == 0) | (theirs == 1)) < 0.5
     assert difference(theirs, trained) < CLOSE
     print(f"{name}: stock diffusers against ours {difference(theirs, trained):.1e}")
     scheduler = sample.from_pipeline(exported / name, 4).scheduler
-    np.testing.assert_equal(vars(scheduler), vars(sample.from_run(runs / name).scheduler))
+    np.testing.assert_equal(
+        vars(scheduler), vars(sample.from_run(LocalWorkdir(runs / name)).scheduler)
+    )
     base = stock(pretrained)
     base.scheduler = pipeline.scheduler
     assert difference(theirs, images_of(base)) > 50 * CLOSE  # what was trained is there
@@ -135,7 +138,7 @@ def test_scheduler_visits_the_trained_grid(runs, exported, name):
     folder = folder if name == "peft" else folder / "scheduler"
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder)
     scheduler.set_timesteps(4)
-    grid = sample.from_run(runs / "lora").scheduler
+    grid = sample.from_run(LocalWorkdir(runs / "lora")).scheduler
     assert scheduler.timesteps.tolist() == grid.timesteps.tolist() == [999, 749, 499, 249]
     alphas = scheduler.alphas_cumprod[scheduler.timesteps].sqrt()
     np.testing.assert_allclose(alphas, grid.alphas, rtol=1e-6)
@@ -180,7 +183,7 @@ def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, 
     (source / "LICENSE.md").write_text("be kind", encoding="utf-8")
 
     out = tmp_path / "out"
-    export.export(runs / "lora", out, "diffusers", pretrained=str(source))
+    export.export(LocalWorkdir(runs / "lora"), out, "diffusers", pretrained=str(source))
     assert not [*out.rglob("*.bin"), *(out / "safety_checker").glob("*")]
     assert (out / "LICENSE.md").read_text("utf-8") == "be kind"
     assert difference(images_of(stock(out)), images_of(stock(exported / "lora"))) == 0
@@ -217,14 +220,16 @@ def test_an_old_sample_size_is_written_as_it_was_trained(runs, pretrained, tmp_p
     path.write_text(json.dumps(fields), encoding="utf-8")
     (source / "LICENSES").mkdir()  # a folder is passed over
     with pytest.warns(UserWarning, match="sample_size 8: 64 is used"):
-        export.export(runs / "lora", tmp_path / "out", "diffusers", pretrained=str(source))
+        export.export(
+            LocalWorkdir(runs / "lora"), tmp_path / "out", "diffusers", pretrained=str(source)
+        )
     written = json.loads((tmp_path / "out" / "unet" / "config.json").read_text("utf-8"))
     assert written == fields | {"sample_size": 64}
     assert not (tmp_path / "out" / "LICENSES").exists()
 
 
 def test_which_parameters_and_dtype(runs, tmp_path):
-    opened = open_run(runs / "lora")
+    opened = open_run(LocalWorkdir(runs / "lora"))
     base = lazy.place(opened.pipeline.params["unet"])
     seen = []
     for step, ema, dtype in [
@@ -234,7 +239,9 @@ def test_which_parameters_and_dtype(runs, tmp_path):
         ("best", True, "bfloat16"),
     ]:
         out = tmp_path / f"{len(seen)}"
-        chosen = export.export(runs / "lora", out, "diffusers", step=step, ema=ema, dtype=dtype)
+        chosen = export.export(
+            LocalWorkdir(runs / "lora"), out, "diffusers", step=step, ema=ema, dtype=dtype
+        )
         adapters = jax.tree.map(jnp.asarray, opened.params(chosen, ema))
         merged = jax.device_get(lora.merge(base, adapters, ALPHA / RANK))
         network = opened.pipeline.networks["unet"]
@@ -248,7 +255,7 @@ def test_which_parameters_and_dtype(runs, tmp_path):
         assert f", dtype=torch.{dtype})" in card(out)[1]
         seen.append(chosen)
     assert seen == [10, 20, 10, 10]  # step 10 has the better held-out score
-    assert choose_step(runs / "full") == 20  # none was measured
+    assert choose_step(LocalWorkdir(runs / "full")) == 20  # none was measured
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_which_parameters_and_dtype(runs, tmp_path):
 )
 def test_the_step_that_is_taken_by_default(pretrained, tmp_path, scores, chosen):
     write_run(tmp_path / "run", pretrained, RANK, scores)
-    assert choose_step(tmp_path / "run") == chosen
+    assert choose_step(LocalWorkdir(tmp_path / "run")) == chosen
 
 
 @pytest.mark.parametrize("name", ["lora", "peft"])
@@ -276,7 +283,7 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
     shutil.copytree(runs / "lora", workdir)
     (workdir / "eval.json").write_text(json.dumps(evaluation), encoding="utf-8")
     form = "peft" if name == "peft" else "diffusers"
-    export.export(workdir, tmp_path / "out", form, base_model=str(pretrained))
+    export.export(LocalWorkdir(workdir), tmp_path / "out", form, base_model=str(pretrained))
     front, snippet, text = card(tmp_path / "out")
     assert front["base_model"] == str(pretrained) and front["library_name"] == "diffusers"
     assert front["base_model_relation"] == ("adapter" if name == "peft" else "finetune")
@@ -311,7 +318,7 @@ def test_the_card_without_an_evaluation_names_the_base_as_others_know_it(runs, e
     shutil.copytree(runs / "full", workdir)
     config["pretrained"] = str(cached)
     (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    export.export(workdir, tmp_path / "out", "diffusers")
+    export.export(LocalWorkdir(workdir), tmp_path / "out", "diffusers")
     front, _, text = card(tmp_path / "out")
     assert front["base_model"] == "owner/name"
     assert "| trained | all weights |" in text and "step 20 of 100" in text
@@ -321,23 +328,25 @@ def test_an_export_replaces_only_an_export(runs, exported, pretrained, tmp_path)
     out = tmp_path / "out"
     shutil.copytree(exported / "lora", out)
     with pytest.raises(InputError, match="exists already; choose another --out, or replace"):
-        export.export(runs / "lora", out, "peft")
-    export.export(runs / "lora", out, "peft", overwrite=True)
+        export.export(LocalWorkdir(runs / "lora"), out, "peft")
+    export.export(LocalWorkdir(runs / "lora"), out, "peft", overwrite=True)
     assert set(os.listdir(out)) == {"README.md", export.LORA_FILE, "scheduler_config.json"}
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "README.md").write_text("my thesis", encoding="utf-8")
     with pytest.raises(InputError, match="not an earlier export, so --overwrite does not delete"):
-        export.export(runs / "lora", precious, "peft", overwrite=True)
+        export.export(LocalWorkdir(runs / "lora"), precious, "peft", overwrite=True)
     shutil.copy(ROOT / "README.md", precious)  # which tells how to export
     with pytest.raises(InputError, match="not an earlier export, so --overwrite does not delete"):
-        export.export(runs / "lora", precious, "peft", overwrite=True)
+        export.export(LocalWorkdir(runs / "lora"), precious, "peft", overwrite=True)
     assert set(os.listdir(tmp_path)) == {"out", "precious"}
     # An earlier export may be what this run was trained on.
     again = tmp_path / "again"
     shutil.copytree(exported / "lora", again)
     with pytest.raises(InputError, match="which is read"):
-        export.export(runs / "lora", again, "peft", overwrite=True, pretrained=str(again))
+        export.export(
+            LocalWorkdir(runs / "lora"), again, "peft", overwrite=True, pretrained=str(again)
+        )
 
 
 def test_nothing_is_left_of_an_export_that_failed(runs, exported, tmp_path, monkeypatch):
@@ -349,7 +358,7 @@ def test_nothing_is_left_of_an_export_that_failed(runs, exported, tmp_path, monk
 
     monkeypatch.setattr(export.convert, "save_shards", fail)
     with pytest.raises(OSError, match="No space left"):
-        export.export(runs / "lora", tmp_path / "out", "diffusers", overwrite=True)
+        export.export(LocalWorkdir(runs / "lora"), tmp_path / "out", "diffusers", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "README.md").read_bytes() == before
 

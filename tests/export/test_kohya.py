@@ -21,6 +21,7 @@ from r0_jax.export import kohya
 from r0_jax.stand_ins import miniature
 from r0_jax.weights import convert
 from r0_jax.workdir.run import open_run
+from r0_jax.workdir.workdir import LocalWorkdir
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 STOCK = {
@@ -39,7 +40,9 @@ def world(tmp_path_factory):
         here = root / name
         write_run(here / "run", here / "base", RANK, {10: 0.5}, EVERY)
         for form in ("peft", "kohya"):
-            export.export(here / "run", here / form, form, base_model=str(here / "base"))
+            export.export(
+                LocalWorkdir(here / "run"), here / form, form, base_model=str(here / "base")
+            )
     return root
 
 
@@ -85,7 +88,7 @@ def test_stock_diffusers_loads_it_as_it_loads_peft(world, name):
     ours.unload_lora_weights()
     assert difference(images, draw(ours)) > 10 * CLOSE
     # At scale 1, merged, they are the generator that was trained.
-    run = open_run(world / name / "run")
+    run = open_run(LocalWorkdir(world / name / "run"))
     weights = run.weights(run.params(10), "float32")
     theirs.fuse_lora(lora_scale=1.0)
     ours.load_lora_weights(world / name / "kohya")
@@ -222,7 +225,7 @@ def test_the_file_of_stable_diffusion_2_says_so(tmp_path):
         ("v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v"),
     ]:
         path.write_text(json.dumps(fields | {"prediction_type": prediction}), "utf-8")
-        export.export(tmp_path / "run", tmp_path / short, "kohya")
+        export.export(LocalWorkdir(tmp_path / "run"), tmp_path / short, "kohya")
         with safe_open(tmp_path / short / f"{short}.safetensors", "numpy") as file:
             said = file.metadata()
         assert (said["ss_base_model_version"], said["ss_v2"]) == (version, "True")
@@ -233,7 +236,7 @@ def test_the_file_of_stable_diffusion_2_says_so(tmp_path):
 
 def test_half_precision_keeps_alpha_and_the_hash(world, tmp_path):
     out = tmp_path / "half"
-    export.export(world / "sd15" / "run", out, "kohya", dtype="bfloat16")
+    export.export(LocalWorkdir(world / "sd15" / "run"), out, "kohya", dtype="bfloat16")
     data = (out / "half.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

@@ -17,6 +17,7 @@ from process_program import STEPS, TROUBLED
 
 from r0_jax.prompts import dataset
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import LocalWorkdir
 
 TROUBLES = (
     "input",
@@ -199,7 +200,7 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     ]
     program = launch(2, "-m", "r0_jax.main", *flags)
     deadline = time.monotonic() + 400
-    while len(checkpoint.steps(tmp_path / "two")) < 2:
+    while len(checkpoint.steps(LocalWorkdir(tmp_path / "two"))) < 2:
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
@@ -208,7 +209,7 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     assert status == 128 + signal.SIGKILL and "Traceback" not in err, err
     assert "[0] error: process 1 of 2 gave no sign of life" in err
 
-    before, newest = checkpoint.steps(tmp_path / "two")[-2:]
+    before, newest = checkpoint.steps(LocalWorkdir(tmp_path / "two"))[-2:]
     assert newest < steps  # there is something left to do
     folder = tmp_path / "two" / "checkpoints" / str(newest)
     flip_a_bit(max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
@@ -232,8 +233,8 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
     for ours, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
     for field in ("params", "ema_params"):
-        expected, _ = checkpoint.load_params(world.whole, field)
-        found, _ = checkpoint.load_params(tmp_path / "two", field)
+        expected, _ = checkpoint.load_params(LocalWorkdir(world.whole), field)
+        found, _ = checkpoint.load_params(LocalWorkdir(tmp_path / "two"), field)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == steps

@@ -14,6 +14,7 @@ from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.stand_ins import miniature
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import LocalWorkdir
 
 
 def config_in(folder) -> ConfigDict:
@@ -58,7 +59,7 @@ def test_sigterm_in_a_callback_comes_again(capfd):
 
 
 def test_sigterm_in_an_evaluation_saves_and_the_next_start_evaluates(tmp_path, monkeypatch):
-    config, folder = config_in(tmp_path), tmp_path / "run"
+    config, workdir = config_in(tmp_path), LocalWorkdir(tmp_path / "run")
     drawn, draw = [], validation.draw
 
     def draw_and_stop(*args):
@@ -69,16 +70,16 @@ def test_sigterm_in_an_evaluation_saves_and_the_next_start_evaluates(tmp_path, m
 
     monkeypatch.setattr(validation, "draw", draw_and_stop)
     with StopSignal() as stop:
-        assert not train.train_and_evaluate(config, folder, stop)
-    assert len(drawn) == 3 and checkpoint.steps(folder) == [0, 2]
-    assert checkpoint.read_metadata(folder, 2)["metrics"] == {}
-    evaluated = [line["step"] for line in measured(folder) if "heldout/blueness" in line]
-    assert evaluated == [0] and measured(folder)[-1].keys() >= {"train/loss"}
+        assert not train.train_and_evaluate(config, workdir, stop)
+    assert len(drawn) == 3 and checkpoint.steps(workdir) == [0, 2]
+    assert checkpoint.read_metadata(workdir, 2)["metrics"] == {}
+    evaluated = [line["step"] for line in measured(workdir.path) if "heldout/blueness" in line]
+    assert evaluated == [0] and measured(workdir.path)[-1].keys() >= {"train/loss"}
 
-    assert train.train_and_evaluate(config, folder, StopSignal())
-    lines = measured(folder)
+    assert train.train_and_evaluate(config, workdir, StopSignal())
+    lines = measured(workdir.path)
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "heldout/blueness" in line] == [0, 2, 4]
     for line in lines[2], lines[4]:
-        metrics = checkpoint.read_metadata(folder, line["step"])["metrics"]
+        metrics = checkpoint.read_metadata(workdir, line["step"])["metrics"]
         assert metrics.items() <= line.items() and "heldout/blueness" in metrics

@@ -81,16 +81,17 @@ def damage(workdir: str, count: str, seed: str) -> None:
     from r0_jax.method import optim, train_state
     from r0_jax.parallel import sharding
     from r0_jax.workdir import checkpoint
+    from r0_jax.workdir.workdir import LocalWorkdir
 
     workdir = Path(workdir)
-    older, newest = checkpoint.steps(workdir)[-2:]
+    older, newest = checkpoint.steps(LocalWorkdir(workdir))[-2:]
     whole = {}
     for step in (older, newest):
         folder = workdir / "checkpoints" / str(step)
         shapes = checkpoint._stored_shapes(folder)
         whole[step] = (
             {name: digest(x) for name, x in checkpoint._read(folder, shapes).items()},
-            checkpoint.read_metadata(workdir, step),
+            checkpoint.read_metadata(LocalWorkdir(workdir), step),
         )
     config = ConfigDict(json.loads((workdir / "config.json").read_text("utf-8")))
     params = {
@@ -111,7 +112,7 @@ def damage(workdir: str, count: str, seed: str) -> None:
 
     def outcome(copy: Path) -> str:
         try:  # as a reader of the run, who must not change it
-            read, _ = checkpoint.load_params(copy, step=newest)
+            read, _ = checkpoint.load_params(LocalWorkdir(copy), step=newest)
             reader = (
                 "read"
                 if all(
@@ -122,7 +123,9 @@ def damage(workdir: str, count: str, seed: str) -> None:
             )
         except InputError:
             reader = "refused"
-        with checkpoint.Checkpoints(copy, best_metric=config.best_metric) as checkpoints:
+        with checkpoint.Checkpoints(
+            LocalWorkdir(copy), best_metric=config.best_metric
+        ) as checkpoints:
             restored, metadata = checkpoints.restore(target)
         step = metadata["step"]
         found = {name: digest(x) for name, x in checkpoint._flatten(restored).items()}

@@ -25,6 +25,7 @@ GRACE = 30.0  # seconds between SIGTERM and SIGKILL, Kubernetes' default
 
 RECIPE = """
 from r0_jax import config as base
+from r0_jax.workdir.workdir import LocalWorkdir
 
 def get_config():
     config = base.get_config()
@@ -119,8 +120,8 @@ class World:
             found.append("metrics.jsonl does not have each step once")
         elif ours != theirs:
             found.append("metrics.jsonl differs")
-        if checkpoint.steps(workdir) != checkpoint.steps(self.whole):
-            found.append(f"there are checkpoints of {checkpoint.steps(workdir)}")
+        if checkpoint.steps(LocalWorkdir(workdir)) != checkpoint.steps(LocalWorkdir(self.whole)):
+            found.append(f"there are checkpoints of {checkpoint.steps(LocalWorkdir(workdir))}")
         elif not same(*(arrays(path, self.steps) for path in (workdir, self.whole))):
             found.append("the last checkpoint differs")
         for path in sorted((self.whole / "samples").iterdir()):
@@ -258,7 +259,7 @@ def last_logged(workdir: Path, process: Process | None = None) -> int:
     its checkpoint is the checkpoint's."""
     last = max((line["step"] for line in lines(workdir)), default=0)
     if process is not None and process.continued_from is None:
-        last = min(last, max(checkpoint.steps(workdir), default=0))
+        last = min(last, max(checkpoint.steps(LocalWorkdir(workdir)), default=0))
     return last
 
 

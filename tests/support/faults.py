@@ -39,6 +39,7 @@ from rich.console import Console  # noqa: E402
 
 from r0_jax.errors import STOPPED  # noqa: E402
 from r0_jax.workdir import checkpoint  # noqa: E402
+from r0_jax.workdir.workdir import LocalWorkdir  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 
@@ -170,7 +171,7 @@ def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 wrong.append(f"continued from {process.continued_from}, but {kept} is there")
             if not ended:
                 left = [step for step, _ in fault_world.unfinished(workdir) - before]
-                kept = max(checkpoint.steps(workdir), default=None)
+                kept = max(checkpoint.steps(LocalWorkdir(workdir)), default=None)
                 done.append(Kill(moment, kept, max(left, default=None), last_reached(process)))
                 wrong += done[-1].wrong
                 console.print(f"{len(done)}. killed {moment}: {done[-1]}")
@@ -272,7 +273,7 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
         fault_world.in_training(process, rng, 0)
         fault_world.in_training(process, rng, 0)
         fault_world.stop(process)
-        *_, before, newest = checkpoint.steps(workdir)
+        *_, before, newest = checkpoint.steps(LocalWorkdir(workdir))
         while True:  # until it is one that matters
             how, file = fault_programs.harm(
                 workdir / "checkpoints" / str(newest), rng, rng.choice([0, 2, 3])
@@ -308,7 +309,7 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
         workdir = disk.folder / "run"
         for number in range(counts.disks):
             # A checkpoint takes about 200 kB on a disk.
-            steps = checkpoint.steps(workdir)
+            steps = checkpoint.steps(LocalWorkdir(workdir))
             rooms = (0, 8_000, 60_000, 120_000) if steps else (0, 30_000, 150_000, 400_000)
             room = rooms[number % 4]
             process = disk.run(world, workdir, room)
@@ -321,8 +322,10 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 wrong.append(
                     f"{room} bytes of room, status {process.returncode}: {process.said[-1500:]}"
                 )
-            elif max(checkpoint.steps(workdir), default=-1) < max(steps, default=-1):
-                wrong.append(f"{steps} were there, {checkpoint.steps(workdir)} are left")
+            elif max(checkpoint.steps(LocalWorkdir(workdir)), default=-1) < max(steps, default=-1):
+                wrong.append(
+                    f"{steps} were there, {checkpoint.steps(LocalWorkdir(workdir))} are left"
+                )
             else:
                 failed += 1
                 place = re.search(r"/run/(\w+)", errors[0])
@@ -382,7 +385,7 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             if took is None:
                 wrong.append(f"not ended after {GRACE:.0f} s")
             seconds.append(took or GRACE)
-            saved = max(checkpoint.steps(workdir), default=0)
+            saved = max(checkpoint.steps(LocalWorkdir(workdir)), default=0)
             if process.returncode == -signal.SIGTERM and (
                 process.continued_from is None or saved == world.steps
             ):

@@ -22,6 +22,7 @@ from r0_jax.parallel import distributed, heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.prompts import dataset
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import LocalWorkdir
 
 STEPS, TROUBLED = 6, 3
 
@@ -78,7 +79,7 @@ def save_and_restore(trouble: str, folder: Path) -> None:
         lambda step: train_state.init(params, optax.sgd(1.0))._replace(step=step),
         out_shardings=where,
     )
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(LocalWorkdir(folder)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(start(jnp.int32(step)))
         checkpoints.wait()

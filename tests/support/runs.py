@@ -22,6 +22,7 @@ from r0_jax.method import train_state
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
 from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
@@ -56,7 +57,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     base, shapes = pipeline.params[part], pipeline.networks[part].shapes
     generator = Generator(rank, ALPHA, targets, fixed=pipeline.fixed)
     start = jax.eval_shape(lambda base: generator.init(jax.random.key(0), base, shapes), base)
-    with Checkpoints(workdir, best_metric="heldout/pickscore") as checkpoints:
+    with Checkpoints(LocalWorkdir(workdir), best_metric="heldout/pickscore") as checkpoints:
         for step, score in scores.items():
             random = np.random.default_rng(step)
             params, ema_params = (

@@ -22,6 +22,7 @@ from r0_jax.parallel import checksum, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.checkpoint import Checkpoints, load_params
+from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -109,7 +110,7 @@ def run(program, *arguments):
 def saved(state, tmp_path_factory):
     """A workdir with steps 10 and 20, made on 2 x 4 devices; tests copy it before they harm it."""
     workdir = tmp_path_factory.mktemp("saved")
-    with Checkpoints(workdir, config_digest="abc") as checkpoints:
+    with Checkpoints(LocalWorkdir(workdir), config_digest="abc") as checkpoints:
         checkpoints.save(at(state, 10))
         checkpoints.save(at(state, 20))
         checkpoints.add_metrics(20, {"heldout/clip": jnp.float32(0.5), "bad": float("nan")})
@@ -128,7 +129,7 @@ def copied(saved, tmp_path):
 )
 def test_restores_onto_any_mesh(saved, state, count, shape):
     wanted = target(count, **shape)
-    with Checkpoints(saved) as checkpoints:
+    with Checkpoints(LocalWorkdir(saved)) as checkpoints:
         restored, metadata = checkpoints.restore(wanted)
     assert same(restored, at(state, 20))
     for array, struct in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
@@ -139,7 +140,7 @@ def test_restores_onto_any_mesh(saved, state, count, shape):
 
 
 def test_a_step_that_is_asked_for(saved, state):
-    with Checkpoints(saved) as checkpoints:
+    with Checkpoints(LocalWorkdir(saved)) as checkpoints:
         assert checkpoints.latest_step() == 20
         assert int(checkpoints.restore(target(1), step=10)[0].step) == 10
         with pytest.raises(InputError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
@@ -150,13 +151,13 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, state):
     # The save goes on while the next step overwrites the buffers that it was given.
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     current = jax.jit(lambda s: jax.tree.map(jnp.copy, s))(at(state, 0))
-    with Checkpoints(tmp_path, keep=4) as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=4) as checkpoints:
         for _ in range(4):
             checkpoints.save(current)
             for _ in range(5):
                 current = step(current)
     for saved_step in (0, 15):
-        with Checkpoints(tmp_path) as checkpoints:
+        with Checkpoints(LocalWorkdir(tmp_path)) as checkpoints:
             restored, _ = checkpoints.restore(target(8, data=2, fsdp=4), step=saved_step)
         expected = at(state, 0)
         for _ in range(saved_step):
@@ -166,17 +167,17 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, state):
 
 def test_keeps_the_newest_and_the_best(tmp_path, small):
     scores = [0.1, 0.9, 0.3, None, float("nan"), 0.2]
-    with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
         for step, score in enumerate(scores):
             assert checkpoints.save(at(small, step))
             assert not checkpoints.save(at(small, step))  # there already
             if score is not None:
                 checkpoints.add_metrics(step, {"heldout/clip": score})
         checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == [1, 4, 5]
-    assert checkpoint.find_step(tmp_path, "best") == 1
+    assert checkpoint.steps(LocalWorkdir(tmp_path)) == [1, 4, 5]
+    assert checkpoint.find_step(LocalWorkdir(tmp_path), "best") == 1
     # A later run knows the best one of the former.
-    with Checkpoints(tmp_path, keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
         for step, score in ((6, 0.8), (7, 1.0)):
             checkpoints.save(at(small, step))
             checkpoints.add_metrics(step, {"heldout/clip": score})
@@ -184,34 +185,34 @@ def test_keeps_the_newest_and_the_best(tmp_path, small):
         checkpoints.save(at(small, 9))
         checkpoints.wait()
         assert int(checkpoints.restore(target(1, width=2), "best")[0].step) == 7
-    assert checkpoint.steps(tmp_path) == [7, 8, 9]
-    assert load_params(tmp_path, step="best")[1]["step"] == 7
+    assert checkpoint.steps(LocalWorkdir(tmp_path)) == [7, 8, 9]
+    assert load_params(LocalWorkdir(tmp_path), step="best")[1]["step"] == 7
 
 
 def test_the_best_may_be_unknown(saved):
     with pytest.raises(InputError, match="leave the step out"):
-        checkpoint.find_step(saved, "best")  # saved with no best_metric
+        checkpoint.find_step(LocalWorkdir(saved), "best")  # saved with no best_metric
 
 
 def test_ema_alone_for_export(saved, state, copied):
-    params, metadata = load_params(saved)
+    params, metadata = load_params(LocalWorkdir(saved))
     assert metadata["step"] == 20
     assert set(params) == set(state.ema_params)
     for name, array in params.items():
         assert isinstance(array, np.ndarray) and array.dtype == state.params[name].dtype
         assert np.array_equal(array, state.ema_params[name])
-    params, metadata = load_params(saved, "params", step=10)
+    params, metadata = load_params(LocalWorkdir(saved), "params", step=10)
     assert metadata["step"] == 10
     assert np.array_equal(params["norm.scale"], state.params["norm.scale"])
     # Nothing else is read, and nothing is written.
     before = [(p, p.stat().st_mtime_ns) for p in files(copied)]
-    load_params(copied)
+    load_params(LocalWorkdir(copied))
     assert before == [(p, p.stat().st_mtime_ns) for p in files(copied)]
 
 
 @pytest.mark.parametrize("step", [None, 20])
 def test_what_does_not_fit_is_named(saved, step):
-    with Checkpoints(saved) as checkpoints:
+    with Checkpoints(LocalWorkdir(saved)) as checkpoints:
         with pytest.raises(InputError) as wider:
             checkpoints.restore(target(1, width=1024), step)
         renamed = target(1)
@@ -228,19 +229,19 @@ def test_what_does_not_fit_is_named(saved, step):
     assert "(and 3 more)" in str(wider.value)
     assert "params.norm.scale is float32[7] there and absent here" in str(other.value)
     assert "params.norm.scale is float32[7] there and bfloat16[7] here" in str(dtype.value)
-    assert checkpoint.steps(saved) == [10, 20]  # it is not taken for damage
+    assert checkpoint.steps(LocalWorkdir(saved)) == [10, 20]  # it is not taken for damage
 
 
 def test_no_checkpoint(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() is None
         with pytest.raises(InputError, match="no checkpoint"):
             checkpoints.restore(target(1))
     checkpoints.close()  # twice does no harm
     with pytest.raises(InputError, match="holds no checkpoint"):
-        load_params(tmp_path)
+        load_params(LocalWorkdir(tmp_path))
     with pytest.raises(InputError, match="holds no checkpoint"):
-        load_params(tmp_path / "nowhere")
+        load_params(LocalWorkdir(tmp_path / "nowhere"))
 
 
 def arrays(step):
@@ -275,17 +276,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, state, harm, c
     folder = copied / "checkpoints" / "20"
     HARM[harm](folder)
     with pytest.raises(InputError, match=rf"checkpoint {folder} is damaged"):
-        load_params(copied, "params", 20)
+        load_params(LocalWorkdir(copied), "params", 20)
     assert folder.exists()  # a reader changes nothing
     logging.get_absl_logger().propagate = True
-    with Checkpoints(copied, keep=2) as checkpoints:
+    with Checkpoints(LocalWorkdir(copied), keep=2) as checkpoints:
         restored, metadata = checkpoints.restore(target(2, data=-1))
         assert same(restored, at(state, 10)) and metadata["step"] == 10
         assert checkpoints.latest_step() == 10
         checkpoints.save(at(state, 15))
         checkpoints.save(at(state, 20))  # comes this way again
     (copied / "checkpoints" / "99").write_text("mine", "utf-8")  # a file is no checkpoint
-    assert checkpoint.steps(copied) == [15, 20]
+    assert checkpoint.steps(LocalWorkdir(copied)) == [15, 20]
     assert folder.with_name("20.damaged").exists()  # nothing of the user's is deleted
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert f"checkpoint {folder} is damaged" in said and "20.damaged" in said
@@ -297,9 +298,9 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", come)
-    with pytest.raises(Stopped), StopSignal(), Checkpoints(copied) as checkpoints:
+    with pytest.raises(Stopped), StopSignal(), Checkpoints(LocalWorkdir(copied)) as checkpoints:
         checkpoints.restore(target(1))
-    assert checkpoint.steps(copied) == [10, 20]
+    assert checkpoint.steps(LocalWorkdir(copied)) == [10, 20]
 
 
 @pytest.mark.parametrize(
@@ -321,21 +322,22 @@ def test_what_forbids_reading_is_no_damage(tmp_path, error, is_damage):
 def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
     folder = copied / "checkpoints" / "10"
     flip_a_bit(files(folder / "state")[-1])
-    with Checkpoints(copied) as checkpoints:
+    with Checkpoints(LocalWorkdir(copied)) as checkpoints:
         with pytest.raises(InputError, match=f"{folder} is damaged .*checksums differ"):
             checkpoints.restore(target(1), step=10)
         flip_a_bit(files(folder.with_name("20") / "state")[-1])
         with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
             checkpoints.restore(target(1))
-    assert checkpoint.steps(copied) == []
+    assert checkpoint.steps(LocalWorkdir(copied)) == []
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read: bring one back"):
-        checkpoint.is_begun(copied)  # which another start would not begin anew
+        checkpoint.is_begun(LocalWorkdir(copied))  # which another start would not begin anew
 
 
 def test_what_is_not_named_as_a_step_is_none(copied):
     for name in ("0030", "\N{ARABIC-INDIC DIGIT FOUR}", "40.damaged"):
         shutil.copytree(copied / "checkpoints" / "20", copied / "checkpoints" / name)
-    assert checkpoint.steps(copied) == [10, 20] and checkpoint.is_begun(copied)
+    assert checkpoint.steps(LocalWorkdir(copied)) == [10, 20]
+    assert checkpoint.is_begun(LocalWorkdir(copied))
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path, state):
@@ -343,7 +345,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, state):
     program = """
 import os, pathlib, signal, numpy as np
 state = t.init(t.jax.random.key(1))
-checkpoints = t.Checkpoints(sys.argv[1])
+checkpoints = t.Checkpoints(t.LocalWorkdir(t.Path(sys.argv[1])))
 checkpoints.save(t.at(state, 1))
 noise = np.random.default_rng(0).standard_normal((8, 2**20), np.float32)  # 32 MB, hardly packs
 big = {f"big.{i}": t.jnp.asarray(x) for i, x in enumerate(noise)}
@@ -356,14 +358,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     out, err = child.communicate(timeout=60)
     assert (out, err, child.returncode) == ("", "", -signal.SIGKILL)
     assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "2.orbax-checkpoint-tmp"}
-    assert checkpoint.steps(tmp_path) == [1]
-    assert load_params(tmp_path)[1]["step"] == 1
-    with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoint.steps(LocalWorkdir(tmp_path)) == [1]
+    assert load_params(LocalWorkdir(tmp_path))[1]["step"] == 1
+    with Checkpoints(LocalWorkdir(tmp_path)) as checkpoints:
         restored, _ = checkpoints.restore(target(1))
         assert same(restored, at(init(jax.random.key(1)), 1))
         checkpoints.save(at(state, 3))
     assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "3"}  # the rest is swept away
-    assert load_params(tmp_path)[1]["step"] == 3
+    assert load_params(LocalWorkdir(tmp_path))[1]["step"] == 3
 
 
 def test_one_device_goes_on_from_eight_and_sigterm_waits_for_the_save(copied):
@@ -373,7 +375,7 @@ class Stop(Exception): pass
 def stop(*_): raise Stop
 signal.signal(signal.SIGTERM, stop)
 try:
-    with t.Checkpoints(sys.argv[1]) as checkpoints:
+    with t.Checkpoints(t.LocalWorkdir(t.Path(sys.argv[1]))) as checkpoints:
         state, _ = checkpoints.restore(t.target(1))
         noise = np.random.default_rng(0).standard_normal((8, 2**20), np.float32)
         big = {f"big.{i}": t.jnp.asarray(x) for i, x in enumerate(noise)}
@@ -389,7 +391,7 @@ except Stop:
     out, err = child.communicate(timeout=60)
     assert (out, err, child.returncode) == ("stopped\n", "", 0)
     assert set(os.listdir(copied / "checkpoints")) == {"10", "20", "21"}
-    assert len(load_params(copied, "params")[0]) == 8
+    assert len(load_params(LocalWorkdir(copied), "params")[0]) == 8
 
 
 REFUSED = """
@@ -401,7 +403,7 @@ def full(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 def fail(how):
-    with t.Checkpoints(os.path.join(sys.argv[1], how)) as checkpoints:
+    with t.Checkpoints(t.LocalWorkdir(t.Path(sys.argv[1], how))) as checkpoints:
         checkpoints.save(t.at(state, 1))
         checkpoints.wait()
         if how == "read-only":
@@ -440,8 +442,9 @@ def test_what_the_disk_refuses_is_one_line():
             said = f"{how} cannot write a checkpoint to {where}: {reason}; those that are there "
             assert lines.pop(0).startswith(said), err
             os.chmod(where, 0o755)
-            assert checkpoint.steps(folder / how) == [1]
-            with Checkpoints(folder / how) as checkpoints:  # with room again it goes on
+            assert checkpoint.steps(LocalWorkdir(folder / how)) == [1]
+            # With room again it resumes.
+            with Checkpoints(LocalWorkdir(folder / how)) as checkpoints:
                 assert int(checkpoints.restore(target(1))[0].step) == 1
         assert out == "" and not lines
 
@@ -449,13 +452,13 @@ def test_what_the_disk_refuses_is_one_line():
 def test_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"cannot write a checkpoint to .*not a directory"):
-        Checkpoints(tmp_path / "file" / "run")
+        Checkpoints(LocalWorkdir(tmp_path / "file" / "run"))
 
 
 def test_metadata_is_plain_json(saved):
     path = saved / "checkpoints" / "20" / "metrics" / "metrics"
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    assert metadata.keys() - checkpoint.read_metadata(saved, 20).keys() == {"seal"}
+    assert metadata.keys() - checkpoint.read_metadata(LocalWorkdir(saved), 20).keys() == {"seal"}
     fields = set(train_state.TrainState._fields) - {"moments"}  # empty: no reward needs its spread
     assert set(metadata["checksums"]) == fields
 

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 from r0_jax.workdir import identity
+from r0_jax.workdir.workdir import LocalWorkdir
 
 
 def config(**changes):
@@ -31,14 +32,14 @@ def config(**changes):
 
 def begun(tmp_path, **changes):
     """A workdir with a checkpoint."""
-    identity.check_same_run(tmp_path, config(**changes))
+    identity.check_same_run(LocalWorkdir(tmp_path), config(**changes))
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     return tmp_path
 
 
 def test_writes_the_resolved_config(tmp_path):
     folder = tmp_path / "new" / "run"
-    identity.check_same_run(folder, config(pretrained="图"))
+    identity.check_same_run(LocalWorkdir(folder), config(pretrained="图"))
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert written["optimizer"] == {"learning_rate": 1e-4, "schedule": "constant"}
     assert written["sharding"] == [["norm.*", "replicate"], [".*", "fsdp"]]
@@ -47,14 +48,14 @@ def test_writes_the_resolved_config(tmp_path):
 
 
 def test_the_same_config_continues(tmp_path):
-    digest = identity.check_same_run(begun(tmp_path), config())
-    assert digest == identity.check_same_run(tmp_path, config())
+    digest = identity.check_same_run(LocalWorkdir(begun(tmp_path)), config())
+    assert digest == identity.check_same_run(LocalWorkdir(tmp_path), config())
 
 
 def test_harmless_fields_may_change_and_are_written(tmp_path):
     changes = dict(steps=200, checkpoint_every=5, mesh={"data": 2, "fsdp": 4}, wandb=True)
-    digest = identity.check_same_run(begun(tmp_path), config())
-    assert identity.check_same_run(tmp_path, config(**changes)) == digest
+    digest = identity.check_same_run(LocalWorkdir(begun(tmp_path)), config())
+    assert identity.check_same_run(LocalWorkdir(tmp_path), config(**changes)) == digest
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert written["steps"] == 200 and written["mesh"] == {"data": 2, "fsdp": 4}
 
@@ -64,7 +65,7 @@ def test_other_fields_may_not(tmp_path):
     other = config(optimizer__learning_rate=2e-4, seed=1, steps=7)
     other.rewards = {"aesthetic": {"weight": 1.0}}
     with pytest.raises(InputError) as error:
-        identity.check_same_run(tmp_path, other)
+        identity.check_same_run(LocalWorkdir(tmp_path), other)
     assert str(error.value) == (
         f"{tmp_path} holds a run with another config: "
         "optimizer.learning_rate is 0.0001 there and 0.0002 here; "
@@ -78,13 +79,15 @@ def test_other_fields_may_not(tmp_path):
 def test_steps_matter_where_the_learning_rate_decays_towards_them(tmp_path):
     begun(tmp_path, optimizer__schedule="cosine")
     with pytest.raises(InputError, match="steps is 100 there and 200 here"):
-        identity.check_same_run(tmp_path, config(optimizer__schedule="cosine", steps=200))
+        identity.check_same_run(
+            LocalWorkdir(tmp_path), config(optimizer__schedule="cosine", steps=200)
+        )
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path):
-    first = identity.check_same_run(tmp_path, config())
+    first = identity.check_same_run(LocalWorkdir(tmp_path), config())
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)
-    second = identity.check_same_run(tmp_path, config(seed=1))
+    second = identity.check_same_run(LocalWorkdir(tmp_path), config(seed=1))
     assert first != second
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["seed"] == 1
 
@@ -97,21 +100,21 @@ def test_a_config_that_cannot_be_read(tmp_path, text):
     else:
         path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"config\.json is (no JSON|missing)"):
-        identity.check_same_run(tmp_path, config())
+        identity.check_same_run(LocalWorkdir(tmp_path), config())
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "clip"}', "[1]"])
 def test_the_config_of_something_else_is_not_overwritten(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match="give another --workdir"):
-        identity.check_same_run(tmp_path, config())
+        identity.check_same_run(LocalWorkdir(tmp_path), config())
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == text
 
 
 def test_processes_with_other_flags_or_another_disk_are_told(tmp_path, monkeypatch):
     identity.check_same_everywhere(config())  # alone
     tmp_path.mkdir(exist_ok=True)
-    identity.check_shared(tmp_path)
+    identity.check_shared(LocalWorkdir(tmp_path))
     assert not list(tmp_path.iterdir())
 
     first = config().to_dict() | {"steps": 123456}
@@ -121,18 +124,18 @@ def test_processes_with_other_flags_or_another_disk_are_told(tmp_path, monkeypat
     monkeypatch.setattr("r0_jax.parallel.distributed.of_first", lambda make: "a token of process 0")
     monkeypatch.setattr(identity, "_SEEN", 0)
     with pytest.raises(InputError, match="on a file system that all processes share"):
-        identity.check_shared(tmp_path)
+        identity.check_shared(LocalWorkdir(tmp_path))
 
 
 def test_a_config_that_is_a_folder_or_too_deep_is_named(tmp_path):
     path = begun(tmp_path) / "config.json"
     path.write_text("[" * 100_000, "utf-8")
     with pytest.raises(InputError, match="is no JSON; bring it back"):
-        identity.check_same_run(tmp_path, config())
+        identity.check_same_run(LocalWorkdir(tmp_path), config())
     path.unlink()
     path.mkdir()
     with pytest.raises(InputError, match="is a folder; bring it back"):
-        identity.check_same_run(tmp_path, config())
+        identity.check_same_run(LocalWorkdir(tmp_path), config())
 
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
