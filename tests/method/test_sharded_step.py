@@ -16,7 +16,7 @@ from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.prompts import prepared
 from r0_jax.stand_ins.miniature import PROMPTS
-from r0_jax.training import program, train
+from r0_jax.training import pretrained, program
 from r0_jax.weights import lazy
 
 # Adam's first updates are the gradients themselves: see step_world.
@@ -56,7 +56,7 @@ def of_mmdit_and_t5() -> Start:
     with config.unlocked():  # one reward will do
         config.rewards = {"hps_v2_1": config.rewards.hps_v2_1}
     pipeline = families.load(config.pretrained, config.dtype, config.family)
-    rewards = train.load_rewards(config.rewards, pipeline, config, None, trained=True)
+    rewards = pretrained.load_rewards(config.rewards, pipeline, config, None, trained=True)
     prompts = (PROMPTS * 8)[:8]
     batch = pipeline.tokenize(prompts) | prepared.features(prompts, rewards)
 

@@ -31,7 +31,7 @@ from r0_jax.prompts import encoded as encoded_prompts
 from r0_jax.prompts import shards as record_shards
 from r0_jax.prompts.files import read_prompts
 from r0_jax.stand_ins import miniature
-from r0_jax.training import train
+from r0_jax.training import pretrained
 from r0_jax.weights import lazy
 
 RECIPES = {
@@ -119,7 +119,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     for dtype, tolerance in tolerances.items():
         config.data.encoded = str(tmp_path / dtype)
         encoded = encoded_prompts.open_of(config)
-        train.check_encoded(encoded, config)
+        pretrained.check_encoded(encoded, config)
         bare = encoded.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
         batches = encoded_prompts.batches(
@@ -415,7 +415,7 @@ def check(config):
     """What training looks at before it starts."""
     encoded = encoded_prompts.open_of(config)
     encoded.attach(families.load(config.pretrained, family=config.family, text=False))
-    train.check_encoded(encoded, config)
+    pretrained.check_encoded(encoded, config)
     for name, entry in {**config.rewards, **config.heldout_rewards}.items():
         encoded.check_reward(rewards.load(name, entry, text=False), entry)
 

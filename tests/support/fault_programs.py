@@ -52,11 +52,11 @@ def train() -> None:
 
 def restore() -> None:
     """The main job up to its first step: prints what it was about to train on instead."""
-    from r0_jax.training import train as training
+    from r0_jax.training import loop
     from r0_jax.workdir import checkpoint
 
-    def loop(config, folder, state, *rest):
-        arrays = checkpoint._flatten(state)
+    def run(self):
+        arrays = checkpoint._flatten(self.state)
         split = [name for name, x in arrays.items() if x.addressable_shards[0].data.size < x.size]
         print(
             json.dumps(
@@ -69,7 +69,7 @@ def restore() -> None:
         )
         return False
 
-    training.loop = loop
+    loop.Loop.run = run
     train()
 
 

@@ -1,0 +1,180 @@
+"""The loop of the training: a batch, a step, the log of the step before, a save, a measurement."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from r0_jax.console import console
+from r0_jax.evaluation.validation import Validation
+from r0_jax.method.train_state import TrainState
+from r0_jax.parallel import heartbeat, replicas
+from r0_jax.parallel.stop_signal import Stopped, StopSignal
+from r0_jax.training import host_memory
+from r0_jax.training.early_stop import EarlyStop
+from r0_jax.training.program import Program
+from r0_jax.training.step_log import StepLog
+from r0_jax.workdir.checkpoint import Checkpoints
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What the loop works with.
+
+    Attributes:
+      frozen: the weights that are not trained, on the devices.
+      batches_from: step -> the batches of the steps after it, on the devices.
+      folder: of the run, on this machine.
+    """
+
+    program: Program
+    frozen: dict[str, Any]
+    batches_from: Callable[[int], Iterator[Batch]]
+    validation: Validation
+    checkpoints: Checkpoints
+    folder: Path
+    stop: StopSignal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """The state that the loop starts from.
+
+    Attributes:
+      resumed: whether it comes from a checkpoint.
+      measured: whether that checkpoint was evaluated.
+    """
+
+    state: TrainState
+    resumed: bool
+    measured: bool
+
+
+class Loop:
+    """The steps from `start` to the config's last one."""
+
+    def __init__(self, job: Job, start: Start):
+        self.job, self.start, self.config = job, start, job.program.config
+        self.state = start.state
+        self.step = self.first = int(start.state.step)
+        self.compiled: Callable[..., tuple[TrainState, Metrics]] | None = None
+        self.key = jax.random.key(self.config.seed)
+        # An evaluation that is missing in its checkpoint is made again.
+        known = self.first if start.measured else self.first - 1
+        self.early = EarlyStop(
+            self.config.best_metric,
+            self.config.early_stop,
+            job.folder,
+            known if start.resumed else -1,
+        )
+        self.log = StepLog(
+            self.config, job.folder, self.first if start.resumed else None, start.measured
+        )
+
+    def run(self) -> bool:
+        """Run the remaining steps; return False if a SIGTERM ended them."""
+        if self.start.resumed:
+            console.print(f"continues from step {self.first}", highlight=False)
+        with self.log:
+            self._save_and_measure_the_start()
+            batches = self.job.batches_from(self.first)
+            previous = None  # metrics of the step before, fetched while this one runs
+            while self._has_more_steps():
+                metrics = self._start_step(next(batches))
+                if previous is not None:
+                    self._log(self.step - 1, previous)
+                previous = metrics
+                if self._is_saved():
+                    # Metrics are on disk before their checkpoint: a kill in between loses none.
+                    self._log(self.step, metrics)
+                    previous = None
+                    self._save()
+                if self._is_measured(self.step):
+                    self._measure()
+            if previous is not None:
+                self._log(self.step, previous)
+            return self._end()
+
+    def _save_and_measure_the_start(self) -> None:
+        if not self.start.resumed:
+            self._save()
+        if not self.start.measured and self._is_measured(self.step):
+            self._measure()
+
+    def _has_more_steps(self) -> bool:
+        return (
+            self.step < self.config.steps and not self.early.due and not self.job.stop.requested()
+        )
+
+    def _is_measured(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.config.steps
+
+    def _is_saved(self) -> bool:
+        return self._is_measured(self.step) or self.step % self.config.checkpoint_every == 0
+
+    def _start_step(self, batch: Batch) -> Metrics:
+        """Start the next step on the devices; return its metrics, for which nobody has waited."""
+        if self.compiled is None:
+            self.compiled = self._compile(batch)
+        heartbeat.beat(f"the batch of step {self.step + 1}")
+        self.state, metrics = self.compiled(self.state, self.job.frozen, batch, self.key)
+        self.step += 1
+        if self.step == self.first + 1:
+            self._check_copies({"training state": self.state, "frozen weights": self.job.frozen})
+        return metrics
+
+    def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, Metrics]]:
+        lowered = self.job.program.step.lower(self.state, self.job.frozen, batch, self.key)
+        compiled = lowered.compile()
+        host_memory.give_back()  # before the step allocates its own
+        return compiled
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        """Fetch and log the metrics of a step; wait for it where it still runs."""
+        written = step % self.config.log_every == 0 or self._is_measured(step)
+        self.log.step(step, jax.device_get(metrics), written)
+
+    def _save(self) -> None:
+        """Start to write a checkpoint, of a state that is the same in all processes."""
+        self._check_copies({"training state": self.state})
+        self.job.checkpoints.save(self.state)
+        heartbeat.beat(f"the checkpoint of step {self.step}")
+
+    def _check_copies(self, trees: dict[str, Any]) -> None:
+        if jax.process_count() > 1:
+            replicas.check(trees, self.step)
+
+    def _measure(self) -> None:
+        """Evaluate the checkpoint of this step, which may still be being written.
+
+        A SIGTERM breaks it off. That costs no training, and the next start evaluates again.
+        """
+        with self.log.paused():
+            try:
+                values, sheet = self.job.validation(self.state.ema_params, self.step)
+            except Stopped:
+                return
+            self.log.evaluation(self.step, values, sheet)
+            self.job.checkpoints.add_metrics(self.step, values)
+            self.early.add(values.get(self.config.best_metric, math.nan))
+
+    def _end(self) -> bool:
+        """Say why the steps ended; return False after a SIGTERM, when the state is saved."""
+        if self.early.due:
+            console.print(
+                f"ended at step {self.step}: in {self.early.since} evaluations "
+                f"{self.early.metric} did not exceed {self.early.best:.4g}",
+                highlight=False,
+            )
+        if not self.job.stop.requested():
+            return True
+        self._save()
+        self.job.checkpoints.wait()
+        console.print(f"stopped at step {self.step}, which is saved: the same command continues")
+        return False
