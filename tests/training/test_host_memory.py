@@ -6,7 +6,7 @@ import pytest
 
 FREED = """
 import ctypes, os
-from r0_jax import host_memory
+from r0_jax.training import host_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
