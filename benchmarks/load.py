@@ -310,18 +310,18 @@ def text(found: dict[str, Any], command: str) -> str:
         f"{name} {importlib.metadata.version(name)}"
         for name in ("jax", "numpy", "ml_dtypes", "safetensors", "orbax-checkpoint")
     )
-    return f"""A UNet of {first["bytes"] / GB:.1f} GB in float16 is loaded in bfloat16, sharded by
-the rule `('.*', 'fsdp')` over fake CPU devices, each of which holds all that is under 4 MB; "plain"
-reads the same file, and does nothing with it, in the same process between the loads. The file is in
-the page cache as far as memory lets it. Seconds are medians of {flags.FLAGS.repeats}; memory is the
-highest of them. The load average was {os.getloadavg()[2]:.0f} when it ended.
+    return f"""A UNet of {first["bytes"] / GB:.1f} GB in float16 is loaded in bfloat16 and sharded
+by the rule `('.*', 'fsdp')` over fake CPU devices. Each device holds all tensors under 4 MB.
+"plain" reads the same file and does nothing with it, in the same process between the loads. The
+file is in the page cache as far as memory allows. Seconds are medians of {flags.FLAGS.repeats};
+memory is the highest of them. The load average was {os.getloadavg()[2]:.0f} when it ended.
 
 | devices | s | GB/s | plain GB/s | shards, GB | peak above them, MB | of the largest tensor |
 |---:|---:|---:|---:|---:|---:|---:|
 {loads}
-Exports, in float16, of checkpoints written by 8 devices. Memory is the peak above that of a process
-that has imported the program; a tensor is merged in float32, and checkpoints are read by groups
-of at most 128 MB.
+Exports in float16, of checkpoints written by 8 devices. Memory is the peak above that of a process
+that has imported the program. A tensor is merged in float32. Checkpoints are read by groups of at
+most 128 MB.
 
 | what | s | written, GB | peak, MB | of the largest tensor |
 |---|---:|---:|---:|---:|

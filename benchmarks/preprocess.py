@@ -125,20 +125,19 @@ def against_pil(count: int) -> str:
     header = ["policy", "image", "photo-like: mean", "largest", "hard edges: mean", "largest"]
     return f"""    python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
-Absolute differences of pixels after the resize to {SIZE} px, in units of 1/255, between this
-library (float32, differentiable) and the published path: PIL's bicubic on 8-bit images, then crop,
-padding or nothing. `tests/rewards/test_preprocess.py` holds bounds, and that PyTorch's resize of
+Absolute differences of pixels after the resize to {SIZE} px, in units of 1/255. This library is
+float32 and differentiable. The published path is PIL's bicubic on 8-bit images, then crop, padding
+or nothing. `tests/rewards/test_preprocess.py` holds bounds. It also shows that PyTorch's resize of
 float images gives the same numbers and gradients within 1e-5.
 
 {measure.table(header, rows)}
 
-PIL rounds to 1/255 twice, after either direction: a mean of about 0.3. The rest is overshoot:
-beside edges bicubic leaves [0, 1], which 8 bits clip after either direction and this library keeps,
-because a clipped pixel would have no gradient. (HPS's own code keeps it too: it resizes a float
-tensor, with antialiasing since torchvision 0.17, as here.) Edges between black
-and white on a 7 px grid are a hard case. The score of the embedded world's CLIP on {count} of its
-scenes, {_SCENE} px to {_TOWER}, moves by {apart.mean():.3f} standard deviations of the scores, and
-by {apart.max():.3f} at most.
+PIL rounds to 1/255 twice, after either direction: a mean of about 0.3. The rest is overshoot.
+Beside edges bicubic leaves [0, 1]. 8 bits clip that after either direction. This library keeps it,
+because a clipped pixel would have no gradient. HPS's own code keeps it too: it resizes a float
+tensor. Edges between black and white on a 7 px grid are a hard case. The score of the embedded
+world's CLIP moves by {apart.mean():.3f} standard deviations of the scores, and by
+{apart.max():.3f} at most. That is on {count} of its scenes, from {_SCENE} px to {_TOWER}.
 
 {measure.machine("jax", "pillow")} Seed 0."""
 
@@ -232,10 +231,10 @@ def from_1024(count: int, repeats: int) -> str:
     return f"""    python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
 `resize` of an entry of `config.rewards` says how an image comes down to the tower's size.
-"bicubic" (default) is the published path: one antialiased bicubic, which at 1024 px reads 18 x 18
-pixels for each of the {SIZE} x {SIZE}. "reduce" averages whole blocks first (2 x 2 at 1024 px), as
-`reducing_gap` of PIL's resize does, and leaves bicubic a factor of at least 2. Against "bicubic",
-on {count} scenes of the embedded world and its own CLIP, at the same ratio of sizes:
+"bicubic" (default) is the published path: one antialiased bicubic. At 1024 px it reads 18 x 18
+pixels for each of the {SIZE} x {SIZE}. "reduce" averages whole blocks first (2 x 2 at 1024 px) and
+leaves bicubic a factor of at least 2, like `reducing_gap` of PIL. This table compares it with
+"bicubic", on {count} scenes of the embedded world and its own CLIP, at the same ratio of sizes:
 
 {
         measure.table(
@@ -254,11 +253,11 @@ One image from 1024 to {SIZE} px, forward and each reward's own gradient, in one
 
 {measure.table(["rewards", "ms", "GFLOP", "temporary MiB"], rows)}
 
-A ViT-H tower takes about 1000 GFLOP for the same image, so that either resize is lost in it: the
+A ViT-H tower takes about 1000 GFLOP for the same image, so either resize hardly counts. The
 published path stays the default. Three rewards resize a square image once, whatever they do with
-others: the compiler sees that it is the same and merges it (three times {forward:.2f} GFLOP forward
-would make {6 * forward:.2f} in all), so that no code here has to. The way back is taken once a
-reward, because each gradient is normalized by its own norm.
+others: the compiler merges equal resizes. Three times {forward:.2f} GFLOP forward would make
+{6 * forward:.2f} in all. The way back is taken once a reward, because each gradient is normalized
+by its own norm.
 
 {measure.machine("jax")} Seed 0, median of {repeats} calls."""
 

@@ -132,9 +132,9 @@ def main(argv: list[str]) -> None:
     text = f"""    python -m benchmarks.reward_options {flags_given}
 
 {given.steps} steps of `configs/shapes_r0.py` each, which itself takes more, and
-{given.num_prompts} validation prompts; ± is half a 95 % interval. The last columns are signs of
-hacking as multiples of the base's images in 4 steps (1 is no change): saturation, contrast, and
-energy in step with the 6 x 6 patches of clip_score's vision transformer.
+{given.num_prompts} validation prompts; ± is half a 95 % interval. The last columns are signs
+of hacking: saturation, contrast, and energy in step with the 6 x 6 patches of clip_score's
+vision transformer. They are multiples of the base's images in 4 steps: 1 is no change.
 
 {measure.table(header, rows)}
 

@@ -132,18 +132,18 @@ def document() -> str:
     if all(f"weak-{chips}" in found for chips in WEAK.values()):
         few, many = (found[f"weak-{chips}"]["collective_bytes"] for chips in WEAK.values())
         text += (
-            f"\n\nWeak scaling, SDXL LoRA R0+ with weights split over 8 chips: a chip sends "
+            "\n\nWeak scaling of SDXL LoRA R0+, with weights split over 8 chips. A chip sends "
             f"{few / 1e9:.2f} GB a step among 8 chips and {many / 1e9:.2f} GB among 256, "
             f"{many / few - 1:+.1%}."
         )
     text += (
-        "\n\nOne image a chip (recipes take 2 to 4 at once, unless --config.device_batch=1); "
-        "weights split over all chips of a slice. `-`: not known."
+        "\n\nOne image a chip; recipes take 2 to 4 at once, unless --config.device_batch=1. "
+        "Weights are split over all chips of a slice. `-`: not known."
     )
     if len(found) < len(rows()):
         text += (
             f" {len(found)} of {len(rows())} programs were compiled so far: "
-            "`python -m benchmarks.scale --out=docs/reports/scale.md` goes on."
+            "`python -m benchmarks.scale --out=docs/reports/scale.md` compiles the rest."
         )
     return text + f"\n\n{measure.machine('jax', 'libtpu')}"
 

@@ -149,9 +149,9 @@ def page(evaluations: Sequence[dict[str, Any]], picture: str, prompts: Sequence[
     listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, start=1))
     return f"""# Results
 
-{evaluations[0]["prompts"]} test prompts that neither the base nor R0 was trained on; seeds {seeds}
-of training and noise; the same prompts and noise for every model of a seed. Values are means over
-the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
+{evaluations[0]["prompts"]} test prompts that neither the base nor R0 was trained on. Training and
+noise have the seeds {seeds}. Every model of a seed has the same prompts and noise. Values are means
+over the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
 
 {report.markdown_table(pooled)}
 ## Targets

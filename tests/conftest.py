@@ -46,21 +46,21 @@ def pytest_sessionfinish(session):
     Path(path).write_text(
         f"""# Parity with PyTorch
 
-The same random weights and inputs in diffusers or transformers and here: the largest difference
-as a share of the largest element, float32 except where a test's name says otherwise; gradients
-are with respect to the inputs. Made by `make parity` on a CPU with {versions}.
+The same random weights and inputs in diffusers or transformers and here. The error is the largest
+difference as a share of the largest element. All is float32, except where a test's name says
+otherwise. Gradients are with respect to the inputs. Made by `make parity` on a CPU with {versions}.
 
 | test | of | error | allowed |
 |---|---|---:|---:|
 {rows}
 ## At full width
 
-Every network at its published width and depth, in float32, PyTorch's side and this one in a process
-each: seconds and peak memory of either, weights drawn included. For rewards also the same network
-with its tower in bfloat16 and its head in float32: the score's largest difference from float32, and
-the cosine of the image gradients. Gradients are with respect to images, latents and prompt
-embeddings; text encoders are frozen and have none. `python tests/support/full_width.py NAME`
-measures one; {os.cpu_count()} CPU cores.
+Every network at its published width and depth, in float32. PyTorch's side and this one run in a
+process each: the table has seconds and peak memory of either, weights drawn included. A reward is
+also run with its tower in bfloat16 and its head in float32. The table then has the score's largest
+difference from float32, and the cosine of the image gradients. Gradients are with respect to
+images, latents and prompt embeddings. Text encoders are frozen and have none.
+`python tests/support/full_width.py NAME` measures one. This machine had {os.cpu_count()} CPU cores.
 
 {full_width.table()}""",
         encoding="utf-8",

@@ -36,10 +36,10 @@ def report(rows: list[Row], world: World, seed: int, minutes: float) -> str:
     return f"""# Faults
 
 What becomes of runs that are killed, stopped, starved of disk and damaged. Each is
-`python -m r0_jax.main` in a process of its own on a pipeline in miniature: {world.steps} steps, a
-checkpoint every {INTERVAL}, an evaluation every {EVALUATED}, one CPU device except where it says
-so. In the end parameters, their average, the optimizer's state, metrics and sample images of every
-run are compared to the bit with those of a run that nothing happened to.
+`python -m r0_jax.main` in a process of its own, on a pipeline in miniature: {world.steps} steps, a
+checkpoint every {INTERVAL}, an evaluation every {EVALUATED}. It has one CPU device except where a
+row says otherwise. At the end each run is compared to the bit with an undisturbed one: parameters,
+their average, the optimizer's state, metrics and sample images.
 
 Made by `make faults`, which is `python tests/support/faults.py --report=docs/reports/faults.md`,
 with `--seed={seed}`, on {datetime.date.today()}: {minutes:.0f} minutes on {os.cpu_count()} CPU
@@ -48,19 +48,19 @@ cores ({platform.machine()}, {platform.system()}, Python {platform.python_versio
 | | what | counted |
 |---|---|---|
 {lines}
-**What a kill costs.** A checkpoint is written in the background while training goes on, and gets
-its name when all of it is on disk. The next one is not begun before that. So a killed run continues
-from a checkpoint at most one interval old, or, if it was just writing one, from the one before; it
-then does again one interval and the steps taken during the save. The runs here write checkpoints
-so often that most of their time they are writing one.
+**What a kill costs.** A checkpoint is written in the background while training continues. It gets
+its name when all of it is on disk, and the next one begins only then. So a killed run resumes from
+a checkpoint at most one interval old. If it was just writing one, it resumes from the one before.
+It then repeats one interval and the steps taken during the save. These runs write checkpoints so
+often that they are writing one most of the time.
 
-**What SIGTERM costs** is nothing, if the grace time ({GRACE:.0f} s in Kubernetes) is longer than a
-step and two saves, the one that may be going on and the last. An evaluation is broken off, between
-its batches of 32 images, and made by the next start: the checkpoint is begun before it. A SIGTERM
-during compilation saves nothing, and nothing is lost: no step was made since the last checkpoint.
+**What SIGTERM costs.** Nothing, if the grace time ({GRACE:.0f} s in Kubernetes) is longer than a
+step and two saves. One save may be under way, and one is the last. An evaluation stops between its
+batches of 32 images, and the next start makes it. Its checkpoint is begun before it. A SIGTERM
+during compilation saves nothing, but loses nothing: no step was made since the last checkpoint.
 
-**Damage.** orbax protects its indices; of the arrays and of the metadata we keep checksums. A
-checkpoint that cannot be read or is not what was written becomes STEP.damaged, with a warning, and
-is never deleted. Damage without harm is in files that are there for other readers, such as copies
-of an index.
+**Damage.** orbax protects its indices, and this code keeps checksums of the arrays and of the
+metadata. A checkpoint that cannot be read, or is not what was written, becomes STEP.damaged, with a
+warning. It is never deleted. Damage without harm is in files for other readers, such as copies of
+an index.
 """

@@ -291,7 +291,7 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
         console.print(f"{newest}/{file} {how}: continued from {process.continued_from}")
     return Row(
         "damage",
-        "runs that went on from the one before and ended bit-equal",
+        "runs that resumed from the one before and ended bit-equal",
         f"{counts.damaged_runs - len(wrong)} of {counts.damaged_runs}",
         tuple(wrong),
     )
@@ -350,7 +350,7 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
         ),
         Row(
             "full disk",
-            "the run went on when there was room, and ended bit-equal",
+            "the run resumed when there was room, and ended bit-equal",
             "yes" if not wrong else "NO",
         ),
     ]
@@ -417,7 +417,7 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
         ),
         Row(
             "SIGTERM",
-            "runs that went on and ended bit-equal to the undisturbed one",
+            "runs that resumed and ended bit-equal to the undisturbed one",
             f"{runs} of {runs}" if not wrong else "NOT ALL",
         ),
     ]
