@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from r0_jax import config as base
 from r0_jax import rewards
 from r0_jax.rewards import plugin
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+OTHER_CONFIGS = ("docs/world.md", "docs/reports/", "docs/api/")  # some name fields of other configs
 EXAMPLES = ("NAME",)  # stand for the reader's own
 
 
@@ -65,6 +67,23 @@ def test_make_targets_exist(name):
     named = set(re.findall(r"(?:`|^    |&& )make ([a-z-]+)", text, re.MULTILINE))
     targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
     assert named <= targets
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(OTHER_CONFIGS)])
+def test_config_fields_exist(name):
+    config = base.get_config()
+    with config.unlocked():
+        config.rewards.any = config.heldout_rewards.any = base.reward_entry("clip_score")
+    sections = "|".join(key for key, value in config.items() if hasattr(value, "keys"))
+    text = read(ROOT / name)
+    fields = re.findall(r"--config\.([a-z][\w.]*\w)", text)
+    fields += re.findall(rf"`((?:{sections})\.[\w.]*\w)", text)
+    for field in set(fields) - {"eval.json"}:  # a file
+        named = re.sub(r"^((?:heldout_)?rewards)\.\w+", r"\1.any", field)
+        part = config
+        for key in named.split("."):
+            assert key in part, field
+            part = part[key]
 
 
 def test_every_page_is_in_the_index():
