@@ -236,8 +236,8 @@ def check_equal(found, expected):
     for name, tokenizer in expected.tokenizers.items():
         text = "a blue square above a green star 红"
         assert found.tokenizers[name](text).input_ids == tokenizer(text).input_ids
-    for field, value in expected.scheduler_config.items():
-        assert found.scheduler_config[field] == value
+    for field, value in expected.scheduler_config.fields.items():
+        assert found.scheduler_config.fields[field] == value
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

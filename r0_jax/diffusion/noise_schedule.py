@@ -1,12 +1,12 @@
-"""The noise that a network was trained with, and what its output means: betas and prediction type.
+"""The noise that a network was trained with, and what its output means.
 
-All schedulers of diffusers for variance-preserving networks (x_t = alpha_t x0 + sigma_t eps with
-alpha^2 + sigma^2 = 1) say it in the same fields, however they sample; training asks for nothing
-else. How to sample is schedulers.py's matter.
+How to sample is the matter of schedulers.py.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -14,104 +14,84 @@ from jaxtyping import Array, ArrayLike, Float
 from r0_jax.errors import InputError
 
 Latents = Float[Array, "b *dims"]  # float32, whatever the network computes in
-# Field of scheduler_config.json -> (default of the diffusers class, what we support): the values
-# themselves, or a type where any value will do. Files carry fields of other classes too (SD 1.5's
-# PNDM file has `clip_sample`); diffusers does not read those and neither do we.
-Fields = Mapping[str, tuple[Any, Any]]
-
-NUMBER = int | float
-_FIELDS: Fields = {
-    "num_train_timesteps": (1000, int),
-    "beta_start": (0.0001, NUMBER),
-    "beta_end": (0.02, NUMBER),
-    "beta_schedule": ("linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
-    "trained_betas": (None, list | tuple | None),
-    "prediction_type": ("epsilon", ("epsilon", "v_prediction", "sample")),
-}
-_RESCALED = _FIELDS | {"rescale_betas_zero_snr": (False, (False, True))}
-# Of classes that can sample flow matching too, which is not what this is about.
-_NO_FLOW: Fields = {"use_flow_sigmas": (False, (False, None))}
-_STABLE_DIFFUSION: Fields = {"beta_start": (0.00085, NUMBER), "beta_end": (0.012, NUMBER)}
-_CLASSES: dict[str, Fields] = {
-    "DDIMScheduler": _RESCALED,
-    "DDPMScheduler": _RESCALED,
-    "DEISMultistepScheduler": _FIELDS | _NO_FLOW,
-    "DPMSolverMultistepScheduler": _RESCALED | _NO_FLOW,
-    "DPMSolverSinglestepScheduler": _FIELDS | _NO_FLOW,
-    "EulerAncestralDiscreteScheduler": _RESCALED,
-    "EulerDiscreteScheduler": _RESCALED,
-    "HeunDiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
-    "KDPM2AncestralDiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
-    "KDPM2DiscreteScheduler": _FIELDS | _STABLE_DIFFUSION,
-    "LCMScheduler": _RESCALED
-    | _STABLE_DIFFUSION
-    | {"beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
-    "LMSDiscreteScheduler": _FIELDS,
-    "PNDMScheduler": _FIELDS,
-    "TCDScheduler": _RESCALED
-    | _STABLE_DIFFUSION
-    | {"beta_schedule": ("scaled_linear", _FIELDS["beta_schedule"][1])},
-    "UniPCMultistepScheduler": _RESCALED | _NO_FLOW,
-}
-# Where rescaled betas would end at alpha 0, these keep sigma / alpha finite.
-_FINITE = (
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)
 
 
-def read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type and
-    rescale_betas_zero_snr of a scheduler_config.json, with the defaults of its class.
+@dataclasses.dataclass(frozen=True, eq=False)
+class VariancePreserving:
+    """x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1, by the variances beta_t.
 
-    InputError names the class or the field that is not supported.
+    The fields are those of diffusers.
+
+    Raises:
+      InputError: the betas are no variances, or not one a timestep.
     """
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise InputError(
-            f"scheduler {name!r} has no betas that are known; known: {', '.join(_CLASSES)}"
-        )
-    fields = read_fields(config, _CLASSES[name])
-    if fields["num_train_timesteps"] < 1:
-        raise InputError(
-            f"{name} with num_train_timesteps={fields['num_train_timesteps']}: at "
-            "least 1 is expected"
-        )
-    fields.pop("use_flow_sigmas", None)
-    return {"rescale_betas_zero_snr": False} | fields
 
+    num_train_timesteps: int
+    beta_start: float | int
+    beta_end: float | int
+    beta_schedule: str  # "linear", "scaled_linear" or "squaredcos_cap_v2"
+    trained_betas: list | tuple | None  # in place of the three above
+    prediction_type: str  # "epsilon", "v_prediction" or "sample"
+    rescale_betas_zero_snr: bool = False
 
-def read_fields(config: Mapping[str, Any], supported: Fields) -> dict[str, Any]:
-    """These fields of the config, defaults filled in; InputError names one not supported."""
-    name = config["_class_name"]
-    fields = {field: config.get(field, default) for field, (default, _) in supported.items()}
-    for field, value in fields.items():
-        values = supported[field][1]
-        listed = isinstance(values, tuple)
-        if not (value in values if listed else isinstance(value, values)):
+    def __post_init__(self) -> None:
+        betas, steps = self.trained_betas, self.num_train_timesteps
+        if betas is None:
+            if self.beta_schedule != "squaredcos_cap_v2":
+                _check_betas([self.beta_start, self.beta_end], "beta_start and beta_end")
+            return
+        if len(betas) != steps:
             raise InputError(
-                f"{name} with {field}={value!r} is not supported; supported:"
-                f" {', '.join(map(repr, values)) if listed else values}"
+                f"trained_betas has {len(betas)} values, num_train_timesteps is {steps}"
             )
-    return fields
+        _check_betas(betas, "trained_betas")
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Float[np.ndarray, " num_train_timesteps"]:
+        """Return alpha_t^2 of each timestep, read-only float64 of the float32 values of diffusers.
+
+        With `rescale_betas_zero_snr` the last is 0.
+        """
+        alphas = np.float32(1) - self._betas()
+        # Like torch, accumulate in float64 and round each product once.
+        products = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+        if self.rescale_betas_zero_snr:
+            products = _rescale_zero_terminal_snr(products)
+        products = products.astype(np.float64)
+        products.setflags(write=False)
+        return products
+
+    def _betas(self) -> np.ndarray:
+        """Return [num_train_timesteps] float32: the variances before any rescaling."""
+        steps = self.num_train_timesteps
+        if self.trained_betas is not None:
+            return np.asarray(self.trained_betas, np.float32)
+        if self.beta_schedule == "squaredcos_cap_v2":
+            times = np.arange(steps + 1) / steps
+            alpha_bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999).astype(np.float32)
+        power = {"linear": 1, "scaled_linear": 2}[self.beta_schedule]
+        ends = np.asarray([self.beta_start, self.beta_end]) ** (1 / power)
+        # Like torch.linspace, round the ends to float32 first.
+        start, end = ends.astype(np.float32).astype(np.float64)
+        return np.linspace(start, end, steps).astype(np.float32) ** power
 
 
-def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
-    """[num_train_timesteps] float64: alpha_t^2 of training, the float32 values of diffusers.
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """x_t = (1 - sigma) x0 + sigma eps at shifted sigmas.
 
-    With `rescale_betas_zero_snr` the last is 0, or 2^-24 in samplers whose sigmas are ratios.
+    Attributes:
+      shift: of training: t in [0, 1] is at sigma = shift t / (1 + (shift - 1) t).
     """
-    fields = read(config)
-    alphas = np.float32(1) - _betas(fields)
-    # Like torch, accumulate in float64 and round each product once.
-    products = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
-    if fields["rescale_betas_zero_snr"]:
-        products = _rescale_zero_terminal_snr(products)
-        if config["_class_name"] in _FINITE:
-            products[-1] = 2**-24
-    return products.astype(np.float64)
+
+    num_train_timesteps: int
+    shift: float
+
+    prediction_type: ClassVar[str] = "flow_prediction"
+
+
+NoiseSchedule = VariancePreserving | FlowMatching
 
 
 def x0_and_epsilon(
@@ -121,9 +101,11 @@ def x0_and_epsilon(
     alpha: Float[ArrayLike, "..."],
     sigma: Float[ArrayLike, "..."],
 ) -> tuple[Latents, Latents]:
-    """The clean latents and the noise that an output at latents = alpha x0 + sigma eps stands for.
+    """Return the clean latents and the noise that a network's output stands for.
 
-    `alpha` and `sigma` may be anything that broadcasts over the latents.
+    Args:
+      latents: the network's input, alpha x0 + sigma eps.
+      alpha, sigma: anything that broadcasts over the latents.
     """
     match prediction_type:
         case "epsilon":
@@ -137,27 +119,6 @@ def x0_and_epsilon(
     raise ValueError(prediction_type)
 
 
-def _betas(fields: dict[str, Any]) -> np.ndarray:
-    """[num_train_timesteps] float32: the variances of the training noise, before any rescaling."""
-    n, betas = fields["num_train_timesteps"], fields["trained_betas"]
-    if betas is not None:
-        if len(betas) != n:
-            raise InputError(f"trained_betas has {len(betas)} values, num_train_timesteps is {n}")
-        _check_betas(betas, "trained_betas")
-        return np.asarray(betas, np.float32)
-    if fields["beta_schedule"] == "squaredcos_cap_v2":
-        times = np.arange(n + 1) / n
-        alpha_bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], 0.999).astype(np.float32)
-    power = {"linear": 1, "scaled_linear": 2}[fields["beta_schedule"]]
-    ends = [fields["beta_start"], fields["beta_end"]]
-    _check_betas(ends, "beta_start and beta_end")
-    ends = np.asarray(ends) ** (1 / power)
-    # Like torch.linspace, round the ends to float32 first.
-    start, end = ends.astype(np.float32).astype(np.float64)
-    return np.linspace(start, end, n).astype(np.float32) ** power
-
-
 def _check_betas(betas: Sequence[Any], name: str) -> None:
     wrong = [b for b in betas if not (isinstance(b, int | float) and 0 <= b <= 1)]  # NaN is wrong
     if wrong:
@@ -165,9 +126,10 @@ def _check_betas(betas: Sequence[Any], name: str) -> None:
 
 
 def _rescale_zero_terminal_snr(products: np.ndarray) -> np.ndarray:
-    """alphas_cumprod shifted and scaled so that the last is 0 (Lin et al. 2305.08891, algorithm 1).
+    """Return alphas_cumprod shifted and scaled so that the last is 0.
 
-    All in float32 and by way of betas: diffusers rounds at each step and later products inherit it.
+    This is algorithm 1 of Lin et al. 2305.08891, in float32 and by way of betas: diffusers rounds
+    at each step, and later products inherit it.
     """
     roots = np.sqrt(products)
     first, last = roots[0], roots[-1]

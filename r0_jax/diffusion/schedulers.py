@@ -13,64 +13,23 @@ are those of diffusers 0.42.
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from r0_jax.diffusion import noise_schedule
-from r0_jax.diffusion.noise_schedule import NUMBER, Fields, Latents, x0_and_epsilon
+from r0_jax.diffusion.noise_schedule import (
+    FlowMatching,
+    Latents,
+    VariancePreserving,
+    x0_and_epsilon,
+)
+from r0_jax.diffusion.scheduler_config import FLOW_MATCHING, Sampling, SchedulerConfig
 from r0_jax.errors import InputError
 
 Index = int | Int[Array, ""]  # counts network calls; may be traced
 State = tuple[Array, ...]
-
-FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
-_SPACED: Fields = {
-    "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
-    "steps_offset": (0, int),
-}
-# Class -> the fields by which it samples, as in noise_schedule.py.
-_FIELDS: dict[str, Fields] = {
-    "DDIMScheduler": _SPACED
-    | {
-        "set_alpha_to_one": (True, (False, True)),
-        "clip_sample": (True, (False, True)),
-        "clip_sample_range": (1.0, NUMBER),
-        "thresholding": (False, (False,)),
-    },
-    "EulerDiscreteScheduler": _SPACED
-    | {
-        "timestep_spacing": ("linspace", ("leading", "trailing", "linspace")),
-        "timestep_type": ("discrete", ("discrete", "continuous")),
-        "interpolation_type": ("linear", ("linear",)),
-        "use_karras_sigmas": (False, (False, True, None)),
-        "use_exponential_sigmas": (False, (False, None)),
-        "use_beta_sigmas": (False, (False, None)),
-        "sigma_min": (None, NUMBER | None),
-        "sigma_max": (None, NUMBER | None),
-        "final_sigmas_type": ("zero", ("zero", "sigma_min")),
-    },
-    "PNDMScheduler": _SPACED
-    | {
-        "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
-        "set_alpha_to_one": (False, (False, True)),
-        "skip_prk_steps": (False, (True,)),
-    },
-    FLOW_MATCHING: {
-        "num_train_timesteps": (1000, int),
-        "shift": (1.0, NUMBER),
-        "stochastic_sampling": (False, (False, True)),
-        "shift_terminal": (None, NUMBER | None),
-        "use_dynamic_shifting": (False, (False,)),
-        "invert_sigmas": (False, (False,)),
-        "use_karras_sigmas": (False, (False,)),
-        "use_exponential_sigmas": (False, (False,)),
-        "use_beta_sigmas": (False, (False,)),
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,195 +122,79 @@ class Scheduler:
 
 
 def from_config(
-    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
+    config: SchedulerConfig, num_inference_steps: int, sigmas: Sequence[float | int] | None = None
 ) -> Scheduler:
-    """The sampler that a diffusers scheduler_config.json describes.
+    """Return the sampler that a folder's scheduler_config.json describes.
 
-    `sigmas` replaces the grid of flow matching, in (0, 1], descending, one a step, before the
-    config's shift, as pipelines pass it. InputError names a class, field or count not supported.
+    Args:
+      sigmas: one a step in place of the grid of flow matching: in (0, 1], descending, before the
+        config's shift, as stock pipelines take them.
+    Raises:
+      InputError: the class, a field or the number of steps is not supported.
     """
-    name, fields = read(config)
-    if num_inference_steps < 1:
-        raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
-    if is_flow(config):
-        return _flow_match(fields, num_inference_steps, sigmas)
-    if sigmas is not None:
-        raise InputError(f"sigmas are for {FLOW_MATCHING}, the folder has {name}")
-    if num_inference_steps > fields["num_train_timesteps"]:
-        raise InputError(
-            f"num_inference_steps={num_inference_steps} is more than the"
-            f" {fields['num_train_timesteps']} timesteps the network was trained on"
+    n, fields = num_inference_steps, config.sampling
+    if config.is_flow:
+        return flow_matching(
+            fields["num_train_timesteps"],
+            fields["shift"],
+            n,
+            sigmas,
+            terminal=fields["shift_terminal"],
+            stochastic=fields["stochastic_sampling"],
         )
-    build = {"DDIMScheduler": _ddim, "EulerDiscreteScheduler": _euler, "PNDMScheduler": _pndm}[name]
-    return build(fields, noise_schedule.alphas_cumprod(config), num_inference_steps)
+    _check_positive(n)
+    if sigmas is not None:
+        raise InputError(f"sigmas are for {FLOW_MATCHING}, the folder has {config.class_name}")
+    noise = config.noise
+    if n > noise.num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps={n} is more than the"
+            f" {noise.num_train_timesteps} timesteps the network was trained on"
+        )
+    build = {"DDIMScheduler": _ddim, "EulerDiscreteScheduler": _euler, "PNDMScheduler": _pndm}
+    return build[config.class_name](noise, fields, n)
 
 
 def from_folder(
-    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float | int] | None = None
+    config: SchedulerConfig, num_inference_steps: int, sigmas: Sequence[float | int] | None = None
 ) -> Scheduler:
-    """`from_config`; or, where its sampler is not implemented here, DDIM on the same noise, which a
-    warning says."""
+    """Return `from_config`, or DDIM on the same noise where the sampler is not implemented here.
+
+    A warning says that it is DDIM.
+    """
     try:
-        read(config)
+        config.sampling  # noqa: B018
     except InputError as problem:
-        if is_flow(config):
+        if config.is_flow:
             raise
-        config = ddim_config(config)  # unless the noise itself is the problem
+        config = config.trailing_ddim()  # unless the noise itself is the problem
         warnings.warn(
             f"images are drawn with DDIM, not with the folder's sampler: {problem}", stacklevel=2
         )
     return from_config(config, num_inference_steps, sigmas)
 
 
-def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler_config.json of DDIM for the network that `config` samples: trailing timesteps,
-    and at the end the clean image. InputError names what of its noise is not supported."""
-    return {
-        "_class_name": "DDIMScheduler",
-        **noise_schedule.read(config),
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 1,
-        "thresholding": False,
-        "timestep_spacing": "trailing",
-    }
-
-
-def is_flow(config: Mapping[str, Any]) -> bool:
-    """True where the network was trained by flow matching."""
-    return config.get("_class_name") == FLOW_MATCHING
-
-
-def read(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class name and all fields of that class, defaults filled in; InputError names the class
-    or the field that is not supported."""
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in _FIELDS:
-        raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_FIELDS)}")
-    noise = {} if is_flow(config) else noise_schedule.read(config)
-    fields = noise_schedule.read_fields(config, _FIELDS[name])
-    if is_flow(config):
-        _check_flow(fields)
-    return name, noise | fields
-
-
-def _check_flow(fields: dict[str, Any]) -> None:
-    terminal = fields["shift_terminal"]
-    for name, fine, expected in (  # NaN is not fine
-        ("num_train_timesteps", fields["num_train_timesteps"] >= 2, "at least 2 is"),
-        ("shift", 1e-3 <= fields["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
-        (
-            "shift_terminal",
-            terminal is None or 0 <= terminal < 1,
-            "null, or a number from 0 to below 1, is",
-        ),
-    ):
-        if not fine:
-            raise InputError(
-                f"{FLOW_MATCHING} with {name}={fields[name]!r} is not supported: "
-                f"{expected} expected"
-            )
-
-
-def _spaced_timesteps(fields: dict[str, Any], n: int) -> np.ndarray:
-    """[n], descending, float64 (whole but for linspace): table 2 of Lin et al. 2305.08891."""
-    total = fields["num_train_timesteps"]
-    if fields["timestep_spacing"] == "linspace":
-        return np.linspace(0, total - 1, n)[::-1]
-    if fields["timestep_spacing"] == "leading":
-        return (np.arange(n) * (total // n))[::-1] + float(fields["steps_offset"])
-    # Trailing. Rounding gives arange one point too many at some n (61, 103, ...): a timestep -1
-    # that diffusers visits and we do not.
-    return np.round(np.arange(total, 0, -total / n))[:n] - 1
-
-
-def _variance_preserving(
-    fields: dict[str, Any], products: np.ndarray, timesteps, here, there, **others
+def flow_matching(
+    total: int,
+    shift: float | int,
+    n: int,
+    sigmas: Sequence[float | int] | None = None,
+    *,
+    terminal: float | int | None = None,
+    stochastic: bool = False,
 ) -> Scheduler:
-    """Steps from timesteps `here` to `there`; below timestep 0 lies the final alpha."""
-    if here.max() >= len(products):
-        raise InputError(
-            f"steps_offset={fields['steps_offset']} puts a step at timestep {here.max()}, but the"
-            f" network was trained on 0 to {len(products) - 1}: take fewer steps"
-        )
-    final = 1.0 if fields["set_alpha_to_one"] else products[0]
-    here, there = products[here], np.where(there >= 0, products[there], final)
-    if fields["prediction_type"] == "epsilon" and here.min() == 0:
-        raise InputError(
-            "rescale_betas_zero_snr=True with prediction_type='epsilon' starts at pure noise, whose"
-            " epsilon tells nothing of the image: use timestep_spacing='leading'"
-        )
-    return Scheduler(
-        timesteps=timesteps.astype(np.int32),
-        init_noise_sigma=1.0,
-        prediction_type=fields["prediction_type"],
-        input_scales=np.ones(len(timesteps), np.float32),
-        alphas=np.sqrt(here).astype(np.float32),
-        sigmas=np.sqrt(1 - here).astype(np.float32),
-        next_alphas=np.sqrt(there).astype(np.float32),
-        next_sigmas=np.sqrt(1 - there).astype(np.float32),
-        # DDIM, equation 16: at eta = 1 the posterior of DDPM.
-        noise_stds=np.sqrt((1 - there) / (1 - here) * (1 - here / there)).astype(np.float32),
-        **others,
-    )
+    """Return the Euler sampler of flow matching.
 
-
-def _ddim(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
-    timesteps = np.round(_spaced_timesteps(fields, n)).astype(int)
-    # diffusers steps down by the mean spacing, whatever timestep is visited next.
-    there = timesteps - fields["num_train_timesteps"] // n
-    clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
-    return _variance_preserving(
-        fields, products, timesteps, timesteps, there, eta=None, clip_range=clip_range
-    )
-
-
-def _pndm(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
-    """n + 1 network calls for n > 1: call 1 redoes step 0."""
-    spacing = fields["num_train_timesteps"] // n
-    timesteps = np.round(_spaced_timesteps(fields, n)).astype(int)
-    # The second timestep is visited twice; call 1 starts a spacing before it and ends there.
-    timesteps = np.insert(timesteps, 1, timesteps[1:2])
-    here = timesteps + spacing * (np.arange(len(timesteps)) == 1)
-    weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
-    weights = np.asarray((weights + [[55, -59, 37, -9]] * n)[: len(timesteps)], np.float32) / 24
-    return _variance_preserving(
-        fields, products, timesteps, here, here - spacing, multistep_weights=weights
-    )
-
-
-def _euler(fields: dict[str, Any], products: np.ndarray, n: int) -> Scheduler:
-    timesteps = _spaced_timesteps(fields, n).astype(np.float32)
-    products = products.astype(np.float32)
-    train_sigmas = np.sqrt((1 - products) / products)
-    sigmas = np.interp(timesteps, np.arange(len(train_sigmas)), train_sigmas)
-    if fields["use_karras_sigmas"]:
-        # Evenly spaced in sigma^(1/7) (Karras et al. 2206.00364, equation 5).
-        most = sigmas[0] if fields["sigma_max"] is None else fields["sigma_max"]
-        least = sigmas[-1] if fields["sigma_min"] is None else fields["sigma_min"]
-        sigmas = np.linspace(most ** (1 / 7), least ** (1 / 7), n) ** 7
-        timesteps = np.interp(np.log(sigmas), np.log(train_sigmas), np.arange(len(train_sigmas)))
-    last = train_sigmas[0] if fields["final_sigmas_type"] == "sigma_min" else 0
-    sigmas = np.append(sigmas, last).astype(np.float32)
-    if fields["timestep_type"] == "continuous" and fields["prediction_type"] == "v_prediction":
-        timesteps = 0.25 * np.log(sigmas[:-1])
-    init_noise_sigma = sigmas.max()
-    if fields["timestep_spacing"] == "leading":
-        init_noise_sigma = np.sqrt(init_noise_sigma**2 + 1)
-    return Scheduler(
-        timesteps=timesteps.astype(np.float32),
-        init_noise_sigma=float(init_noise_sigma),
-        prediction_type=fields["prediction_type"],
-        input_scales=(1 / np.sqrt(sigmas[:-1].astype(np.float64) ** 2 + 1)).astype(np.float32),
-        alphas=np.ones(n, np.float32),
-        sigmas=sigmas[:-1],
-        next_alphas=np.ones(n, np.float32),
-        next_sigmas=sigmas[1:],
-    )
-
-
-def _flow_match(fields: dict[str, Any], n: int, sigmas: Sequence | None) -> Scheduler:
-    total, shift = fields["num_train_timesteps"], fields["shift"]
+    Args:
+      total: timesteps of training; the timestep fed to the network is sigma times this.
+      n: number of steps.
+      sigmas: before the shift; by default those of diffusers.
+      terminal: after the shift, sigmas are stretched so that the last step starts here.
+      stochastic: each step draws all its noise anew.
+    Raises:
+      InputError: the numbers do not fit each other.
+    """
+    _check_positive(n)
 
     def shifted(sigmas):
         return shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -366,23 +209,127 @@ def _flow_match(fields: dict[str, Any], n: int, sigmas: Sequence | None) -> Sche
     else:
         sigmas = np.asarray(sigmas, np.float32)
     sigmas = shifted(sigmas)
-    if fields["shift_terminal"]:  # stretched, so that the last one is this
+    if terminal:
         if n == 1:
             raise InputError(
                 "shift_terminal is where the last of several steps starts: a single "
                 "step cannot be stretched to it"
             )
-        sigmas = 1 - (1 - sigmas) * (1 - fields["shift_terminal"]) / (1 - sigmas[-1])
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
     sigmas = np.append(sigmas, 0).astype(np.float32)
     return Scheduler(
         timesteps=sigmas[:-1] * np.float32(total),
         init_noise_sigma=1.0,
-        prediction_type="flow_prediction",
+        prediction_type=FlowMatching.prediction_type,
         input_scales=np.ones(n, np.float32),
         alphas=1 - sigmas[:-1],
         sigmas=sigmas[:-1],
         next_alphas=1 - sigmas[1:],
         next_sigmas=sigmas[1:],
         noise_stds=sigmas[1:],
-        eta=1.0 if fields["stochastic_sampling"] else 0.0,
+        eta=1.0 if stochastic else 0.0,
+    )
+
+
+def _check_positive(num_inference_steps: int) -> None:
+    if num_inference_steps < 1:
+        raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
+
+
+def _spaced_timesteps(total: int, fields: Sampling, n: int) -> np.ndarray:
+    """Return [n] float64, descending, whole but for linspace: table 2 of Lin et al. 2305.08891."""
+    if fields["timestep_spacing"] == "linspace":
+        return np.linspace(0, total - 1, n)[::-1]
+    if fields["timestep_spacing"] == "leading":
+        return (np.arange(n) * (total // n))[::-1] + float(fields["steps_offset"])
+    # Trailing. Rounding gives arange one point too many at some n (61, 103, ...): a timestep -1
+    # that diffusers visits and we do not.
+    return np.round(np.arange(total, 0, -total / n))[:n] - 1
+
+
+def _variance_preserving(
+    noise: VariancePreserving, fields: Sampling, timesteps, here, there, **others
+) -> Scheduler:
+    """Return steps from timesteps `here` to `there`; below timestep 0 lies the final alpha."""
+    products = noise.alphas_cumprod
+    if here.max() >= len(products):
+        raise InputError(
+            f"steps_offset={fields['steps_offset']} puts a step at timestep {here.max()}, but the"
+            f" network was trained on 0 to {len(products) - 1}: take fewer steps"
+        )
+    final = 1.0 if fields["set_alpha_to_one"] else products[0]
+    here, there = products[here], np.where(there >= 0, products[there], final)
+    if noise.prediction_type == "epsilon" and here.min() == 0:
+        raise InputError(
+            "rescale_betas_zero_snr=True with prediction_type='epsilon' starts at pure noise, whose"
+            " epsilon tells nothing of the image: use timestep_spacing='leading'"
+        )
+    return Scheduler(
+        timesteps=timesteps.astype(np.int32),
+        init_noise_sigma=1.0,
+        prediction_type=noise.prediction_type,
+        input_scales=np.ones(len(timesteps), np.float32),
+        alphas=np.sqrt(here).astype(np.float32),
+        sigmas=np.sqrt(1 - here).astype(np.float32),
+        next_alphas=np.sqrt(there).astype(np.float32),
+        next_sigmas=np.sqrt(1 - there).astype(np.float32),
+        # DDIM, equation 16: at eta = 1 the posterior of DDPM.
+        noise_stds=np.sqrt((1 - there) / (1 - here) * (1 - here / there)).astype(np.float32),
+        **others,
+    )
+
+
+def _ddim(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+    timesteps = np.round(_spaced_timesteps(noise.num_train_timesteps, fields, n)).astype(int)
+    # diffusers steps down by the mean spacing, whatever timestep is visited next.
+    there = timesteps - noise.num_train_timesteps // n
+    clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
+    return _variance_preserving(
+        noise, fields, timesteps, timesteps, there, eta=None, clip_range=clip_range
+    )
+
+
+def _pndm(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+    """Return n + 1 network calls for n > 1: call 1 redoes step 0."""
+    spacing = noise.num_train_timesteps // n
+    timesteps = np.round(_spaced_timesteps(noise.num_train_timesteps, fields, n)).astype(int)
+    # The second timestep is visited twice; call 1 starts a spacing before it and ends there.
+    timesteps = np.insert(timesteps, 1, timesteps[1:2])
+    here = timesteps + spacing * (np.arange(len(timesteps)) == 1)
+    weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
+    weights = np.asarray((weights + [[55, -59, 37, -9]] * n)[: len(timesteps)], np.float32) / 24
+    return _variance_preserving(
+        noise, fields, timesteps, here, here - spacing, multistep_weights=weights
+    )
+
+
+def _euler(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+    timesteps = _spaced_timesteps(noise.num_train_timesteps, fields, n).astype(np.float32)
+    products = noise.alphas_cumprod.astype(np.float32)
+    if noise.rescale_betas_zero_snr:
+        products[-1] = 2**-24  # as diffusers, which keeps sigma / alpha finite
+    train_sigmas = np.sqrt((1 - products) / products)
+    sigmas = np.interp(timesteps, np.arange(len(train_sigmas)), train_sigmas)
+    if fields["use_karras_sigmas"]:
+        # Evenly spaced in sigma^(1/7) (Karras et al. 2206.00364, equation 5).
+        most = sigmas[0] if fields["sigma_max"] is None else fields["sigma_max"]
+        least = sigmas[-1] if fields["sigma_min"] is None else fields["sigma_min"]
+        sigmas = np.linspace(most ** (1 / 7), least ** (1 / 7), n) ** 7
+        timesteps = np.interp(np.log(sigmas), np.log(train_sigmas), np.arange(len(train_sigmas)))
+    last = train_sigmas[0] if fields["final_sigmas_type"] == "sigma_min" else 0
+    sigmas = np.append(sigmas, last).astype(np.float32)
+    if fields["timestep_type"] == "continuous" and noise.prediction_type == "v_prediction":
+        timesteps = 0.25 * np.log(sigmas[:-1])
+    init_noise_sigma = sigmas.max()
+    if fields["timestep_spacing"] == "leading":
+        init_noise_sigma = np.sqrt(init_noise_sigma**2 + 1)
+    return Scheduler(
+        timesteps=timesteps.astype(np.float32),
+        init_noise_sigma=float(init_noise_sigma),
+        prediction_type=noise.prediction_type,
+        input_scales=(1 / np.sqrt(sigmas[:-1].astype(np.float64) ** 2 + 1)).astype(np.float32),
+        alphas=np.ones(n, np.float32),
+        sigmas=sigmas[:-1],
+        next_alphas=np.ones(n, np.float32),
+        next_sigmas=sigmas[1:],
     )

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import rewards
 from r0_jax.console import console
-from r0_jax.diffusion import grid as few_step
-from r0_jax.diffusion import schedulers
+from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, world
 from r0_jax.evaluation.image_sampler import ImageSampler
@@ -212,14 +211,14 @@ def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[s
         pipeline = encoded.attach(pipeline)
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
-    grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
+    scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.global_mesh()
     pipeline = pipeline.attending(
         attention_backend.Backend(
             attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh
         )
     )
-    few = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
+    few = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
     models = {

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from r0_jax.diffusion import grid as few_step
+from r0_jax.diffusion import grid
 from r0_jax.evaluation import hacking, images
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.method.generator import Generator
@@ -47,8 +47,8 @@ class Validation:
         )
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
-        grid = few_step.grid(pipeline.scheduler_config, config.sampler.num_steps)
-        self.sampler = ImageSampler(pipeline, grid, guidance_scale=1.0, mesh=mesh)
+        scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
+        self.sampler = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
         self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from r0_jax.diffusion import grid as few_step
+from r0_jax.diffusion import grid
+from r0_jax.diffusion.noise_schedule import FlowMatching
 from r0_jax.pipelines.folder import read_index
 from r0_jax.workdir.run import Run
 
@@ -149,17 +150,13 @@ class _Graph:
 
 def why_not(run: Run, form: str) -> str:
     """Why ComfyUI cannot draw with an export in the format `form`, in words; "" where it can."""
-    pipeline, config = run.pipeline, run.scheduler_config
+    pipeline, noise = run.pipeline, run.pipeline.scheduler_config.noise
     if "BertModel" in _parts(run).values():
         return "it has no BERT to read prompts with"
     if form == "peft" and pipeline.generator_part == "unet":
         return "it reads the LoRA of a UNet as `--format=kohya` writes it"
-    noise = {"num_train_timesteps": 1000} if few_step.is_flow(config) else _NOISE
-    wrong = [
-        name
-        for name, value in noise.items()
-        if config.get(name, 1000 if name == "num_train_timesteps" else None) != value
-    ]
+    known = {"num_train_timesteps": 1000} if pipeline.scheduler_config.is_flow else _NOISE
+    wrong = [name for name, value in known.items() if getattr(noise, name) != value]
     return f"it has one noise schedule a family, and {wrong[0]} is another here" if wrong else ""
 
 
@@ -177,11 +174,12 @@ def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
 
     Of flow matching after the shift, from 1; else the ratio of noise to signal.
     """
-    grid = few_step.grid(run.pipeline.scheduler_config, run.config.sampler.num_steps)
-    levels = grid.sigmas
-    if not few_step.is_flow(run.scheduler_config):
+    config = run.pipeline.scheduler_config
+    trained = grid.grid(config, run.config.sampler.num_steps)
+    levels = trained.sigmas
+    if not config.is_flow:
         with np.errstate(divide="ignore"):
-            levels = np.minimum(grid.sigmas / grid.alphas, _MOST_NOISE)
+            levels = np.minimum(trained.sigmas / trained.alphas, _MOST_NOISE)
     return np.append(levels, 0).astype(np.float32)
 
 
@@ -194,28 +192,27 @@ def workflow(
       folder: the export, complete but for this; it will be called `name`.
       base_model: the pretrained pipeline as its users call it.
     """
-    graph, config = _Graph(), run.scheduler_config
+    graph, noise = _Graph(), run.pipeline.scheduler_config.noise
     model, clip, vae, told = _load(graph, run, form, folder, name, base_model)
     size = {"width": run.pipeline.image_shape[1], "height": run.pipeline.image_shape[0]}
-    if few_step.is_flow(config):
-        shift = few_step.shift(run.pipeline.scheduler_config)
-        (model,) = graph.add(1, "ModelSamplingSD3", model=model, shift=round(shift, 6))
+    if isinstance(noise, FlowMatching):
+        (model,) = graph.add(1, "ModelSamplingSD3", model=model, shift=round(noise.shift, 6))
         (latents,) = graph.add(2, "EmptySD3LatentImage", **size, batch_size=1)
     else:
-        if sampling := _SAMPLING.get(config.get("prediction_type")):
+        if sampling := _SAMPLING.get(noise.prediction_type):
             (model,) = graph.add(
                 1,
                 "ModelSamplingDiscrete",
                 model=model,
                 sampling=sampling,
-                zsnr=bool(config.get("rescale_betas_zero_snr")),
+                zsnr=noise.rescale_betas_zero_snr,
             )
         (latents,) = graph.add(2, "EmptyLatentImage", **size, batch_size=1)
     (positive,) = graph.add(1, "CLIPTextEncode", clip=clip, text=prompt)
     (negative,) = graph.add(1, "CLIPTextEncode", "Negative, unused at cfg 1", clip=clip, text="")
     (sampler,) = graph.add(2, "KSamplerSelect", sampler_name="euler")
-    levels = ", ".join(np.format_float_positional(sigma, trim="-") for sigma in sigmas(run))
-    (grid,) = graph.add(2, "ManualSigmas", "The trained grid", sigmas=levels)
+    listed = ", ".join(np.format_float_positional(sigma, trim="-") for sigma in sigmas(run))
+    (levels,) = graph.add(2, "ManualSigmas", "The trained grid", sigmas=listed)
     samples, _ = graph.add(
         3,
         "SamplerCustom",
@@ -223,7 +220,7 @@ def workflow(
         positive=positive,
         negative=negative,
         sampler=sampler,
-        sigmas=grid,
+        sigmas=levels,
         latent_image=latents,
         add_noise=True,
         noise_seed=0,

@@ -92,7 +92,7 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
         if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
             if name in run.left_out or not _copy_part(source / name, folder / name):
                 index[name] = [None, None]
-    index["scheduler"] = ["diffusers", run.scheduler_config["_class_name"]]
+    index["scheduler"] = ["diffusers", run.scheduler_config.class_name]
     _write_json(folder / "model_index.json", index)
     _write_scheduler(run, folder / "scheduler")
     (folder / part).mkdir()
@@ -160,7 +160,7 @@ def _copy_part(source: Path, target: Path) -> bool:
 
 
 def _write_scheduler(run: Run, folder: Path) -> None:
-    _write_json(folder / "scheduler_config.json", run.scheduler_config)
+    _write_json(folder / "scheduler_config.json", run.scheduler_config.fields)
 
 
 def _write_json(path: Path, value: Any) -> None:

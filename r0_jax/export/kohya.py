@@ -12,9 +12,8 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -167,7 +166,7 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
         "modelspec.usage_hint": f"Strength 1, {steps} steps, CFG scale 1, sampler Euler, schedule "
         "Simple.",
         "modelspec.tags": "few-step",
-        "modelspec.prediction_type": _prediction(run.scheduler_config),
+        "modelspec.prediction_type": _prediction(run),
     }
     return {key: str(value) for key, value in said.items()}
 
@@ -188,7 +187,7 @@ def _base(run: Run) -> tuple[str, str, str]:
             "stable-diffusion-xl-v1-base",
             "https://github.com/Stability-AI/generative-models",
         )
-    predicts_v = _prediction(run.scheduler_config) == "v"
+    predicts_v = _prediction(run) == "v"
     if run.pipeline.networks["unet"].config.cross_attention_dim == _WIDTH_2:
         return (
             ("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers")
@@ -202,6 +201,6 @@ def _family(run: Run) -> str:
     return type(run.pipeline).__name__  # named as in diffusers
 
 
-def _prediction(config: Mapping[str, Any]) -> str:
-    kind = config.get("prediction_type", "epsilon")
+def _prediction(run: Run) -> str:
+    kind = run.scheduler_config.noise.prediction_type
     return "v" if kind == "v_prediction" else kind

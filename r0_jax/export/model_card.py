@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from r0_jax import remote
-from r0_jax.diffusion import grid as few_step
+from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
@@ -81,7 +81,7 @@ trained.
 
 def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
     pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
-    scheduler = run.scheduler_config["_class_name"]
+    scheduler = run.scheduler_config.class_name
     # Said for float32 too: transformers would keep text encoders in their files' dtype.
     lines, options = ["import torch"], f", dtype=torch.{dtype}"
     options += "".join(f", {name}=None" for name in run.left_out)
@@ -108,19 +108,19 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
 
 def _grid_notes(run: Run) -> str:
     """How a program that does not read our scheduler config comes to the trained grid."""
-    steps, config = run.config.sampler.num_steps, run.scheduler_config
-    if not few_step.is_flow(config):
-        grid = few_step.grid(run.pipeline.scheduler_config, steps)
+    steps, config = run.config.sampler.num_steps, run.pipeline.scheduler_config
+    if not config.is_flow:
+        timesteps = grid.grid(config, steps).timesteps
         return f"""
-The trained grid is timesteps {", ".join(map(str, grid.timesteps))}: those of DDIM with
+The trained grid is timesteps {", ".join(map(str, timesteps))}: those of DDIM with
 `timestep_spacing="trailing"`.
 """
     if steps == 1:
         return "\nThe one step is at sigma 1, where every flow-matching scheduler starts.\n"
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in few_step.sigmas(steps))
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in grid.sigmas(steps))
     return f"""
 The scheduler's shift and shift_terminal are such that {steps} steps visit the trained grid. With
-the base's own scheduler (shift {few_step.shift(config):g}) ask for it by `sigmas=[{sigmas}]`.
+the base's own scheduler (shift {config.noise.shift:g}) ask for it by `sigmas=[{sigmas}]`.
 """
 
 

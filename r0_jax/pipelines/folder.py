@@ -7,11 +7,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.files import read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -66,8 +68,8 @@ class Folder:
     Attributes:
       index: model_index.json.
       fields: the config.json of each network.
-      scheduler_config: with the class of the index, which is the one that stock pipelines build,
-        whatever the scheduler's own file says.
+      scheduler_config: as the stock pipeline builds it: of the index's class, whatever the
+        scheduler's own file says.
     """
 
     path: Path
@@ -76,7 +78,7 @@ class Folder:
     files: dict[str, list[Path]]
     networks: dict[str, Network]
     tokenizers: dict[str, PreTrainedTokenizerBase]
-    scheduler_config: dict[str, Any]
+    scheduler_config: SchedulerConfig
 
     def load(self, dtype: str) -> dict[str, Params]:
         """The parameters of the networks whose files were asked for, `lazy` ones; InputError names
@@ -124,6 +126,7 @@ def open_folder(
     family: str,
     parts: Mapping[str, tuple[str, ...]],
     optional: tuple[str, ...] = (),
+    overruled: Mapping[str, Any] = MappingProxyType({}),
     *,
     text: bool = True,
     images: bool = True,
@@ -135,6 +138,7 @@ def open_folder(
       parts: networks and tokenizers with the classes that each may have.
       optional: of the networks, those that may be left out, and their tokenizers with them; a
         warning says so where the index has them.
+      overruled: fields of the scheduler's config that the stock pipeline sets itself.
       text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded or of another family; the message says which.
@@ -158,9 +162,11 @@ def open_folder(
                 f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
             )
         kinds[part] = found
-    scheduler_config = read_json(path / "scheduler" / "scheduler_config.json") | {
-        "_class_name": _scheduler_class(path, index)
-    }
+    scheduler_config = SchedulerConfig.from_json(
+        read_json(path / "scheduler" / "scheduler_config.json")
+        | {"_class_name": _scheduler_class(path, index)}
+        | overruled
+    )
     tokenizers_ = {
         part: tokenizers.load_tokenizer(path / part, kind)
         for part, kind in kinds.items()

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 from transformers import PreTrainedTokenizerBase
 
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.models.attention_backend import Backend
 from r0_jax.weights.network import Network, Params
@@ -40,7 +41,7 @@ class Pipeline(abc.ABC):
       networks, params: of each part ("unet" or "transformer", "vae", "text_encoder", ...); params
         are `Lazy`: what computes with them calls `lazy.place` first.
       tokenizers: by their folder: "tokenizer", "tokenizer_2", "tokenizer_3".
-      scheduler_config: of diffusers, as the stock pipeline reads it.
+      scheduler_config: as the stock pipeline builds it.
       negative: embeddings [1, ...] that guidance leads away from, where prompts were encoded
         before and there are no text encoders; None where the empty prompt is encoded for it.
     """
@@ -49,7 +50,7 @@ class Pipeline(abc.ABC):
     networks: dict[str, Network]
     params: dict[str, Params]
     tokenizers: dict[str, PreTrainedTokenizerBase]
-    scheduler_config: dict[str, Any]
+    scheduler_config: SchedulerConfig
     negative: Tokens | None = None
 
     generator_part: ClassVar[str] = "unet"  # the part that R0 trains

@@ -54,14 +54,21 @@ def load(
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
     """
-    opened = open_folder(Path(folder), "StableDiffusionPipeline", PARTS, text=text, images=images)
+    opened = open_folder(
+        Path(folder),
+        "StableDiffusionPipeline",
+        PARTS,
+        overruled=OVERRULED,
+        text=text,
+        images=images,
+    )
     check_fit(opened)
     return StableDiffusionPipeline(
         opened.path,
         opened.networks,
         opened.load(dtype),
         opened.tokenizers,
-        opened.scheduler_config | OVERRULED,
+        opened.scheduler_config,
     )
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax.diffusion import noise_schedule
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.pretrain.fit import console, fit
 from r0_jax.pretrain.vae import STEM, difference, scene_batches
@@ -26,7 +25,7 @@ def train(config: ConfigDict, out: Path) -> None:
     pipeline = stable_diffusion.load(out / "pipeline")
     vae, frozen = pipeline.networks["vae"], lazy.place(pipeline.params)
     scale = vae.config.scaling_factor
-    products = noise_schedule.alphas_cumprod(pipeline.scheduler_config)[: config.latest_timestep]
+    products = pipeline.scheduler_config.noise.alphas_cumprod[: config.latest_timestep]
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
 
     def loss(params, batch, key):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax.diffusion import noise_schedule, schedulers
+from r0_jax.diffusion import schedulers
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.validation import draw, fixed_noise
 from r0_jax.files import read_json
@@ -33,7 +34,7 @@ def train(config: ConfigDict, out: Path) -> None:
     folder = out / "pipeline"
     tokenizer = load_tokenizer(folder / "tokenizer")
     fields = config.network.to_dict()
-    scheduler_config = config.scheduler.to_dict()
+    scheduler_config = SchedulerConfig.from_json(config.scheduler.to_dict())
     networks, frozen = {}, {}
     for part in ("vae", "text_encoder"):
         part_fields = read_json(folder / part / "config.json")
@@ -50,7 +51,7 @@ def train(config: ConfigDict, out: Path) -> None:
     pipeline = StableDiffusionPipeline(
         folder, networks, frozen, {"tokenizer": tokenizer}, scheduler_config
     )
-    products = noise_schedule.alphas_cumprod(scheduler_config)
+    products = scheduler_config.noise.alphas_cumprod
     alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (products, 1 - products))
     empty = jnp.asarray(pipeline.tokenize([""])["input_ids"])
 
@@ -97,7 +98,7 @@ def train(config: ConfigDict, out: Path) -> None:
     def write(params: Params) -> None:
         convert.save(params, folder / "unet" / f"{_stem('unet')}.safetensors", config.store_dtype)
         write_json(folder / "unet" / "config.json", fields)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config.fields)
         write_json(folder / "model_index.json", config.model_index.to_dict())
 
     data = latents_and_captions(config, pipeline)

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
-from r0_jax.diffusion import grid as few_step
+from r0_jax.diffusion import grid
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.validation import draw, fixed_noise
 from r0_jax.files import read_json
@@ -124,8 +124,8 @@ def _few_step_pool(out: Path, config: ConfigDict) -> np.ndarray:
     for steps, rows in zip(
         config.few_steps, np.array_split(np.arange(count), len(config.few_steps)), strict=True
     ):
-        grid = few_step.grid(pipeline.scheduler_config, steps)
-        sampler = ImageSampler(pipeline, grid, guidance_scale=1.0)
+        scheduler = grid.grid(pipeline.scheduler_config, steps)
+        sampler = ImageSampler(pipeline, scheduler, guidance_scale=1.0)
         drawn.append(
             draw(sampler, params, take(tokens, rows), noise[rows], keys[rows], _DRAWN_AT_ONCE)
         )

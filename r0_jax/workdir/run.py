@@ -5,7 +5,6 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax import remote
 from r0_jax.diffusion import grid
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.files import read_json
 from r0_jax.method.generator import Generator
@@ -60,7 +60,8 @@ class Run:
       pretrained: the folder that `pipeline` was loaded from.
       pipeline: in float32, so that adapters are merged in float32 whatever the run computed in.
       generator: as it was trained, computing in config.dtype.
-      scheduler_config: of diffusers; `config.sampler.num_steps` steps of it visit the trained grid.
+      scheduler_config: for stock pipelines: `config.sampler.num_steps` steps of it visit the
+        trained grid.
     """
 
     workdir: Workdir
@@ -68,7 +69,7 @@ class Run:
     pretrained: Path
     pipeline: Pipeline
     generator: Generator
-    scheduler_config: dict[str, Any]
+    scheduler_config: SchedulerConfig
 
     @property
     def left_out(self) -> list[str]:
@@ -142,7 +143,7 @@ def open_run(
     config = read_config(workdir.path)
     folder = find_pretrained(workdir.path, config, pretrained)
     pipeline = families.load(folder, text=text)
-    scheduler_config = grid.scheduler_config(pipeline.scheduler_config, config.sampler.num_steps)
+    scheduler_config = grid.exported(pipeline.scheduler_config, config.sampler.num_steps)
     adapter = config.lora
     generator = Generator(
         adapter.rank, adapter.alpha, adapter.targets, config.dtype, pipeline.fixed

@@ -6,9 +6,11 @@ import diffusers
 import numpy as np
 import pytest
 
-from r0_jax.diffusion import grid as few_step
-from r0_jax.diffusion import schedulers
+from r0_jax.diffusion import grid, schedulers
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
+
+parse = SchedulerConfig.from_json
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 
@@ -16,37 +18,37 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_stock_flow_matching_visits_the_trained_grid(shift, steps):
-    base = FLOW | {"shift": shift}
+    base = parse(FLOW | {"shift": shift})
     plain = np.asarray([1 - i / steps for i in range(steps)])
     expected = shift * plain / (1 + (shift - 1) * plain)
-    grid = few_step.grid(base, steps)
-    np.testing.assert_allclose(grid.sigmas, expected, rtol=1e-6)
-    np.testing.assert_allclose(grid.timesteps, 1000 * expected, rtol=1e-6)
-    assert grid.next_sigmas[-1] == 0
-    config = few_step.scheduler_config(base, steps)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    ours = grid.grid(base, steps)
+    np.testing.assert_allclose(ours.sigmas, expected, rtol=1e-6)
+    np.testing.assert_allclose(ours.timesteps, 1000 * expected, rtol=1e-6)
+    assert ours.next_sigmas[-1] == 0
+    config = grid.exported(base, steps)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config.fields)
     scheduler.set_timesteps(steps)
     np.testing.assert_allclose(scheduler.sigmas[:-1], expected, rtol=1e-6)
-    np.testing.assert_allclose(scheduler.timesteps, grid.timesteps, rtol=1e-6)
+    np.testing.assert_allclose(scheduler.timesteps, ours.timesteps, rtol=1e-6)
     np.testing.assert_allclose(schedulers.from_config(config, steps).sigmas, expected, rtol=1e-6)
 
 
 def test_an_export_is_trained_on_the_grid_of_its_base():
-    base = FLOW | {"shift": 3.0}
-    again = few_step.scheduler_config(base, 4)
-    assert again["shift"] != 3 and few_step.shift(again) == pytest.approx(3.0)
-    np.testing.assert_allclose(few_step.grid(again, 2).sigmas, few_step.grid(base, 2).sigmas)
+    base = parse(FLOW | {"shift": 3.0})
+    again = grid.exported(base, 4)
+    assert again.fields["shift"] != 3 and again.noise.shift == pytest.approx(3.0)
+    np.testing.assert_allclose(grid.grid(again, 2).sigmas, grid.grid(base, 2).sigmas)
     np.testing.assert_allclose(
-        few_step.noise_levels(again).sigmas, few_step.noise_levels(base).sigmas, rtol=1e-6
+        grid.noise_levels(again).sigmas, grid.noise_levels(base).sigmas, rtol=1e-6
     )
 
 
 def test_noise_levels_are_those_of_training():
-    levels = few_step.noise_levels(FLOW | {"shift": 3.0})
+    levels = grid.noise_levels(parse(FLOW | {"shift": 3.0}))
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)  # all of them, until told else
     np.testing.assert_allclose(levels.sigmas, theirs.sigmas, rtol=1e-6)
     np.testing.assert_allclose(levels.timesteps, theirs.timesteps, rtol=1e-6)
-    vp = few_step.noise_levels({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1})
+    vp = grid.noise_levels(parse({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}))
     assert vp.timesteps.tolist() == list(range(999, -1, -1))
 
 
@@ -71,13 +73,13 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
 )
 def test_numbers_that_make_no_schedule_are_named(field, value, expected):
-    config = FLOW | {"shift": 3.0, "shift_terminal": 0.1} | {field: value}
+    config = parse(FLOW | {"shift": 3.0, "shift_terminal": 0.1} | {field: value})
     said = f"FlowMatchEulerDiscreteScheduler with {field}={re.escape(repr(value))} .*{expected}"
     for function in (
-        few_step.shift,
-        few_step.noise_levels,
-        lambda config: few_step.grid(config, 4),
-        lambda config: few_step.scheduler_config(config, 4),
+        grid.noise_levels,
+        lambda config: grid.grid(config, 4),
+        lambda config: grid.exported(config, 4),
+        lambda config: schedulers.from_folder(config, 4),
     ):
         with pytest.raises(InputError, match=said) as error:
             function(config)
@@ -85,14 +87,16 @@ def test_numbers_that_make_no_schedule_are_named(field, value, expected):
 
 
 def test_numbers_that_make_no_schedule_together():
+    config = parse(FLOW | {"shift": 0.1, "shift_terminal": 0.5})
     with pytest.raises(InputError, match=r"shift=0\.1 and shift_terminal=0.5 .* to null"):
-        few_step.grid(FLOW | {"shift": 0.1, "shift_terminal": 0.5}, 4)
-    two = FLOW | {"shift": 3.0, "num_train_timesteps": 2}
-    assert few_step.scheduler_config(two, 1)["shift"] == 3
+        grid.grid(config, 4)
+    assert grid.of_folder(config, 4).sigmas[-1] == pytest.approx(0.5)  # drawing needs no shift
+    two = parse(FLOW | {"shift": 3.0, "num_train_timesteps": 2})
+    assert grid.exported(two, 1).fields["shift"] == 3
     with pytest.raises(InputError, match=r"timesteps=2 is .* with shift 3 in 4 steps: take"):
-        few_step.scheduler_config(two, 4)
+        grid.exported(two, 4)
     with pytest.raises(InputError, match="num_train_timesteps=0: at least 1"):
-        few_step.noise_levels({"_class_name": "DDIMScheduler", "num_train_timesteps": 0})
+        grid.noise_levels(parse({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,6 @@ def test_numbers_that_make_no_schedule_together():
     ],
 )
 def test_what_is_not_supported_is_named(fields, said):
-    for function in (few_step.grid, few_step.scheduler_config):
+    for function in (grid.grid, grid.exported):
         with pytest.raises(InputError, match=said):
-            function(fields, 4)
+            function(parse(fields), 4)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r0_jax.diffusion import grid as few_step
+from r0_jax.diffusion import grid, schedulers
 from r0_jax.diffusion import rollout as rollout_
-from r0_jax.diffusion import schedulers
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 
+parse = SchedulerConfig.from_json
 BATCH, SHAPE = 4, (2, 3, 2)
 SD = {
     "_class_name": "PNDMScheduler",
@@ -23,7 +24,7 @@ EULER = {**SD, "_class_name": "EulerDiscreteScheduler"}
 
 
 def few_steps(prediction_type="epsilon"):
-    return few_step.grid(SD | {"prediction_type": prediction_type}, 4)
+    return grid.grid(parse(SD | {"prediction_type": prediction_type}), 4)
 
 
 def network(theta, latents, timesteps):
@@ -39,11 +40,11 @@ def start(size=BATCH):
     return jax.random.normal(jax.random.key(1), (8, *SHAPE))[:size]
 
 
-def trajectory(theta, frozen, grid, last, grad_steps, eta):
+def trajectory(theta, frozen, scheduler, last, grad_steps, eta):
     return rollout_.rollout(
         functools.partial(network, theta),
         functools.partial(network, frozen),
-        grid,
+        scheduler,
         start(),
         keys(),
         last=last,
@@ -53,44 +54,44 @@ def trajectory(theta, frozen, grid, last, grad_steps, eta):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "grad_steps"))
-def rollout(grid, last, grad_steps):
-    return trajectory(1.3, 1.3, grid, last, grad_steps, eta=0.0)
+@functools.partial(jax.jit, static_argnames=("scheduler", "grad_steps"))
+def rollout(scheduler, last, grad_steps):
+    return trajectory(1.3, 1.3, scheduler, last, grad_steps, eta=0.0)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        few_step.scheduler_config(SD, 4),
-        few_step.scheduler_config(SD | {"prediction_type": "v_prediction"}, 4),
-        SD3,
-        EULER,
+        grid.exported(parse(SD), 4),
+        grid.exported(parse(SD | {"prediction_type": "v_prediction"}), 4),
+        parse(SD3),
+        parse(EULER),
     ],
     ids=["epsilon", "v", "flow", "euler"],
 )
 def test_eta_0_is_the_scheduler_over_the_whole_trajectory(config):
-    grid = schedulers.from_config(config, 4)
-    latents = start() * grid.init_noise_sigma
+    scheduler = schedulers.from_config(config, 4)
+    latents = start() * scheduler.init_noise_sigma
     for i in range(4):
-        timesteps = jnp.full(BATCH, float(grid.timesteps[i]))
-        output = network(1.3, grid.scale_model_input(latents, i), timesteps)
+        timesteps = jnp.full(BATCH, float(scheduler.timesteps[i]))
+        output = network(1.3, scheduler.scale_model_input(latents, i), timesteps)
         before = latents
-        latents, _ = grid.step(output, latents, i, grid.init_state(latents))
-    found = rollout(grid, 3, grad_steps=2)
+        latents, _ = scheduler.step(output, latents, i, scheduler.init_state(latents))
+    found = rollout(scheduler, 3, grad_steps=2)
     size = float(jnp.abs(latents).max())
     np.testing.assert_allclose(found.x0, latents, atol=1e-5 * size)
     np.testing.assert_allclose(found.latents, before, atol=1e-5 * size)
-    np.testing.assert_array_equal(found.timesteps, np.full(BATCH, grid.timesteps[3]))
+    np.testing.assert_array_equal(found.timesteps, np.full(BATCH, scheduler.timesteps[3]))
 
 
 def test_trajectory_stops_at_last():
     """As R0+ needs it: `last` is traced."""
-    grid, epsilon = few_steps(), functools.partial(network, 1.3)
-    assert grid.timesteps.tolist() == [999, 749, 499, 249]
+    scheduler, epsilon = few_steps(), functools.partial(network, 1.3)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
     for last in range(4):
-        found = rollout(grid, last, grad_steps=1)
-        assert (found.timesteps == grid.timesteps[last]).all()
-        assert (found.alpha, found.sigma) == (grid.alphas[last], grid.sigmas[last])
+        found = rollout(scheduler, last, grad_steps=1)
+        assert (found.timesteps == scheduler.timesteps[last]).all()
+        assert (found.alpha, found.sigma) == (scheduler.alphas[last], scheduler.sigmas[last])
         expected = found.latents - found.sigma * epsilon(found.latents, found.timesteps)
         np.testing.assert_allclose(found.x0, expected / found.alpha, rtol=1e-4, atol=1e-4)
         if last == 0:
@@ -128,18 +129,20 @@ def test_only_the_steps_needed_are_run():
 
 
 def test_step_keeps_the_variance_and_eta_1_replaces_all_noise():
-    grid = few_steps()
+    scheduler = few_steps()
     latents, output, noise = (jax.random.normal(jax.random.key(i), (2, *SHAPE)) for i in range(3))
-    x0, epsilon = grid.x0_and_epsilon(output, latents, 1)
+    x0, epsilon = scheduler.x0_and_epsilon(output, latents, 1)
     etas = jnp.asarray([1.0, 0.6])
-    found, clean = rollout_.step(grid, output, latents, 1, etas, noise)
+    found, clean = rollout_.step(scheduler, output, latents, 1, etas, noise)
     np.testing.assert_allclose(clean, x0, rtol=1e-6)
-    alpha, sigma = grid.next_alphas[1], grid.next_sigmas[1]
+    alpha, sigma = scheduler.next_alphas[1], scheduler.next_sigmas[1]
     np.testing.assert_allclose(found[0], alpha * x0[0] + sigma * noise[0], rtol=1e-5, atol=1e-5)
     expected = alpha * x0[1] + sigma * (0.8 * epsilon[1] + 0.6 * noise[1])
     np.testing.assert_allclose(found[1], expected, rtol=1e-5, atol=1e-5)
     # The last step ends at sigma = 0.
-    np.testing.assert_allclose(*rollout_.step(grid, output, latents, 3, etas, noise), rtol=1e-6)
+    np.testing.assert_allclose(
+        *rollout_.step(scheduler, output, latents, 3, etas, noise), rtol=1e-6
+    )
 
 
 @pytest.fixture
@@ -151,9 +154,9 @@ def drawn(monkeypatch):
         for sample, (e, n) in enumerate(zip(eta, noise, strict=True)):
             record[int(i), sample] = (float(e), np.asarray(n))
 
-    def spy(grid, model_output, latents, i, eta, noise):
+    def spy(scheduler, model_output, latents, i, eta, noise):
         jax.debug.callback(note, i, eta, noise)
-        return step(grid, model_output, latents, i, eta, noise)
+        return step(scheduler, model_output, latents, i, eta, noise)
 
     monkeypatch.setattr(rollout_, "step", spy)
     return record
@@ -218,7 +221,7 @@ def test_normal_and_uniform_by_sample_and_tag():
 
 @pytest.mark.parametrize(("last", "grad_steps"), [(3, 4), (3, 2), (1, 1)])
 def test_gradient_flows_through_the_last_steps_only(last, grad_steps):
-    grid, eta, theta = few_steps("v_prediction"), 0.5, 1.3
+    scheduler, eta, theta = few_steps("v_prediction"), 0.5, 1.3
     noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys(), 1)
     noise = [rollout_.normal(noise_keys, i, SHAPE) for i in range(4)]
 
@@ -229,16 +232,16 @@ def test_gradient_flows_through_the_last_steps_only(last, grad_steps):
             latents = latents if graded else jax.lax.stop_gradient(latents)
             latents = jax.lax.stop_gradient(latents) if i == last + 1 - grad_steps else latents
             t = theta if graded else jax.lax.stop_gradient(theta)
-            output = network(t, latents, jnp.full(BATCH, float(grid.timesteps[i])))
-            alpha, sigma = grid.alphas[i], grid.sigmas[i]
+            output = network(t, latents, jnp.full(BATCH, float(scheduler.timesteps[i])))
+            alpha, sigma = scheduler.alphas[i], scheduler.sigmas[i]
             x0 = alpha * latents - sigma * output
             epsilon = sigma * latents + alpha * output
             epsilon = np.sqrt(1 - eta**2) * epsilon + eta * noise[i]
-            latents = grid.next_alphas[i] * x0 + grid.next_sigmas[i] * epsilon
+            latents = scheduler.next_alphas[i] * x0 + scheduler.next_sigmas[i] * epsilon
         return jnp.sum(x0**2)
 
     def ours(theta, frozen, last):
-        return jnp.sum(trajectory(theta, frozen, grid, last, grad_steps, eta).x0 ** 2)
+        return jnp.sum(trajectory(theta, frozen, scheduler, last, grad_steps, eta).x0 ** 2)
 
     compiled = jax.jit(jax.value_and_grad(ours, (0, 1)))
     value, (gradient, frozen) = compiled(theta, theta, last)  # traced, as in R0+

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from r0_jax.diffusion import schedulers
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
@@ -42,6 +43,14 @@ STEPS = [1, 2, 4, 10, 25, 50]
 
 LATENTS = np.random.default_rng(0).standard_normal((2, 3, 4, 4), np.float32)
 NOISE = np.random.default_rng(1).standard_normal((51, *LATENTS.shape), np.float32)
+
+
+def from_config(config, n, sigmas=None):
+    return schedulers.from_config(SchedulerConfig.from_json(config), n, sigmas)
+
+
+def from_folder(config, n):
+    return schedulers.from_folder(SchedulerConfig.from_json(config), n)
 
 
 def network(library, latents, timestep):
@@ -92,7 +101,7 @@ def run(scheduler, eta=0.0, jit=False):
 
 
 def assert_same_trajectory(config, n, eta=0.0, sigmas=None, jit=False):
-    scheduler = schedulers.from_config(config, n, sigmas)
+    scheduler = from_config(config, n, sigmas)
     theirs, expected = reference(config, n, eta, sigmas)
     # Exact, but where timesteps are logarithms of sigmas.
     log = config.get("use_karras_sigmas") or config.get("timestep_type") == "continuous"
@@ -139,7 +148,7 @@ def test_ddim_fields(prediction_type, timestep_spacing, set_alpha_to_one, clip_s
             and timestep_spacing != "leading"
         ):
             with pytest.raises(InputError, match="rescale_betas_zero_snr"):
-                schedulers.from_config(config, 4)
+                from_config(config, 4)
         else:
             assert_same_trajectory(config, 4, eta)
 
@@ -191,7 +200,7 @@ def test_flow_matching(shift, n):
 
 
 def test_flow_matching_on_the_grid_of_a_few_step_student():
-    scheduler = schedulers.from_config(REAL["sd3-medium"], 4, sigmas=[1, 0.75, 0.5, 0.25])
+    scheduler = from_config(REAL["sd3-medium"], 4, sigmas=[1, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(scheduler.timesteps, [1000, 900, 750, 500], rtol=1e-6)
 
 
@@ -210,7 +219,7 @@ def test_real_configs(name, n):
         assert_same_trajectory(REAL[name], n)
     else:
         with pytest.raises(InputError, match=REAL[name]["_class_name"]):
-            schedulers.from_config(REAL[name], n)
+            from_config(REAL[name], n)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_trajectory_with_other_betas(base):
 
 def test_four_trailing_steps_end_on_the_clean_image():
     config = DDIM | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
-    scheduler = schedulers.from_config(config, 4)
+    scheduler = from_config(config, 4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
     latents, state = jnp.asarray(LATENTS), ()
     output = network(jnp, latents, 249)
@@ -247,7 +256,7 @@ def test_four_trailing_steps_end_on_the_clean_image():
 
 def test_trailing_never_visits_a_timestep_below_zero():
     # np.arange(1000, 0, -1000 / 61) has 62 points; diffusers 0.42 visits the last as timestep -1.
-    timesteps = schedulers.from_config(DDIM | {"timestep_spacing": "trailing"}, 61).timesteps
+    timesteps = from_config(DDIM | {"timestep_spacing": "trailing"}, 61).timesteps
     assert len(timesteps) == 61 and timesteps[-1] == 15
 
 
@@ -256,12 +265,12 @@ def test_zero_snr_with_all_noise_fresh_is_finite():
     # which compiled code, rounding one square and not the other, can make negative.
     config = DDIM | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     for n in (10, 13, 22, 25):
-        scheduler = schedulers.from_config(config | {"rescale_betas_zero_snr": True}, n)
+        scheduler = from_config(config | {"rescale_betas_zero_snr": True}, n)
         assert np.isfinite(run(scheduler, eta=1.0, jit=True)).all()
 
 
 def test_eta_may_differ_by_sample():
-    scheduler = schedulers.from_config(DDIM, 4)
+    scheduler = from_config(DDIM, 4)
     both = run(scheduler, eta=jnp.asarray([0.0, 0.8])[:, None, None, None])
     np.testing.assert_allclose(both[:, 0], run(scheduler, eta=0.0)[:, 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(both[:, 1], run(scheduler, eta=0.8)[:, 1], rtol=1e-5, atol=1e-6)
@@ -269,7 +278,7 @@ def test_eta_may_differ_by_sample():
 
 @pytest.mark.parametrize("config", [DDIM, EULER, PNDM, FLOW], ids=lambda c: c["_class_name"])
 def test_latents_stay_float32_under_a_bfloat16_network(config):
-    scheduler = schedulers.from_config(config, 2)
+    scheduler = from_config(config, 2)
     latents = jnp.asarray(LATENTS)
     carry = (latents, scheduler.init_state(latents))
     for i in range(len(scheduler.timesteps)):
@@ -278,13 +287,13 @@ def test_latents_stay_float32_under_a_bfloat16_network(config):
 
 
 def test_needs_noise():
-    ddim = schedulers.from_config(DDIM, 4)
+    ddim = from_config(DDIM, 4)
     assert ddim.needs_noise(0.5) and not ddim.needs_noise(0.0)
     with pytest.raises(ValueError, match="noise"):
         ddim.step(jnp.asarray(LATENTS), jnp.asarray(LATENTS), 0, (), eta=0.5)
-    assert schedulers.from_config(FLOW | {"stochastic_sampling": True}, 4).needs_noise()
+    assert from_config(FLOW | {"stochastic_sampling": True}, 4).needs_noise()
     for config in (EULER, PNDM, FLOW):
-        scheduler = schedulers.from_config(config, 4)
+        scheduler = from_config(config, 4)
         assert not scheduler.needs_noise()
         with pytest.raises(InputError, match=r"eta=0\.5"):
             scheduler.needs_noise(0.5)
@@ -315,7 +324,7 @@ def test_needs_noise():
 )
 def test_refused_fields_are_named(base, field, value):
     with pytest.raises(InputError) as error:
-        schedulers.from_config(base | {field: value}, 4)
+        from_config(base | {field: value}, 4)
     message = str(error.value)
     assert base["_class_name"] in message and f"{field}={value!r}" in message
     assert "supported: " in message and "\n" not in message
@@ -344,7 +353,7 @@ def test_refused_fields_are_named(base, field, value):
 )
 def test_refused_arguments(arguments, match):
     with pytest.raises(InputError, match=match):
-        schedulers.from_config(*arguments)
+        from_config(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +371,7 @@ def test_refused_arguments(arguments, match):
 )
 def test_a_folder_whose_sampler_is_not_here_is_sampled_by_ddim_and_told_so(config, said):
     with pytest.warns(UserWarning, match=f"^images are drawn with DDIM, not .*{said}") as told:
-        found = schedulers.from_folder(config, 4)
+        found = from_folder(config, 4)
     assert len(told) == 1 and "\n" not in str(told[0].message)
     assert found.timesteps.tolist() == [999, 749, 499, 249] and found.next_sigmas[-1] == 0
     assert found.prediction_type == config.get("prediction_type", "epsilon")
@@ -378,7 +387,7 @@ def test_a_folder_whose_sampler_is_not_here_is_sampled_by_ddim_and_told_so(confi
 
 @pytest.mark.parametrize("config", [DDIM, EULER, PNDM, FLOW], ids=lambda c: c["_class_name"])
 def test_a_folder_is_else_sampled_by_its_own_sampler(config):
-    own, found = schedulers.from_config(config, 3), schedulers.from_folder(config, 3)
+    own, found = from_config(config, 3), from_folder(config, 3)
     np.testing.assert_array_equal(found.timesteps, own.timesteps)
     np.testing.assert_array_equal(found.next_sigmas, own.next_sigmas)
 
@@ -397,6 +406,6 @@ def test_a_folder_is_else_sampled_by_its_own_sampler(config):
 )
 def test_a_folder_whose_noise_is_unknown_is_refused(config, said):
     with pytest.raises(InputError, match=said):
-        schedulers.from_folder(config, 4)
+        from_folder(config, 4)
     with pytest.raises(InputError, match="num_inference_steps=0"):
-        schedulers.from_folder(DDIM, 0)
+        from_folder(DDIM, 0)

@@ -203,7 +203,7 @@ def test_other_numbers_of_steps(world):
         assert ("BasicScheduler" in found["Note"]["text"]) == (steps == 1)
         assert found["CheckpointLoaderSimple"]["ckpt_name"] == "sd_xl_base_1.0.safetensors"
         with silent():
-            ddim = diffusers.DDIMScheduler.from_config(run.scheduler_config)
+            ddim = diffusers.DDIMScheduler.from_config(run.scheduler_config.fields)
             ddim.set_timesteps(steps)
         alphas = ddim.alphas_cumprod[ddim.timesteps].numpy()
         np.testing.assert_allclose(

@@ -9,6 +9,7 @@ from step_world import SCHEDULER, sample_keys
 
 from r0_jax.config import get_config
 from r0_jax.diffusion import grid, rollout
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.method import penalties, regularizers
 from r0_jax.method.context import Context
 
@@ -44,7 +45,7 @@ def context(x0=None, prediction_type="epsilon", base_pair=base_pair, batch=B):
         jnp.float32(SIGMAS[499]),
         normal(1, 8, *SHAPE)[:batch] if x0 is None else x0,
     )
-    config = SCHEDULER | {"prediction_type": prediction_type}
+    config = SchedulerConfig.from_json(SCHEDULER | {"prediction_type": prediction_type})
     return Context(
         at,
         sample_keys(batch),

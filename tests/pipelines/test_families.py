@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from r0_jax import sample
-from r0_jax.diffusion import grid as few_step
-from r0_jax.diffusion import schedulers
+from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.method.generator import Generator
@@ -162,20 +161,21 @@ def test_images_are_those_of_the_stock_pipeline(loaded, stock, name, steps, guid
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)
-    config = few_step.scheduler_config(pipeline.scheduler_config, 4)
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    config = grid.exported(pipeline.scheduler_config, 4)
+    scheduler = getattr(diffusers, config.class_name).from_config(config.fields)
     pipe = type(pipe)(**pipe.components | {"scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
-    found = ours(pipeline, few_step.grid(pipeline.scheduler_config, 4), 1.0)
+    found = ours(pipeline, grid.grid(pipeline.scheduler_config, 4), 1.0)
     assert_same_images(found, theirs(pipe, noise_of(pipeline), 4, 1.0))
     if name == "sd3":  # the same grid, as the card spells it
         spelled = theirs(stock(name), noise_of(pipeline), 4, 1.0, sigmas=[1, 0.75, 0.5, 0.25])
         assert_same_images(found, spelled)
-        grid, stretched = few_step.grid(pipeline.scheduler_config, 4), few_step.of_folder(config, 4)
+        trained = grid.grid(pipeline.scheduler_config, 4)
+        stretched = grid.of_folder(config, 4)
         for levels in (None, [1, 0.75, 0.5, 0.25]):
             drawn = sample.from_pipeline(pipeline.folder, 4, levels).scheduler
-            np.testing.assert_array_equal(drawn.sigmas, grid.sigmas)
-        np.testing.assert_allclose(stretched.sigmas, grid.sigmas, atol=1e-6)
+            np.testing.assert_array_equal(drawn.sigmas, trained.sigmas)
+        np.testing.assert_allclose(stretched.sigmas, trained.sigmas, atol=1e-6)
 
 
 def test_an_empty_prompt_may_be_encoded_instead_of_zeros(folders, tmp_path):

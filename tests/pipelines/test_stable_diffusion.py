@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 
-from r0_jax.diffusion import grid, noise_schedule, schedulers
+from r0_jax.diffusion import grid, schedulers
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
@@ -255,7 +256,7 @@ def test_images_are_those_of_the_stock_pipeline(pipeline, stock, name, steps, gu
             output_type="np",
         ).images
 
-    config = config | stable_diffusion.OVERRULED
+    config = SchedulerConfig.from_json(config | stable_diffusion.OVERRULED)
     sampler = ImageSampler(pipeline, schedulers.from_config(config, steps), guidance_scale)
     images = sampler(
         lazy.place(pipeline.params),
@@ -270,8 +271,8 @@ def test_images_are_those_of_the_stock_pipeline(pipeline, stock, name, steps, gu
 
 
 def test_few_step_scheduler(pipeline, stock):
-    config = grid.scheduler_config(pipeline.scheduler_config, 4)
-    scheduler = diffusers.DDIMScheduler.from_config(config)
+    config = grid.exported(pipeline.scheduler_config, 4)
+    scheduler = diffusers.DDIMScheduler.from_config(config.fields)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a stock pipeline has nothing to overrule
         diffusers.StableDiffusionPipeline(
@@ -282,12 +283,10 @@ def test_few_step_scheduler(pipeline, stock):
     assert list(scheduler.timesteps) == list(ours.timesteps) == [999, 749, 499, 249]
     assert ours.next_sigmas[-1] == 0 and ours.next_alphas[-1] == 1
     np.testing.assert_allclose(
-        noise_schedule.alphas_cumprod(config), noise_schedule.alphas_cumprod(tiny.PNDM)
+        config.noise.alphas_cumprod, SchedulerConfig.from_json(tiny.PNDM).noise.alphas_cumprod
     )
-    v = grid.scheduler_config(SCHEDULERS["ddim_trailing_v"], 4)
-    assert v["prediction_type"] == "v_prediction" and v["rescale_betas_zero_snr"]
-    with refused("CogVideoXDDIMScheduler"):
-        grid.scheduler_config({"_class_name": "CogVideoXDDIMScheduler"}, 4)
+    v = grid.exported(SchedulerConfig.from_json(SCHEDULERS["ddim_trailing_v"]), 4)
+    assert v.fields["prediction_type"] == "v_prediction" and v.fields["rescale_betas_zero_snr"]
 
 
 # --- folders that are not it ------------------------------------------------------------------
@@ -543,7 +542,7 @@ def test_the_scheduler_is_of_the_class_in_the_index(copy):
     edit(copy / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(copy)
     loaded = stable_diffusion.load(copy)
-    assert loaded.scheduler_config["_class_name"] == type(pipe.scheduler).__name__
+    assert loaded.scheduler_config.class_name == type(pipe.scheduler).__name__
     ours = schedulers.from_config(loaded.scheduler_config, 4)
     pipe.scheduler.set_timesteps(4)
     np.testing.assert_allclose(ours.timesteps, pipe.scheduler.timesteps)
@@ -551,6 +550,11 @@ def test_the_scheduler_is_of_the_class_in_the_index(copy):
     loaded = stable_diffusion.load(copy)
     with refused("DPMSolverMultistepScheduler", "DDIMScheduler"):
         schedulers.from_config(loaded.scheduler_config, 4)
+    assert grid.grid(loaded.scheduler_config, 4).timesteps.tolist() == [999, 749, 499, 249]
+    edit(copy / "model_index.json", scheduler=["diffusers", "CogVideoXDDIMScheduler"])
+    loaded = stable_diffusion.load(copy)  # prompts can be encoded with it
+    with refused("CogVideoXDDIMScheduler"):
+        grid.grid(loaded.scheduler_config, 4)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
 from r0_jax import config as base
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.method import optim, train_state
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
@@ -319,7 +320,7 @@ def make(
         networks,
         params,
         {"tokenizer": CLIPTokenizer()},
-        SCHEDULER | {"prediction_type": prediction_type},
+        SchedulerConfig.from_json(SCHEDULER | {"prediction_type": prediction_type}),
     )
     lora = settings.lora
     generator = Generator(lora.rank, lora.alpha, lora.targets, settings.dtype)

@@ -1,0 +1,273 @@
+"""A folder's scheduler_config.json, parsed once.
+
+The file says two things: the noise that the network was trained with, and how the folder's own
+sampler draws. Training asks for the noise alone, so it takes more classes of diffusers than
+drawing does. A folder opens whatever its scheduler is: an error is raised by who asks for the part
+that is not supported.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from r0_jax.diffusion.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving
+from r0_jax.errors import InputError
+
+FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
+
+# Field of scheduler_config.json -> (default of the diffusers class, what we support): the values
+# themselves, or a type where any value will do. Files carry fields of other classes too (SD 1.5's
+# PNDM file has `clip_sample`); diffusers does not read those and neither do we.
+_Fields = Mapping[str, tuple[Any, Any]]
+_NUMBER = int | float
+
+# Class -> the fields that say its noise. All schedulers of diffusers for variance-preserving
+# networks use the same ones, however they sample.
+_BETAS: _Fields = {
+    "num_train_timesteps": (1000, int),
+    "beta_start": (0.0001, _NUMBER),
+    "beta_end": (0.02, _NUMBER),
+    "beta_schedule": ("linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
+    "trained_betas": (None, list | tuple | None),
+    "prediction_type": ("epsilon", ("epsilon", "v_prediction", "sample")),
+}
+_RESCALED = _BETAS | {"rescale_betas_zero_snr": (False, (False, True))}
+# These classes can sample flow matching too, which says nothing of betas.
+_NO_FLOW: _Fields = {"use_flow_sigmas": (False, (False, None))}
+_STABLE_DIFFUSION: _Fields = {"beta_start": (0.00085, _NUMBER), "beta_end": (0.012, _NUMBER)}
+_SCALED_LINEAR: _Fields = {"beta_schedule": ("scaled_linear", _BETAS["beta_schedule"][1])}
+_NOISE: dict[str, _Fields] = {
+    "DDIMScheduler": _RESCALED,
+    "DDPMScheduler": _RESCALED,
+    "DEISMultistepScheduler": _BETAS | _NO_FLOW,
+    "DPMSolverMultistepScheduler": _RESCALED | _NO_FLOW,
+    "DPMSolverSinglestepScheduler": _BETAS | _NO_FLOW,
+    "EulerAncestralDiscreteScheduler": _RESCALED,
+    "EulerDiscreteScheduler": _RESCALED,
+    "HeunDiscreteScheduler": _BETAS | _STABLE_DIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": _BETAS | _STABLE_DIFFUSION,
+    "KDPM2DiscreteScheduler": _BETAS | _STABLE_DIFFUSION,
+    "LCMScheduler": _RESCALED | _STABLE_DIFFUSION | _SCALED_LINEAR,
+    "LMSDiscreteScheduler": _BETAS,
+    "PNDMScheduler": _BETAS,
+    "TCDScheduler": _RESCALED | _STABLE_DIFFUSION | _SCALED_LINEAR,
+    "UniPCMultistepScheduler": _RESCALED | _NO_FLOW,
+}
+
+# Class -> the fields that say how it samples, for the classes of schedulers.py.
+_SPACED: _Fields = {
+    "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
+    "steps_offset": (0, int),
+}
+_SAMPLING: dict[str, _Fields] = {
+    "DDIMScheduler": _SPACED
+    | {
+        "set_alpha_to_one": (True, (False, True)),
+        "clip_sample": (True, (False, True)),
+        "clip_sample_range": (1.0, _NUMBER),
+        "thresholding": (False, (False,)),
+    },
+    "EulerDiscreteScheduler": _SPACED
+    | {
+        "timestep_spacing": ("linspace", ("leading", "trailing", "linspace")),
+        "timestep_type": ("discrete", ("discrete", "continuous")),
+        "interpolation_type": ("linear", ("linear",)),
+        "use_karras_sigmas": (False, (False, True, None)),
+        "use_exponential_sigmas": (False, (False, None)),
+        "use_beta_sigmas": (False, (False, None)),
+        "sigma_min": (None, _NUMBER | None),
+        "sigma_max": (None, _NUMBER | None),
+        "final_sigmas_type": ("zero", ("zero", "sigma_min")),
+    },
+    "PNDMScheduler": _SPACED
+    | {
+        "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
+        "set_alpha_to_one": (False, (False, True)),
+        "skip_prk_steps": (False, (True,)),
+    },
+    FLOW_MATCHING: {
+        "num_train_timesteps": (1000, int),
+        "shift": (1.0, _NUMBER),
+        "stochastic_sampling": (False, (False, True)),
+        "shift_terminal": (None, _NUMBER | None),
+        "use_dynamic_shifting": (False, (False,)),
+        "invert_sigmas": (False, (False,)),
+        "use_karras_sigmas": (False, (False,)),
+        "use_exponential_sigmas": (False, (False,)),
+        "use_beta_sigmas": (False, (False,)),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsupported:
+    """What stands in for a part of the file that is not supported, with the reason."""
+
+    problem: str
+
+
+Sampling = Mapping[str, Any]  # fields of the class, defaults filled in
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SchedulerConfig:
+    """A scheduler of diffusers: what it was made for, and how it samples.
+
+    Attributes:
+      class_name: in diffusers.
+      fields: the file, with its "_class_name": what an export writes.
+      trained: the noise of training; read it as `noise`.
+      sampled: how the class samples; read it as `sampling`.
+    """
+
+    class_name: str
+    fields: dict[str, Any]
+    trained: NoiseSchedule | Unsupported
+    sampled: Sampling | Unsupported
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "SchedulerConfig":
+        """Parse the contents of a scheduler_config.json."""
+        name = fields.get("_class_name")
+        noise = _flow_noise if name == FLOW_MATCHING else _betas
+        return cls(str(name), dict(fields), _attempt(noise, fields), _attempt(_sampling, fields))
+
+    @property
+    def is_flow(self) -> bool:
+        """Return True where the network was trained by flow matching."""
+        return self.class_name == FLOW_MATCHING
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        """Return the noise of training; InputError names the class or field not supported."""
+        return _supported(self.trained)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Return the fields by which the class samples; InputError names what is not supported."""
+        return _supported(self.sampled)
+
+    def trailing_ddim(self) -> "SchedulerConfig":
+        """Return DDIM on the same noise: trailing timesteps, and the clean image at the end.
+
+        Raises:
+          InputError: the noise is not supported.
+        """
+        return SchedulerConfig.from_json(
+            {
+                "_class_name": "DDIMScheduler",
+                **dataclasses.asdict(self.noise),
+                "clip_sample": False,
+                "set_alpha_to_one": True,
+                "steps_offset": 1,
+                "thresholding": False,
+                "timestep_spacing": "trailing",
+            }
+        )
+
+
+def _attempt(
+    parse: Callable[[Mapping[str, Any]], _T], fields: Mapping[str, Any]
+) -> _T | Unsupported:
+    try:
+        return parse(fields)
+    except InputError as error:
+        return Unsupported(str(error))
+
+
+def _supported(part: _T | Unsupported) -> _T:
+    if isinstance(part, Unsupported):
+        raise InputError(part.problem)
+    return part
+
+
+def _betas(fields: Mapping[str, Any]) -> VariancePreserving:
+    name = fields.get("_class_name")
+    if not isinstance(name, str) or name not in _NOISE:
+        raise InputError(
+            f"scheduler {name!r} has no betas that are known; known: {', '.join(_NOISE)}"
+        )
+    read = _read(fields, _NOISE[name])
+    if read["num_train_timesteps"] < 1:
+        raise InputError(
+            f"{name} with num_train_timesteps={read['num_train_timesteps']}: at least 1 is expected"
+        )
+    read.pop("use_flow_sigmas", None)
+    return VariancePreserving(**read)
+
+
+def _sampling(fields: Mapping[str, Any]) -> Sampling:
+    name = fields.get("_class_name")
+    if not isinstance(name, str) or name not in _SAMPLING:
+        raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_SAMPLING)}")
+    if name == FLOW_MATCHING:
+        return _flow_fields(fields)
+    _betas(fields)  # a sampler of unknown noise is not supported either
+    return _read(fields, _SAMPLING[name])
+
+
+def _read(fields: Mapping[str, Any], supported: _Fields) -> dict[str, Any]:
+    """Return these fields, defaults filled in; InputError names one not supported."""
+    name = fields["_class_name"]
+    read = {field: fields.get(field, default) for field, (default, _) in supported.items()}
+    for field, value in read.items():
+        values = supported[field][1]
+        listed = isinstance(values, tuple)
+        if not (value in values if listed else isinstance(value, values)):
+            raise InputError(
+                f"{name} with {field}={value!r} is not supported; supported:"
+                f" {', '.join(map(repr, values)) if listed else values}"
+            )
+    return read
+
+
+def _flow_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    read = _read(fields, _SAMPLING[FLOW_MATCHING])
+    terminal = read["shift_terminal"]
+    for name, fine, expected in (  # NaN is not fine
+        ("num_train_timesteps", read["num_train_timesteps"] >= 2, "at least 2 is"),
+        ("shift", 1e-3 <= read["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
+        (
+            "shift_terminal",
+            terminal is None or 0 <= terminal < 1,
+            "null, or a number from 0 to below 1, is",
+        ),
+    ):
+        if not fine:
+            raise InputError(
+                f"{FLOW_MATCHING} with {name}={read[name]!r} is not supported: {expected} expected"
+            )
+    return read
+
+
+def _flow_noise(fields: Mapping[str, Any]) -> FlowMatching:
+    read = _flow_fields(fields)
+    noise = FlowMatching(read["num_train_timesteps"], _trained_shift(read))
+    if read["stochastic_sampling"]:
+        raise InputError(
+            f"{FLOW_MATCHING} with stochastic_sampling=true is not supported in "
+            "training: set it to false"
+        )
+    return noise
+
+
+def _trained_shift(read: dict[str, Any]) -> float:
+    """Return the shift of training, which an export of ours does not hold as such.
+
+    Its shift and terminal both come from the true one by `grid.exported`, which is solved for it
+    here.
+    """
+    found, last = read["shift"], read["shift_terminal"]
+    if not last:
+        return float(found)
+    least = 1 / read["num_train_timesteps"]
+    least = found * least / (1 + (found - 1) * least)
+    share, a = (found - 1) * (1 - least) / found, (1 - last) / last
+    true = (share + a) / (a * (1 - share))
+    if not 1e-3 <= true <= 1e3:
+        raise InputError(
+            f"{FLOW_MATCHING} with shift={found} and shift_terminal={last} is not "
+            "supported: no shift alone makes such sigmas; set shift_terminal to null"
+        )
+    return true
