@@ -1,9 +1,9 @@
-"""The grid that a K-step generator is trained on, and how a stock sampler comes to visit it.
+"""The grid that a K-step generator is trained on, and a stock sampler that visits it.
 
     variance preserving: trailing timesteps, e.g. 999, 749, 499, 249, the last step ending at 0
     flow matching:       sigmas 1, .75, .5, .25, 0 before the shift of training
 
-The noise that the folder's network was trained with decides which of both it is.
+The noise of training decides which of both it is.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""The noise that a network was trained with, and what its output means.
-
-How to sample is the matter of schedulers.py.
-"""
+"""The noise that a network was trained with, and the meaning of its output."""
 
 import dataclasses
 import functools
@@ -18,12 +15,12 @@ Latents = Float[Array, "b *dims"]  # float32, whatever the network computes in
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VariancePreserving:
-    """x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1, by the variances beta_t.
+    """x_t = alpha_t x0 + sigma_t eps with alpha^2 + sigma^2 = 1, from the variances beta_t.
 
     The fields are those of diffusers.
 
     Raises:
-      InputError: the betas are no variances, or not one a timestep.
+      InputError: betas are not from 0 to 1, or not one a timestep.
     """
 
     num_train_timesteps: int

@@ -1,9 +1,9 @@
-"""The generator: the pretrained network unrolled over a fixed grid of K timesteps.
+"""The generator: the pretrained network, unrolled over a fixed grid of K timesteps.
 
     x_next = alpha_next x0 + sigma_next (sqrt(1 - eta^2) eps + eta n),     n ~ N(0, I)
 
-eta = 0 is DDIM, eta = 1 re-noises freshly (as LCM does). The last step ends at sigma = 0 and so
-returns x0.
+eta = 0 is DDIM; eta = 1 takes fresh noise only, as LCM does. The last step ends at sigma = 0, so
+it returns x0.
 """
 
 from collections.abc import Callable
@@ -16,29 +16,29 @@ from jaxtyping import Array, Float, Int, Key
 
 from r0_jax.diffusion.schedulers import Index, Scheduler
 
-# (latents, timesteps [B]) -> the network's output; the prompt and parameters are closed over.
+# (latents, timesteps [B]) -> the network's output. The function knows the prompt and parameters.
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
-# One key a sample: draws then do not depend on how the batch is split over devices or microbatches.
+# One key a sample: then a draw does not depend on the split over devices or microbatches.
 Keys = Key[Array, " b"]
 
 
 class Trajectory(NamedTuple):
-    """What the objective looks at."""
+    """The last network call of a rollout: what the objective looks at."""
 
-    latents: Float[Array, "b h w c"]  # the noisy input of the last call that was made
-    timesteps: Float[Array, " b"]  # fed to that call
-    alpha: Float[Array, ""]  # of that point: latents = alpha x0 + sigma eps
+    latents: Float[Array, "b h w c"]  # the noisy input of the call
+    timesteps: Float[Array, " b"]
+    alpha: Float[Array, ""]  # of the input: latents = alpha x0 + sigma eps
     sigma: Float[Array, ""]
-    x0: Float[Array, "b h w c"]  # the clean prediction of that call: the image to be rewarded
+    x0: Float[Array, "b h w c"]  # the clean prediction: the image that is rewarded
 
 
 def normal(keys: Keys, tag: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise [B, *shape], one independent draw a sample and tag."""
+    """Return standard normal noise [B, *shape], independent for each sample and tag."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, tag), shape))(keys)
 
 
 def uniform(keys: Keys, tag: int | Int[Array, ""]) -> Float[Array, " b"]:
-    """U[0, 1) [B], one independent draw a sample and tag."""
+    """Return U[0, 1) numbers [B], independent for each sample and tag."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tag)))(keys)
 
 
@@ -50,7 +50,7 @@ def step(
     eta: Float[Array, " b"],
     noise: Float[Array, "b h w c"],
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """The next latents and the clean prediction x0, in float32."""
+    """Return the next latents and the clean prediction x0, in float32."""
     x0, epsilon = grid.x0_and_epsilon(model_output, latents, i)
     eta = eta[:, None, None, None]
     epsilon = jnp.sqrt(1 - eta**2) * epsilon + eta * noise
@@ -71,19 +71,19 @@ def rollout(
     unroll: bool = False,
     remat: bool = True,
 ) -> Trajectory:
-    """Runs steps 0 to `last` of the grid; gradients flow through the last `grad_steps` of them.
+    """Run steps 0 to `last` of the grid; gradients flow through the last `grad_steps` of them.
 
-    R0 is last = K - 1 with grad_steps = K; R0+ is a random `last` with grad_steps = 1, and only
-    the steps up to it are run.
+    R0 takes last = K - 1 and grad_steps = K. R0+ takes a random `last` and grad_steps = 1. Steps
+    after `last` are not run.
 
     Args:
-      denoise_frozen: the same network with the gradient stopped at its parameters.
+      denoise_frozen: the same network; no gradient reaches its parameters.
       last: may be traced; at least grad_steps - 1.
-      random_eta: each step of each sample draws eta ~ U[0, 1]; otherwise all take `eta`.
-      unroll: write the steps with gradient one after the other instead of as a loop: the same
-        numbers, faster on CPU.
-      remat: each step with gradient is computed again in the backward pass, so that memory holds
-        one network evaluation and K latents.
+      random_eta: draw eta ~ U[0, 1] for each step of each sample; otherwise all take `eta`.
+      unroll: write the steps with gradient one after the other, not as a loop. The numbers are the
+        same; it is faster on CPU.
+      remat: compute each step with gradient again in the backward pass. Memory then holds one
+        network evaluation and K latents.
     """
     batch, *shape = noise.shape
     eta_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (0, 1))

@@ -1,9 +1,8 @@
 """A folder's scheduler_config.json, parsed once.
 
-The file says two things: the noise that the network was trained with, and how the folder's own
-sampler draws. Training asks for the noise alone, so it takes more classes of diffusers than
-drawing does. A folder opens whatever its scheduler is: an error is raised by who asks for the part
-that is not supported.
+The file says what noise the network was trained with, and how the folder's own sampler draws.
+Training asks for the noise alone, so it supports more classes of diffusers than drawing does.
+A folder opens whatever its scheduler is. Only the use of a part that is not supported is an error.
 """
 
 import dataclasses
@@ -15,14 +14,14 @@ from r0_jax.errors import InputError
 
 FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
 
-# Field of scheduler_config.json -> (default of the diffusers class, what we support): the values
-# themselves, or a type where any value will do. Files carry fields of other classes too (SD 1.5's
-# PNDM file has `clip_sample`); diffusers does not read those and neither do we.
+# Field of scheduler_config.json -> (default of the diffusers class, what we support). What we
+# support is a tuple of values, or a type. Files hold fields of other classes too (SD 1.5's PNDM
+# file has `clip_sample`); diffusers does not read those and neither do we.
 _Fields = Mapping[str, tuple[Any, Any]]
 _NUMBER = int | float
 
-# Class -> the fields that say its noise. All schedulers of diffusers for variance-preserving
-# networks use the same ones, however they sample.
+# Class -> the fields that define its noise. All schedulers of diffusers for variance-preserving
+# networks share them, however they sample.
 _BETAS: _Fields = {
     "num_train_timesteps": (1000, int),
     "beta_start": (0.0001, _NUMBER),
@@ -32,7 +31,7 @@ _BETAS: _Fields = {
     "prediction_type": ("epsilon", ("epsilon", "v_prediction", "sample")),
 }
 _RESCALED = _BETAS | {"rescale_betas_zero_snr": (False, (False, True))}
-# These classes can sample flow matching too, which says nothing of betas.
+# These classes can sample flow matching too, which has no betas.
 _NO_FLOW: _Fields = {"use_flow_sigmas": (False, (False, None))}
 _STABLE_DIFFUSION: _Fields = {"beta_start": (0.00085, _NUMBER), "beta_end": (0.012, _NUMBER)}
 _SCALED_LINEAR: _Fields = {"beta_schedule": ("scaled_linear", _BETAS["beta_schedule"][1])}
@@ -54,7 +53,7 @@ _NOISE: dict[str, _Fields] = {
     "UniPCMultistepScheduler": _RESCALED | _NO_FLOW,
 }
 
-# Class -> the fields that say how it samples, for the classes of schedulers.py.
+# Class -> the fields that define how it samples, for the samplers of schedulers.py.
 _SPACED: _Fields = {
     "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
     "steps_offset": (0, int),
@@ -101,7 +100,7 @@ _SAMPLING: dict[str, _Fields] = {
 
 @dataclasses.dataclass(frozen=True)
 class Unsupported:
-    """What stands in for a part of the file that is not supported, with the reason."""
+    """The reason why a part of the file is not supported, in place of that part."""
 
     problem: str
 
@@ -112,13 +111,13 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SchedulerConfig:
-    """A scheduler of diffusers: what it was made for, and how it samples.
+    """A scheduler of diffusers: the noise of training, and how it samples.
 
     Attributes:
       class_name: in diffusers.
-      fields: the file, with its "_class_name": what an export writes.
-      trained: the noise of training; read it as `noise`.
-      sampled: how the class samples; read it as `sampling`.
+      fields: the contents of the file; an export writes them.
+      trained: the noise of training; `noise` returns it or raises.
+      sampled: how the class samples; `sampling` returns it or raises.
     """
 
     class_name: str
@@ -253,10 +252,10 @@ def _flow_noise(fields: Mapping[str, Any]) -> FlowMatching:
 
 
 def _trained_shift(read: dict[str, Any]) -> float:
-    """Return the shift of training, which an export of ours does not hold as such.
+    """Return the shift of training.
 
-    Its shift and terminal both come from the true one by `grid.exported`, which is solved for it
-    here.
+    An export of ours holds another shift and a terminal, which `grid.exported` computes from it.
+    This function solves them for it.
     """
     found, last = read["shift"], read["shift_terminal"]
     if not last:

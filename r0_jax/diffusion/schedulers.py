@@ -4,11 +4,11 @@ Every sampler here visits points x_t = alpha_t x0 + sigma_t eps and goes from on
 
     x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n,      n ~ N(0, I)
 
-with x0 and eps read off the network's output; s is 0 but for DDIM with eta and stochastic flow
-matching. DDIM and PNDM are variance preserving (alpha^2 + sigma^2 = 1), Euler is variance exploding
-(alpha = 1), flow matching is straight (alpha = 1 - sigma). So the families differ in their tables,
-and PNDM also in feeding the formula a combination of the last four network outputs. Trajectories
-are those of diffusers 0.42.
+where the network's output gives x0 and eps. Only DDIM with eta and stochastic flow matching have
+s > 0. DDIM and PNDM are variance preserving (alpha^2 + sigma^2 = 1), Euler is variance exploding
+(alpha = 1), flow matching is straight (alpha = 1 - sigma). So the families differ in their tables.
+PNDM also feeds the formula a combination of the last four outputs. Trajectories are those of
+diffusers 0.42.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ State = tuple[Array, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scheduler:
-    """A sampler with its number of steps chosen: tables of one row a network call."""
+    """A sampler of a chosen number of steps: tables with one row a network call."""
 
     timesteps: np.ndarray  # fed to the network; int32 (DDIM, PNDM) or float32
-    init_noise_sigma: float  # sampling starts at this times N(0, I)
+    init_noise_sigma: float  # sampling starts at N(0, I) times this
     prediction_type: str
     input_scales: np.ndarray
     alphas: np.ndarray
@@ -50,19 +50,23 @@ class Scheduler:
     multistep_weights: np.ndarray | None = None  # [n, 4], of the last outputs, newest first
 
     def needs_noise(self, eta: float = 0.0) -> bool:
-        """True if steps with this `eta` read `noise`; InputError if there is no eta to choose."""
+        """Return whether steps with this `eta` read `noise`.
+
+        Raises:
+          InputError: `eta` is not 0 and the sampler has its own.
+        """
         if self.eta is not None and eta != 0:
             raise InputError(f"eta={eta:g} needs a DDIMScheduler: leave it at 0 with this pipeline")
         return (eta if self.eta is None else self.eta) != 0
 
     def init_state(self, latents: Latents) -> State:
-        """What `step` carries along: nothing, or PNDM's starting point and last three outputs."""
+        """Return the first `state` of `step`: nothing, or PNDM's start and last three outputs."""
         if self.multistep_weights is None:
             return ()
         return latents, jnp.zeros((3, *latents.shape), latents.dtype)
 
     def scale_model_input(self, latents: Latents, i: Index) -> Latents:
-        """The latents as the network wants to see them."""
+        """Return the latents as the network takes them."""
         return latents * jnp.asarray(self.input_scales)[i]
 
     def step(
@@ -74,11 +78,14 @@ class Scheduler:
         noise: Latents | None = None,
         eta: float | int | Float[Array, "..."] = 0.0,
     ) -> tuple[Latents, State]:
-        """The next latents and state: x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n.
+        """Return the next latents and state.
 
-        `model_output` is the network's on `scale_model_input(latents, i)` at `timesteps[i]`. DDIM
-        reads `eta` (in [0, 1], one number or any shape that broadcasts), s = eta noise_stds; the
-        others have their own, see `needs_noise`. `noise` may be None only where eta is 0.
+        x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n with s = eta noise_stds.
+
+        Args:
+          model_output: the network's on `scale_model_input(latents, i)` at `timesteps[i]`.
+          noise: n; None only where eta is 0.
+          eta: in [0, 1], of any shape that broadcasts. DDIM reads it; the others have their own.
         """
         if self.multistep_weights is not None:
             model_output, latents, state = self._multistep(model_output, latents, i, state)
@@ -94,23 +101,24 @@ class Scheduler:
         if noise is None:
             raise ValueError("a step with eta draws nothing itself: pass `noise`")
         std = eta * jnp.asarray(self.noise_stds)[i]
-        # Where all noise is fresh the difference is 0, but for fused rounding, which may go below.
+        # Where all noise is fresh the difference is 0; fused rounding may make it negative.
         kept = jnp.sqrt(jnp.maximum(next_sigma**2 - std**2, 0.0))
         return next_alpha * x0 + kept * epsilon + std * noise, state
 
     def x0_and_epsilon(
         self, model_output: Latents, latents: Latents, i: Index
     ) -> tuple[Latents, Latents]:
-        """The clean latents and the noise that the network's output stands for."""
+        """Return the clean latents and the noise that the network's output stands for."""
         scale = jnp.asarray(self.input_scales)[i]  # the network saw the latents scaled
         alpha, sigma = scale * jnp.asarray(self.alphas)[i], scale * jnp.asarray(self.sigmas)[i]
         return x0_and_epsilon(self.prediction_type, model_output, scale * latents, alpha, sigma)
 
     def _multistep(self, model_output, latents, i, state):
-        """PLMS (Liu et al. 2022): Adams-Bashforth on the outputs, after a first step made twice.
+        """Return the output that the formula takes, its latents and the next state.
 
-        Call 1 looks at where call 0 landed, then redoes that step from the start with the mean of
-        both outputs; its own output does not enter the history.
+        This is PLMS (Liu et al. 2022): Adams-Bashforth on the outputs, with the first step made
+        twice. Call 1 looks at where call 0 landed, then redoes that step from the start with the
+        mean of both outputs. Its own output does not enter the history.
         """
         start, history = state
         outputs = jnp.concatenate([model_output[None], history])  # [4, b, *dims]
@@ -242,8 +250,8 @@ def _spaced_timesteps(total: int, fields: Sampling, n: int) -> np.ndarray:
         return np.linspace(0, total - 1, n)[::-1]
     if fields["timestep_spacing"] == "leading":
         return (np.arange(n) * (total // n))[::-1] + float(fields["steps_offset"])
-    # Trailing. Rounding gives arange one point too many at some n (61, 103, ...): a timestep -1
-    # that diffusers visits and we do not.
+    # Trailing. At some n (61, 103, ...) arange has one point too many, by rounding. diffusers
+    # visits it as timestep -1; we do not.
     return np.round(np.arange(total, 0, -total / n))[:n] - 1
 
 
@@ -293,7 +301,7 @@ def _pndm(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
     """Return n + 1 network calls for n > 1: call 1 redoes step 0."""
     spacing = noise.num_train_timesteps // n
     timesteps = np.round(_spaced_timesteps(noise.num_train_timesteps, fields, n)).astype(int)
-    # The second timestep is visited twice; call 1 starts a spacing before it and ends there.
+    # Calls 1 and 2 are at the second timestep. Call 1 starts one spacing before it and ends there.
     timesteps = np.insert(timesteps, 1, timesteps[1:2])
     here = timesteps + spacing * (np.arange(len(timesteps)) == 1)
     weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]

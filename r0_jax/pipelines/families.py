@@ -1,4 +1,4 @@
-"""Any supported diffusers folder -> its pipeline."""
+"""Load the pipeline of any supported diffusers folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _LOAD = {
     "StableDiffusionXLPipeline": stable_diffusion_xl.load,
     "StableDiffusion3Pipeline": stable_diffusion_3.load,
 }
-# Where the weights are, for who has none yet.
+# Where to get the weights.
 _SOURCES = {
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face "
     "Hub or, for Chinese prompts, a folder made of IDEA-CCNL/"
@@ -21,8 +21,8 @@ _SOURCES = {
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0 on the Hugging Face Hub",
     "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3-medium-diffusers on the Hugging "
     "Face Hub, which is gated: log in there and accept its licence "
-    "first, or the download is refused (text_encoder_3 and "
-    "tokenizer_3, 9.5 GB, may be left out)",
+    "first, or the download fails (text_encoder_3 and "
+    "tokenizer_3, 9.5 GB, are optional)",
 }
 
 
@@ -34,16 +34,16 @@ def load(
     text: bool = True,
     images: bool = True,
 ) -> Pipeline:
-    """Reads a diffusers folder of a supported family; parameters stay in their files until
-    `lazy.place` reads them as `dtype`.
+    """Read a diffusers folder of a supported family.
+
+    Parameters stay in their files until `lazy.place` reads them as `dtype`.
 
     Args:
-      family: the class of diffusers that it must be, "" any.
-      text: with text encoders and tokenizers; without, they need not be there, and prompts are
-        told as embeddings.
-      images: with the weights of all other parts; without, only their configs are read.
+      family: the class of diffusers that the folder must have; "" for any.
+      text: read text encoders and tokenizers. Without them prompts are given as embeddings.
+      images: read the weights of all other parts; otherwise only their configs.
     Raises:
-      InputError: it is of another family, or a part is missing or broken.
+      InputError: the folder is of another family, or a part is missing or broken.
     """
     folder = remote.local(folder)
     found = read_index(folder)["_class_name"]
@@ -56,7 +56,7 @@ def load(
 
 
 def check_family(family: str) -> None:
-    """InputError for what is no family."""
+    """Raise InputError unless `family` is a supported class of diffusers or ""."""
     if family and family not in FAMILIES:
         raise InputError(
             f"family={family!r} is unknown; known: {', '.join(FAMILIES)}, or '' for any of them"
@@ -64,7 +64,7 @@ def check_family(family: str) -> None:
 
 
 def check_there(folder: str, family: str) -> None:
-    """InputError, with what to put where, if there is no pretrained pipeline yet."""
+    """Raise InputError, which says what to put where, if there is no pretrained pipeline."""
     check_family(family)
     if folder and remote.has_file(folder, "model_index.json"):
         return

@@ -1,5 +1,7 @@
-"""A diffusers folder, opened: its index, configs, tokenizers and scheduler are read and checked
-before gigabytes of weights are."""
+"""Open a diffusers folder: read and check all of it but the weights.
+
+An error in the index, a config, a tokenizer or the scheduler shows before gigabytes are read.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,7 @@ from r0_jax.pipelines import tokenizers
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params
 
-# Class of diffusers -> what people call the family.
+# Class of diffusers -> the family's name for people.
 FAMILIES = {
     "StableDiffusionPipeline": "Stable Diffusion 1.x",
     "StableDiffusionXLPipeline": "SDXL",
@@ -55,7 +57,7 @@ NETWORKS: dict[str, tuple[Build, str]] = {
     "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
     "BertModel": (_network(BertConfig, BertModel), "model"),
 }
-TEXT_PARTS = ("text_encoder", "tokenizer")  # how their names begin
+TEXT_PARTS = ("text_encoder", "tokenizer")  # prefixes of their names
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
@@ -63,11 +65,12 @@ T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """All of a folder but its weights, of which `files` are known to be there.
+    """All of a folder but its weights.
 
     Attributes:
       index: model_index.json.
       fields: the config.json of each network.
+      files: the weights of each network, known to be there.
       scheduler_config: as the stock pipeline builds it: of the index's class, whatever the
         scheduler's own file says.
     """
@@ -81,15 +84,18 @@ class Folder:
     scheduler_config: SchedulerConfig
 
     def load(self, dtype: str) -> dict[str, Params]:
-        """The parameters of the networks whose files were asked for, `lazy` ones; InputError names
-        a key that is wrong."""
+        """Return the parameters of the networks in `files`, lazy ones.
+
+        Raises:
+          InputError: a key of a file is wrong; the message names it.
+        """
         return {
             part: convert.open_params(files, self.networks[part], dtype)
             for part, files in self.files.items()
         }
 
     def check_equal(self, rows: Iterable[tuple[str, Any, str, Any]]) -> None:
-        """InputError unless the parts are made for each other: (left, a, right, b) with a == b."""
+        """Raise InputError unless the parts fit each other: rows (left, a, right, b), a == b."""
         for left, a, right, b in rows:
             if a != b:
                 raise InputError(
@@ -98,7 +104,12 @@ class Folder:
                 )
 
     def check_conditions(self, part: str, names: Iterable[str], told: str) -> None:
-        """InputError where the network wants to be told what this family does not tell."""
+        """Raise InputError if the network takes an input that this family does not give.
+
+        Args:
+          names: fields of the network's config that must be null.
+          told: what the network is given instead, for the message.
+        """
         for field in names:
             if (value := getattr(self.networks[part].config, field)) is not None:
                 raise InputError(
@@ -107,7 +118,7 @@ class Folder:
                 )
 
     def check_vocabulary(self) -> None:
-        """InputError unless every text encoder knows all tokens of its tokenizer."""
+        """Raise InputError unless every text encoder knows all tokens of its tokenizer."""
         for name, tokenizer in self.tokenizers.items():
             part = name.replace("tokenizer", "text_encoder")
             known, highest = (
@@ -131,13 +142,13 @@ def open_folder(
     text: bool = True,
     images: bool = True,
 ) -> Folder:
-    """Reads all but the weights of a folder.
+    """Read all but the weights of a folder.
 
     Args:
       family: the class of diffusers that model_index.json must name.
-      parts: networks and tokenizers with the classes that each may have.
-      optional: of the networks, those that may be left out, and their tokenizers with them; a
-        warning says so where the index has them.
+      parts: networks and tokenizers, with the classes that each may have.
+      optional: networks that may be missing, with their tokenizers. A warning says so where the
+        index has them.
       overruled: fields of the scheduler's config that the stock pipeline sets itself.
       text, images: as for `families.load`.
     Raises:
@@ -153,10 +164,10 @@ def open_folder(
         found = _class(path, part, index.get(part))
         if part in optional and (found is None or not (path / part).is_dir()):
             if found is not None:
-                warnings.warn(f"{path / part} is not there: going on without it", stacklevel=3)
+                warnings.warn(f"{path / part} is missing: loading without it", stacklevel=3)
             continue
         if part.replace("tokenizer", "text_encoder") not in {*kinds, part}:
-            continue  # the tokenizer of an encoder left out
+            continue  # the tokenizer of a missing encoder
         if found not in allowed:
             raise InputError(
                 f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
@@ -187,7 +198,7 @@ def open_folder(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The folder's model_index.json; InputError unless it is that of a supported family."""
+    """Return the folder's model_index.json; InputError unless its family is supported."""
     if not path.is_dir():
         raise InputError(
             f"{path} is not a folder: give the diffusers folder of a pretrained "
@@ -206,12 +217,12 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def describe(family: str) -> str:
-    """A family for people: "SDXL (StableDiffusionXLPipeline)"."""
+    """Return a family for people: "SDXL (StableDiffusionXLPipeline)"."""
     return f"{FAMILIES[family]} ({family})"
 
 
 def _class(path: Path, part: str, entry: Any) -> str | None:
-    """The class of a part in model_index.json; None where it says that there is none."""
+    """Return the class of a part in model_index.json; None where the index has none."""
     match entry:
         case None | [None, _]:
             return None
@@ -246,8 +257,10 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def mend_sample_size(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a UNet's config.json, with the one that stock pipelines overrule in files of
-    diffusers before 0.9: their sample_size was not that of the training."""
+    """Return the fields of a UNet's config.json with the sample_size of its training.
+
+    Files of diffusers before 0.9 have another one, which stock pipelines overrule.
+    """
     version = re.match(r"(\d+)\.(\d+)", str(fields.get("_diffusers_version")))
     size = fields.get("sample_size")
     if (

@@ -1,7 +1,7 @@
-"""The one protocol of all model families: tokens -> conditioning -> denoised latents -> images.
+"""The protocol of all model families: tokens -> conditioning -> denoised latents -> images.
 
-`Pipeline` is all that the rest of the program knows of a family. What differs is what a network is
-told of a prompt (`tokenize`, `encode_text`, `encode_negative`); the rest is the same for all.
+The rest of the program knows a family by its `Pipeline` only. Families differ in what they tell
+the network of a prompt: `tokenize`, `encode_text`, `encode_negative`.
 """
 
 import abc
@@ -21,29 +21,31 @@ from r0_jax.errors import InputError
 from r0_jax.models.attention_backend import Backend
 from r0_jax.weights.network import Network, Params
 
-# [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; so are columns of a batch. Or
-# what the text encoders made of them, by the names of `Pipeline.embeds`.
+# [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; a batch has the same columns.
+# Or the text encoders' outputs, by the names of `Pipeline.embeds`.
 Tokens = dict[str, jax.Array | np.ndarray]
-# What the network is told of the prompts, by the names of its arguments; leading axis batch.
+# What the network is told of the prompts, by the names of its arguments [B, ...].
 Conditioning = dict[str, jax.Array]
 
 
 def take(tokens: Tokens, rows: Shaped[np.ndarray, "..."] | slice) -> Tokens:
-    """The tokens of some of the prompts."""
+    """Return the tokens of some of the prompts."""
     return {name: ids[rows] for name, ids in tokens.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline(abc.ABC):
-    """A loaded folder. Methods take the parameters they use, so that a jitted step can own them.
+    """A loaded folder.
+
+    Methods take the parameters that they use, so that a jitted step can own them.
 
     Attributes:
-      networks, params: of each part ("unet" or "transformer", "vae", "text_encoder", ...); params
-        are `Lazy`: what computes with them calls `lazy.place` first.
+      networks: of each part ("unet" or "transformer", "vae", "text_encoder", ...).
+      params: of each part, `Lazy`: call `lazy.place` before computing with them.
       tokenizers: by their folder: "tokenizer", "tokenizer_2", "tokenizer_3".
       scheduler_config: as the stock pipeline builds it.
-      negative: embeddings [1, ...] that guidance leads away from, where prompts were encoded
-        before and there are no text encoders; None where the empty prompt is encoded for it.
+      negative: embeddings [1, ...] that guidance leads away from, where there are no text encoders;
+        None where the empty prompt is encoded instead.
     """
 
     folder: Path
@@ -59,32 +61,39 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Token ids [N, T] int32 for each tokenizer, padded and cut as the stock pipeline does;
-        warns with the share of prompts cut off."""
+        """Return token ids [N, T] int32 of each tokenizer.
+
+        Prompts are padded and cut as the stock pipeline does; a warning says the share cut off.
+        """
 
     @abc.abstractmethod
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """What the text encoders make of token ids, by the names of `embeds`."""
+        """Return the text encoders' outputs, by the names of `embeds`."""
 
     @property
     @abc.abstractmethod
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """One prompt's shape of each of `embeds` that the network takes; None is any length."""
+        """Return one prompt's shape of each of `embeds`; None is any length."""
 
     def encode_prompt(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """What the prompts are to the network. `tokens` may hold other columns of a batch too;
-        prompts that were encoded before are taken as they are."""
+        """Return what the network is told of the prompts.
+
+        Args:
+          tokens: may hold other columns of a batch too. Encoded prompts are taken as they are.
+        """
         encoded = {name: tokens[name] for name in self.embeds if name in tokens}
         return self.condition(encoded or self.encode_text(params, tokens))
 
     def condition(self, embeds: Conditioning) -> Conditioning:
-        """The embeddings of prompts, with what else the network is told."""
+        """Return the embeddings of prompts, with all else that the network is told."""
         return embeds
 
     @property
     def empty(self) -> Tokens:
-        """What `encode_negative` takes: the tokens of the empty prompt, or what stands for it;
-        nothing where prompts were encoded before without it."""
+        """Return what `encode_negative` takes: the tokens of the empty prompt, or its embeddings.
+
+        It is empty where the prompts were encoded without it.
+        """
         if "text_encoder" in self.networks:
             return self.tokenize([""])
         return self.negative or {}
@@ -92,8 +101,11 @@ class Pipeline(abc.ABC):
     def encode_negative(
         self, params: dict[str, Params], empty: Tokens, conditioning: Conditioning
     ) -> Conditioning:
-        """What guidance leads away from, in the shapes of `conditioning`; `empty` is that of the
-        pipeline."""
+        """Return what guidance leads away from, in the shapes of `conditioning`.
+
+        Args:
+          empty: `Pipeline.empty`.
+        """
         return jax.tree.map(
             lambda one, all_: jnp.broadcast_to(one, all_.shape),
             self.encode_prompt(params, empty),
@@ -101,7 +113,7 @@ class Pipeline(abc.ABC):
         )
 
     def attending(self, backend: Backend) -> "Pipeline":
-        """The same pipeline, its networks' attention computed by `backend`."""
+        """Return the same pipeline, whose networks compute attention by `backend`."""
         return dataclasses.replace(
             self,
             networks={
@@ -112,7 +124,11 @@ class Pipeline(abc.ABC):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of one sample's latents at the resolution that the folder was trained for."""
+        """Return [h, w, c] of one sample's latents at the folder's own resolution.
+
+        Raises:
+          InputError: the network's config does not say it.
+        """
         config = self.networks[self.generator_part].config
         size = config.sample_size
         if size is None:
@@ -125,7 +141,7 @@ class Pipeline(abc.ABC):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[h, w, 3] of one sample's image."""
+        """Return [h, w, 3] of one sample's image."""
         height, width, _ = self.latent_shape
         factor = 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
         return (height * factor, width * factor, 3)
@@ -137,7 +153,7 @@ class Pipeline(abc.ABC):
         timesteps: Float[Array, " b"],
         conditioning: Conditioning,
     ) -> Float[Array, "b h w c"]:
-        """One network call, computed in the dtype of the parameters, returned in float32."""
+        """Call the network once, in the dtype of the parameters; return float32."""
         return self._call("__call__", generator, latents, timesteps, conditioning)
 
     def features(
@@ -147,7 +163,7 @@ class Pipeline(abc.ABC):
         timesteps: Float[Array, " b"],
         conditioning: Conditioning,
     ) -> Float[Array, "b hm wm cm"]:
-        """The network's features half-way through, in float32."""
+        """Return the network's features half-way through, in float32."""
         return self._call("mid_features", generator, latents, timesteps, conditioning)
 
     def _call(self, method, generator, latents, timesteps, conditioning):
@@ -162,13 +178,13 @@ class Pipeline(abc.ABC):
         return output.astype(jnp.float32)
 
     def decode(self, vae: Params, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-        """Images in [0, 1], clipped as the stock pipeline's postprocessing does; float32."""
+        """Return float32 images in [0, 1], clipped as the stock pipeline does."""
         return jnp.clip(self.decode_unclipped(vae, latents), 0.0, 1.0)
 
     def decode_unclipped(
         self, vae: Params, latents: Float[Array, "b h w c"]
     ) -> Float[Array, "b h2 w2 3"]:
-        """Images around [0, 1]: training needs the gradient of a pixel that went beyond."""
+        """Return images around [0, 1]: training needs the gradient of a pixel beyond it."""
         latents = latents / self.networks["vae"].config.scaling_factor + self.shift
         dtype = next(iter(vae.values())).dtype
         images = self.networks["vae"].apply(vae, "decode", latents.astype(dtype))
@@ -176,6 +192,8 @@ class Pipeline(abc.ABC):
 
     @property
     def shift(self) -> float:
-        """Added to the unscaled latents. Where a VAE's config has a shift_factor, the stock
-        pipelines of some families ignore it."""
+        """Return what is added to the unscaled latents.
+
+        The stock pipelines of some families ignore the VAE's shift_factor.
+        """
         return 0.0

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x, and Taiyi, which reads Chinese with a BERT in place of CLIP's text tower.
+"""Stable Diffusion 1.x, and Taiyi, which reads Chinese with a BERT in place of CLIP.
 
-diffusers `pipelines/stable_diffusion/pipeline_stable_diffusion.py`.
+It mirrors diffusers `pipelines/stable_diffusion/pipeline_stable_diffusion.py`.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ OVERRULED = {"steps_offset": 1, "clip_sample": False}
 
 
 class StableDiffusionPipeline(Pipeline):
-    """The network is told the last hidden state of one text encoder; pads are not masked."""
+    """A network that is told the last hidden state of one text encoder; pads are not masked."""
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """ "input_ids", padded to the tokenizer's length, which the encoder's may limit."""
+        """Return "input_ids", padded to the tokenizer's length or the encoder's, if shorter."""
         tokenizer = self.tokenizers["tokenizer"]
         positions = self.networks["text_encoder"].config.max_position_embeddings
         return {
@@ -34,22 +34,24 @@ class StableDiffusionPipeline(Pipeline):
         }
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """ "prompt_embeds": the last hidden state, of CLIP after its final LayerNorm."""
+        """Return "prompt_embeds": the last hidden state, of CLIP after its final LayerNorm."""
         text = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         return {"prompt_embeds": text.last_hidden_state}
 
     @property
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """[T, D] of "prompt_embeds"."""
+        """Return [T, D] of "prompt_embeds"."""
         return {"prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim)}
 
 
 def load(
     folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
 ) -> StableDiffusionPipeline:
-    """Reads a diffusers folder of Stable Diffusion 1.x; parameters stay in their files, to be
-    read as `dtype`. `text` and `images` as for `families.load`.
+    """Read a diffusers folder of Stable Diffusion 1.x.
 
+    Args:
+      dtype: of the parameters, which stay in their files until they are placed.
+      text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
@@ -73,7 +75,7 @@ def load(
 
 
 def check_fit(folder: Folder) -> None:
-    """InputError unless the parts of a folder are made for each other."""
+    """Raise InputError unless the parts of a folder are made for each other."""
     unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
     folder.check_equal(
         [

@@ -1,6 +1,6 @@
 """Stable Diffusion 3: a transformer on a straight path from noise, and up to three text encoders.
 
-diffusers `pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py`.
+It mirrors diffusers `pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py`.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ T5_TOKENS = 256  # the stock pipeline's max_sequence_length
 
 
 class StableDiffusion3Pipeline(Pipeline):
-    """The network is told the tokens of CLIP-L and bigG, side by side and filled up with zeros,
-    followed by those of T5; and the pooled text of both CLIPs.
+    """A network that is told the tokens of three encoders, and the pooled text of two.
 
-    Without T5 its tokens are zeros, which the network was trained to bear.
+    The tokens of CLIP-L and bigG lie side by side, filled up with zeros; those of T5 follow.
+    Without T5 its tokens are zeros, which the network saw in training too.
     """
 
     generator_part = "transformer"
@@ -40,8 +40,10 @@ class StableDiffusion3Pipeline(Pipeline):
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """ "input_ids" and "input_ids_2", both padded to the first tokenizer's length, and
-        "input_ids_3" of T5, 256 tokens, if it is there."""
+        """Return "input_ids" and "input_ids_2", both padded to the first tokenizer's length.
+
+        With T5 there is also "input_ids_3", padded to 256 tokens.
+        """
         length = self.tokenizers["tokenizer"].model_max_length
         lengths = {"tokenizer": length, "tokenizer_2": length, "tokenizer_3": T5_TOKENS}
         return {
@@ -50,7 +52,7 @@ class StableDiffusion3Pipeline(Pipeline):
         }
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """ "prompt_embeds" [B, T + 256, D] and "pooled_prompt_embeds" [B, P1 + P2]."""
+        """Return "prompt_embeds" [B, T + 256, D] and "pooled_prompt_embeds" [B, P1 + P2]."""
         first, second = (
             self.networks[f"text_encoder{n}"](params[f"text_encoder{n}"], tokens[f"input_ids{n}"])
             for n in ("", "_2")
@@ -69,7 +71,7 @@ class StableDiffusion3Pipeline(Pipeline):
 
     @property
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """[T, D] of "prompt_embeds", [P1 + P2] of "pooled_prompt_embeds"."""
+        """Return [T, D] of "prompt_embeds" and [P1 + P2] of "pooled_prompt_embeds"."""
         config = self.networks["transformer"].config
         return {
             "prompt_embeds": (None, config.joint_attention_dim),
@@ -78,16 +80,18 @@ class StableDiffusion3Pipeline(Pipeline):
 
     @property
     def shift(self) -> float:
-        """The VAE's shift_factor, which this family does add."""
+        """Return the VAE's shift_factor, which this family adds."""
         return self.networks["vae"].config.shift_factor or 0.0
 
 
 def load(
     folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
 ) -> StableDiffusion3Pipeline:
-    """Reads a diffusers folder of Stable Diffusion 3; parameters stay in their files, to be
-    read as `dtype`. `text` and `images` as for `families.load`.
+    """Read a diffusers folder of Stable Diffusion 3.
 
+    Args:
+      dtype: of the parameters, which stay in their files until they are placed.
+      text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
@@ -107,7 +111,7 @@ def load(
 
 
 def check_fit(folder: Folder) -> None:
-    """InputError unless the parts of a folder are made for each other."""
+    """Raise InputError unless the parts of a folder are made for each other."""
     transformer, vae = (folder.networks[part].config for part in ("transformer", "vae"))
     folder.check_equal(
         [

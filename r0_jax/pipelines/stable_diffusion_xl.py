@@ -1,6 +1,6 @@
 """SDXL: two CLIP text encoders, and a network that is also told sizes and a pooled prompt.
 
-diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py`.
+It mirrors diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py`.
 """
 
 import dataclasses
@@ -29,8 +29,10 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusionXLPipeline(Pipeline):
-    """The network is told the last but one hidden states of both encoders side by side, the pooled
-    text of the second, and the sizes of an image that was neither cropped nor enlarged.
+    """A network that is told the prompt by two encoders, and sizes.
+
+    It takes the last but one hidden states of both side by side, and the pooled text of the second.
+    The sizes are those of an image that was neither cropped nor enlarged.
 
     Attributes:
       force_zeros_for_empty_prompt: guidance leads away from zeros, not from the empty prompt.
@@ -41,7 +43,7 @@ class StableDiffusionXLPipeline(Pipeline):
     embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """ "input_ids" and "input_ids_2", each padded to its tokenizer's length."""
+        """Return "input_ids" and "input_ids_2", each padded to its tokenizer's length."""
         columns = {}
         for name, tokenizer in self.tokenizers.items():
             encoder = self.networks[name.replace("tokenizer", "text_encoder")]
@@ -50,8 +52,7 @@ class StableDiffusionXLPipeline(Pipeline):
         return columns
 
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
-        """ "prompt_embeds" [B, T, D1 + D2], and "pooled_prompt_embeds" [B, P] of the second
-        encoder."""
+        """Return "prompt_embeds" [B, T, D1 + D2] and the second's "pooled_prompt_embeds" [B, P]."""
         first = self.networks["text_encoder"](params["text_encoder"], tokens["input_ids"])
         second = self.networks["text_encoder_2"](params["text_encoder_2"], tokens["input_ids_2"])
         return {
@@ -60,7 +61,7 @@ class StableDiffusionXLPipeline(Pipeline):
         }
 
     def condition(self, embeds: Conditioning) -> Conditioning:
-        """With "add_time_ids" [B, 6] int32: original size, crop, target size."""
+        """Return `embeds` with "add_time_ids" [B, 6] int32: original size, crop, target size."""
         height, width, _ = self.image_shape
         sizes = jnp.asarray([[height, width, 0, 0, height, width]], jnp.int32)
         count = len(embeds["pooled_prompt_embeds"])
@@ -68,7 +69,7 @@ class StableDiffusionXLPipeline(Pipeline):
 
     @property
     def embed_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """[T, D] of "prompt_embeds", [P] of "pooled_prompt_embeds"."""
+        """Return [T, D] of "prompt_embeds" and [P] of "pooled_prompt_embeds"."""
         return {
             "prompt_embeds": (None, self.networks["unet"].config.cross_attention_dim),
             "pooled_prompt_embeds": (pooled_width(self.networks["unet"].config),),
@@ -77,8 +78,10 @@ class StableDiffusionXLPipeline(Pipeline):
     def encode_negative(
         self, params: dict[str, Params], empty: Tokens, conditioning: Conditioning
     ) -> Conditioning:
-        """Zeros, or the empty prompt where the folder says so, or what stands for it where prompts
-        were encoded before; the sizes stay."""
+        """Return zeros, or the empty prompt where the folder says so; the sizes stay.
+
+        Where prompts were encoded before, the embeddings in `empty` are taken.
+        """
         if not self.force_zeros_for_empty_prompt or "prompt_embeds" in empty:
             return super().encode_negative(params, empty, conditioning)
         zeros = {
@@ -91,9 +94,11 @@ class StableDiffusionXLPipeline(Pipeline):
 def load(
     folder: str | Path, dtype: str = "float32", text: bool = True, images: bool = True
 ) -> StableDiffusionXLPipeline:
-    """Reads a diffusers folder of SDXL; parameters stay in their files, to be
-    read as `dtype`. `text` and `images` as for `families.load`.
+    """Read a diffusers folder of SDXL.
 
+    Args:
+      dtype: of the parameters, which stay in their files until they are placed.
+      text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded, of another family, or does not fit its
         config; the message says which.
@@ -112,12 +117,12 @@ def load(
 
 
 def pooled_width(unet: UNet2DConditionConfig) -> int:
-    """Numbers of the pooled text that the network is told: all but those of the six sizes."""
+    """Return the width of the pooled text: that of the network's input less the six sizes'."""
     return unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
 
 
 def check_fit(folder: Folder) -> None:
-    """InputError unless the parts of a folder are made for each other."""
+    """Raise InputError unless the parts of a folder are made for each other."""
     unet, vae = (folder.networks[part].config for part in ("unet", "vae"))
     if unet.addition_embed_type != "text_time":
         raise InputError(

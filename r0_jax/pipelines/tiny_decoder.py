@@ -1,5 +1,7 @@
-"""A tiny autoencoder (TAESD) that decodes in training what rewards look at, 18 times cheaper than
-the pipeline's own VAE; images that people see are always the VAE's."""
+"""A tiny autoencoder (TAESD) that decodes what rewards look at in training.
+
+It is 18 times cheaper than the pipeline's own VAE. Images for people are always the VAE's.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -20,12 +22,12 @@ _WHICH = "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TinyDecoder:
-    """Latents as the denoising network has them -> images around [0, 1].
+    """A decoder from the denoising network's latents to images around [0, 1].
 
     Attributes:
-      params: on the host; of both halves, as the file holds them.
-      shift: added to the latents after they are divided by the config's scaling_factor. Published
-        ones have 0 and 1: a tiny autoencoder is trained on scaled latents.
+      params: of encoder and decoder, as the file holds them; on the host.
+      shift: added to the latents after the division by the config's scaling_factor. Published
+        decoders are trained on scaled latents: their scaling_factor is 1, their shift 0.
     """
 
     network: Network
@@ -35,7 +37,7 @@ class TinyDecoder:
     def decode_unclipped(
         self, params: Params, latents: Float[Array, "b h w c"]
     ) -> Float[Array, "b h2 w2 3"]:
-        """Images in float32, computed in the dtype of `params`; `Pipeline.decode_unclipped`."""
+        """Return float32 images, computed in the dtype of `params`, in place of the VAE's."""
         latents = latents / self.network.config.scaling_factor + self.shift
         dtype = next(iter(params.values())).dtype
         images = self.network.apply(params, "decode", latents.astype(dtype))
@@ -43,9 +45,10 @@ class TinyDecoder:
 
 
 def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> TinyDecoder:
-    """Reads a diffusers folder of an AutoencoderTiny: config.json and its safetensors.
+    """Read a diffusers folder of an AutoencoderTiny: config.json and its safetensors.
 
-    Raises InputError for a folder of anything else, or made for other latents than the pipeline's.
+    Raises:
+      InputError: the folder holds something else, or is for other latents than the pipeline's.
     """
     folder = remote.local(folder)
     fields = read_json(folder / "config.json")
@@ -73,6 +76,6 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
     network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
     files = convert.find_files(folder, "diffusion_pytorch_model")
     params = convert.open_params(files, network, dtype)
-    # Whether a shift is added is the family's, not the autoencoder's.
+    # The family, not the autoencoder, decides whether a shift is added.
     replaced = dataclasses.replace(pipeline, networks=pipeline.networks | {"vae": network})
     return TinyDecoder(network, params, replaced.shift)

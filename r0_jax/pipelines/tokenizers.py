@@ -1,4 +1,4 @@
-"""The tokenizers of diffusers folders: CLIP's, BERT's and T5's, read with their files checked."""
+"""Read and check the tokenizers of diffusers folders: CLIP's, BERT's and T5's."""
 
 import json
 import warnings
@@ -11,7 +11,7 @@ from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, 
 
 from r0_jax.errors import InputError
 
-# Class in model_index.json -> (how prose calls it, class here, files that it can be read from).
+# Class in model_index.json -> (name for people, class of transformers, files that it needs).
 _KINDS = {
     "CLIPTokenizer": ("CLIP", CLIPTokenizer, ("vocab.json", "merges.txt")),
     "BertTokenizer": ("BERT", BertTokenizer, ("vocab.txt",)),
@@ -21,7 +21,7 @@ KINDS = tuple(f"{kind}{fast}" for kind in _KINDS for fast in ("", "Fast"))
 
 
 def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; InputError if its files are missing or broken."""
+    """Return the tokenizer of a folder; InputError if its files are missing or broken."""
     name, cls, needed = _KINDS[kind.removesuffix("Fast")]
     if not (folder / "tokenizer.json").is_file():
         for file in needed:
@@ -29,14 +29,15 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedToken
                 raise InputError(f"{folder / file} is missing: is the folder complete?")
     try:
         tokenizer = cls.from_pretrained(folder)
-        tokenizer(["a"])  # where the vocabulary is empty, only this fails
+        tokenizer(["a"])  # only this fails for an empty vocabulary
         lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
         raise InputError(f"{folder} does not hold a readable {name} tokenizer ({e})") from None
     length = tokenizer.model_max_length
     if not isinstance(length, int) or length < 2:  # both ends of a prompt
         raise InputError(
-            f"{folder}/tokenizer_config.json: model_max_length = {length!r} is no number of tokens"
+            f"{folder}/tokenizer_config.json: model_max_length = {length!r} is not a number of "
+            "tokens"
         )
     if lost > 0.01 * count:
         file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "merges.txt"
@@ -50,7 +51,7 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedToken
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
 ) -> Int[np.ndarray, "b t"]:
-    """Ids [B, length] int32; the end-of-text token is kept when a prompt is cut off."""
+    """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token."""
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     cut = sum(len(ids) > length for ids in whole)
     if cut:
@@ -66,8 +67,11 @@ def tokenize(
 
 
 def _unreachable(tokenizer: CLIPTokenizer) -> tuple[int, int]:
-    """How many tokens of several letters no merge makes, and of how many. A merges.txt cut short
-    at the end of a line is read without complaint, and then prompts fall into other tokens."""
+    """Return how many tokens of several letters no merge makes, and how many there are.
+
+    A merges.txt cut short at the end of a line is read without an error, but then prompts become
+    other tokens.
+    """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     made = {"".join(merge) for merge in model["merges"]} | set(tokenizer.all_special_tokens)
     longer = [token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1]

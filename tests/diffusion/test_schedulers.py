@@ -322,7 +322,7 @@ def test_needs_noise():
         (FLOW, "use_beta_sigmas", True),
     ],
 )
-def test_refused_fields_are_named(base, field, value):
+def test_fields_not_supported_are_named(base, field, value):
     with pytest.raises(InputError) as error:
         from_config(base | {field: value}, 4)
     message = str(error.value)
@@ -351,7 +351,7 @@ def test_refused_fields_are_named(base, field, value):
         (({"_class_name": ["DDIMScheduler"]}, 4), r"\['DDIMScheduler'\] is not supported"),
     ],
 )
-def test_refused_arguments(arguments, match):
+def test_arguments_not_supported_are_named(arguments, match):
     with pytest.raises(InputError, match=match):
         from_config(*arguments)
 
@@ -404,7 +404,7 @@ def test_a_folder_is_else_sampled_by_its_own_sampler(config):
         ({}, "None has no betas"),
     ],
 )
-def test_a_folder_whose_noise_is_unknown_is_refused(config, said):
+def test_a_folder_whose_noise_is_unknown_is_an_error(config, said):
     with pytest.raises(InputError, match=said):
         from_folder(config, 4)
     with pytest.raises(InputError, match="num_inference_steps=0"):

@@ -220,7 +220,7 @@ def test_an_export_without_t5_says_so(world, tmp_path):
             shutil.copytree(world / "sd3" / "base", base)
             shutil.rmtree(base / "text_encoder_3")
         with (
-            pytest.warns(UserWarning, match="going on without it")
+            pytest.warns(UserWarning, match="loading without it")
             if source == "folder"
             else (silent())
         ):

@@ -321,7 +321,7 @@ def test_t5_that_was_not_downloaded(folders, tmp_path, loaded):
     """9.5 GB that one may do without, but not half of it."""
     folder = shutil.copytree(folders / "sd3", tmp_path / "sd3")
     shutil.move(folder / "text_encoder_3", tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match="text_encoder_3 is not there: going on without it"):
+    with pytest.warns(UserWarning, match="text_encoder_3 is missing: loading without it"):
         pipeline = families.load(folder)
     without = loaded("sd3_without_t5")
     assert pipeline.networks.keys() == without.networks.keys()
