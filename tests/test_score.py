@@ -287,8 +287,11 @@ def test_names_that_leave_a_doubt(names, said):
         ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
         ("file:clip_score=clip", "'file' is a field of its own in --out"),
         ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
-        ("pickscore=/nowhere", "rewards.pickscore.path = '/nowhere' is not there: give the folder"),
-        ("image_reward=clip", "model_type = 'clip' is no image_reward: make the folder with"),
+        (
+            "pickscore=/nowhere",
+            "rewards.pickscore.path = '/nowhere' does not exist: give the folder",
+        ),
+        ("image_reward=clip", "model_type = 'clip' is not image_reward: make the folder with"),
         ("x:function=mine:scalar", "reward x returns .* for 2 images"),
         ("x:function=mine:failing", "reward x fails on images .*: RuntimeError: boom$"),
     ],

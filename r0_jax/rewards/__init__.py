@@ -1,4 +1,4 @@
-"""Rewards: images and prompts -> one differentiable score each."""
+"""Rewards: map images and prompts to one differentiable score per image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import convert
 
-# `type` of a config entry -> how to load it.
+# `type` of a config entry -> its loader.
 TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
     "clip_score": clip_score.load,
     "hps_v2": clip_score.load_hps,
@@ -24,20 +24,21 @@ TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
     "aesthetic": aesthetic.load,
     "function": plugin.load,
 }
-# `type` -> fields without which it is nothing.
+# `type` -> fields that must be set.
 _NEEDED = {**dict.fromkeys(TYPES, ("path",)), "function": ("function",)}
 
 
 def load(
     name: str, entry: ConfigDict | str | Path, dtype: str = "float32", text: bool = True
 ) -> Reward:
-    """The reward that one entry of `config.rewards` describes; towers compute in `dtype`.
+    """Load the reward that one entry of `config.rewards` describes; towers compute in `dtype`.
 
-    In place of an entry a folder will do; then `name` is one of `TYPES` too, as in
-    `load("hps_v2_1", "/path")`, or `load("function", "module:function")`. Without `text` no text
-    tower is read or needs to be there: features of prompts were computed before.
-    Raises InputError for an unknown type, for files that are missing or do not fit, and for a
-    checkpoint that must be converted first.
+    `entry` may also be a folder. Then `name` is one of `TYPES`, as in
+    `load("hps_v2_1", "/path")` or `load("function", "module:function")`. With `text=False` the
+    text tower may be missing: use this when prompt features were computed before.
+
+    Raise InputError for an unknown type, for missing or wrong files, and for a checkpoint that
+    must be converted first.
     """
     if not isinstance(entry, ConfigDict):
         entry = ConfigDict(
@@ -69,18 +70,17 @@ def load(
 
 
 def _check_converted(name: str, entry: ConfigDict) -> None:
-    """InputError that gives the command, where an entry leads to nothing or to a file as it was
-    published."""
+    """Check that an entry names a converted folder; else raise InputError with the command."""
     path, out = remote.local(entry.path), "--tokenizer=PATH --out=FOLDER"
     if not path.exists():
         raise InputError(
-            f"rewards.{name}.path = {entry.path!r} is not there: give the folder of "
-            f"its {entry.type} model, which python -m r0_jax.convert_reward makes of "
-            "a file as it was published (docs/rewards.md)"
+            f"rewards.{name}.path = {entry.path!r} does not exist: give the folder of "
+            f"its {entry.type} model; python -m r0_jax.convert_reward makes it from "
+            "the published file (docs/rewards.md)"
         )
     if path.is_file():
         field, file = "path", path
-        said = "is a file: give a folder of transformers or open_clip, or"
+        said = "is a file: give a transformers or open_clip folder, or"
     elif entry.type == "aesthetic" and Path(entry.head).suffix in PICKLED:
         field, file, said = "head", entry.head, "is a pickle, which is never read:"
     elif (found := convert.pickles(path)) and not any(
@@ -89,7 +89,7 @@ def _check_converted(name: str, entry: ConfigDict) -> None:
         field, file, said = "path", found[0], f"holds {found[0].name}, which is never read:"
     else:
         return
-    if entry.type == "aesthetic":  # whose head goes into the folder of its CLIP
+    if entry.type == "aesthetic":  # the head belongs in the folder of its CLIP
         out = f"--out={path if path.is_dir() else 'FOLDER'}"
     raise InputError(
         f"rewards.{name}.{field} = {entry[field]!r} {said} convert the published file "

@@ -18,11 +18,13 @@ HEAD = "aesthetic_head.safetensors"
 
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """A reward from a CLIP folder (`path`) and the head's safetensors file: `head`, or else
-    aesthetic_head.safetensors in the folder. Scores are about 1 to 10."""
-    del text  # it reads none
+    """Load the aesthetic reward from the CLIP folder `path` and the safetensors file `head`.
+
+    The default of `head` is aesthetic_head.safetensors in that folder. Scores are about 1 to 10.
+    """
+    del text  # the prompt is not read
     found = tower.load(entry.path, dtype, text=False)
-    # Published with OpenAI's own preprocessing, whichever library the folder is of.
+    # The predictor uses OpenAI's preprocessing, whichever library wrote the folder.
     prepare = dataclasses.replace(found.prepare, corner="round", resize=entry.resize)
     clip = found.sight
     head = Network.abstract(lambda rngs: ScoreMLP(found.width, rngs=rngs))
@@ -33,7 +35,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     def score(
         params: Params, images: Float[Array, "b h w 3"], features: jax.Array | None
     ) -> Float[Array, " b"]:
-        del features  # beauty does not ask what was ordered
+        del features  # the prompt plays no part
         image = clip.apply(split(params, "clip/"), "image_features", prepare(images).astype(dtype))
         return head(split(params, "head/"), normalize(image))
 
@@ -48,5 +50,5 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
 
 
 def split(params: Params, prefix: str) -> Params:
-    """The parameters under a prefix, without it."""
+    """Return the parameters under `prefix`, with the prefix removed from their names."""
     return {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}

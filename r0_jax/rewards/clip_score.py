@@ -1,7 +1,7 @@
 """Rewards of CLIP form: agreement of image and prompt in a shared space.
 
-CLIP score, HPS, PickScore, Chinese-CLIP and a world's own preference model are this one function
-with different weights: the cosine, or exp(logit_scale) times it.
+CLIP score, HPS, PickScore, Chinese-CLIP and the embedded world's preference model differ only in
+their weights. The score is the cosine, or exp(logit_scale) times it.
 """
 
 import dataclasses
@@ -17,23 +17,25 @@ from r0_jax.weights.network import Params
 
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """Any CLIP or Chinese-CLIP folder (`tower.load`), with the folder's own preprocessing."""
+    """Load any CLIP or Chinese-CLIP folder (`tower.load`), with its own preprocessing."""
     return from_tower(name, _tower(entry, dtype, text), entry.logit_scale)
 
 
 def load_hps(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """HPS v2 and v2.1, which differ in weights only: the cosine of an image padded to a square
-    (hpsv2 `img_score.py`). Not times 100, as its tables have it."""
+    """Load HPS v2 or v2.1: the cosine of an image padded to a square (hpsv2 `img_score.py`).
+
+    The two differ only in weights. HPS's tables show 100 times this score.
+    """
     return from_tower(name, _tower(entry, dtype, text, policy="pad"), logit_scale=False)
 
 
 def load_pickscore(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """PickScore v1: exp(logit_scale) times the cosine, 20 to 23 for today's models."""
+    """Load PickScore v1: exp(logit_scale) times the cosine, 20 to 23 for today's models."""
     return from_tower(name, _tower(entry, dtype, text), logit_scale=True)
 
 
 def _tower(entry: ConfigDict, dtype: str, text: bool, **preprocess: str) -> Tower:
-    """The entry's tower, with the entry's `resize` and other changes of its preprocessing."""
+    """Load the entry's tower; change its preprocessing by the entry's `resize` and `preprocess`."""
     found = tower.load(entry.path, dtype, text)
     return found._replace(
         prepare=dataclasses.replace(found.prepare, resize=entry.resize, **preprocess)
@@ -41,13 +43,13 @@ def _tower(entry: ConfigDict, dtype: str, text: bool, **preprocess: str) -> Towe
 
 
 def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
-    """The cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
+    """Make a reward: the cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
     sight, prepare = found.sight, found.prepare
 
     def score(
         params: Params, images: Float[Array, "b h w 3"], features: Float[Array, "b d"]
     ) -> Float[Array, " b"]:
-        seen = {key: params[key] for key in sight.shapes}  # the text tower may be there or not
+        seen = {key: params[key] for key in sight.shapes}  # without the text tower
         image = sight.apply(seen, "image_features", prepare(images).astype(found.dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
         if logit_scale:

@@ -1,4 +1,4 @@
-"""ImageReward: a text encoder that reads the image, and an MLP (ImageReward `ImageReward.py`)."""
+"""ImageReward: a text encoder that attends to the image, and an MLP (its `ImageReward.py`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ from r0_jax.rewards.reward import Reward, not_loaded
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params
 
-LENGTH = 35  # tokens, both ends included, that it was trained on
-SPECIAL = ("[DEC]", "[ENC]")  # what BLIP adds to BERT's vocabulary (`init_tokenizer`)
+LENGTH = 35  # tokens in training, start and end included
+SPECIAL = ("[DEC]", "[ENC]")  # BLIP adds these to BERT's vocabulary (`init_tokenizer`)
 
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """A reward from a converted folder: about N(0, 1) on its training set.
+    """Load ImageReward from a converted folder; scores are about N(0, 1) on its training set.
 
-    Its features of a prompt are the token ids. Without the image only the embeddings and the
-    first self-attention could be computed: less than 0.2 % of a score's arithmetic, for 768 times
-    the memory a prompt.
+    The features of a prompt are its token ids, int32. Little more can be computed without the
+    image: the embeddings and the first self-attention. They are less than 0.2 % of a score's
+    arithmetic, but need 768 times the memory per prompt.
     """
     folder = remote.local(entry.path)
     config = ImageRewardConfig.from_json(_config(folder))
@@ -70,7 +70,7 @@ def _config(folder: Path) -> dict:
     fields = read_json(folder / "config.json")
     if (kind := fields.get("model_type", "image_reward")) != "image_reward":
         raise InputError(
-            f"{folder / 'config.json'}: model_type = {kind!r} is no image_reward: "
+            f"{folder / 'config.json'}: model_type = {kind!r} is not image_reward: "
             "make the folder with r0_jax.convert_reward"
         )
     return {k: v for k, v in fields.items() if k != "model_type"}

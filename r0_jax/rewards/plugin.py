@@ -1,4 +1,4 @@
-"""A user's own reward: `module:function`, checked before it is trusted with a training run."""
+"""A user's own reward, given as `module:function`, and the check of a reward before training."""
 
 import contextlib
 import importlib
@@ -14,22 +14,25 @@ from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 
-_SAME = 1e-2  # of the largest score: by how much one may move with the other images of a batch
+_SAME = 1e-2  # share of the largest score: most that the batch's other images may change a score
 
 
 def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
-    """A reward from `entry.function`, "module:function".
+    """Load a reward from `entry.function`, "module:function".
 
-    The function takes (images in [0, 1] [B, h, w, 3] float32, features) and returns float32 [B];
-    it must be traceable by jax, and differentiable where it is trained on. What else the module
-    has of that name:
+    The function takes (images, features) and returns scores: float32 [B]. Images are float32
+    [B, h, w, 3] in [0, 1]. JAX must be able to trace the function, and to differentiate it if it
+    is trained on. The module may also define two functions named after it:
 
         function_text_features(list of prompts) -> float32 [N, D]
-            computed once a prompt; features holds their rows for the batch, and else is None
+            Called once per prompt; `features` then holds the batch's rows. Without it,
+            `features` is None.
         function_params() -> {name: array}
-            weights, of a network of any kind: the function then takes (params, images, features)
-            and gets them placed on the devices, where arrays that it closes over would become
-            constants of the compiled step
+            The weights of a network. The function then takes (params, images, features), and the
+            weights are on the devices. Arrays in a closure would become constants of the
+            compiled step.
+
+    Raise InputError if the function cannot be imported or takes other arguments.
     """
     del dtype, text  # the function decides
     module_name, _, function_name = entry.function.partition(":")
@@ -50,7 +53,7 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     arguments = ("images", "features") if read_params is None else ("params", "images", "features")
     try:
         inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError):  # ValueError: what is written in C has no signature
+    except (TypeError, ValueError):  # ValueError: a function in C may have no signature
         raise InputError(
             f"rewards.{name}: {entry.function} must take ({', '.join(arguments)})"
         ) from None
@@ -85,13 +88,17 @@ def check(
     trained: bool = True,
     features: np.ndarray | None = None,
 ) -> None:
-    """Runs a reward once, jitted, and, if it is to be trained on, its gradient, on random images,
-    which also hold exact zeros and ones, as clipped images do. Two of them come again in other
-    places of another batch, where their scores must be the same.
+    """Check a reward on random images; with `trained`, check its gradient too.
 
-    `features` are those of two prompts, where they were computed before.
+    The images contain exact zeros and ones, as clipped images do. Two of them appear again in a
+    second batch, at other positions: their scores must be the same.
+
+    Args:
+      features: of two prompts, if they were computed before.
+
     Raises:
-      InputError: it fails, or shape, dtype, finiteness or independence of samples is wrong.
+      InputError: the reward fails, its shape or dtype is wrong, a score or gradient is not
+        finite, or a score depends on other images.
     """
     with _blaming(reward.name, "its weights"):
         params = lazy.place(reward.params)
@@ -105,7 +112,7 @@ def check(
             )
     noise = jax.random.normal(jax.random.key(0), (3, *image_shape))
     one, other = 0.5 + 0.5 * noise[:2]
-    # Least and most of what a reward may measure a batch by: brightness, contrast.
+    # Extremes of brightness and contrast: a score that is relative to the batch would change.
     dull, harsh = 0.1 + 0.05 * noise[2], 2.0 + 5.0 * noise[2]
     batches = [
         jnp.clip(jnp.stack(images), 0.0, 1.0)
@@ -116,7 +123,7 @@ def check(
     def of(batch: int, count: int = 3):
         return batches[batch][:count], None if rows[batch] is None else rows[batch][:count]
 
-    for count in (2, 3):  # a size of batch that is written into the function shows here
+    for count in (2, 3):  # finds a function that fixes the batch size
         shape = (count, *image_shape)
         with _blaming(reward.name, f"images of shape {shape}"):
             found = jax.eval_shape(reward.score, params, *of(0, count))
@@ -126,7 +133,7 @@ def check(
                 f"expected float32 of shape ({count},)"
             )
 
-    def first(images, features, params):  # a tower's weights as constants take long to compile
+    def first(images, features, params):  # params are arguments: constants compile slowly
         value = reward.score(params, images, features)
         return value[0], value
 
@@ -151,7 +158,7 @@ def check(
 
 @contextlib.contextmanager
 def _blaming(name: str, where: str) -> Iterator[None]:
-    """Whatever a user's function raises, as one line."""
+    """Turn any exception of a user's function into a one-line InputError."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Images in [0, 1] -> what a vision tower was trained on, differentiably."""
+"""Differentiable preprocessing: turns images in [0, 1] into the input of a vision tower."""
 
 import dataclasses
 import json
@@ -17,24 +17,25 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# Of a resize that begins with means of blocks, the part left to bicubic: PIL's `thumbnail` too
-# leaves a factor of 2, and its `Image.resize` calls it `reducing_gap`.
+# A resize that averages blocks first leaves at least this factor to bicubic. PIL's `thumbnail`
+# leaves 2 as well; `Image.resize` calls it `reducing_gap`.
 _GAP = 2
 RESIZES = ("bicubic", "reduce")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """Bicubic resize with antialiasing (PIL's), then the policy for what is not square.
+    """An antialiased bicubic resize (as PIL's) to a square, then normalization.
 
     Attributes:
-      size: of the square that comes out, in pixels.
-      policy: "crop" (shortest side to `size`, centre crop: CLIP, PickScore), "pad" (longest side,
-        black borders: HPS) or "squash" (both sides: Chinese-CLIP).
-      corner: of a crop, where the middle lies between two pixels: "floor" as the processors of
-        transformers have it, or "round" (half to even) as torchvision's CenterCrop.
-      resize: "bicubic", all at once, as published; "reduce": means of whole blocks of pixels
-        first, as far as blocks divide the image and leave bicubic a factor of 2.
+      size: side of the square output, in pixels.
+      policy: how an image becomes square. "crop" resizes the shortest side to `size` and crops
+        the centre (CLIP, PickScore). "pad" resizes the longest side and adds black borders (HPS).
+        "squash" resizes both sides (Chinese-CLIP).
+      corner: how a crop rounds a half pixel of its corner: "floor" as in transformers, or "round"
+        (half to even) as in torchvision's CenterCrop.
+      resize: "bicubic" resizes in one step, as published. "reduce" first averages square blocks
+        of pixels that divide the image, and leaves bicubic a factor of at least 2.
     """
 
     size: int
@@ -45,12 +46,12 @@ class Preprocess:
     resize: str = "bicubic"
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
-        """Normalized images. Bicubic overshoot is kept: clipping it would kill gradients."""
+        """Return normalized images. Keep bicubic overshoot: clipping it would kill gradients."""
         b, h, w, c = images.shape
         match self.policy:
-            case "crop":  # transformers and torchvision cut the fraction of a pixel off
+            case "crop":  # transformers and torchvision round down
                 height, width = (int(self.size * n / min(h, w)) for n in (h, w))
-            case "pad":  # HPS rounds it
+            case "pad":  # HPS rounds to the nearest
                 height, width = (max(1, round(n * (self.size / max(h, w)))) for n in (h, w))
             case _:
                 height, width = self.size, self.size
@@ -73,26 +74,25 @@ class Preprocess:
 
 
 def _block_means(images: Float[Array, "b h w c"], most: int) -> Float[Array, "b h2 w2 c"]:
-    """Means of the largest square blocks, at most `most` pixels a side, that divide the image."""
+    """Average the largest square blocks that divide the image, at most `most` pixels a side."""
     b, h, w, c = images.shape
     side = max((n for n in range(1, most + 1) if h % n == w % n == 0), default=1)
     return images.reshape(b, h // side, side, w // side, side, c).mean(axis=(2, 4))
 
 
-# Of the steps of a processor of transformers, what every one here does.
+# Steps of a transformers processor that every reward here needs.
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _RESCALED = 1 / 255
-_BICUBIC = 3  # of PIL
+_BICUBIC = 3  # PIL's number
 
 
 def from_json(
     fields: Mapping[str, Any], image_size: int, file: str = "preprocessor_config.json"
 ) -> Preprocess:
-    """The preprocessing that transformers publishes in `file`, as messages call it; what is null is
-    CLIP's.
+    """Read the preprocessing from the `fields` of a transformers file; null means CLIP's value.
 
-    Raises InputError for a resampling other than bicubic, for a step that is left out, for a size
-    that the tower does not take and for a mean or deviation that is none.
+    Messages call the file `file`. Raise InputError for a resampling other than bicubic, a
+    switched-off step, a size that differs from the tower's, and an invalid mean or deviation.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     expected = {"resample": _BICUBIC, "rescale_factor": _RESCALED, **dict.fromkeys(_STEPS, True)}
@@ -108,7 +108,7 @@ def from_json(
         sizes = size.values() if isinstance(size, Mapping) else [size]
         if any(side not in (None, image_size) for side in sizes):
             raise InputError(
-                f"{file}: {field} = {size}, but the tower takes {image_size} px: write that number"
+                f"{file}: {field} = {size}, but the tower takes {image_size} px: set that number"
             )
     size = fields.get("size")
     squashes = not crops or (isinstance(size, Mapping) and size.get("height") is not None)
@@ -136,8 +136,8 @@ def _channels(
     if not numbers:
         least = "" if above == -math.inf else f" above {above:g}"
         raise InputError(
-            f"{where}: {name} = {json.dumps(value)} is not supported: three numbers"
-            f"{least} are expected, one a channel"
+            f"{where}: {name} = {json.dumps(value)} is not supported: give three numbers"
+            f"{least}, one per channel"
         )
     return tuple(map(float, value))
 
@@ -146,11 +146,10 @@ _RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
 
 
 def from_open_clip(fields: Mapping[str, Any], image_size: int) -> Preprocess:
-    """The preprocessing that the `preprocess_cfg` of an `open_clip_config.json` describes; as
-    there, null is what is usual.
+    """Read the `preprocess_cfg` of an `open_clip_config.json`; null means open_clip's default.
 
-    Raises InputError for another interpolation, padding or colour mode, and for a mean or deviation
-    that is none.
+    Raise InputError for an unsupported interpolation, padding or colour mode, and for an invalid
+    mean or deviation.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     only = {

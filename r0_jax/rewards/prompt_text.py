@@ -1,4 +1,4 @@
-"""Prompts -> token ids, as each published model was trained on them."""
+"""Tokenizers of the published models: turn prompts into token ids as in their training."""
 
 import functools
 import html
@@ -17,7 +17,7 @@ from r0_jax.pipelines.tokenizers import load_tokenizer
 
 
 class Tokens(NamedTuple):
-    """Ids int32, padded; and which prompts were longer and lost their end."""
+    """Padded token ids, int32, and which prompts were truncated."""
 
     ids: Int[np.ndarray, "n t"]
     truncated: Bool[np.ndarray, " n"]
@@ -27,10 +27,10 @@ Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 def clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
-    """The CLIP tokenizer of transformers, padded as the folder says; the end token is kept.
+    """Load transformers' CLIP tokenizer, with the folder's padding; truncation keeps the end token.
 
-    Like the others, it raises InputError for a vocabulary that is missing, broken or larger than
-    the network's table of `vocab_size` embeddings.
+    Raise InputError for a vocabulary that is missing, broken, or larger than the `vocab_size`
+    embeddings of the network. The other tokenizers here raise it too.
     """
     tokenizer = load_tokenizer(folder)
     _check_size(tokenizer, folder, vocab_size)
@@ -38,12 +38,12 @@ def clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
 
 
 def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
-    """open_clip's `SimpleTokenizer` on the same vocabulary: text is repaired first, pads are 0."""
+    """Load open_clip's `SimpleTokenizer` from the same files: it cleans text first; pads are 0."""
     tokenizer = load_tokenizer(folder)
     _check_size(tokenizer, folder, vocab_size)
 
     def tokenize(prompts: Sequence[str]) -> Tokens:
-        # What looks like a special token in a prompt is only text to it.
+        # open_clip reads a special token inside a prompt as plain text.
         tokens = _tokenize(
             tokenizer,
             [clean(prompt) for prompt in prompts],
@@ -58,17 +58,20 @@ def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
 
 
 def wordpiece(folder: Path, length: int, vocab_size: int, added: Sequence[str] = ()) -> Tokenize:
-    """BERT's tokenizer, lower-casing, of a folder with vocab.txt or tokenizer.json; pads are 0.
+    """Load BERT's lower-casing tokenizer from vocab.txt or tokenizer.json; pads are 0.
 
-    `added` are special tokens whose ids follow those of the vocabulary, if it has them not; then
-    InputError unless there are `vocab_size` in all, since theirs are the last embeddings.
+    `added` are special tokens. If the vocabulary lacks them, they get the next ids. The last
+    embeddings are theirs: raise InputError unless the total is `vocab_size`.
     """
     return functools.partial(_tokenize, _bert(folder, vocab_size, added), length=length)
 
 
 def cn_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
-    """cn_clip's `FullTokenizer` on the same vocabulary: what looks like a special token is only
-    text, and words of up to 200 letters are taken apart (elsewhere 100, then they are unknown)."""
+    """Load cn_clip's `FullTokenizer` from BERT's vocabulary.
+
+    It reads a special token inside a prompt as plain text. It splits words of up to 200 letters;
+    BERT splits up to 100. A longer word is the unknown token.
+    """
     tokenizer = _bert(folder, vocab_size, ())
     tokenizer.backend_tokenizer.model.max_input_chars_per_word = 200
     return functools.partial(_tokenize, tokenizer, length=length, split_special_tokens=True)
@@ -81,16 +84,16 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
         tokenizer = BertTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(list(added), special_tokens=True)
         tokenizer(["a"])
-    except Exception as e:  # tokenizers raises bare Exception on malformed files
+    except Exception as e:  # tokenizers raises a bare Exception on malformed files
         raise InputError(f"{folder} does not hold a readable BERT tokenizer ({e})") from None
-    if tokenizer.pad_token_id != 0:  # by which the networks know the pads
-        raise InputError(f"{folder} holds no vocabulary of BERT: [PAD] is not its first token")
+    if tokenizer.pad_token_id != 0:  # the networks mask id 0
+        raise InputError(f"{folder} does not hold BERT's vocabulary: [PAD] is not its first token")
     _check_size(tokenizer, folder, vocab_size)
     if added and len(tokenizer) != vocab_size:
         raise InputError(
             f"{folder}: the vocabulary has {len(tokenizer)} words with "
-            f"{' and '.join(added)}, but the network {vocab_size} embeddings: give "
-            "that of bert-base-uncased"
+            f"{' and '.join(added)}, but the network has {vocab_size} embeddings: give "
+            "the vocabulary of bert-base-uncased"
         )
     return tokenizer
 
@@ -119,7 +122,7 @@ def _tokenize(
 
 
 def _whole(prompt: str) -> str:
-    """Halves of a character, as some JSON has them, are joined; one alone is none."""
+    """Join surrogate pairs, which some JSON contains; replace a lone surrogate."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -174,15 +177,14 @@ _C1 = {code: char for code, char in _C1.items() if char != "\ufffd"}
 
 
 def clean(prompt: str) -> str:
-    """The prompt as open_clip's tokenizer sees it: repaired, unescaped, lower case, one space
-    between words.
+    """Clean a prompt as open_clip does: repair, unescape, lower-case, and collapse spaces.
 
-    open_clip repairs by `ftfy.fix_text`. This does what that does to text in order (entities,
-    escapes, ligatures, full-width letters, quotes, control characters, NFC) but does not guess at
-    text that was decoded in the wrong encoding.
+    open_clip repairs text with `ftfy.fix_text`. This function repeats its repairs of entities,
+    escapes, ligatures, full-width letters, quotes and control characters, and normalizes to NFC.
+    It does not repair text that was decoded in the wrong encoding.
     """
     before = None
-    unescapes = "<" not in prompt  # with tags around, &lt; may be meant as it stands
+    unescapes = "<" not in prompt  # beside tags, &lt; may be meant literally
     while prompt != before:
         before = prompt
         if unescapes:

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The reward: a differentiable judge of images under prompts."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from r0_jax.errors import InputError
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params, fingerprint
 
-_MOST_KNOWN = 8192  # prompts whose features are kept: 32 MB at 1024 numbers each
+_MOST_KNOWN = 8192  # prompts in the feature cache: 32 MB at 1024 numbers each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,22 +27,22 @@ class Reward:
 
     Attributes:
       name: its name in the config and in every metric.
-      params: frozen weights, passed back as an argument: `Lazy` ones, which `text_features` takes
-        as they are and `score` when they are placed (`lazy.place`).
-      score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]; of the params
-        `scoring_params` will do. One image's score must not depend on another's: gradients are
-        normalized sample by sample.
-      text_features: (params, prompts) -> [N, D], computed once per prompt: float32 features, or
-        int32 token ids where the network reads image and prompt together; None where the reward
-        does not read the prompt (features is then None too).
-      width: D of the features; None where it is known only once they are computed, and where the
-        reward does not read the prompt.
-      features_dtype: of the features.
-      text_parts: first names of the params that `text_features` alone reads.
-      truncated: prompts -> bool [N], which of them are too long and lose their end; None where
-        none can.
-      grid: patches a side of its vision transformer, 0 where it has none: a generator that hacks
-        it may repeat something so many times.
+      params: frozen weights, often `Lazy`. `text_features` takes them as they are; `score` takes
+        them on the devices (`lazy.place`).
+      score: (params, images in [0, 1] [B, h, w, 3], features) -> float32 [B]. It needs only
+        `scoring_params`. A score must not depend on other images of the batch, since gradients
+        are normalized per sample.
+      text_features: (params, prompts) -> [N, D], computed once per prompt. They are float32
+        features, or int32 token ids if the network reads image and prompt together. None if the
+        reward does not read the prompt; features are then None too.
+      width: D of the features; None if it is unknown before they are computed, or if the reward
+        does not read the prompt.
+      features_dtype: dtype of the features.
+      text_parts: first parts of the names of params that only `text_features` reads.
+      truncated: prompts -> bool [N], True for prompts that are too long and lose their end; None
+        if the reward truncates nothing.
+      grid: patches per side of its vision transformer; 0 without one. A generator that hacks the
+        reward may repeat a pattern this many times per side.
     """
 
     name: str
@@ -58,26 +58,30 @@ class Reward:
     def __call__(
         self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
     ) -> Float[Array, " b"]:
-        """One float32 score an image in [0, 1]; jitted, compiled once a shape. InputError unless
-        there is a prompt an image."""
+        """Score images in [0, 1], one prompt each; return float32 [B].
+
+        Compile once per shape. Raise InputError unless there is one prompt per image.
+        """
         _check_call(images, prompts)
         return self._score(self._placed, jnp.asarray(images), self._features(prompts))
 
     def value_and_grad(
         self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
     ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
-        """Scores, and each image's gradient of its own score; jitted, compiled once a shape.
-        InputError unless there is a prompt an image."""
+        """Return the scores [B], and the gradient [B, h, w, 3] of each image's own score.
+
+        Compile once per shape. Raise InputError unless there is one prompt per image.
+        """
         _check_call(images, prompts)
         return self._value_and_grad(self._placed, jnp.asarray(images), self._features(prompts))
 
     def truncated_share(self, prompts: Sequence[str]) -> float | None:
-        """The share of prompts that lose their end, 0 to 1; None where none can."""
+        """Return the share of truncated prompts, 0 to 1; None if the reward truncates nothing."""
         return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
 
     @property
     def scoring_params(self) -> Params:
-        """Of `params`, what `score` reads."""
+        """The params that `score` reads."""
         return {
             name: value
             for name, value in self.params.items()
@@ -85,17 +89,19 @@ class Reward:
         }
 
     def fingerprint(self) -> str:
-        """By which the weights that score are known again, whatever dtype they are kept in and
-        with or without the text tower; "" where there are none."""
+        """Return an identifier of the scoring weights, or "" if there are none.
+
+        It depends neither on their dtype nor on the text tower.
+        """
         kept = self.scoring_params
         return fingerprint(kept) if kept else ""
 
     def renamed(self, name: str) -> "Reward":
-        """The same reward under another name."""
+        """Return the same reward under another name."""
         return dataclasses.replace(self, name=name)
 
     def same_weights(self, other: "Reward") -> bool:
-        """Whether both judge by the same numbers, whatever they are called."""
+        """Return whether both rewards have equal weights; their names may differ."""
         return (
             bool(self.params)
             and self.params.keys() == other.params.keys()
@@ -117,7 +123,7 @@ class Reward:
 
     @functools.cached_property
     def _known(self) -> dict[str, np.ndarray]:
-        """Prompt -> its features, of those that were asked for last."""
+        """The latest prompts and their features."""
         return {}
 
     @functools.cached_property
@@ -138,24 +144,24 @@ class Reward:
 
 
 def _check_call(images: Any, prompts: Any) -> None:
-    """InputError for what would be scored, but wrongly, or fail in words of JAX."""
+    """Check shapes and dtype of images and prompts; raise InputError if they do not fit."""
     shape, dtype = np.shape(images), getattr(images, "dtype", np.dtype(object))
     if len(shape) != 4 or shape[-1] != 3 or not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(
             f"images of shape {shape} and dtype {dtype} cannot be scored: give "
-            "[B, h, w, 3] of floating-point numbers in [0, 1]"
+            "floating-point numbers [B, h, w, 3] in [0, 1]"
         )
     if isinstance(prompts, str) or len(prompts) != len(images):
         given = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise InputError(f"{len(images)} images and {given}: give a list of one prompt an image")
+        raise InputError(f"{len(images)} images and {given}: give a list of one prompt per image")
 
 
 def not_loaded(name: str) -> Callable[[Params, Sequence[str]], np.ndarray]:
-    """The `text_features` of a reward that was loaded without its text tower."""
+    """Return the `text_features` of a reward without its text tower: they raise InputError."""
 
     def text_features(params: Params, prompts: Sequence[str]) -> np.ndarray:
         raise InputError(
-            f"reward {name} was loaded without its text tower: it knows prompts by "
+            f"reward {name} was loaded without its text tower: it needs "
             "features that were computed before"
         )
 
@@ -165,6 +171,9 @@ def not_loaded(name: str) -> Callable[[Params, Sequence[str]], np.ndarray]:
 def value_and_gradient(
     score: Callable[[jax.Array], jax.Array], images: Float[Array, "b h w 3"]
 ) -> tuple[Float[Array, " b"], Float[Array, "b h w 3"]]:
-    """Each sample's score and its gradient; samples do not see each other, so one pass does."""
+    """Return each sample's score [b] and its gradient [b, h, w, 3].
+
+    One backward pass is enough, since samples are independent.
+    """
     scores, pullback = jax.vjp(score, images)
     return scores, pullback(jnp.ones_like(scores))[0]

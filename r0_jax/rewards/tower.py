@@ -1,4 +1,4 @@
-"""Both towers of a CLIP from a folder, whichever library wrote it."""
+"""Loads both towers of a CLIP from a folder of transformers, open_clip or cn_clip."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +23,8 @@ from r0_jax.rewards.prompt_text import Tokenize
 from r0_jax.weights import convert, lazy
 from r0_jax.weights.network import Network, Params
 
-_TEXT_BATCH = 256  # prompts encoded at once; fewer are filled up to a power of 2, to compile little
-_CHINESE_LENGTH = 52  # tokens that cn_clip trains on, of the 512 positions
+_TEXT_BATCH = 256  # prompts encoded at once; fewer are padded to a power of 2, to compile rarely
+_CHINESE_LENGTH = 52  # tokens that cn_clip trains on; the network has 512 positions
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -33,14 +33,14 @@ class Tower(NamedTuple):
     """A CLIP of any family.
 
     Attributes:
-      network: has the methods `image_features` and `text_features`.
-      sight: of the network, what `image_features` needs.
-      params: `Lazy`, to be placed before they are computed with.
-      tokenize: prompts -> token ids; None where the text tower was left out.
-      prepare: images in [0, 1] -> what `image_features` takes.
-      width: of the space that both share.
-      text_parts: of the network, what only `text_features` needs.
-      dtype: that it computes in; the logit scale, a factor of every score, stays float32.
+      network: the network, with the methods `image_features` and `text_features`.
+      sight: the part of the network that `image_features` needs.
+      params: `Lazy` weights; place them on the devices before use.
+      tokenize: prompts -> token ids; None without the text tower.
+      prepare: images in [0, 1] -> input of `image_features`.
+      width: width of the shared space.
+      text_parts: names of the parts that only `text_features` needs.
+      dtype: dtype of the computation; the logit scale, a factor of every score, stays float32.
     """
 
     network: Network
@@ -54,7 +54,7 @@ class Tower(NamedTuple):
 
     @property
     def grid(self) -> int:
-        """Patches a side of the vision transformer."""
+        """Patches per side of the vision transformer."""
         patch = next(
             value.shape[0]
             for name, value in self.params.items()
@@ -63,8 +63,10 @@ class Tower(NamedTuple):
         return self.prepare.size // patch
 
     def text_encoder(self) -> Callable[[Params, Sequence[str]], Float[np.ndarray, "n d"]]:
-        """(params, prompts) -> normalized text features in float32; params that are not on a
-        device are placed for that long."""
+        """Return a function (params, prompts) -> normalized text features, float32 [N, D].
+
+        It places params that are not yet on a device, and frees them at the end.
+        """
 
         @jax.jit
         def encode(params: Params, input_ids: jax.Array) -> jax.Array:
@@ -83,27 +85,27 @@ class Tower(NamedTuple):
 
 
 def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower:
-    """A transformers folder of a CLIPModel or ChineseCLIPModel, or one in open_clip's format.
+    """Load a transformers folder of a CLIPModel or ChineseCLIPModel, or an open_clip folder.
 
-    Without `text` neither the text tower nor its tokenizer is read or needs to be there.
-    Raises InputError for what is missing, half downloaded, or of another kind.
+    With `text=False` the text tower and its tokenizer are not read and may be missing.
+    Raise InputError for a folder that is missing, incomplete, or of another kind.
     """
     folder = remote.local(folder)
     if not (folder / "config.json").is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
         return _load_open_clip(folder, dtype, text)
     fields = read_json(folder / "config.json")
-    # Old folders do not say of what type they are.
+    # Old folders do not give a type.
     kind = fields.get("model_type", "clip")
     if kind not in _TRANSFORMERS:
         raise InputError(
-            f"{folder / 'config.json'}: model_type = {kind!r} is no CLIP "
+            f"{folder / 'config.json'}: model_type = {kind!r} is not a CLIP "
             f"(known: {', '.join(_TRANSFORMERS)})"
         )
     return _TRANSFORMERS[kind](folder, fields, dtype, text)
 
 
 def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Unit length, in float32."""
+    """Scale each row to unit length, in float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
@@ -145,7 +147,7 @@ def _chinese(
     return tokenizer(folder, min(_CHINESE_LENGTH, text.max_position_embeddings), text.vocab_size)
 
 
-# `model_type` of a config.json; cn_clip's own files have none, so the converter gives them one.
+# By `model_type` of config.json. cn_clip's own files have no type; the converter adds it.
 _TRANSFORMERS = {"clip": _load_clip, "chinese_clip": _load_chinese_clip, "cn_clip": _load_cn_clip}
 
 
@@ -169,7 +171,7 @@ def _from_transformers(
 
 
 def _processor(folder: Path, image_size: int) -> Preprocess:
-    """By either file of transformers; that of the whole processor, of 5.0 on, goes first there."""
+    """Read transformers' processor_config.json (from 5.0 on), else preprocessor_config.json."""
     if (path := folder / "processor_config.json").is_file():
         fields = read_json(path).get("image_processor")
         if isinstance(fields, dict):

@@ -280,12 +280,17 @@ COMMAND = "convert the published file first, with python -m r0_jax.convert_rewar
             "hps_v2_1",
             ["HPS.pt"],
             "HPS.pt",
-            "= '{0}/HPS.pt' is a file: give a folder of transformers "
-            f"or open_clip, or {COMMAND} --reward=hps_v2_1 "
+            "= '{0}/HPS.pt' is a file: give a transformers "
+            f"or open_clip folder, or {COMMAND} --reward=hps_v2_1 "
             "--checkpoint={0}/HPS.pt --tokenizer=PATH "
             "--out=FOLDER",
         ),
-        ("pickscore", ["model.safetensors"], "model.safetensors", "is a file: give a folder of"),
+        (
+            "pickscore",
+            ["model.safetensors"],
+            "model.safetensors",
+            "is a file: give a transformers or",
+        ),
         (
             "image_reward",
             ["ImageReward.pt", "med_config.json"],
