@@ -1,4 +1,4 @@
-"""Gives a trained generator to PyTorch: a diffusers folder, or a LoRA file, and a ComfyUI workflow.
+"""Exports a trained generator: a diffusers folder or a LoRA file, and a ComfyUI workflow.
 
 python -m r0_jax.export --workdir=W --out=DIR --format=diffusers
 python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffusers
@@ -23,25 +23,27 @@ def define_flags() -> None:
         "format",
         None,
         list(get_args(Format)),
-        "a whole pipeline with adapters merged, or the adapters alone as diffusers "
-        "(peft) or ComfyUI and A1111 (kohya) read them",
+        "diffusers: a whole pipeline with merged adapters; peft: the adapters for diffusers; "
+        "kohya: the adapters for ComfyUI and A1111",
         required=True,
     )
     flags.DEFINE_string(
         "step",
         "",
         "checkpoint: its step, best (by the held-out reward) or latest;"
-        " by default the best where that was measured, else the latest",
+        " by default the best if it was measured, else the latest",
     )
-    flags.DEFINE_bool("ema", True, "the exponential moving average; --noema for the raw parameters")
-    flags.DEFINE_enum("dtype", "float32", list(convert.DTYPES), "of the trained weights on disk")
-    flags.DEFINE_bool("overwrite", False, "replace what an earlier export left in --out")
-    flags.DEFINE_string("pretrained", None, "the pretrained pipeline, where it has moved")
+    flags.DEFINE_bool("ema", True, "export the moving average; --noema: the raw parameters")
+    flags.DEFINE_enum(
+        "dtype", "float32", list(convert.DTYPES), "dtype of the trained weights on disk"
+    )
+    flags.DEFINE_bool("overwrite", False, "replace an earlier export in --out")
+    flags.DEFINE_string("pretrained", None, "the pretrained pipeline, if it has moved")
     flags.DEFINE_string(
         "base_model",
         None,
-        "the pretrained pipeline as the model card calls it: "
-        "its name on the Hub, or the path that a reader has",
+        "name of the pretrained pipeline in the model card: "
+        "its name on the Hub, or a path that readers have",
     )
 
 

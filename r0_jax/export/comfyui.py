@@ -1,10 +1,11 @@
 """A ComfyUI workflow that draws with an export on the trained grid.
 
-The file is a graph of ComfyUI's user interface (version 0.4), the kind that is dropped onto the
-canvas, with nodes of ComfyUI itself only. Sigmas are given one by one; in the terms of ComfyUI,
-where alpha is 1, an Euler step between them is the DDIM step without noise of the training. Two
-things are ComfyUI's own: T5's tokens of a prompt are padded to 77 there and not to 256, and are
-left out where diffusers has zeros for an encoder that is not there.
+The file is a graph of ComfyUI's user interface (version 0.4); users drop it onto the canvas. It
+uses only nodes that ComfyUI includes, and lists each sigma. ComfyUI scales latents so that alpha
+is 1; an Euler step between two sigmas is then training's DDIM step without noise.
+
+Two things differ from diffusers. ComfyUI pads T5's tokens to 77, not to 256. For a missing text
+encoder it uses no tokens, where diffusers uses zeros.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from r0_jax.workdir.run import Run
 
 FILE = "comfyui_workflow.json"
 
-# Node -> (types of its inputs by name, its widgets in order, types of its outputs).
+# Node -> (name and type of each input, widgets in order, types of the outputs).
 NODES: dict[str, tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = {
     "CheckpointLoaderSimple": ({}, ("ckpt_name",), ("MODEL", "CLIP", "VAE")),
     "UNETLoader": ({}, ("unet_name", "weight_dtype"), ("MODEL",)),
@@ -54,7 +55,7 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = {
     "SaveImage": ({"images": "IMAGE"}, ("filename_prefix",), ()),
     "Note": ({}, ("text",), ()),
 }
-# The noise that ComfyUI has built in for SD 1.x and SDXL; another one cannot be told to it.
+# ComfyUI's noise schedule for SD 1.x and SDXL; a workflow cannot set another one.
 _NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -62,10 +63,10 @@ _NOISE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
 }
-_SAMPLING = {"v_prediction": "v_prediction", "sample": "x0"}  # and "epsilon", which it assumes
-# What ComfyUI has for the infinite sigma where rescale_betas_zero_snr leaves no signal at all.
+_SAMPLING = {"v_prediction": "v_prediction", "sample": "x0"}  # ComfyUI's default is "epsilon"
+# ComfyUI's sigma for zero signal (rescale_betas_zero_snr), where it would be infinite.
 _MOST_NOISE = math.sqrt(1 / 4.8973451890853435e-08 - 1)
-# Whole checkpoints on the Hub, as ComfyUI's users have them.
+# Base model -> the usual name of its single-file checkpoint.
 _CHECKPOINTS = {
     "stable-diffusion-v1-5": "v1-5-pruned-emaonly.safetensors",
     "stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
@@ -90,7 +91,7 @@ class _Output:
 
 
 class _Graph:
-    """Nodes and links in the order in which they are added, from left to right."""
+    """Nodes and links of a workflow, in the order of adding them; columns go from left to right."""
 
     def __init__(self) -> None:
         self.nodes: list[dict[str, Any]] = []
@@ -98,7 +99,7 @@ class _Graph:
         self._bottoms: dict[int, int] = {}
 
     def add(self, column: int, kind: str, title: str = "", **values: Any) -> list[_Output]:
-        """A node of `NODES` with a value for each of its inputs and widgets; its outputs."""
+        """Add a node of `NODES`, with a value for each input and widget; return its outputs."""
         inputs, widgets, outputs = NODES[kind]
         if values.keys() != {*inputs, *widgets}:
             raise ValueError(f"{kind} takes {[*inputs, *widgets]}, not {[*values]}")
@@ -149,19 +150,22 @@ class _Graph:
 
 
 def why_not(run: Run, form: str) -> str:
-    """Why ComfyUI cannot draw with an export in the format `form`, in words; "" where it can."""
+    """Return why ComfyUI cannot use an export in the format `form`, or "" if it can.
+
+    The text continues a sentence about ComfyUI: "it does not support BERT ...".
+    """
     pipeline, noise = run.pipeline, run.pipeline.scheduler_config.noise
     if "BertModel" in _parts(run).values():
-        return "it has no BERT to read prompts with"
+        return "it does not support BERT as a text encoder"
     if form == "peft" and pipeline.generator_part == "unet":
-        return "it reads the LoRA of a UNet as `--format=kohya` writes it"
+        return "it reads a UNet's LoRA only in the format of `--format=kohya`"
     known = {"num_train_timesteps": 1000} if pipeline.scheduler_config.is_flow else _NOISE
     wrong = [name for name, value in known.items() if getattr(noise, name) != value]
-    return f"it has one noise schedule a family, and {wrong[0]} is another here" if wrong else ""
+    return f"it has one noise schedule per family, and {wrong[0]} differs here" if wrong else ""
 
 
 def _parts(run: Run) -> dict[str, str]:
-    """{part: class} of the pretrained pipeline, whether or not its text encoders were loaded."""
+    """Return {part: class} of the pretrained pipeline, including text encoders not loaded."""
     return {
         name: entry[-1]
         for name, entry in read_index(run.pretrained).items()
@@ -170,9 +174,10 @@ def _parts(run: Run) -> dict[str, str]:
 
 
 def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
-    """Noise levels of the trained grid in ComfyUI's terms, float32, the last one 0.
+    """Return the noise levels of the trained grid in ComfyUI's terms, float32; the last is 0.
 
-    Of flow matching after the shift, from 1; else the ratio of noise to signal.
+    For flow matching they are the shifted levels, from 1 down. For other schedules they are the
+    ratio of noise to signal.
     """
     config = run.pipeline.scheduler_config
     trained = grid.grid(config, run.config.sampler.num_steps)
@@ -186,11 +191,12 @@ def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
 def workflow(
     run: Run, form: str, folder: Path, name: str, base_model: str, prompt: str
 ) -> dict[str, Any]:
-    """The graph, as JSON; only where there is nothing to say for `why_not`.
+    """Return the workflow as a JSON object; call this only if `why_not` returns "".
 
     Args:
-      folder: the export, complete but for this; it will be called `name`.
-      base_model: the pretrained pipeline as its users call it.
+      folder: the export, complete except for the workflow; its final name is `name`.
+      base_model: the name of the pretrained pipeline for users.
+      prompt: the positive prompt.
     """
     graph, noise = _Graph(), run.pipeline.scheduler_config.noise
     model, clip, vae, told = _load(graph, run, form, folder, name, base_model)
@@ -236,7 +242,7 @@ def workflow(
 def _load(
     graph: _Graph, run: Run, form: str, folder: Path, name: str, base_model: str
 ) -> tuple[_Output, _Output, _Output, str]:
-    """Adds the loaders; their model, CLIP and VAE, and what goes where in ComfyUI's models/."""
+    """Add the loaders; return model, CLIP, VAE, and a note: where to put files in models/."""
     part = run.pipeline.generator_part
     if form == "diffusers":
         (model,) = graph.add(
@@ -262,7 +268,7 @@ def _load(
     model, clip, vae = graph.add(
         0, "CheckpointLoaderSimple", ckpt_name=_CHECKPOINTS.get(base, f"{base}.safetensors")
     )
-    if part == "transformer":  # whose checkpoints come with and without encoders
+    if part == "transformer":  # its checkpoints may lack text encoders
         clip = _load_clip(graph, run, None, name)
     file = f"{name}.safetensors" if form == "kohya" else f"{name}/pytorch_lora_weights.safetensors"
     (model,) = graph.add(0, "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
@@ -278,8 +284,10 @@ def _load(
 
 
 def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Output:
-    """Text encoders that the run has: of `folder` where they are one file there, as ComfyUI wants
-    them, else under the names that ComfyUI's users know them by."""
+    """Add a loader of the run's text encoders; return its CLIP.
+
+    ComfyUI reads encoders from single files. Use a single file in `folder`, else the usual name.
+    """
     parts = [part for part in _ENCODERS if part in _parts(run)]
     files = [
         f"{name}/{part}/model.safetensors"
@@ -301,7 +309,7 @@ def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Outp
 
 
 def _older(run: Run) -> str:
-    """What stands in for ManualSigmas, in words, where there is such a thing."""
+    """Return a note on a replacement for ManualSigmas; "" if there is none."""
     steps = run.config.sampler.num_steps
     if 1000 % steps:
         return ""

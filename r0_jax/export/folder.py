@@ -31,10 +31,10 @@ def export(
     pretrained: str | None = None,
     base_model: str | None = None,
 ) -> int:
-    """Writes `out`, whole or not at all, and returns the step that was exported.
+    """Export a run to `out`, completely or not at all; return the exported step.
 
-    Raises InputError where the run cannot be read, adapters are asked of a full fine-tuning or in
-    a format that the family does not have, or `out` holds what is not to be replaced.
+    Raise InputError if the run cannot be read, if it has no adapters for `form` or the family
+    lacks the format, or if `out` holds files that must not be replaced.
     """
     _check_out(out, overwrite)
     config, name = read_config(workdir.path), out.resolve().name
@@ -51,7 +51,7 @@ def export(
     building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
     try:
         _make_folder(building)
-        # What was trained on encoded prompts may never have had text encoders beside it.
+        # A run on encoded prompts may have no text encoders.
         run = open_run(workdir, pretrained, text=not config.data.encoded)
         _check_apart(out, run)
         params = run.params(chosen, ema)
@@ -80,11 +80,10 @@ def export(
 
 
 def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
-    """A folder like the pretrained one, with the generator's weights and the trained grid.
+    """Write a copy of the pretrained folder with the trained weights and the trained grid.
 
-    All else is copied byte for byte, but for pickles: a part that has no other weights (an old
-    safety checker) is left out. And of a generator's old config the sample_size becomes the one
-    that was trained.
+    Copy the other parts byte for byte, without pickles. Omit a part whose weights are only
+    pickles, such as an old safety checker. Correct the sample_size of an old generator config.
     """
     part, source = run.pipeline.generator_part, run.pretrained
     index = read_json(source / "model_index.json")
@@ -105,9 +104,9 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
 
 
 def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
-    """The adapters with what PEFT has to know of them, and the scheduler they were trained with.
+    """Write the adapters with PEFT's metadata, and the scheduler of the training.
 
-    alpha / rank is multiplied into B: programs that read no metadata take alpha = rank.
+    B includes the factor alpha / rank: programs that read no metadata assume alpha = rank.
     """
     part = run.pipeline.generator_part
     adapter = {
@@ -115,7 +114,7 @@ def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
         "lora_alpha": run.generator.rank,
         "target_modules": lora.targets(run.pipeline.networks[part].shapes, run.generator.targets),
     }
-    # Read by diffusers' `load_lora_weights`.
+    # diffusers' `load_lora_weights` reads it.
     metadata = json.dumps({f"{part}.{name}": x for name, x in adapter.items()}, indent=2)
     folded = lora.fold(params, run.generator.scale)
     named = {f"{part}.{name}": value for name, value in folded.items()}
@@ -124,8 +123,8 @@ def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
 
 
 def _copy_part(source: Path, target: Path) -> bool:
-    """Copies what is text and the safetensors of a part; False if there is nothing to copy."""
-    # By the index too: it may give its shards any name.
+    """Copy a part's text files and safetensors; return False if there is nothing to copy."""
+    # Look for an index too: its shards may have any name.
     stem = next(
         (
             stem
@@ -148,7 +147,7 @@ def _copy_part(source: Path, target: Path) -> bool:
             shutil.copyfile(path, target / path.name)
     if stem is None:
         return True
-    # model.fp16.safetensors too gets the name that loads without naming a variant.
+    # A variant such as model.fp16.safetensors gets the plain name, which loads by default.
     weights = convert.find_weights(source, stem)
     if weights.suffix == ".safetensors":
         shutil.copyfile(weights, target / f"{stem}.safetensors")
@@ -186,10 +185,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _check_apart(out: Path, run: Run) -> None:
-    """An export replaces the whole of `out`, so no input may lie there."""
+    """Check that no input lies in `out`, which an export replaces; else raise InputError."""
     for path in (run.workdir.path.resolve(), run.pretrained.resolve()):
         if out.resolve() in (path, *path.parents):
-            raise InputError(f"--out={out} holds {path}, which is read; choose another --out")
+            raise InputError(f"--out={out} holds {path}, an input; choose another --out")
 
 
 def _make_folder(folder: Path) -> None:
@@ -202,7 +201,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _move(building: Path, out: Path) -> None:
-    """`building` takes the place of `out`, which is gone only once that has happened."""
+    """Replace `out` by `building`; delete the old `out` only after success."""
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         os.replace(out, old)

@@ -1,11 +1,11 @@
-"""Adapters as kohya's sd-scripts write them: what ComfyUI, A1111 and Forge read.
+"""Adapters in the format of kohya's sd-scripts, for ComfyUI, A1111 and Forge.
 
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight    SD 1, 2: names of diffusers
     lora_unet_input_blocks_4_1_proj_in.lora_down.weight              SDXL: names of sgm
     ....lora_up.weight, ....alpha
 
-The pair is scaled by alpha / rank, so these files say the alpha of the training. sgm is Stability
-AI's generative-models, whose UNet sd-scripts trains for SDXL.
+Readers scale each pair by alpha / rank, so the files hold the alpha of the training. sgm is
+Stability AI's generative-models; sd-scripts trains its UNet for SDXL.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from r0_jax.workdir.run import HostParams, Run
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
 _FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-_WIDTH_2 = 1024  # of the text encoder of Stable Diffusion 2.x, whose class is that of 1.x
+_WIDTH_2 = 1024  # text encoder width of Stable Diffusion 2.x; 1.x has the same class but 768
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -48,7 +48,7 @@ _BLOCK = re.compile(
 
 
 def check_family(family: str) -> None:
-    """InputError where kohya's format has no layout for a class of pipelines."""
+    """Check that kohya's format supports a class of pipelines; raise InputError if not."""
     if family not in _FAMILIES:
         raise InputError(
             f"--format=kohya is for Stable Diffusion 1.x, 2.x and SDXL, not for "
@@ -57,17 +57,17 @@ def check_family(family: str) -> None:
 
 
 def write(run: Run, params: HostParams, path: Path, dtype: str, step: int, base_model: str) -> None:
-    """One safetensors file of the adapters `params`, which were exported at `step`.
+    """Write the adapters `params` of the step `step` as one safetensors file.
 
-    `base_model` is what the metadata calls the pretrained pipeline. Raises InputError where an
-    adapter is on a module that these files have no name for.
+    The metadata calls the pretrained pipeline `base_model`. Raise InputError if the format has no
+    name for an adapted module.
     """
     written = tensors(run, params, dtype)
     convert.save_tensors(written, path, metadata(run, written, path.stem, step, base_model))
 
 
 def tensors(run: Run, params: HostParams, dtype: str) -> Tensors:
-    """{key: value} of the file; the alphas stay in float32, which holds more of them exactly."""
+    """Return {key: value} of the file; alphas are float32, which holds more values exactly."""
     xl = _family(run) == "StableDiffusionXLPipeline"
     layers = run.pipeline.networks["unet"].config.per_level("layers_per_block")
     found = {}
@@ -83,24 +83,31 @@ def tensors(run: Run, params: HostParams, dtype: str) -> Tensors:
 
 
 def module_key(module: str, layers: Sequence[int], xl: bool) -> str:
-    """The key of a module of the UNet, without the tensor's own suffix.
+    """Return the key of a UNet module, without the suffix of the tensor.
 
     Args:
       module: its name in diffusers.
-      layers: resnets of each level of the encoder; the decoder has one more.
+      layers: resnets per level of the encoder; the decoder has one more per level.
+      xl: whether to use SDXL's names.
+
+    Raises:
+      InputError: the format has no name for the module.
     """
     sgm = _sgm_name(module, layers)
     if sgm is None:
         raise InputError(
             f"kohya's files have no name for {module}: use --format=peft, or train "
-            "with lora.targets that leave it out"
+            "with lora.targets that exclude it"
         )
     return "lora_unet_" + (sgm if xl else module).replace(".", "_")
 
 
 def _sgm_name(module: str, layers: Sequence[int]) -> str | None:
-    """Mirrors `make_unet_conversion_map` of sd-scripts: there, all layers of a side are one list,
-    with a downsampler an element of its own and an upsampler the last part of its neighbour."""
+    """Return the sgm name of a diffusers module, or None if it has none.
+
+    This follows `make_unet_conversion_map` of sd-scripts. sgm lists all layers of a side in one
+    list. A downsampler is an element of its own; an upsampler is the last part of an element.
+    """
     if module in _OUTSIDE:
         return _OUTSIDE[module]
     if not (match := _BLOCK.fullmatch(module)):
@@ -127,8 +134,10 @@ def _sgm_name(module: str, layers: Sequence[int]) -> str | None:
 
 
 def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) -> dict[str, str]:
-    """Header of the file: `ss_...` as sd-scripts writes them, `modelspec...` of ModelSpec 1.0.1
-    (github.com/Stability-AI/ModelSpec)."""
+    """Return the metadata of the file: sd-scripts' `ss_...` and the `modelspec...` fields.
+
+    The latter follow ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec).
+    """
     version, architecture, implementation = _base(run)
     height, width, _ = run.pipeline.image_shape
     steps, adapter = run.config.sampler.num_steps, run.generator
@@ -140,7 +149,7 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
         "ss_network_module": "networks.lora",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha,
-        # Of windows larger than one pixel, which networks.lora leaves out unless told these.
+        # networks.lora skips convolutions larger than 1 x 1 without these arguments.
         "ss_network_args": json.dumps(
             {"conv_dim": adapter.rank, "conv_alpha": adapter.alpha} if windows else {}
         ),
@@ -172,15 +181,15 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
 
 
 def data_hash(written: Tensors) -> str:
-    """SHA-256 of all that a safetensors file of these tensors holds after its header."""
+    """Return the SHA-256 of the data in a safetensors file of these tensors, without its header."""
     digest = hashlib.sha256()
-    for key in sorted(written, key=lambda key: (-written[key].itemsize, key)):  # as it sorts them
+    for key in sorted(written, key=lambda key: (-written[key].itemsize, key)):  # the file's order
         digest.update(written[key].tobytes())
     return digest.hexdigest()
 
 
 def _base(run: Run) -> tuple[str, str, str]:
-    """ss_base_model_version of sd-scripts, architecture and implementation of ModelSpec."""
+    """Return sd-scripts' ss_base_model_version, ModelSpec's architecture and implementation."""
     if _family(run) == "StableDiffusionXLPipeline":
         return (
             "sdxl_base_v1-0",

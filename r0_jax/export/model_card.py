@@ -1,4 +1,4 @@
-"""README.md of an export: front matter for the Hub, how to run it, how it was made, its numbers."""
+"""The model card, README.md of an export: Hub metadata, usage, recipe and measurements."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from r0_jax.files import read_json
 from r0_jax.workdir.checkpoint import read_metadata
 from r0_jax.workdir.run import Run
 
-MADE_WITH = "Written by `python -m r0_jax.export"  # in every card: how a folder of ours is known
+MADE_WITH = "Written by `python -m r0_jax.export"  # marks an export: --overwrite looks for it
 PROMPT = "a large red circle"
 
 
@@ -28,10 +28,10 @@ def write(
     base_model: str,
     name: str,
 ) -> str:
-    """The card of what `export` writes in the format `form`; its Python snippet runs in the
-    exported folder, which is called `name`.
+    """Return the model card of an export in the format `form`.
 
-    `base_model` is the pretrained pipeline as a reader knows it.
+    Its Python snippet runs in the exported folder, which is called `name`. `base_model` is the
+    name of the pretrained pipeline for readers.
     """
     num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
     tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
@@ -57,7 +57,7 @@ licence applies.
 
 ## Use
 
-In this folder (or with its path, or its name on the Hub, in place of `"."`):
+In this folder (elsewhere, replace `"."` by its path or its name on the Hub):
 
 ```python
 {_snippet(run, form, dtype, base_model, name)}
@@ -74,15 +74,15 @@ In this folder (or with its path, or its name on the Hub, in place of `"."`):
 
 
 _LORA_NOTES = """
-The scale of the LoRA is 1. That diffusers finds nothing for the text encoder is right: it was not
-trained.
+The scale of the LoRA is 1. diffusers reports that it finds no LoRA for the text encoder. This is
+correct: the text encoder was not trained.
 """
 
 
 def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
     pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
     scheduler = run.scheduler_config.class_name
-    # Said for float32 too: transformers would keep text encoders in their files' dtype.
+    # Needed for float32 too: transformers would keep the dtype of the text encoders' files.
     lines, options = ["import torch"], f", dtype=torch.{dtype}"
     options += "".join(f", {name}=None" for name in run.left_out)
     if form != "diffusers":
@@ -107,36 +107,36 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
 
 
 def _grid_notes(run: Run) -> str:
-    """How a program that does not read our scheduler config comes to the trained grid."""
+    """Return how to set the trained grid in a program that does not read our scheduler config."""
     steps, config = run.config.sampler.num_steps, run.pipeline.scheduler_config
     if not config.is_flow:
         timesteps = grid.grid(config, steps).timesteps
         return f"""
-The trained grid is timesteps {", ".join(map(str, timesteps))}: those of DDIM with
+The trained grid is the timesteps {", ".join(map(str, timesteps))}, as in DDIM with
 `timestep_spacing="trailing"`.
 """
     if steps == 1:
-        return "\nThe one step is at sigma 1, where every flow-matching scheduler starts.\n"
+        return "\nThe only step is at sigma 1, where every flow-matching scheduler starts.\n"
     sigmas = ", ".join(f"{sigma:.4g}" for sigma in grid.sigmas(steps))
     return f"""
-The scheduler's shift and shift_terminal are such that {steps} steps visit the trained grid. With
-the base's own scheduler (shift {config.noise.shift:g}) ask for it by `sigmas=[{sigmas}]`.
+With this scheduler's shift and shift_terminal, {steps} steps visit the trained grid. With the
+base model's scheduler (shift {config.noise.shift:g}), pass `sigmas=[{sigmas}]`.
 """
 
 
 def _program_notes(run: Run, form: str, name: str) -> str:
-    """How other programs draw with it."""
+    """Return how to use the export in other programs."""
     steps = run.config.sampler.num_steps
     if reason := comfyui.why_not(run, form):
         return f"\nThere is no workflow for ComfyUI: {reason}.\n"
     notes = f"""
-In ComfyUI, which knows the published architectures, drop `{comfyui.FILE}` onto the
-canvas; its note says where files go.
+In ComfyUI, which supports the published architectures, drop `{comfyui.FILE}` onto the
+canvas. Its note says where to put the files.
 """
     if form == "kohya" and 1000 % steps == 0:
         notes += f"""
-In A1111 and Forge, put `{name}.safetensors` into models/Lora and write `<lora:{name}:1>`: sampler
-Euler, schedule type Simple, {steps} sampling steps, CFG scale 1.
+In A1111 and Forge, put `{name}.safetensors` into models/Lora and write `<lora:{name}:1>` in the
+prompt. Choose sampler Euler, schedule type Simple, {steps} sampling steps and CFG scale 1.
 """
     return notes
 
@@ -155,7 +155,7 @@ def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object
         "rewards": _weighted(config.rewards),
         "held-out rewards": ", ".join(config.heldout_rewards) or "none",
         "regularizers": _weighted(config.regularizers),
-        "images a step": config.batch_size,
+        "images per step": config.batch_size,
         "seed": config.seed,
         "sampler in training": f"{config.sampler.num_steps} steps, eta {eta}",
         **{f"{name} at this step": f"{x:.4g}" for name, x in scores.items() if x is not None},
@@ -183,15 +183,18 @@ def _numbers(path: Path) -> str:
     of = f" ({', '.join(facts)})" if facts else ""
     return f"""## Measured
 
-The run's last evaluation{of}, of averaged weights, with 95 % intervals.
+The run's last evaluation{of}, of the averaged weights, with 95 % intervals.
 
 {table}
 """
 
 
 def base_model(run: Run) -> str:
-    """The pretrained pipeline's name on the Hub where it came from there, else its path if that is
-    relative, else its folder's name."""
+    """Return a name for the pretrained pipeline.
+
+    This is its name on the Hub if it lies in the Hub's cache. Else it is a relative path, or the
+    name of the folder of an absolute path or URL.
+    """
     path = Path(run.config.pretrained)
     for parent in path.parents:  # the Hub's cache: models--owner--name/snapshots/<commit>
         if match := re.fullmatch(r"models--(.+?)--(.+)", parent.name):
