@@ -180,9 +180,9 @@ def test_loaders_are_those_of_family_and_format(world):
 @pytest.mark.parametrize(
     "name, form, reason",
     [
-        ("taiyi", "kohya", "it has no BERT"),
-        ("sdxl", "peft", "as `--format=kohya` writes it"),
-        ("noisier", "kohya", "beta_end is another here"),
+        ("taiyi", "kohya", "it does not support BERT"),
+        ("sdxl", "peft", "the format of `--format=kohya`"),
+        ("noisier", "kohya", "beta_end differs here"),
     ],
 )
 def test_no_workflow_that_comfyui_could_not_run(world, name, form, reason):

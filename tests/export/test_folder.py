@@ -293,7 +293,7 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
         "| rewards | clip x 0.5, hps x 1 |",
         "| held-out rewards | pickscore |",
         "| regularizers | weight x 0.01 |",
-        "| images a step | 8 |",
+        "| images per step | 8 |",
         "| weights | step 10 of 100, EMA |",
         "| heldout/pickscore at this step | 0.5 |",
         "The run's last evaluation (300 prompts, step 20)",
@@ -343,7 +343,7 @@ def test_an_export_replaces_only_an_export(runs, exported, pretrained, tmp_path)
     # An earlier export may be what this run was trained on.
     again = tmp_path / "again"
     shutil.copytree(exported / "lora", again)
-    with pytest.raises(InputError, match="which is read"):
+    with pytest.raises(InputError, match="holds .*, an input"):
         export.export(
             LocalWorkdir(runs / "lora"), again, "peft", overwrite=True, pretrained=str(again)
         )
