@@ -1,1 +1,1 @@
-"""Trains the embedded world's own models, stage by stage; see configs/shapes_base.py."""
+"""Trains the embedded world's models in stages; see configs/shapes_base.py."""

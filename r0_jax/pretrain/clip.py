@@ -1,4 +1,4 @@
-"""Stages `clip` and `heldout_clip`: agreement of scenes and captions, by contrast."""
+"""Stages `clip` and `heldout_clip`: contrastive training on scenes and captions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +33,12 @@ from r0_jax.shapes.scene import (
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params, init
 
-_MAX_LOGIT_SCALE = np.log(100.0)  # CLIP's own ceiling
-GROUP = 4  # one scene and three that differ from it in one thing
+_MAX_LOGIT_SCALE = np.log(100.0)  # as in CLIP
+GROUP = 4  # one scene and three near misses
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes `out/<config.name>`, a transformers folder of a CLIPModel."""
+    """Train a CLIPModel; write the transformers folder `out/<config.name>`."""
     tokenizer = load_tokenizer(out / "pipeline" / "tokenizer")
     fields = network_fields(config, tokenizer)
     parsed = CLIPConfig.from_json(fields)
@@ -50,7 +50,7 @@ def train(config: ConfigDict, out: Path) -> None:
     prepare = Preprocess(parsed.vision_config.image_size)
 
     def loss(params, batch, key):
-        """Symmetric cross-entropy; captions of equal scenes share the target."""
+        """Return the symmetric cross-entropy; captions of equal scenes share the target."""
         level_key, key = jax.random.split(key)
         images = render(batch["scenes"], batch["layouts"], xp=jnp)
         level = config.augmentation * jax.random.uniform(level_key, (len(images),)) ** 2
@@ -78,14 +78,14 @@ def train(config: ConfigDict, out: Path) -> None:
 
 
 def network_fields(config: ConfigDict, tokenizer: CLIPTokenizer) -> dict:
-    """The config.json of the CLIPModel, with the tokenizer's ids filled in."""
+    """Return the CLIPModel's config.json, with the tokenizer's ids."""
     fields = config.network.to_dict()
     fields["text_config"] |= special_tokens(tokenizer)
     return fields
 
 
 def write(out: Path, config: ConfigDict, fields: dict, params: Params) -> None:
-    """The transformers folder: weights, config, image processor, tokenizer."""
+    """Write the transformers folder: weights, config, image processor and tokenizer."""
     folder = out / config.name
     size = fields["vision_config"]["image_size"]
     convert.save(params, folder / "model.safetensors", config.store_dtype)
@@ -112,8 +112,11 @@ def write(out: Path, config: ConfigDict, fields: dict, params: Params) -> None:
 
 
 def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict]:
-    """Groups of scenes that differ in one thing, so that colours, shapes, sizes and relations
-    must all be told apart; each with a caption of a random template and language."""
+    """Yield groups of near misses, with captions of random templates and languages.
+
+    Scenes of a group differ in one attribute, so the model must learn colours, shapes, sizes and
+    relations.
+    """
     rng = np.random.default_rng(config.seed)
     while True:
         scenes = hard_scenes(rng, config.batch_size // GROUP)
@@ -126,7 +129,7 @@ def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict]:
 
 
 def identity(scenes: Scene) -> np.ndarray:
-    """One int32 a kind of scene; equal scenes have equal numbers."""
+    """Return one int32 per scene; equal scenes have equal numbers."""
     total = np.zeros(len(scenes.count), np.int32)
     for field, base in ((scenes.shape, 4), (scenes.colour, 6), (scenes.size, 2)):
         for i in range(2):
@@ -135,16 +138,16 @@ def identity(scenes: Scene) -> np.ndarray:
 
 
 def hard_scenes(rng: np.random.Generator, groups: int) -> Scene:
-    """Training scenes [groups * GROUP]: each with near misses of itself, all training scenes."""
+    """Draw training scenes [groups * GROUP]: `groups` scenes and their near misses."""
     first = sample_scenes(rng, groups, "train")
     parts = [first] + [near_miss(rng, first) for _ in range(GROUP - 1)]
     return Scene(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
 
 def near_miss(rng: np.random.Generator, scenes: Scene) -> Scene:
-    """The scenes with one thing changed: a shape, a colour, a size, or the relation turned round.
+    """Change one attribute of each scene: a shape, a colour, a size, or the relation.
 
-    Where that leaves the training split (or makes two equal objects), another scene altogether.
+    If the result is not a training scene, or has two equal objects, draw a new training scene.
     """
     n = len(scenes.count)
     shape, colour, size = (field.copy() for field in scenes[:3])
@@ -174,11 +177,11 @@ def near_miss(rng: np.random.Generator, scenes: Scene) -> Scene:
 
 
 def other_shapes(rng: np.random.Generator, scenes: Scene) -> np.ndarray:
-    """For every object a shape that it has not; [b, 2]."""
+    """Draw a different shape for every object, [b, 2]."""
     return (scenes.shape + rng.integers(1, len(SHAPES), scenes.shape.shape)) % len(SHAPES)
 
 
 def training_batch(rng: np.random.Generator, n: int) -> tuple[Scene, Layout]:
-    """Training scenes with a layout each."""
+    """Draw n training scenes with layouts."""
     scenes = sample_scenes(rng, n, "train")
     return scenes, sample_layouts(rng, scenes)

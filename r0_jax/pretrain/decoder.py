@@ -1,8 +1,8 @@
-"""Stage `decoder`: the VAE's decoder learns to read what the UNet predicts.
+"""Stage `decoder`: trains the VAE's decoder on the latents that the UNet predicts.
 
-What a small network denoises is a little off what the encoder says of a scene, always in the same
-ways: too smooth, and in few steps with dented outlines. The latents stay as they are, so the UNet
-need not be trained again.
+Denoised latents of a small network differ from the encoder's, always in the same ways. They are
+too smooth, and few steps dent the outlines. The latent space stays the same, so the UNet needs no
+new training.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from r0_jax.weights import convert, lazy
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Rewrites `out/pipeline/vae`, of which the encoder stays the same."""
+    """Train the decoder in `out/pipeline/vae`; keep the encoder."""
     pipeline = stable_diffusion.load(out / "pipeline")
     vae, frozen = pipeline.networks["vae"], lazy.place(pipeline.params)
     scale = vae.config.scaling_factor
@@ -37,7 +37,7 @@ def train(config: ConfigDict, out: Path) -> None:
         return value, {"psnr": psnr}
 
     def predict(latents, input_ids, key):
-        """What the UNet makes of noisy latents in two steps, t and t / 2; a share stays clean."""
+        """Noise latents and denoise them in two steps, at t and t / 2; keep a share clean."""
         t_key, noise_key, clean_key = jax.random.split(key, 3)
         count = len(latents)
         t = jax.random.randint(t_key, (count,), 0, len(alphas))

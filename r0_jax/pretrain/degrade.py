@@ -1,5 +1,7 @@
-"""Ways for an image to be bad, by a level in [0, 1] a sample: blur, noise, washed-out colours,
-outlines bent out of shape, and shapes on their way to another."""
+"""Faults of images: blur, noise, faded colours, bent outlines and morphed shapes.
+
+Each sample has its own level in [0, 1].
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,11 @@ from r0_jax.shapes.scene import Layout, Scene, paint, signed_distance
 _RADIUS = 4  # of the blur's window, pixels; covers its widest Gaussian
 BLUR, NOISE, FADE = 2.0, 0.25, 0.7  # at level 1: sigma in pixels, standard deviation, share
 WARP = 1.8  # at level 1: standard deviation of a pixel's displacement
-_BENDS = 10  # of the warp, along a side: a small object is bent about once
+_BENDS = 10  # bends of a warp per side: a small object gets about one
 
 
 def blur(images: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Float[Array, "b h w c"]:
-    """Gaussian blur of `sigma` pixels, its own for each sample; 0 leaves the image as it is."""
+    """Blur each sample by a Gaussian of its own `sigma` in pixels; 0 changes nothing."""
     offsets = jnp.arange(-_RADIUS, _RADIUS + 1)
     window = jnp.exp(-0.5 * (offsets[None] / jnp.maximum(sigma, 1e-3)[:, None]) ** 2)
     window = window / jnp.sum(window, axis=1, keepdims=True)
@@ -34,9 +36,9 @@ def blur(images: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Float[Ar
 def degrade(
     key: Key[Array, ""], images: Float[Array, "b h w 3"], level: Float[Array, " b"]
 ) -> Float[Array, "b h w 3"]:
-    """A random mixture of blur, noise and fading towards grey whose strengths add up to `level`."""
+    """Apply a random mixture of blur, noise and fading to grey; the strengths sum to `level`."""
     mix_key, noise_key = jax.random.split(key)
-    # Dirichlet(1/2, 1/2, 1/2), without the rejection loop by which JAX draws any other.
+    # Dirichlet(1/2, 1/2, 1/2), without the rejection loop of jax.random.dirichlet.
     squares = jax.random.normal(mix_key, (len(images), 3)) ** 2
     mix = squares / jnp.sum(squares, axis=1, keepdims=True) * level[:, None]
     images = blur(images, BLUR * mix[:, 0])
@@ -50,7 +52,7 @@ def degrade(
 def warp(
     key: Key[Array, ""], images: Float[Array, "b h w c"], level: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Outlines bent at random, as few denoising steps leave them: round corners, dented circles."""
+    """Bend outlines at random, as few denoising steps do: round corners, dented circles."""
     batch, height, width, _ = images.shape
     coarse = jax.random.normal(key, (batch, _BENDS, _BENDS, 2))
     shift = jax.image.resize(coarse, (batch, height, width, 2), "cubic")
@@ -67,8 +69,10 @@ def warp(
 def morph(
     scenes: Scene, layouts: Layout, towards: Int[ArrayLike, "b 2"], level: Float[Array, " b"]
 ) -> Float[Array, "b 64 64 3"]:
-    """The scenes with every object's outline `level` of the way to that of the shape `towards`, of
-    the same radius: what is neither a square nor a circle."""
+    """Render scenes with each outline moved the share `level` towards the shape `towards`.
+
+    Both shapes have the same radius. The result is, for example, neither square nor circle.
+    """
     start, end = (
         signed_distance(shape, layouts.centre, layouts.radius, jnp)
         for shape in (scenes.shape, towards)

@@ -1,4 +1,4 @@
-"""Stage `unet`: the denoising network, on cached latents, with VAE and text encoder frozen."""
+"""Stage `unet`: trains the UNet on cached latents; VAE and text encoder are frozen."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +26,11 @@ from r0_jax.shapes.scene import render
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params, init
 
-CAPTIONS = 6  # of each scene, drawn once
+CAPTIONS = 6  # per scene, drawn once
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes the rest of `out/pipeline`: unet, scheduler and model_index.json."""
+    """Train the UNet; write unet, scheduler and model_index.json to `out/pipeline`."""
     folder = out / "pipeline"
     tokenizer = load_tokenizer(folder / "tokenizer")
     fields = config.network.to_dict()
@@ -56,11 +56,11 @@ def train(config: ConfigDict, out: Path) -> None:
     empty = jnp.asarray(pipeline.tokenize([""])["input_ids"])
 
     def loss(params, batch, key):
-        """Mean squared error of the velocity v = alpha eps - sigma x0 at uniform timesteps."""
+        """Return the mean squared error of v = alpha eps - sigma x0 at uniform timesteps."""
         latents, input_ids = batch["latents"], batch["input_ids"]
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         count = len(latents)
-        # Stratified: the loss of one batch sees all noise levels alike.
+        # Stratified: each batch covers all noise levels evenly.
         t = (jnp.arange(count) + jax.random.uniform(t_key, (count,))) / count * len(alphas)
         t = t.astype(jnp.int32)
         noise = jax.random.normal(noise_key, latents.shape)
@@ -117,7 +117,7 @@ def _stem(part: str) -> str:
 def latents_and_captions(
     config: ConfigDict, pipeline: StableDiffusionPipeline
 ) -> dict[str, np.ndarray]:
-    """Scaled latents [N, h, w, c] of training scenes and token ids [N, CAPTIONS, T] of each."""
+    """Return scaled latents [N, h, w, c] of training scenes, and token ids [N, CAPTIONS, T]."""
     network = pipeline.networks["vae"]
 
     @jax.jit
@@ -138,7 +138,7 @@ def latents_and_captions(
 
 
 def batches(data: dict[str, np.ndarray], config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
-    """Random scenes, each with a random one of its captions."""
+    """Yield batches of random scenes, each with one of its captions."""
     rng = np.random.default_rng(config.seed + 2)
     while True:
         rows = rng.integers(len(data["latents"]), size=config.batch_size)

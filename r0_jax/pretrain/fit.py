@@ -1,4 +1,4 @@
-"""The plain supervised loop that every stage of the pretraining shares."""
+"""The supervised training loop of all pretraining stages."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,9 @@ def fit(
     config: ConfigDict,
     on_evaluate: Callable[[int, Params], None] | None = None,
 ) -> Params:
-    """AdamW with warm-up and cosine decay; the exponential moving average of the parameters.
+    """Train with AdamW, warm-up and cosine decay; return the moving average of the parameters.
+
+    Raise InputError if `config.steps` does not exceed `config.warmup_steps`.
 
     Args:
       loss: (params, batch, key) -> (scalar, metrics).
@@ -48,7 +50,7 @@ def fit(
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        # A short memory at first, so that the average forgets the random start.
+        # A low decay at first lets the average forget the random start.
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         return params, average, opt_state, {"loss": value, **metrics}
@@ -62,8 +64,8 @@ def fit(
     for step, batch in zip(range(config.steps), batches, strict=False):
         batch = jax.device_put(batch, by_sample)
         ahead = update(params, average, opt_state, batch, step)
-        # One step ahead and no more: sums over many fake devices of few processors, queued by the
-        # hundred, block each other for ever.
+        # Wait for each step. With many fake devices on few cores, hundreds of queued sums would
+        # deadlock.
         jax.block_until_ready(metrics)
         params, average, opt_state, metrics = ahead
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:

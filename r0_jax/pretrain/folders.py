@@ -1,4 +1,4 @@
-"""Writing the JSON files of diffusers and transformers folders."""
+"""Writes the small files of diffusers and transformers folders."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON the way diffusers does, atomically."""
+    """Write JSON atomically, in the layout of diffusers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -16,7 +16,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Puts the files of a tokenizer folder beside a model, where transformers looks for them."""
+    """Copy a tokenizer's files into a model's folder, where transformers looks for them."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, folder / path.name)

@@ -1,5 +1,8 @@
-"""Stages `preference` and `aesthetic`: which image of a pair a person would rather have ordered,
-and how well made an image is, whatever was ordered."""
+"""Stages `preference` and `aesthetic`: rewards of the embedded world.
+
+The preference model says which image of a pair fits the prompt better. The aesthetic model rates
+the quality of an image without its prompt.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,17 +33,17 @@ from r0_jax.shapes.scene import render, sample_layouts, sample_scenes
 from r0_jax.weights import convert, lazy
 from r0_jax.weights.network import Network, Params, init
 
-# Ways for the worse image of a rendered pair to be worse.
+# Faults of the worse image of a rendered pair.
 _KINDS = ("degraded", "bent", "morphed", "near_miss")
 _DRAWN_AT_ONCE = 64
 
 
 def train_preference(config: ConfigDict, out: Path) -> None:
-    """Writes `out/preference`: the `clip` stage's model, taught by pairs as HPS was from CLIP.
+    """Train the `clip` stage's model on pairs, as HPS trained CLIP; write `out/preference`.
 
-    Half of the pairs are rendered. Both images then have a fault, the better one less of it or
-    none: degraded, bent, or on the way to other shapes; or the worse one is a near miss of the
-    prompt. The other half went through the VAE, see `redraw`.
+    Half of the pairs are rendered. The worse image is degraded, bent or morphed; the better image
+    has less of the same fault, or none. Or the worse image is a near miss of the prompt. The
+    other half of the pairs went through the VAE (see `redraw`).
     """
     source = out / ("preference" if config.warm_start else "clip")
     found = tower.load(source)
@@ -75,8 +78,11 @@ def train_preference(config: ConfigDict, out: Path) -> None:
 
 
 def _rendered_pairs(batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Better and worse images [B, h, w, 3]. A pair has the same fault in the same direction, so
-    that a little of it is better than more."""
+    """Render better and worse images [B, h, w, 3].
+
+    Both images of a pair have the same fault in the same direction. So the model learns that less
+    of a fault is better.
+    """
     level_key, share_key, degrade_key, warp_key = jax.random.split(key, 4)
     scenes, layouts, count = batch["scenes"], batch["layouts"], len(batch["kind"])
     more = jax.random.uniform(level_key, (count,), minval=0.1)
@@ -101,7 +107,7 @@ def _rendered_pairs(batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _resize_positions(params: Params, vision: dict, size: int) -> Params:
-    """Position embeddings of a ViT for images of another size, cubic in between, as is usual."""
+    """Resize the position embeddings of a ViT to images of `size` pixels (cubic)."""
     name = "vision_model.embeddings.position_embedding.embedding"
     old, new = (side // vision["patch_size"] for side in (vision["image_size"], size))
     first, rest = params[name][:1], params[name][1:]
@@ -111,8 +117,10 @@ def _resize_positions(params: Params, vision: dict, size: int) -> Params:
 
 
 def _few_step_pool(out: Path, config: ConfigDict) -> np.ndarray:
-    """What the base draws of training scenes without guidance, in each of config.few_steps as
-    often: images in [0, 1]."""
+    """Draw training scenes with the base model without guidance; return images in [0, 1].
+
+    Use each number of steps in `config.few_steps` for an equal share.
+    """
     rng = np.random.default_rng(config.seed)
     scenes = sample_scenes(rng, config.few_step_images, "train")
     pipeline = stable_diffusion.load(out / "pipeline")
@@ -156,8 +164,11 @@ def _pairs(config: ConfigDict, tokenizer: CLIPTokenizer, kept: redraw.Pairs) -> 
 
 
 def train_aesthetic(config: ConfigDict, out: Path) -> None:
-    """Writes `out/aesthetic/model.safetensors`: the MLP head on the `preference` tower's image
-    features, from 1 (fully degraded or bent) to 10 (clean); the base in few steps counts as 4."""
+    """Train an MLP on the `preference` tower's image features; write it to `out/aesthetic`.
+
+    The target runs from 1 (fully degraded or bent) to 10 (clean). It is 4 for images that the base
+    model draws in few steps.
+    """
     found = tower.load(out / "preference", text=False)
     tower_params = lazy.place(found.params)
 
@@ -175,7 +186,7 @@ def train_aesthetic(config: ConfigDict, out: Path) -> None:
         worse = jnp.where(bent, warp(warp_key, clean, level), degrade(degrade_key, clean, level))
         images = jnp.where(drawn, batch["few_step"], worse)
         target = jnp.where(batch["from_base"], 4.0, 10.0 - 9.0 * level)
-        # The tower is frozen: only the head is trained.
+        # The tower is frozen; only the head is trained.
         features = normalize(
             found.sight.apply(tower_params, "image_features", found.prepare(images))
         )

@@ -1,5 +1,8 @@
-"""One scene twice, both as the VAE draws it: as it is, and with a fault that few denoising steps
-leave. What a reward learns from such pairs is the fault: all else is the same."""
+"""Pairs of images of one scene, both decoded by the VAE: a clean one, and one with a fault.
+
+Few denoising steps cause such faults. The images differ in nothing else, so a reward learns the
+fault.
+"""
 
 import functools
 import itertools
@@ -24,7 +27,7 @@ _BATCH = 64
 
 
 class Pairs(NamedTuple):
-    """As bytes, to be kept by the thousand."""
+    """Pairs of images as bytes, which saves memory."""
 
     scenes: Scene
     better: UInt8[np.ndarray, "n h w 3"]
@@ -35,15 +38,15 @@ class Pairs(NamedTuple):
 
 
 def pairs(pipeline: Pipeline, seed: int, steps: tuple[int, ...], batches: int) -> Pairs:
-    """Training scenes, `batches` of 64 for each way to draw the worse half:
+    """Draw pairs of training scenes: `batches` batches of 64 for each way to make the worse image.
 
-    - the scene's latents, noised as far as some step of a grid of `steps` (its first, and those a
-      quarter and half of the way), and denoised again on that grid, with guidance and without;
-    - the scene with its outlines bent, or on their way to another shape's.
+    - Noise the latents to a step of a grid of `steps` steps, and denoise them on that grid, with
+      and without guidance. The step is the first, or lies a quarter or half of the way.
+    - Bend the outlines, or morph them towards another shape.
     """
     ways = [_outlines_bent(pipeline), _outlines_morphed(pipeline)]
     for count, guidance in itertools.product(steps, GUIDANCE):
-        redrawn = _redrawn(pipeline, count, guidance)  # compiled once for all places to start
+        redrawn = _redrawn(pipeline, count, guidance)  # compiled once for all first steps
         ways += [
             functools.partial(redrawn, first)
             for first in sorted({0, (count + 1) // 4, (count + 1) // 2})
@@ -63,7 +66,7 @@ def pairs(pipeline: Pipeline, seed: int, steps: tuple[int, ...], batches: int) -
 
 
 def _redrawn(pipeline: Pipeline, count: int, guidance: float):
-    """As the other ways, after the number of the step that denoising starts with."""
+    """Return a way like the others, with one more first argument: the first step of denoising."""
     scheduler = grid.grid(pipeline.scheduler_config, count)
     empty = jax.tree.map(jnp.asarray, pipeline.tokenize([""]))
 

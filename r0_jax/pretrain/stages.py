@@ -1,4 +1,4 @@
-"""All stages of the pretraining."""
+"""The stages of pretraining."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from r0_jax.pretrain import clip, decoder, diffusion, preference, text, tokenizer, vae
 
-# In the order in which they need each other.
+# In order: each stage needs earlier ones.
 STAGES: dict[str, Callable[[ConfigDict, Path], None]] = {
     "tokenizer": lambda config, out: tokenizer.build(out, config.model_max_length),
     "vae": vae.train,

@@ -1,7 +1,7 @@
-"""Stage `text_encoder`: reading captions of both languages, before there is anything to draw.
+"""Stage `text_encoder`: trains the text encoder on captions of both languages.
 
-Stable Diffusion's text encoder comes from CLIP and is frozen; this one comes from naming what is
-in the scene, and is frozen too.
+Stable Diffusion freezes CLIP's text encoder. This encoder learns to name the objects of a scene,
+and is frozen too.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from r0_jax.shapes.scene import COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, init
 
-# Classes of each number of a scene, in the order of `answers`.
+# Number of classes of each field of a scene, in the order of `answers`.
 QUESTIONS = (len(SHAPES),) * 2 + (len(COLOURS),) * 2 + (len(SIZES),) * 2 + (2, len(RELATIONS))
-CAPTION_LENGTH = 17  # tokens of the longest; what comes after a caption's end plays no part
+CAPTION_LENGTH = 17  # tokens of the longest caption; the tokens after its end play no part
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes `out/pipeline/text_encoder`."""
+    """Train the text encoder; write `out/pipeline/text_encoder`."""
     tokenizer = load_tokenizer(out / "pipeline" / "tokenizer")
     fields = {**config.network.to_dict(), **special_tokens(tokenizer)}
     parsed = CLIPTextConfig.from_json(fields)
@@ -40,7 +40,7 @@ def train(config: ConfigDict, out: Path) -> None:
     network = Network.abstract(constructor)
 
     def loss(params, batch, key):
-        """Cross-entropy of every question, answered by a linear head on the end-of-text token."""
+        """Return the cross-entropy of all answers of a linear head on the end-of-text token."""
         del key
         params = dict(params)
         head = params.pop("head")
@@ -64,7 +64,7 @@ def train(config: ConfigDict, out: Path) -> None:
 
 
 def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """What a text config says of its tokenizer."""
+    """Return the fields of a text config that describe its tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -74,7 +74,7 @@ def special_tokens(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 
 def answers(scenes: Scene) -> np.ndarray:
-    """What is to be read out of the captions of scenes: int32 [N, len(QUESTIONS)]."""
+    """Return the correct answers for scenes: int32 [N, len(QUESTIONS)]."""
     fields = [
         scenes.shape,
         scenes.colour,
@@ -86,7 +86,7 @@ def answers(scenes: Scene) -> np.ndarray:
 
 
 def batches(config: ConfigDict, tokenizer: CLIPTokenizer) -> Iterator[dict[str, np.ndarray]]:
-    """Captions of training scenes with what they say."""
+    """Yield batches of captions of training scenes, with their answers."""
     rng = np.random.default_rng(config.seed)
     while True:
         scenes = sample_scenes(rng, config.batch_size, "train")

@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: CLIP's byte-level BPE over the words of both languages."""
+"""Stage `tokenizer`: builds CLIP's byte-level BPE for the words of both languages."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ _FIELDS = ("{a}", "{b}", "{relation}", "{size}", "{colour}", "{shape}")
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar, once for each place it stands in."""
+    """Return every word of the grammar, once for each occurrence."""
     words: list[str] = []
     for language in LANGUAGES:
         table = WORDS[language]
@@ -30,7 +30,7 @@ def vocabulary() -> list[str]:
 
 
 def build(out: Path, model_max_length: int) -> CLIPTokenizer:
-    """Writes `out/pipeline/tokenizer` (vocab.json, merges.txt and the rest) and returns it."""
+    """Write `out/pipeline/tokenizer` (vocab.json, merges.txt and configs); return the tokenizer."""
     words = vocabulary()
     merges = _spaced_merges([word for word in words if word.isascii()])
     merges += _unspaced_merges([word for word in words if not word.isascii()])
@@ -65,7 +65,7 @@ def build(out: Path, model_max_length: int) -> CLIPTokenizer:
 
 
 def _spaced_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges learned on words that spaces set apart."""
+    """Learn the merges of words that spaces separate."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.train_from_iterator(
@@ -75,8 +75,11 @@ def _spaced_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def _unspaced_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges of Chinese, which the tokenizer sees as one long word: bytes to characters first,
-    then characters to words, within a clause and (with the end-of-word mark) at its end."""
+    """Return the merges of Chinese, which has no spaces: a clause is one long word.
+
+    First merge bytes to characters, then characters to words. Each word occurs inside a clause and
+    at its end (with the end-of-word mark).
+    """
     byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
     of_characters, of_words = {}, {}
     for word in dict.fromkeys(words):
@@ -91,5 +94,5 @@ def _unspaced_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def _chain(symbols: list[str]) -> dict[tuple[str, str], None]:
-    """The merges that join the symbols from left to right."""
+    """Return the merges that join the symbols from left to right."""
     return {("".join(symbols[:i]), symbols[i]): None for i in range(1, len(symbols))}

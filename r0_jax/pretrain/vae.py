@@ -1,4 +1,4 @@
-"""Stage `vae`: the autoencoder, on rendered scenes."""
+"""Stage `vae`: trains the autoencoder on rendered scenes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +17,14 @@ from r0_jax.shapes.scene import Layout, Scene, render, sample_layouts, sample_sc
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, init
 
-# Encoding and decoding, several images a step.
-CHUNK = 128
+CHUNK = 128  # images encoded or decoded at once
 STEM = "diffusion_pytorch_model"
 
 
 def scene_batches(
     seed: int, batch_size: int, split: str = "train"
 ) -> Iterator[tuple[Scene, Layout]]:
-    """Random scenes and layouts without end; drawn on the host, rendered on the device."""
+    """Yield random scenes and layouts without end, drawn on the host."""
     rng = np.random.default_rng(seed)
     while True:
         scenes = sample_scenes(rng, batch_size, split)
@@ -35,9 +34,9 @@ def scene_batches(
 def difference(
     decoded: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"], outline_weight: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Absolute and squared error of images in [-1, 1], and the PSNR in dB.
+    """Return a loss of images in [-1, 1], absolute plus squared error, and the PSNR in dB.
 
-    Most of a scene is background: outlines, which decide what shape it shows, count more.
+    Outlines count `outline_weight` times: they define the shapes, but most pixels are background.
     """
     error = decoded - images
     soft = blur(images, jnp.full(len(images), 1.0))
@@ -47,7 +46,7 @@ def difference(
 
 
 def train(config: ConfigDict, out: Path) -> None:
-    """Writes `out/pipeline/vae`: reconstruction, and a pull towards N(0, I)."""
+    """Train the VAE on reconstruction and a KL term; write `out/pipeline/vae`."""
     fields = config.network.to_dict()
     parsed = AutoencoderKLConfig.from_json(fields)
 

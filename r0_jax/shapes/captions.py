@@ -1,6 +1,6 @@
-"""Captions of scenes in English and Chinese, and their exact inverse.
+"""Captions of scenes in English and Chinese, and the exact way back from caption to scene.
 
-Two objects can be told in either order, "A left of B" or "B right of A"; both are captions of
+A caption can name two objects in either order, "A left of B" or "B right of A". Both describe
 the same canonical scene.
 """
 
@@ -52,15 +52,16 @@ PAIR_FRAMES = {
 
 
 def num_templates(language: str, count: int) -> int:
-    """Templates 0 .. num_templates - 1 exist for a scene of that count."""
-    # Each frame of a pair is used in both orders of its objects.
+    """Return the number of caption templates for a scene of `count` objects (1 or 2)."""
+    # Each frame of a pair serves both orders of the objects.
     return len(SINGLE_FRAMES[language]) if count == 1 else 2 * len(PAIR_FRAMES[language])
 
 
 def caption(scene: Scene, language: str, template: int) -> str:
-    """The caption of one scene (fields without a batch axis).
+    """Return the caption of one scene (fields without a batch axis).
 
-    Even templates of a pair tell the objects in the scene's order, odd ones swapped."""
+    For a pair, even templates name the objects in the scene's order, odd templates in reverse.
+    """
     words = WORDS[language]
     a, b = (
         words["object"].format(
@@ -97,9 +98,10 @@ _PATTERNS = {language: _patterns(language) for language in LANGUAGES}
 
 
 def parse(text: str) -> Scene | None:
-    """The canonical scene that the caption tells, or None if the grammar has no such caption.
+    """Return the canonical scene that a caption describes, or None if the grammar lacks it.
 
-    Case, spaces and punctuation at the end do not count."""
+    Ignore case, spaces, and punctuation at the end.
+    """
     text = unicodedata.normalize("NFKC", text).casefold().strip().rstrip(" .,;!?。、")
     spaced = {"en": " ".join(text.split()), "zh": "".join(text.split())}
     for language, patterns in _PATTERNS.items():
@@ -129,7 +131,7 @@ def _scene(found: dict[str, str], words: dict) -> Scene:
 
 
 def captions_for(scenes: Scene, rng: np.random.Generator, language: str | None = None) -> list[str]:
-    """A caption per scene of a random template, and of a random language if none is given."""
+    """Return one caption per scene, with random templates and, by default, random languages."""
     captions = []
     for fields in zip(*scenes, strict=True):
         scene = Scene(*fields)
@@ -140,12 +142,15 @@ def captions_for(scenes: Scene, rng: np.random.Generator, language: str | None =
 
 
 def prompts(split: str, n: int, seed: int) -> list[str]:
-    """n distinct captions of scenes of the split, English and Chinese in turn."""
+    """Return n distinct captions of a split, alternately English and Chinese.
+
+    Raise InputError if the split has fewer captions.
+    """
     rng = np.random.default_rng(seed)
-    # Pairs only, which understates train by its few one-object captions.
+    # This counts pairs only: train has a few more captions, of one object.
     most = len(all_scenes(split).count) * sum(num_templates(lang, 2) for lang in LANGUAGES)
     if n > most:
-        raise InputError(f"{n} prompts asked for, the {split} split has {most}: ask for fewer")
+        raise InputError(f"the {split} split has {most} prompts, not {n}: ask for fewer")
     halves = []
     for language, number in zip(LANGUAGES, (-(-n // 2), n // 2), strict=True):
         distinct: dict[str, None] = {}  # a set that keeps its order

@@ -1,8 +1,8 @@
-"""An exact judge: does an image show what its caption says? Image analysis, nothing trained.
+"""An exact judge: does an image show what its caption says? It analyses images; nothing is trained.
 
-Saturated pixels are grouped by the nearest palette hue into connected components; each is fitted
-with the four ideal shapes; the result is compared with the parsed caption. Images of another
-size are resampled to 64 x 64 first, so every length here is in those pixels.
+The judge groups saturated pixels by the nearest palette hue into connected components. It fits
+the four ideal shapes to each component, and compares the result with the parsed caption. It first
+resamples images of another size to 64 x 64, so every length here is in those pixels.
 """
 
 from typing import Any, NamedTuple
@@ -27,39 +27,39 @@ from r0_jax.shapes.scene import (
 )
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)
-MIN_IOU = 0.84  # with the best ideal shape; clean ones have 0.97, blurred by 1 pixel 0.86
-MIN_AREA = 20.0  # square pixels of an object; the smallest drawn has 70
-MIN_LEAD = 0.04  # of that IoU over the second best shape's; a rounded square has neither name
-MAX_SOFTNESS = 0.7  # pixels that edges are wide; clean ones have 0.17, blurred by 1 pixel 0.45
-CONTRAST = 3.0  # edges are made this much harder, so that a slight blur does not count
+MIN_IOU = 0.84  # with the best ideal shape; clean objects have 0.97, blurred by 1 pixel 0.86
+MIN_AREA = 20.0  # square pixels of an object; the smallest rendered object has 70
+MIN_LEAD = 0.04  # of the best shape's IoU over the second best; a rounded square has less
+MAX_SOFTNESS = 0.7  # width of edges in pixels; clean objects have 0.17, blurred by 1 pixel 0.45
+CONTRAST = 3.0  # factor that sharpens edges, so that a slight blur does not count
 COLOUR_TOLERANCE = 0.3  # RGB distance of an object's mean colour from the palette's
 SIZE_TOLERANCE = 1.5  # pixels that a radius may lie outside its range in SIZES
-SLANT_TOLERANCE = 0.75  # offset across the relation's axis as a share of that along; drawn: 0.4
-CLUTTER_LEVEL = 0.2  # departure from a smooth background that the eye sees as a thing
-CLUTTER_AREA = 16.0  # square pixels of it that count as an extra object
-# Of each shape at radius 1: area, and how far its centroid lies below its bounding box's centre.
+SLANT_TOLERANCE = 0.75  # offset across the relation's axis / offset along it; rendered: 0.4
+CLUTTER_LEVEL = 0.2  # visible difference from a smooth background
+CLUTTER_AREA = 16.0  # square pixels of clutter that count as an extra object
+# Each shape at radius 1: its area, the drop of its centroid below the centre of its bounding
+# box, and the length of its outline.
 UNIT_AREA = np.array([np.pi, 4 * EXTENTS[1, 0] ** 2, 2 * EXTENTS[2, 1], 4 * ARM * (2 - ARM)])
 CENTROID_DROP = np.array([0.0, 0.0, EXTENTS[2, 1] / 3, 0.0])
-# and length of its outline.
 UNIT_PERIMETER = np.array([2 * np.pi, 8 * EXTENTS[1, 0], 2 + 2 * np.hypot(1, 2 * EXTENTS[2, 1]), 8])
-CHUNK = 64  # images analysed at a time, which bounds memory
+CHUNK = 64  # images analysed at a time, to bound memory
 
 
 class Verdict(NamedTuple):
-    """All False where presence is; `relation` is True for one object."""
+    """Verdicts per image. All are False where `presence` is; `relation` is True for one object."""
 
-    presence: Bool[np.ndarray, "b"]  # as many objects as the caption says, and nothing else
+    presence: Bool[np.ndarray, "b"]  # the caption's number of objects, and nothing else
     colour: Bool[np.ndarray, "b"]
     shape: Bool[np.ndarray, "b"]
     size: Bool[np.ndarray, "b"]
     relation: Bool[np.ndarray, "b"]
-    correct: Bool[np.ndarray, "b"]  # all of the above, for one matching of objects to words
+    correct: Bool[np.ndarray, "b"]  # all of the above, for the same matching of objects to words
 
 
 class Objects(NamedTuple):
-    """What is seen, up to two objects an image; -1 where an attribute is none of those known."""
+    """The objects found in images, at most two per image; -1 marks an unknown attribute."""
 
-    count: np.ndarray  # [b]; 0 where there are more than two or clutter
+    count: np.ndarray  # [b]; 0 for more than two objects or for clutter
     colour: np.ndarray  # [b, 2]
     shape: np.ndarray  # [b, 2]
     size: np.ndarray  # [b, 2]
@@ -68,8 +68,10 @@ class Objects(NamedTuple):
 
 
 def judge(images: Float[Any, "b h h 3"], captions: list[str]) -> Verdict:
-    """Verdict on each image against its caption. Raises InputError on a caption that the grammar
-    of captions.py does not have."""
+    """Judge each image [b, h, h, 3] in [0, 1] against its caption.
+
+    Raise InputError for a caption outside the grammar of captions.py.
+    """
     if len(images) != len(captions):
         raise InputError(f"{len(images)} images but {len(captions)} captions: give one for each")
     asked = [parse(caption) for caption in captions]
@@ -83,7 +85,7 @@ def judge(images: Float[Any, "b h h 3"], captions: list[str]) -> Verdict:
 
 
 def see(images: Float[Any, "b h h 3"]) -> Objects:
-    """The objects in each image."""
+    """Find the objects in each image."""
     chunks = [
         _see(_resample(np.nan_to_num(np.asarray(images[i : i + CHUNK], np.float32)).clip(0, 1)))
         for i in range(0, len(images), CHUNK)
@@ -92,10 +94,10 @@ def see(images: Float[Any, "b h h 3"]) -> Objects:
 
 
 def compare(seen: Objects, asked: Scene) -> Verdict:
-    """Verdicts under the better of the two matchings of seen objects to asked ones."""
+    """Return verdicts for the better of the two matchings of seen objects to asked objects."""
     presence = seen.count == asked.count
     single = asked.count == 1
-    unused = np.stack([np.zeros_like(single), single], -1)  # slots of no object
+    unused = np.stack([np.zeros_like(single), single], -1)  # slots without an object
     matchings = []
     for order in ([0, 1], [1, 0]):
         attributes = [
@@ -112,14 +114,14 @@ def compare(seen: Objects, asked: Scene) -> Verdict:
         attributes.append(single | (across < SLANT_TOLERANCE * along))
         matchings.append(np.stack(attributes, -1) & presence[:, None])
     straight, swapped = matchings
-    weight = np.array([4, 3, 2, 1])  # colour first: it is what tells which object was meant
+    weight = np.array([4, 3, 2, 1])  # colour counts most: it identifies the object
     better = (swapped @ weight > straight @ weight) & ~single
     attributes = np.where(better[:, None], swapped, straight)
     return Verdict(presence, *attributes.T, attributes.all(-1))
 
 
 def _resample(images: np.ndarray) -> np.ndarray:
-    """Images at IMAGE_SIZE: means over each pixel's area, or linear interpolation if they grow."""
+    """Resample images to IMAGE_SIZE: area means to shrink them, linear interpolation to grow."""
     side = images.shape[1]
     if side == IMAGE_SIZE:
         return images
@@ -144,7 +146,7 @@ def _see(images: np.ndarray) -> Objects:
     per_image = np.bincount(owner, minlength=number)
     count = np.where((per_image > 2) | cluttered, 0, per_image)
 
-    # Slot of each component in its image; images with other than 1 or 2 are not looked at.
+    # The slot of each component in its image. Only images with 1 or 2 components count.
     kept = np.flatnonzero(count[owner] > 0)
     image, rgb = owner[kept], rgb[kept]
     slot = np.zeros(len(kept), int)
@@ -171,13 +173,16 @@ def _see(images: np.ndarray) -> Objects:
 
 
 def _components(images: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Image and mean colour [n, 3] of each candidate object, ordered by image, and labels
-    [b, h, w]: 1 + index of the object, or 0."""
+    """Find the candidate objects.
+
+    Return the image [n] and mean colour [n, 3] of each object, ordered by image, and labels
+    [b, h, w]: 1 + index of the object, or 0.
+    """
     r, g, b = np.moveaxis(images, -1, 0)
     chroma = np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)
     turn = np.abs(_hue(images)[..., None] - _hue(PALETTE))
     nearest = np.minimum(turn, 2 * np.pi - turn).argmin(-1)
-    # Half the palette's chroma is where an edge pixel is half covered.
+    # An edge pixel that is half covered has half the palette's chroma.
     covered = chroma > 0.5 * (PALETTE.max(-1) - PALETTE.min(-1))[nearest]
 
     plane = np.zeros((3, 3, 3), bool)  # neighbours within an image, not across the batch
@@ -189,7 +194,7 @@ def _components(images: np.ndarray) -> tuple[np.ndarray, ...]:
         mask = covered & (nearest == colour)
         found, number = ndimage.label(mask, plane)
         labels[mask] = found[mask] + total
-        # A region needs a core: an edge of mixed colour one or two pixels wide is no object.
+        # An object needs a core: mixed colours at an edge are only one or two pixels wide.
         core = ndimage.minimum_filter(mask, (1, 3, 3))
         cores[core] = labels[core]
         total += number
@@ -213,8 +218,10 @@ def _components(images: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _background(images: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The background [b, h, w, 3] as a function linear in x and y, and whether anything but the
-    objects stands out from it [b]."""
+    """Fit a background [b, h, w, 3], linear in x and y; return it and where clutter exists [b].
+
+    Clutter differs from the background but does not belong to an object.
+    """
     number, side = images.shape[:2]
     free = ~ndimage.maximum_filter(objects, (1, 7, 7))
     ramp = (np.arange(side) + 0.5) / side - 0.5
@@ -234,8 +241,10 @@ def _harder(share: np.ndarray) -> np.ndarray:
 
 
 def _covered(images, background, rgb, masks, others) -> np.ndarray:
-    """How much of each pixel [n, h, w] each object covers: where between the background's colour
-    and the object's own colour the pixel lies."""
+    """Return the share of each pixel that each object covers [n, h, w], 0 to 1.
+
+    It is the pixel's position between the colours of the background and of the object.
+    """
     near = ndimage.maximum_filter(masks, (1, 3, 3))
     whole = rgb[:, None, None] - background
     dot = "nhwc,nhwc->nhw"
@@ -245,9 +254,11 @@ def _covered(images, background, rgb, masks, others) -> np.ndarray:
 
 
 def _fit(covered: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Shape of each object [n, h, w], its radius, centroid and overlap (IoU) with that shape.
+    """Return shape [n], radius [n], centroid [n, 2] and best IoU [n] of objects [n, h, w].
 
-    Each ideal shape gets the object's area and centroid; -1 where none overlaps well enough."""
+    Compare each object with ideal shapes of the same area and centroid. The shape is -1 if none
+    fits well enough.
+    """
     side = covered.shape[-1]
     pixel = np.arange(side, dtype=np.float32) + 0.5
     area = np.maximum(covered.sum((1, 2)), 1e-3)
@@ -272,7 +283,7 @@ def _fit(covered: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _size(radius: np.ndarray) -> np.ndarray:
-    """Index into SIZES, or -1 where the radius is clearly outside every range."""
+    """Return indices into SIZES, or -1 for a radius clearly outside every range."""
     size = np.full(radius.shape, -1)
     for index, (least, most) in enumerate(SIZES.values()):
         within = (radius > least - SIZE_TOLERANCE) & (radius < most + SIZE_TOLERANCE)

@@ -1,8 +1,8 @@
-"""Scenes of one or two coloured shapes: what a caption says, where things lie, and the image.
+"""Scenes of one or two coloured shapes: their content, their layout, and the image.
 
 Coordinates are pixels of a 64 x 64 image, x to the right and y down; `render` scales them to
-any size. NumPy only, so that the judge and the captions need no accelerator library; `render`
-takes `jax.numpy` as `xp` and is then jit-able.
+any size. This module uses only NumPy, so the judge and captions need no accelerator library. With
+`jax.numpy` as `xp`, `render` can be jitted.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 SHAPES = ("circle", "square", "triangle", "cross")
-# Saturated and far apart in hue (0, 29, 57, 129, 226, 283 degrees): the judge tells them by hue.
+# Saturated, with distant hues (0, 29, 57, 129, 226, 283 degrees): the judge goes by hue.
 COLOURS = {
     "red": (0.90, 0.08, 0.08),
     "green": (0.05, 0.70, 0.15),
@@ -29,15 +29,18 @@ SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 64
 SINGLE_SHARE = 0.25  # of the training scenes have one object
 MARGIN = 1.5  # pixels between an object and the border
-GAP = 3.0  # pixels at least between two objects, along the axis of their relation
-SLANT = 0.4  # offset across that axis, at most, as a share of the distance along it
-# Half-extents (x, y) of each shape for radius 1, chosen so that they look equally big.
+GAP = 3.0  # least pixels between two objects, along the axis of their relation
+SLANT = 0.4  # largest offset across that axis, as a share of the distance along it
+# Half-extents (x, y) of each shape for radius 1; the shapes then look equally big.
 EXTENTS = np.array([[1.0, 1.0], [0.88, 0.88], [1.0, 0.9], [1.0, 1.0]], np.float32)
 ARM = 0.36  # half the width of a cross's arms
 
 
 class Scene(NamedTuple):
-    """What a caption talks about. Fields of object 1 and `relation` are 0 where count is 1."""
+    """The content of scenes, which captions describe.
+
+    Where count is 1, the fields of object 1 and `relation` are 0.
+    """
 
     shape: Int[Any, "*b 2"]
     colour: Int[Any, "*b 2"]
@@ -47,16 +50,16 @@ class Scene(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a caption does not talk about: places, exact sizes, background."""
+    """The parts of a scene that captions do not describe: positions, exact sizes, background."""
 
     centre: Float[Any, "*b 2 2"]  # (x, y) of each object's bounding box
     radius: Float[Any, "*b 2"]
     background: Float[Any, "*b 2 3"]  # colours at the two ends of the gradient
-    angle: Float[Any, "*b"]  # of the gradient, radians: 0 to the right, pi / 2 down
+    angle: Float[Any, "*b"]  # of the gradient, in radians: 0 is right, pi / 2 is down
 
 
 def canonical(scenes: Scene) -> Scene:
-    """The same scenes, with the objects ordered so that 0 is left of or above object 1."""
+    """Return the same scenes, reordered so that object 0 is left of or above object 1."""
     swap = scenes.relation % 2 == 1
     shape, colour, size = (
         np.where(swap[..., None], field[..., ::-1], field) for field in scenes[:3]
@@ -65,7 +68,7 @@ def canonical(scenes: Scene) -> Scene:
 
 
 def _hash(values: np.ndarray) -> np.ndarray:
-    """Well-mixed uint64 of small ints, the same on every machine (splitmix64)."""
+    """Hash small ints to uint64, equally on every machine (splitmix64)."""
     with np.errstate(over="ignore"):
         x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -74,8 +77,11 @@ def _hash(values: np.ndarray) -> np.ndarray:
 
 
 def split_of(scenes: Scene) -> Int[np.ndarray, "*b"]:
-    """Index into SPLITS. Decided by the unordered pair of objects alone, so that two objects of
-    a test scene were never trained on together in any relation; one-object scenes are train."""
+    """Return indices into SPLITS.
+
+    Only the unordered pair of objects decides. So training never shows the two objects of a test
+    scene together, in any relation. Scenes of one object belong to train.
+    """
     kind = (scenes.shape * len(COLOURS) + scenes.colour) * len(SIZES) + scenes.size
     kinds = len(SHAPES) * len(COLOURS) * len(SIZES)
     bucket = _hash(kind.min(-1) * kinds + kind.max(-1)) % np.uint64(10)
@@ -84,7 +90,7 @@ def split_of(scenes: Scene) -> Int[np.ndarray, "*b"]:
 
 @functools.cache
 def all_scenes(split: str) -> Scene:
-    """Every two-object scene of the split, canonical; never two of the same shape and colour."""
+    """Return all canonical two-object scenes of a split; the objects differ in shape or colour."""
     kinds = (len(SHAPES), len(COLOURS), len(SIZES))
     grid = np.indices((*kinds, *kinds, 2), np.int32).reshape(7, -1)
     grid = grid[:, (grid[0] != grid[3]) | (grid[1] != grid[4])]
@@ -94,7 +100,7 @@ def all_scenes(split: str) -> Scene:
 
 
 def sample_scenes(rng: np.random.Generator, n: int, split: str) -> Scene:
-    """n canonical scenes; in train a quarter of them have one object, else all have two."""
+    """Draw n canonical scenes; in train a quarter has one object, the others have two."""
     pairs = all_scenes(split)
     index = rng.integers(len(pairs.count), size=n)
     shape, colour, size, count, relation = (field[index] for field in pairs)
@@ -109,7 +115,7 @@ def sample_scenes(rng: np.random.Generator, n: int, split: str) -> Scene:
 
 
 def _backgrounds(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Two colours per image [n, 2, 3]: dark grey to near-white, slightly warm or cool."""
+    """Draw two colours per image [n, 2, 3]: dark grey to near-white, slightly warm or cool."""
     first = rng.uniform(0.2, 0.93, (n, 1))
     second = np.clip(first + rng.uniform(-0.3, 0.3, (n, 1)), 0.2, 0.93)
     level = np.stack([first, second], 1)  # [n, 2, 1]
@@ -118,15 +124,15 @@ def _backgrounds(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def sample_layouts(rng: np.random.Generator, scenes: Scene) -> Layout:
-    """One layout per scene; objects are inside the image, apart, and clearly in relation."""
+    """Draw one layout per scene: objects lie inside the image, apart, and in a clear relation."""
     n = len(scenes.count)
     least, most = np.array(list(SIZES.values())).T
     radius = rng.uniform(least[scenes.size], most[scenes.size])
-    low, high = MARGIN + radius, IMAGE_SIZE - MARGIN - radius  # [n, 2], for either coordinate
+    low, high = MARGIN + radius, IMAGE_SIZE - MARGIN - radius  # [n, 2], for both coordinates
 
     nearest = radius.sum(-1) + GAP
     distance = rng.uniform(nearest, IMAGE_SIZE - 2 * MARGIN - radius.sum(-1))
-    # Along the axis of the relation `head` is the object with the smaller coordinate.
+    # `head` is the object with the smaller coordinate along the axis of the relation.
     head = (scenes.relation % 2)[:, None]
     head_low = np.take_along_axis(low, head, -1)[:, 0]
     tail_high = np.take_along_axis(high, 1 - head, -1)[:, 0]
@@ -153,7 +159,10 @@ def signed_distance(
     xp: ModuleType = np,
     size: int = IMAGE_SIZE,
 ) -> Float[Any, "*b h w"]:
-    """From the outline to each pixel's middle, in pixels of IMAGE_SIZE; negative inside."""
+    """Return the distance from the outline to each pixel's middle; negative inside.
+
+    The unit is a pixel of an image of IMAGE_SIZE.
+    """
     pixel = (xp.arange(size, dtype=xp.float32) + 0.5) * (IMAGE_SIZE / size)
     pixel = pixel.reshape((1,) * radius.ndim + (size,))
     x = (pixel - centre[..., 0, None])[..., None, :]  # [..., 1, w]
@@ -177,14 +186,14 @@ def signed_distance(
 
 
 def coverage(distance: Float[Any, "*b h w"], xp: ModuleType = np) -> Float[Any, "*b h w"]:
-    """Share of each pixel that a shape covers, from its signed distance: soft over one pixel."""
+    """Return the share of each pixel that a shape covers; the edge is one pixel wide."""
     return xp.clip(0.5 - distance * (distance.shape[-1] / IMAGE_SIZE), 0, 1).astype(xp.float32)
 
 
 def render(
     scenes: Scene, layouts: Layout, xp: ModuleType = np, size: int = IMAGE_SIZE
 ) -> Float[Any, "b h w 3"]:
-    """Images in [0, 1], float32."""
+    """Render scenes as float32 images [b, h, w, 3] in [0, 1]."""
     outlines = signed_distance(scenes.shape, layouts.centre, layouts.radius, xp, size)
     return paint(scenes, layouts, outlines, xp)
 
@@ -192,7 +201,7 @@ def render(
 def paint(
     scenes: Scene, layouts: Layout, outlines: Float[Any, "b 2 h w"], xp: ModuleType = np
 ) -> Float[Any, "b h w 3"]:
-    """`render` with objects of any outline, each given by its signed distance."""
+    """Render objects of any outlines, given by their signed distances [b, 2, h, w]."""
     size = outlines.shape[-1]
     ramp = (xp.arange(size, dtype=xp.float32) + 0.5) / size
     cos, sin = (f(layouts.angle)[:, None, None] for f in (xp.cos, xp.sin))
