@@ -1,4 +1,4 @@
-"""How `python -m r0_jax.X` starts and ends: flags, the config file, one-line errors."""
+"""Starts and ends the commands `python -m r0_jax.X`: flags, config file, one-line errors."""
 
 import difflib
 import math
@@ -17,18 +17,18 @@ from ml_collections.config_flags import config_path
 from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # so that --help lists --config under the program that defines it
+flags.disclaim_key_flags()  # --help then lists --config under the program that defines it
 
-# absl says "a number" and the like itself (`syntactic_help`), but nothing for these.
+# absl describes other types itself (`syntactic_help`).
 _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs `main([program])` under absl and exits.
+    """Run `main([program])` under absl and exit.
 
-    A bad flag or config, an `InputError`, and a disk that is full, read-only or forbidden give
-    one line on stderr and exit status 2; Ctrl-C gives 130. Any other exception is a bug and
-    keeps its traceback. absl's log goes to stderr, from warnings on (`--verbosity=0` for more).
+    An invalid flag or config, an `InputError`, and a full, read-only or forbidden disk give one
+    line on stderr and exit status 2. Ctrl-C gives 130. Any other exception is a bug and keeps its
+    traceback. absl logs warnings and errors to stderr (`--verbosity=0` for more).
     """
     logging.get_absl_logger().addFilter(_is_news)
     warnings.showwarning = _show_warning
@@ -44,15 +44,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:
-    """One line, without the line of code that warned."""
+    """Print a warning as one line, without its line of code."""
     del where
     print(f"warning: {message}", file=sys.stderr)
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """The flag `--config=FILE.py[:argument]`, required, with overrides `--config.field=value`.
+    """Define the required flag `--config=FILE.py[:argument]` and overrides `--config.field=value`.
 
-    Its value is what `get_config([argument])` of that file returns, overridden and locked.
+    Its value is the result of the file's `get_config([argument])`, with overrides and locked.
     """
     holder = config_flags.DEFINE_config_file("config", help_string="config file: FILE.py")
     FLAGS["config"].parser = _ConfigFile()
@@ -61,8 +61,7 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
 
 
 def config_name() -> str:
-    """Of the file behind --config, with its argument: "sdxl_r0_r0plus" for
-    configs/sdxl_r0.py:r0plus."""
+    """Return the name of --config: "sdxl_r0_r0plus" for configs/sdxl_r0.py:r0plus."""
     path, *argument = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
     return re.sub(r"[^\w.-]+", "_", "_".join([Path(path).stem, *argument]))
 
@@ -70,7 +69,7 @@ def config_name() -> str:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         arguments = FLAGS(argv)
-    except SystemExit:  # --help and its kin: absl would report failure
+    except SystemExit:  # --help and similar flags: absl would report failure
         sys.exit(0)
     except flags.UnrecognizedFlagError as error:
         raise InputError(_unknown_flag(error.flagname)) from None
@@ -79,16 +78,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise InputError(str(error)) from None
     if arguments[1:]:
-        # `--flag false` lands here too: absl would take it for --flag=true.
+        # `--flag false` is an error too: absl would read it as --flag=true.
         raise InputError(f"unexpected argument {arguments[1]!r}; flags are --name=value")
     for name in FLAGS:
         flag = FLAGS[name]
         if flag.present and flag.default is None and flag.value == "":
-            raise InputError(f"--{name} is empty")  # a variable of the shell that is not set
+            raise InputError(f"--{name} is empty")  # often an unset shell variable
         if isinstance(flag.value, float) and math.isnan(flag.value):
             raise InputError(f"--{name}=nan is not a number")
     if FLAGS["verbosity"].using_default_value:
-        FLAGS.verbosity = logging.WARNING  # orbax says dozens of INFO lines a checkpoint
+        FLAGS.verbosity = logging.WARNING  # orbax logs dozens of INFO lines per checkpoint
     return arguments
 
 
@@ -109,16 +108,16 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> str:
     if match := re.match(r"--([^=]+)=", text):
         parser = FLAGS[match[1]].parser
         if expected := parser.syntactic_help or _EXPECTED.get(parser.flag_type()):
-            # The reason, such as "invalid literal for int() with base 10", is for programmers.
+            # Drop the reason, such as "invalid literal for int() with base 10".
             return text.removesuffix(f": {error.__context__}") + f": expected {expected}"
     return text
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """The config of a file, and its overrides checked, in words for people.
+    """Parser of a config file and its overrides, with readable errors.
 
-    ml_collections' own parser hides a missing file until the config is first read, and reports
-    the other mistakes by tracebacks.
+    ml_collections' own parser reports a missing file only when the config is first read, and
+    other mistakes by tracebacks.
     """
 
     def parse(self, argument: str) -> ConfigDict:
@@ -131,7 +130,7 @@ class _ConfigFile(flags.ArgumentParser):
         try:
             exec(compile(source, path, "exec"), module)
             if "get_config" not in module:
-                raise InputError(f"config file {path} defines no get_config()")
+                raise InputError(f"config file {path} does not define get_config()")
             config = module["get_config"](*arguments)
         except InputError:
             raise
@@ -152,7 +151,7 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 def _config_problem(path: str, error: Exception) -> str:
-    # The last line of the file itself or of one beside it, such as the base that it imports.
+    # The last frame in the file itself or in a file beside it, such as an imported base.
     folder = Path(path).resolve().parent
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
@@ -195,5 +194,5 @@ def _did_you_mean(name: str, names: list[str], prefix: str = "", quote: str = ""
 
 
 def _is_news(record) -> bool:
-    """False for orbax's log of a traceback that `run` is about to tell in one line."""
+    """Return False for orbax's log of a traceback that `run` will print as one line."""
     return not (record.exc_info and disk_problem(record.exc_info[1]))

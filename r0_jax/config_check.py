@@ -1,4 +1,4 @@
-"""What is wrong with a config, told before anything is loaded."""
+"""Checks a config before anything is loaded."""
 
 import difflib
 import functools
@@ -17,7 +17,7 @@ from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
 
 REMATS = ("blocks", "calls", "none")
-# Field -> least and most of its numbers; what has checks of its own is not here.
+# Field -> (least, most) value; other checks cover the other fields.
 RANGES = {
     "seed": (0, 2**32 - 1),
     "steps": (1, math.inf),
@@ -52,8 +52,10 @@ RANGES = {
 
 
 def check_config(config: ConfigDict, device: Any = None) -> None:
-    """InputError for values that no later check would name, where the config is to run on `device`,
-    by default on this machine."""
+    """Check values that no later check covers; raise InputError.
+
+    The config is for a run on `device`, by default on this machine.
+    """
     check_fields(config)
     ranges = RANGES | {
         f"regularizers.{name}.weight": (0, math.inf)
@@ -66,7 +68,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise InputError(f"{field}={value} must be {bound}")
     for field, value in named_fields(config.to_dict()):
-        # An infinite clip_norm is none, and optim.py says so.
+        # An infinite clip_norm means no clipping; method/optim.py checks it.
         if isinstance(value, float) and not math.isfinite(value) and field != "optimizer.clip_norm":
             raise InputError(f"{field}={value} must be a finite number")
     if config.objective.method not in ("r0", "r0plus"):
@@ -101,38 +103,37 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
     measured += [f"heldout/{name}" for name in config.heldout_rewards]
     if config.best_metric and config.best_metric not in measured:
         raise InputError(
-            f"best_metric={config.best_metric!r} is not measured; there are "
-            f"{', '.join(measured)}, or '' to keep none"
+            f"best_metric={config.best_metric!r} is not measured; use one of "
+            f"{', '.join(measured)}, or '' for no best checkpoint"
         )
     if config.early_stop and not config.best_metric:
         raise InputError(
-            f"early_stop={config.early_stop} needs best_metric, which it follows; "
-            f"there are {', '.join(measured)}"
+            f"early_stop={config.early_stop} needs best_metric; "
+            f"set it to one of {', '.join(measured)}"
         )
     if not any(entry.weight for entry in config.regularizers.values()):
         warnings.warn(
-            "all regularizers have weight 0: rewards alone collapse the generator; "
+            "all regularizers have weight 0: rewards alone make the generator collapse; "
             "set regularizers.weight.weight",
             stacklevel=2,
         )
 
 
 def check_fields(config: ConfigDict) -> None:
-    """InputError unless the config has every field of the base, its rewards all of theirs, and
-    nothing else."""
+    """Check that a config and its rewards have exactly the known fields; raise InputError."""
     there = [name for name, _ in named_fields(config.to_dict())]
     known = [name for name, _ in named_fields(base.get_config().to_dict())]
     if missing := [name for name in known if name not in there]:
         raise InputError(
-            f"the config has no {missing[0]}: begin it with "
+            f"the config lacks the field {missing[0]}: start with "
             "config = r0_jax.config.get_config(), as the recipes in configs/ do"
         )
-    # A recipe unlocks its config to add rewards, and can then mistype whatever else it sets.
+    # A recipe unlocks its config to add rewards, so a mistyped field raises no error there.
     for name in there:
         if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
             near = "".join(difflib.get_close_matches(name, known, n=1))
             raise InputError(
-                f"the config has a field that does not exist, {name}"
+                f"the config has an unknown field, {name}"
                 + (f"; did you mean {near}?" if near else "")
             )
     for section in ("rewards", "heldout_rewards"):
@@ -141,12 +142,12 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def check_reward(name: str, entry: Any) -> None:
-    """InputError unless an entry has the fields of `config.reward_entry`, each of its type."""
+    """Check fields and types of an entry of `config.reward_entry`; raise InputError."""
     expected = base.reward_entry(type="").to_dict()
     fields = entry.to_dict() if isinstance(entry, ConfigDict) else {}
     if different := set(fields) ^ set(expected):
         raise InputError(
-            f"{name} should not have, or lacks, {min(different)}: "
+            f"{name} has an unknown or missing field, {min(different)}: "
             "make it with r0_jax.config.reward_entry(...)"
         )
     for field, default in expected.items():
@@ -159,7 +160,7 @@ def check_reward(name: str, entry: Any) -> None:
 
 
 def named_fields(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a nested dict holds, by dotted names."""
+    """Yield all fields of a nested dict, dicts included, with dotted names."""
     for name, value in fields.items():
         yield prefix + name, value
         if isinstance(value, dict):

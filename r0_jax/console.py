@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a bar on a terminal, a line now and then in a log."""
+"""Shows progress: a bar on a terminal, or a line every few seconds in a log."""
 
 import time
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-console = Console(stderr=True)  # quiet in all processes but the first
+console = Console(stderr=True)  # quiet in all processes except the first
 
-_SECONDS = 10.0  # between lines where there is no terminal
+_SECONDS = 10.0  # between lines without a terminal
 
 
 class TrainingProgress:
-    """Steps done, rewards, images per second and the time left; a context manager."""
+    """A context manager that shows steps, rewards, images per second and the remaining time."""
 
     def __init__(self, steps: int, start_step: int, console: Console):
         self._console, self._steps = console, steps
@@ -28,7 +28,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("compiling", total=steps, completed=start_step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows the metrics of `step`."""
+        """Show the metrics of `step`."""
         shown = [
             f"{name.removeprefix('reward/')} {value:.3f}"
             for name, value in metrics.items()
@@ -55,7 +55,7 @@ class TrainingProgress:
 
 
 class EncodingProgress:
-    """Prompts done, prompts per second and the time left; a context manager."""
+    """A context manager that shows prompts, prompts per second and the remaining time."""
 
     def __init__(self, prompts: int, console: Console):
         self._console, self._prompts, self._done = console, prompts, 0
@@ -73,13 +73,13 @@ class EncodingProgress:
 
     @property
     def rate(self) -> float | None:
-        """Prompts per second, compilation left out; None before the second batch."""
+        """Prompts per second without the compilation; None before the second batch."""
         if self._since is None or self._done == self._since[1]:
             return None
         return (self._done - self._since[1]) / (time.monotonic() - self._since[0])
 
     def advance(self, count: int) -> None:
-        """So many more are encoded."""
+        """Add `count` encoded prompts."""
         self._done += count
         self._since = self._since or (time.monotonic(), self._done)
         if (rate := self.rate) is None:
@@ -103,6 +103,6 @@ class EncodingProgress:
 
 
 def _clock(seconds: float) -> str:
-    """1:02:03"""
+    """Format seconds as 1:02:03."""
     left = int(seconds)
     return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"

@@ -1,10 +1,11 @@
-"""Published reward checkpoints -> folders that the rewards load, without running any pickle.
+"""Converts published reward checkpoints to folders that the rewards load; runs no pickle.
 
     python -m r0_jax.convert_reward --reward=hps_v2_1 --checkpoint=HPS_v2.1_compressed.pt \\
         --tokenizer=bpe_simple_vocab_16e6.txt.gz --out=rewards/hps_v2_1
 
-A `.pt`, `.pth` or `.bin` file needs torch, which reads tensors from it and nothing else
-(`weights_only=True`); a `.safetensors` file does not. Names and shapes are checked first.
+A `.pt`, `.pth` or `.bin` file needs torch, which reads only tensors from it
+(`weights_only=True`). A `.safetensors` file does not need torch. The names and shapes of tensors
+are checked before anything is written.
 """
 
 import gzip
@@ -43,20 +44,20 @@ from r0_jax.weights.tensor_file import TensorFile
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 Fields = dict[str, Any]
 
-# Tensors of published files that no score depends on.
+# Tensors of published files that do not affect a score.
 _UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size")
-_BPE_MERGES = 49152 - 256 - 2  # of those in OpenAI's file, so many are CLIP's
+_BPE_MERGES = 49152 - 256 - 2  # CLIP uses this many merges of OpenAI's file
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Layout(NamedTuple):
-    """How the folder of a kind of network looks.
+    """The layout of a converted folder.
 
     Attributes:
-      network: of the architecture's fields.
-      files: of the fields, {name: contents} of the JSON files.
-      weights: the safetensors file.
-      tokenizer: checks the tokenizer of a folder, (folder, fields); None where there is none.
+      network: fields of the architecture -> network.
+      files: fields of the architecture -> {name: contents} of the JSON files.
+      weights: name of the safetensors file.
+      tokenizer: (folder, fields) -> loaded tokenizer, as a check; None without a tokenizer.
     """
 
     network: Callable[[Fields], Network]
@@ -127,7 +128,7 @@ _CLIP_H = {
         "projection_dim": 1024,
     },
 }
-# Reward -> its layout, its architectures by name, and the one it is published in ("": several).
+# Reward -> (layout, architectures by name, the published architecture; "" if there are several).
 REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
     "hps_v2": (_HPS, open_clip.ARCHITECTURES, "ViT-H-14"),
     "hps_v2_1": (_HPS, open_clip.ARCHITECTURES, "ViT-H-14"),
@@ -181,16 +182,16 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out",
         None,
-        "the folder to make; for aesthetic, a CLIP folder to put the head into",
+        "the folder to write; for aesthetic, the CLIP folder that gets the head",
         required=True,
     )
     flags.DEFINE_string(
         "tokenizer",
         None,
-        "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with a tokenizer of that kind",
+        "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with such a tokenizer",
     )
-    flags.DEFINE_string("architecture", None, "by name, where the reward is published in several")
-    flags.DEFINE_string("architecture_config", None, "or a JSON file with its fields")
+    flags.DEFINE_string("architecture", None, "name of the architecture, if there are several")
+    flags.DEFINE_string("architecture_config", None, "JSON file with fields of the architecture")
 
 
 def convert_reward(
@@ -200,10 +201,9 @@ def convert_reward(
     tokenizer: Path | None = None,
     fields: Fields | None = None,
 ) -> None:
-    """Makes the folder `out`, in the dtype of the checkpoint; `fields` are the architecture's.
+    """Write the folder `out` in the dtype of the checkpoint; `fields` describe the architecture.
 
-    Raises InputError for a file that is not what `reward` is published as; nothing is written
-    then.
+    Raise InputError, and write nothing, if the file does not fit `reward`.
     """
     layout, architectures, usual = REWARDS[reward]
     fields = architectures[usual] if fields is None else fields
@@ -227,9 +227,10 @@ def convert_reward(
 
 
 def read_checkpoint(path: Path) -> Tensors:
-    """The tensors of a `.safetensors` file, or of a pickled state_dict, which is not executed.
+    """Read the tensors of a `.safetensors` file or a pickled state_dict; execute nothing.
 
-    The prefix `module.` of data-parallel training is taken off.
+    Remove the prefix `module.` of data-parallel training. Raise InputError for a file that is
+    missing, incomplete, or holds anything but tensors.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -248,17 +249,16 @@ def _read_pickle(path: Path) -> Tensors:
         import torch
     except ImportError:
         raise InputError(
-            f"{path} is a pickle, which only torch reads: pip install torch, or give "
-            "a .safetensors file"
+            f"{path} is a pickle, which needs torch: pip install torch, or give a .safetensors file"
         ) from None
     try:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # which one depends on where the file stops making sense
+    except Exception as e:  # a broken file may raise any exception
         reason = str(e).splitlines()[0] if str(e) else "it ends too early"
         raise InputError(
-            f"{path} is no whole file of plain tensors, and nothing else in it is "
-            f"ever run ({reason})"
+            f"{path} is not a complete file of plain tensors ({reason}): "
+            "download it again; nothing else is read from a pickle"
         ) from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -268,11 +268,11 @@ def _read_pickle(path: Path) -> Tensors:
         else {}
     )
     if not tensors:
-        raise InputError(f"{path} holds no tensors by name")
+        raise InputError(f"{path} does not hold named tensors")
 
     def array(value: torch.Tensor) -> np.ndarray:
         value = value.detach().contiguous()
-        if value.dtype == torch.bfloat16:  # which NumPy does not have
+        if value.dtype == torch.bfloat16:  # NumPy lacks bfloat16
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()
 
@@ -280,7 +280,10 @@ def _read_pickle(path: Path) -> Tensors:
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
-    """Puts a tokenizer's files into `out`: OpenAI's merges, BERT's vocabulary, or a folder's."""
+    """Write a tokenizer to `out`, from OpenAI's merges, BERT's vocabulary, or a folder.
+
+    Raise InputError if `source` is none of these.
+    """
     names = (
         "vocab.json",
         "merges.txt",
@@ -294,7 +297,7 @@ def write_tokenizer(source: Path, out: Path) -> None:
     if source.is_dir():
         found = [source / name for name in names if (source / name).is_file()]
         if not found:
-            raise InputError(f"--tokenizer={source} holds no tokenizer")
+            raise InputError(f"--tokenizer={source} does not hold a tokenizer")
         out.mkdir(parents=True, exist_ok=True)
         for path in found:
             if path.resolve() != (out / path.name).resolve():
@@ -311,13 +314,16 @@ def write_tokenizer(source: Path, out: Path) -> None:
 
 
 def _write_bpe(path: Path, out: Path) -> None:
-    """transformers' two files of OpenAI's one: ids are bytes, bytes that end a word, merges."""
+    """Write transformers' two files from OpenAI's one.
+
+    The ids are those of bytes, then of bytes that end a word, then of merges.
+    """
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
     merges = [line for line in lines[1 : 1 + _BPE_MERGES] if len(line.split()) == 2]
-    # Bytes that print stand for themselves and come first; the others follow from code 256 on.
+    # Printable bytes stand for themselves and come first; the others have codes from 256 on.
     letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
     tokens = [
         *letters,

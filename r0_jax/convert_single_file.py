@@ -1,11 +1,11 @@
-"""A single-file checkpoint -> a diffusers folder, by diffusers' own single-file loader.
+"""Converts a single-file checkpoint to a diffusers folder, with diffusers' single-file loader.
 
     python -m r0_jax.convert_single_file --checkpoint=sd_xl_base_1.0.safetensors \\
         --config=stable-diffusion-xl-base-1.0 --out=pipelines/sdxl
 
-Needs torch and diffusers (`make install-dev`); what it writes is read without them. A checkpoint
-holds neither configs nor tokenizers: they come from a diffusers folder of the family, whose weights
-are not needed nor read. Nothing is downloaded.
+Needs torch and diffusers (`make install-dev`); reading the result does not. A checkpoint holds
+neither configs nor tokenizers. They come from a diffusers folder of the same family, which needs
+no weights. Nothing is downloaded.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from r0_jax.weights.tensor_file import TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Family -> where its configs are published, and the first letters of the keys of its other parts.
+# Family -> (repository of its configs on the Hub, {other part: prefixes of its keys}).
 _FAMILIES = {
     "StableDiffusionPipeline": (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -52,7 +52,7 @@ _FAMILIES = {
     ),
 }
 _T5 = "text_encoders.t5xxl.transformer.shared.weight"
-# What a pipeline can do without, and we do.
+# Optional parts and fields that the converted folder omits.
 _LEFT_OUT = {
     "StableDiffusionPipeline": {
         "safety_checker": None,
@@ -69,22 +69,22 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("checkpoint", None, "the .safetensors file", required=True)
-    flags.DEFINE_string("out", None, "the diffusers folder to make", required=True)
+    flags.DEFINE_string("out", None, "the diffusers folder to write", required=True)
     flags.DEFINE_string(
         "config",
         None,
         "a diffusers folder of the family, for its configs and "
-        "tokenizers; by default the published one, where the cache of the Hugging "
+        "tokenizers; by default the published one, if the cache of the Hugging "
         "Face Hub has it",
     )
 
 
 def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None) -> str:
-    """Makes the folder `out`, in the checkpoint's dtype, and returns the class of its pipeline.
+    """Write the folder `out` in the checkpoint's dtype; return the class of its pipeline.
 
-    A checkpoint of several dtypes becomes the narrowest one that holds all of them; a T5 that is
-    not in it is left out. Raises InputError where the checkpoint is no whole one of a supported
-    family or `config` belongs to another one; nothing is written then.
+    For a checkpoint of several dtypes, use the narrowest dtype that holds all of them. Omit T5 if
+    the checkpoint lacks it. Raise InputError, and write nothing, if the checkpoint is incomplete,
+    its family is not supported, or `config` belongs to another family.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; choose another --out")
@@ -101,7 +101,7 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
     left_out = dict(_LEFT_OUT[family])
     if family == "StableDiffusion3Pipeline" and _T5 not in shapes:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
-    for name, entry in index.items():  # transformers makes an empty one of no files
+    for name, entry in index.items():  # without files, transformers makes an empty tokenizer
         if name not in left_out and isinstance(entry, list) and entry[-1] in tokenizers.KINDS:
             tokenizers.load_tokenizer(config / name, entry[-1])
 
@@ -121,17 +121,16 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
         _check_whole(pipeline, checkpoint, config)
         try:
             pipeline.save_pretrained(building / "pipeline")
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # safetensors raises this for a full disk
             raise InputError(f"{out} cannot be written ({error}): is the disk full?") from None
         os.replace(building / "pipeline", out)
     return family
 
 
 def find_family(shapes: Shapes, path: Path) -> str:
-    """The class of diffusers for a checkpoint's keys and shapes.
+    """Return the pipeline class for a checkpoint's keys and shapes.
 
-    Raises InputError, which calls it `path`, for another kind of checkpoint and where a part is
-    missing.
+    Raise InputError for an unsupported checkpoint and for a missing part; messages name `path`.
     """
 
     def has(*prefixes: str) -> bool:
@@ -163,24 +162,24 @@ def find_family(shapes: Shapes, path: Path) -> str:
     for part, prefixes in _FAMILIES[family][1].items():
         if not has(*prefixes):
             advice = (
-                ": take the file that is called incl_clips"
+                ": use the file with incl_clips in its name"
                 if family == "StableDiffusion3Pipeline"
-                else ": take the whole checkpoint"
+                else ": use the complete checkpoint"
             )
-            raise InputError(f"{path}, which is {describe(family)}, has no {part}{advice}")
+            raise InputError(f"{path} ({describe(family)}) has no {part}{advice}")
     return family
 
 
 def _read_header(path: Path) -> tuple[Shapes, set[str]]:
-    """Shapes by key, and the dtypes of the floating-point tensors."""
+    """Return shapes by key, and the dtypes of the floating-point tensors."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip or path.suffix in _PICKLES:
         raise InputError(
-            f"{path} is a pickle, which may run any program when it is read, so it is "
-            "not: get the checkpoint as .safetensors, which most are published as"
+            f"{path} is a pickle, which can run any program when it is read: "
+            "get the checkpoint as .safetensors; most exist in this format"
         )
     tensors = TensorFile(path).tensors
     return (
@@ -190,7 +189,7 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
 
 
 def _common(dtypes: set[str]) -> str:
-    """The narrowest dtype of PyTorch, of those that we read, that holds all of `dtypes`."""
+    """Return the narrowest supported dtype that holds all of `dtypes`."""
     if dtypes & {"float64", "float32"} or {"float16", "bfloat16"} <= dtypes:
         return "float32"
     return "bfloat16" if "bfloat16" in dtypes else "float16"
@@ -206,13 +205,13 @@ def _cached_config(family: str) -> Path:
     except LocalEntryNotFoundError:
         raise InputError(
             f"a checkpoint holds no configs and no tokenizers: give --config=DIR, a diffusers "
-            f"folder of {describe(family)} such as {published} on the Hugging Face Hub, of which "
-            "the JSON and TXT files are enough (model_index.json and a folder a part)"
+            f"folder of {describe(family)} such as {published} on the Hugging Face Hub; its "
+            "JSON and TXT files are enough (model_index.json and one folder per part)"
         ) from None
 
 
 def _copy_configs(source: Path, target: Path) -> None:
-    """All of a diffusers folder but its weights, which diffusers would take for a missing part."""
+    """Copy a diffusers folder without its weights, which could replace a missing part."""
 
     def unwanted(folder: str, names: list[str]) -> list[str]:
         return [
@@ -234,29 +233,29 @@ def _import():
         import transformers
     except ImportError as error:
         raise InputError(
-            f"single files are read by diffusers and torch, and {error.name} is not "
+            f"reading single files needs diffusers and torch, and {error.name} is not "
             "installed: make install-dev"
         ) from None
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_warning()  # says which weights have no place, see `_told`
+    diffusers.logging.set_verbosity_warning()  # `_told` reads its warnings of unused weights
     return diffusers, torch
 
 
 @contextlib.contextmanager
 def _told(checkpoint: Path, config: Path) -> Iterator[None]:
-    """What diffusers has against a checkpoint, as an InputError; its other news is kept quiet."""
+    """Turn diffusers' errors and warnings about a checkpoint into InputError; drop other output."""
     logger, unused = logging.getLogger("diffusers"), []
     handlers, collector = logger.handlers[:], logging.Handler()
     collector.emit = lambda record: unused.append(record.getMessage())
     logger.handlers[:] = [collector]
     try:
         yield
-    except Exception as error:  # which one depends on what does not fit
+    except Exception as error:  # diffusers may raise any exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if "meta tensor" in reason:  # what torch says of parameters that were never filled
-            reason = "weights that the configs ask for are missing"
+        if "meta tensor" in reason:  # torch says this of parameters without values
+            reason = "weights that the configs require are missing"
         raise InputError(
             f"diffusers cannot read {checkpoint} with the configs of {config}: {reason}"
         ) from None
@@ -272,13 +271,13 @@ def _told(checkpoint: Path, config: Path) -> Iterator[None]:
 
 def _check_whole(pipeline, checkpoint: Path, config: Path) -> None:
     for part, module in pipeline.components.items():
-        if hasattr(module, "tie_weights"):  # T5's two names of its token table
+        if hasattr(module, "tie_weights"):  # T5's token table has two names
             module.tie_weights()
         for name, value in getattr(module, "state_dict", dict)().items():
             if value.is_meta:
                 raise InputError(
                     f"{checkpoint} has no {name} for the {part} of {config}: they "
-                    "belong to different models, or the checkpoint is not whole"
+                    "belong to different models, or the checkpoint is incomplete"
                 )
 
 

@@ -1,13 +1,14 @@
-"""What a user did wrong, said in one line, and the exit status that goes with it."""
+"""Errors of users, told in one line, and their exit statuses."""
 
 import errno
 import os
 import re
 
-BUG = 1  # exit status, as Python has it
-USER_ERROR = 2  # as argparse and most Unix tools have it
+# Exit statuses.
+BUG = 1  # as in Python
+USER_ERROR = 2  # as in argparse and most Unix tools
 INTERRUPTED = 130  # 128 + SIGINT
-STOPPED = 75  # sysexits' "try again": by a SIGTERM, before the end
+STOPPED = 75  # stopped by SIGTERM before the end; sysexits' "try again"
 
 _DISK_ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
@@ -19,18 +20,18 @@ _DISK_ADVICE = {
 
 
 class InputError(Exception):
-    """Bad input: the message is one line that says what is wrong and what to do.
+    """Invalid input. The message is one line that says what is wrong and what to do.
 
-    Entry points print it to stderr and exit with status 2; nothing else catches it.
+    Commands print it to stderr and exit with status 2.
     """
 
 
 class UnreachableError(InputError):
-    """An object store does not answer: as bad input, but with status 1, for a restart may do."""
+    """An object store that does not answer. The exit status is 1, since a restart may help."""
 
 
 def explain(error: BaseException) -> tuple[int, str | None]:
-    """The exit status, and the line that says what a user can do; None of Ctrl-C and of bugs."""
+    """Return the exit status, and the line for the user; None for Ctrl-C and for bugs."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, None
     line = str(error) if isinstance(error, InputError) else disk_problem(error)
@@ -41,14 +42,14 @@ def explain(error: BaseException) -> tuple[int, str | None]:
 
 
 def disk_problem(error: BaseException | None) -> str | None:
-    """What a user can do about it, or None where `error` is not about the disk."""
+    """Return a line with advice for an error of the disk, or None for other errors."""
     if error is None:
         return None
     code = path = None
     if isinstance(error, OSError):
         code, path = error.errno, error.filename
     elif isinstance(error, ValueError | RuntimeError):
-        # C++ libraries, tensorstore under orbax and array_record, say it only in their text.
+        # tensorstore (below orbax) and array_record name the error only in their text.
         code = next((code for code in _DISK_ADVICE if os.strerror(code) in str(error)), None)
         found = re.search(r'(?:local file "|; writing )([^";]+)', str(error))
         path = found and found[1]

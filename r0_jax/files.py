@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, and read as what they should be."""
+"""Writes files completely or not at all, and reads JSON with readable errors."""
 
 import json
 import os
@@ -11,12 +11,15 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # suffixes of weights that are never
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's name is one under which `write_bytes` has not finished."""
+    """Return whether a name is that of an unfinished file of `write_bytes`."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes the whole file or none of it, making its folder; a full disk is an InputError."""
+    """Write a file completely or not at all; make its folder.
+
+    Raise InputError if the disk is full or the folder cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,8 +36,10 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """InputError for an output folder that cannot be made or written to, before the work whose
-    results go there; makes nothing."""
+    """Check that an output folder exists or can be made, and is writable; write nothing.
+
+    Raise InputError if not. Call this before long work.
+    """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -47,7 +52,7 @@ def check_writable(folder: Path) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError if it is missing or not a JSON object."""
+    """Read the object in a JSON file; raise InputError if it is missing or invalid."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +60,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing: is the folder complete?") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a JSON file: is the folder complete?") from None
-    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a thousand brackets
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or very deep nesting
         raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")

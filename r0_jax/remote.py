@@ -1,10 +1,10 @@
-"""Paths in object stores, gs://bucket/... and s3://bucket/...: the one module that knows of them.
+"""Access to paths in object stores, gs://bucket/... and s3://bucket/...
 
-What is only read (weights, prompts, images) is fetched into the user's cache folder by `local` and
-is an ordinary path from then on. Workdirs, which are written too, are mirror.py's.
+`local` fetches inputs (weights, prompts, images) into the user's cache folder and returns an
+ordinary path. Workdirs are also written; workdir/mirror.py handles them.
 
-Stores are reached by fsspec through etils, as orbax does it: by gcsfs or s3fs, which are installed
-by who needs them, and which find credentials as their vendors' tools do.
+The stores are accessed with fsspec through etils, as in orbax. This needs gcsfs or s3fs, which
+users install. They find credentials as the vendors' tools do.
 """
 
 import concurrent.futures
@@ -29,21 +29,21 @@ from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
 from r0_jax.files import PICKLED
 
-os.environ.setdefault("EPATH_USE_TF", "false")  # where it is installed, it would be imported
+os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise etils imports TensorFlow if present
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what to install
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> package to install
 _THREADS = 8  # files moved at once
-_TOLD_FROM = 10**7  # bytes: less is fetched in silence
+_TOLD_FROM = 10**7  # bytes; a smaller fetch prints nothing
 _NOT_OURS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".xml")
 
-# Size, and time of change in microseconds: files are the same where both are, as for rsync.
+# Size, and time of change in microseconds. Files with equal stamps are the same, as in rsync.
 Stamp: TypeAlias = tuple[int, int]
 
 
 def url_of(path: str | os.PathLike) -> str | None:
-    """What a path names in an object store, without a slash at its end; None for a local path.
+    """Return the URL of a path in an object store, without a final slash; None for a local path.
 
-    Also of a URL that pathlib has cut to "gs:/bucket". Raises InputError for other schemes.
+    Accept a URL that pathlib has shortened to "gs:/bucket". Raise InputError for other schemes.
     """
     text = os.fspath(path)
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", text, re.DOTALL)
@@ -51,22 +51,25 @@ def url_of(path: str | os.PathLike) -> str | None:
         return None
     if found[1] not in PACKAGES:
         raise InputError(
-            f"{text}: {found[1]}:// is not supported; use gs://, s3:// or a path of this machine"
+            f"{text}: {found[1]}:// is not supported; use gs://, s3:// or a path on this machine"
         )
     if not (rest := found[2].strip("/")):
-        raise InputError(f"{text} names no bucket: give {found[1]}://bucket/path")
+        raise InputError(f"{text} does not name a bucket: give {found[1]}://bucket/path")
     return f"{found[1]}://{rest}"
 
 
 def output(path: str | os.PathLike) -> Path:
-    """A path to write to; InputError for one in an object store."""
+    """Return a local output path; raise InputError for a path in an object store."""
     if url := url_of(path):
-        raise InputError(f"{url} is not written to: give a path of this machine and copy it there")
+        raise InputError(
+            f"{url}: writing to an object store is not supported here; give a path on this "
+            "machine, and copy the result"
+        )
     return Path(path)
 
 
 def orbax_reaches(url: str) -> bool:
-    """Whether orbax reads and writes there by itself: it knows gs:// only."""
+    """Return whether orbax itself reads and writes a URL; it supports only gs://."""
     return url.startswith("gs://")
 
 
@@ -74,17 +77,17 @@ def orbax_reaches(url: str) -> bool:
 
 
 def local(path: str | os.PathLike) -> Path:
-    """A file or folder on this machine: the path itself, or what was fetched of an object store.
+    """Return a local file or folder: the path itself, or a copy fetched from an object store.
 
-    Files whose size and time are those of the store stay; one that a kill cut short never counts.
-    Raises InputError where there is none or it cannot be reached.
+    Keep cached files whose size and time equal the store's; never use an unfinished file.
+    Raise InputError if the URL does not exist or cannot be reached.
     """
     url = url_of(path)
     return Path(path) if url is None else _fetched(url)
 
 
 def has_file(folder: str | os.PathLike, name: str) -> bool:
-    """Whether the folder, which may be in an object store, has the file; fetches nothing."""
+    """Return whether a folder, local or in an object store, has a file; fetch nothing."""
     url = url_of(folder)
     return Path(folder, name).is_file() if url is None else "" in list_files(f"{url}/{name}")
 
@@ -95,15 +98,18 @@ def _fetched(url: str) -> Path:
     if not there:
         raise InputError(f"{url}: no such object or folder")
     target = cache() / "fetched" / url.replace("://", "/", 1)
-    with locked(target.with_name(f".{target.name}.lock")):  # one process of a machine fetches
+    with locked(target.with_name(f".{target.name}.lock")):  # one process per machine fetches
         remove_others(target, there)
         fetch(url, _wanted(there), target)
     return target
 
 
 def _wanted(there: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """A folder's files without gigabytes that are never read: other formats, pickles beside
-    safetensors, and single-file checkpoints beside a pipeline's parts."""
+    """Return a folder's files without large files that are never read.
+
+    These are other formats, pickles beside safetensors, and single-file checkpoints beside the
+    parts of a pipeline.
+    """
     whole = {os.path.dirname(name) for name in there if name.endswith(".safetensors")}
     return {
         name: stamp
@@ -121,7 +127,7 @@ def _wanted(there: Mapping[str, Stamp]) -> dict[str, Stamp]:
 
 
 def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
-    """Makes `target` hold these files, by their names below `url`; "" is `url` itself, a file."""
+    """Fetch the `wanted` files below `url` into `target`; the name "" means the file `url`."""
     missing = {name: x for name, x in wanted.items() if stamp_of(target / name) != x}
     size = sum(size for size, _ in missing.values())
     if size > _TOLD_FROM:
@@ -142,12 +148,12 @@ def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
 
 
 def remove_others(folder: Path, kept: Iterable[str]) -> None:
-    """Removes all files but the `kept` and hidden ones, and empty folders."""
+    """Remove empty folders and all files, except for `kept` and hidden files."""
     kept = set(kept)
     for path in sorted(folder.rglob("*"), reverse=True):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
         elif name not in kept and not any(part.startswith(".") for part in name.split("/")):
             path.unlink()
@@ -157,19 +163,22 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
 
 
 def store(url: str) -> fsspec.AbstractFileSystem:
-    """Call it and its methods inside of `told`."""
+    """Return the file system of a URL; call this and its methods inside `told`."""
     return backend.fsspec_backend.fs(url)
 
 
 def folder(url: str) -> epath.Path:
-    """A folder of the store for who can handle one, as it is now."""
+    """Return a folder of the store as an etils path, without stale listings."""
     with told(url):
-        store(url).invalidate_cache()  # tensorstore writes behind its back
+        store(url).invalidate_cache()  # fsspec does not see tensorstore's writes
     return epath.Path(url)
 
 
 def list_files(url: str) -> dict[str, Stamp]:
-    """{name below `url`: stamp} of all files; {"": stamp} where it is a file, {} for nothing."""
+    """Return {name below `url`: stamp} of all files.
+
+    For a file, return {"": stamp}; for a URL that does not exist, {}.
+    """
     with told(url):
         store(url).invalidate_cache()
         found = store(url).find(url, detail=True)
@@ -187,14 +196,14 @@ def list_files(url: str) -> dict[str, Stamp]:
 
 
 def _changed(info: Mapping[str, Any]) -> int:
-    """Microseconds, by whatever name the store calls them."""
+    """Return the time of change in microseconds; each store has its own name for it."""
     when = next(info[name] for name in ("mtime", "LastModified", "created") if name in info)
     when = when.timestamp() if isinstance(when, datetime.datetime) else float(when)
     return round(when * 10**6)
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """Of a file of this machine; None where there is none."""
+    """Return the stamp of a local file; None if it does not exist."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -203,12 +212,12 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def below(url: str, name: str) -> str:
-    """The URL of a name of `list_files`."""
+    """Return the URL of a name from `list_files`."""
     return f"{url}/{name}" if name else url
 
 
 def in_parallel(do: Callable[[str], None], names: Iterable[str]) -> None:
-    """Moves several files at once; the first error is raised when the others have ended."""
+    """Call `do` for several names at once; raise the first error after all others have ended."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(do, sorted(names)):
             pass
@@ -216,10 +225,10 @@ def in_parallel(do: Callable[[str], None], names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def told(url: str) -> Iterator[None]:
-    """Turns what the packages of stores raise into one line."""
+    """Turn the errors of the stores' packages into one-line InputErrors."""
     try:
         yield
-    except (InputError, jax.errors.JaxRuntimeError):  # the latter of other processes
+    except (InputError, jax.errors.JaxRuntimeError):  # the latter comes from other processes
         raise
     except ImportError as error:
         scheme = url.split(":")[0]
@@ -227,9 +236,9 @@ def told(url: str) -> Iterator[None]:
         raise InputError(
             f"{url}: {scheme}:// needs a package that is not installed: pip install {needed}"
         ) from None
-    except Exception as error:  # botocore's, google.auth's and aiohttp's have no common base
+    except Exception as error:  # botocore, google.auth and aiohttp share no base class
         if isinstance(error, OSError) and error.filename and Path(error.filename).is_absolute():
-            raise  # of this machine's disk
+            raise  # an error of the local disk
         raise _refusal(url, error) from None
 
 
@@ -253,17 +262,19 @@ def _refusal(url: str, error: Exception) -> InputError:
 
 
 def cache() -> Path:
-    """r0_jax's folder in the user's cache."""
+    """Return r0_jax's folder in the user's cache."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "r0_jax").expanduser()
-    except RuntimeError:  # a user without a home, as in containers
+    except RuntimeError:  # the user has no home, as in some containers
         return Path(tempfile.gettempdir(), "r0_jax")
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str = "") -> Iterator[None]:
-    """Waits for other processes of this machine, or, where there is something to say of who is
-    `busy`, refuses at once with it; a killed process holds nothing."""
+    """Hold a lock among the processes of this machine; the end of a process releases it.
+
+    Wait for the lock. With a message `busy`, raise InputError with it instead of waiting.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:

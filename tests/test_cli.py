@@ -183,7 +183,7 @@ def test_unknown_flag_that_is_a_config_field(folder):
     [
         (None, "config file recipe.py: no such file or directory"),
         ("def get_config(:\n", "recipe.py, line 1: invalid syntax"),
-        ("steps = 3\n", "config file recipe.py defines no get_config()"),
+        ("steps = 3\n", "config file recipe.py does not define get_config()"),
         ("def get_config():\n  pass\n", "recipe.py: get_config() returned NoneType"),
         ("\nimport nothing_like_it\n", "recipe.py, line 2: ModuleNotFoundError"),
         ("def get_config():\n  return steps\n", "recipe.py, line 2: NameError: name 'steps'"),

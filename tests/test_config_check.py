@@ -86,7 +86,7 @@ def test_a_field_that_a_recipe_adds_to_the_base(section, name, said):
     found = config()
     with found.unlocked():
         found[section][name] = 1.0
-    with pytest.raises(InputError, match=f"a field that does not exist, {said}"):
+    with pytest.raises(InputError, match=f"an unknown field, {said}"):
         config_check.check_config(found)
 
 
@@ -97,7 +97,7 @@ def entry_with(**fields):
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        (3, "rewards.own should not have, or lacks, cap"),
+        (3, "rewards.own has an unknown or missing field, cap"),
         (entry_with(path=Path("clip")), "rewards.own.path=.* of type str"),
         (entry_with(weight="1"), "rewards.own.weight='1' must be of type float"),
         (entry_with(weight=math.nan), "rewards.own.weight=nan must be finite"),

@@ -304,7 +304,7 @@ def test_configs_of_another_size_are_told(world, tmp_path):
         shutil.rmtree(config)
 
     told("unet", "expected shape", block_out_channels=[16])
-    told("vae", "weights that the configs ask for are missing", layers_per_block=3)
+    told("vae", "weights that the configs require are missing", layers_per_block=3)
     told("text_encoder", "has no .*layers.2.* for the text_encoder", num_hidden_layers=3)
     told(
         "unet",
@@ -379,6 +379,6 @@ def test_bad_input_is_one_line(world, tmp_path):
             (call(good, tmp_path / "untold"), "untold/tokenizer/vocab.json is missing"),
         ],
     )
-    with pytest.raises(InputError, match="configs ask for are missing"):
+    with pytest.raises(InputError, match="configs require are missing"):
         single.convert_single_file(gap, tmp_path / "out", world / "sd15" / "config")
     assert set(os.listdir(tmp_path)) == before

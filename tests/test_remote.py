@@ -74,10 +74,10 @@ def test_urls_survive_pathlib(path, url):
     [
         (
             "http://host/x",
-            "http://host/x: http:// is not supported; use gs://, s3:// or a path of this machine",
+            "http://host/x: http:// is not supported; use gs://, s3:// or a path on this machine",
         ),
         ("hdfs://host/x", "hdfs:// is not supported"),
-        ("gs://", "names no bucket"),
+        ("gs://", "does not name a bucket"),
     ],
 )
 def test_other_schemes_are_one_line(path, said):
@@ -198,7 +198,7 @@ def test_a_pipeline_and_outputs(store, tmp_path):  # noqa: F811
     assert families.load("gs://bucket/sd", images=False).networks
     with pytest.raises(InputError, match=r"gs://bucket/none holds no model_index.json"):
         families.check_there("gs://bucket/none", "")
-    with pytest.raises(InputError, match="gs://bucket/out is not written to"):
+    with pytest.raises(InputError, match="gs://bucket/out: writing to an object store is not"):
         remote.output("gs://bucket/out")
 
 

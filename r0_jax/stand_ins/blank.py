@@ -1,6 +1,6 @@
-"""The published pipelines and rewards at full size, without their weights: every tensor is zeros
-that take no room on disk. What `plan` compiles where there are no weights yet.
+"""Published pipelines and rewards at full size, with zeros for weights.
 
+The zeros take no room on disk. `plan` compiles these folders when the real weights are missing.
 `published/` holds the config files as they are on the Hub.
 """
 
@@ -27,7 +27,7 @@ from r0_jax.weights import convert, tensor_file
 from r0_jax.weights.network import Network
 
 _PUBLISHED = Path(__file__).parent / "published"
-# Class of diffusers -> folder of its configs.
+# Class of the pipeline in diffusers -> folder of its configs.
 _PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
@@ -43,7 +43,7 @@ _REWARDS = {
     "pickscore": "pickscore",
     "chinese_clip": "chinese_clip",
 }
-# By the class of the pipeline, the tiny autoencoder that fits it.
+# Class of the pipeline -> the tiny autoencoder for its latents.
 _DECODERS = {
     "StableDiffusionPipeline": "taesd",
     "StableDiffusionXLPipeline": "taesdxl",
@@ -52,9 +52,11 @@ _DECODERS = {
 
 
 def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
-    """Writes a diffusers folder of a class of diffusers, of which it returns the published name;
-    its tokenizers know few words, and pad to the published lengths. `chinese`: of Stable Diffusion
-    1.x it is Taiyi."""
+    """Write the diffusers folder of a pipeline class; return its published name.
+
+    Its tokenizers know few words, but pad to the published lengths. With `chinese`, write Taiyi
+    for Stable Diffusion 1.x.
+    """
     name = _PIPELINES[family]
     shutil.copytree(_PUBLISHED / name, folder)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
@@ -90,8 +92,10 @@ def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
 
 
 def write_reward(folder: Path, kind: str) -> str:
-    """Writes a folder of a type of reward that has one, and returns the published name; InputError
-    for any other."""
+    """Write the folder of a reward type; return its published name.
+
+    Raise InputError for a type without a published model.
+    """
     if kind not in _REWARDS:
         raise InputError(f"a reward of type {kind!r} has no published size: give it a path")
     shutil.copytree(_PUBLISHED / _REWARDS[kind], folder)
@@ -113,8 +117,7 @@ def write_reward(folder: Path, kind: str) -> str:
 
 
 def write_decoder(folder: Path, family: str) -> str:
-    """Writes the folder of the tiny autoencoder that belongs to a family's latents, and returns the
-    published name."""
+    """Write the tiny autoencoder for the latents of a family; return its published name."""
     shutil.copytree(_PUBLISHED / _DECODERS[family], folder)
     config = AutoencoderTinyConfig.from_json(_read(folder / "config.json"))
     _write_zeros(

@@ -1,9 +1,9 @@
-"""Pretrained folders in miniature, with random weights: what `:dryrun` recipes train.
+"""Miniatures of pretrained folders with random weights, for `:dryrun` recipes and tests.
 
     miniature.write(folder, "StableDiffusionXLPipeline")      a whole diffusers folder, 200 kB
     miniature.write_reward(folder, "image_reward")            a folder of that type of reward
 
-They have every part and file that the real ones have, and nothing that was learned.
+They have all parts and files of the real folders.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ PROMPTS = [
     "绿色的方",
     "a red star of a circle",
 ]
-TOKENS = 24  # of a prompt, for CLIP and BERT
+TOKENS = 24  # tokens per prompt, for CLIP and BERT
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _WORDS = sorted({word for prompt in PROMPTS for word in prompt.split() if word.isascii()})
 _CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()})
@@ -111,7 +111,7 @@ CLIP_TEXT = {
     "layer_norm_eps": 1e-5,
     "bos_token_id": 0,
     "pad_token_id": 1,
-    "eos_token_id": 2,  # wrong, as published: the highest id is meant
+    "eos_token_id": 2,  # wrong, as in the published config; the end token has the highest id
 }
 BIG_CLIP_TEXT = CLIP_TEXT | {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -170,7 +170,7 @@ PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **BETAS}
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **BETAS}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
-# Family, or "Taiyi" -> {part: its config.json}; a tokenizer is named by its class and pad token.
+# Family, or "Taiyi" -> {part: config.json}; a tokenizer has a class and a pad token instead.
 MINIATURES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {
         "unet": UNET,
@@ -217,8 +217,10 @@ MINIATURES: dict[str, dict[str, Any]] = {
 
 
 def kept(name: str) -> Path:
-    """A folder of the user's cache with pipeline/, one of `MINIATURES`, and prompts.txt. Made on
-    the first call, the same ever after."""
+    """Return a folder in the user's cache with pipeline/, one of `MINIATURES`, and prompts.txt.
+
+    The first call makes the folder; later calls return the same one.
+    """
 
     def make(folder: Path) -> None:
         write(folder / "pipeline", name)
@@ -228,12 +230,12 @@ def kept(name: str) -> Path:
 
 
 def kept_reward(kind: str, seed: int) -> Path:
-    """The same of a reward of one of `REWARDS`."""
+    """Return a folder in the user's cache with a reward of `REWARDS`; the first call makes it."""
     return _kept(f"{kind}-{seed}", lambda folder: write_reward(folder, kind, seed))
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # another code, another one
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # new code, new folder
     folder = remote.cache() / "miniatures" / f"{name}-{code}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +245,7 @@ def _kept(name: str, make: Callable[[Path], None]) -> Path:
             try:
                 os.rename(building, folder)
             except OSError:
-                if not folder.is_dir():  # else another process was faster
+                if not folder.is_dir():  # otherwise another process was faster
                     raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -251,9 +253,10 @@ def _kept(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def write(folder: Path, family: str, seed: int = 0, **changes: Mapping[str, Any] | None) -> None:
-    """Writes a diffusers folder of a family of `MINIATURES`.
+    """Write the diffusers folder of a family of `MINIATURES`.
 
-    `changes` are fields of a part's config, or None to leave the part out (as null in the index).
+    `changes` maps a part to changed fields of its config, or to None: omit the part (null in the
+    index).
     """
     parts = MINIATURES[family]
     index: dict[str, Any] = {
@@ -281,12 +284,12 @@ def write(folder: Path, family: str, seed: int = 0, **changes: Mapping[str, Any]
 
 
 def write_reward(folder: Path, kind: str, seed: int = 0) -> None:
-    """Writes a folder as rewards of one of `REWARDS` are published, or converted to."""
+    """Write the folder of a reward type of `REWARDS`, in its published or converted layout."""
     REWARDS[kind](folder, seed)
 
 
 def _write_clip(folder: Path, seed: int) -> None:
-    """A CLIPModel of transformers."""
+    """Write a transformers folder of a CLIPModel."""
     write_tokenizer(folder, "CLIPTokenizer", EOS)
     fields = {
         "architectures": ["CLIPModel"],
@@ -380,7 +383,7 @@ def _write_image_reward(folder: Path, seed: int) -> None:
     )
 
 
-# `type` of a reward -> what writes it.
+# `type` of a reward -> the function that writes its folder.
 REWARDS: dict[str, Callable[[Path, int], None]] = {
     "clip_score": _write_clip,
     "pickscore": _write_clip,
@@ -393,7 +396,7 @@ REWARDS: dict[str, Callable[[Path, int], None]] = {
 
 
 def random_params(network: Network, seed: int) -> Params:
-    """Every parameter random, whatever it would start at; the same on any machine."""
+    """Draw every parameter at random, including biases and scales; equal on every machine."""
     params = {}
     for name, shape in network.shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -409,8 +412,10 @@ def random_params(network: Network, seed: int) -> Params:
 def write_tokenizer(
     folder: Path, kind: str, pad: str, length: int = TOKENS, words: int = 0
 ) -> None:
-    """Writes a tokenizer that knows the words of `PROMPTS` and reads any text, of `length` tokens;
-    BERT's vocabulary is filled up to so many `words`."""
+    """Write a tokenizer that knows the words of `PROMPTS` and reads any text.
+
+    It pads to `length` tokens (T5: 512). BERT's vocabulary is filled up to `words` entries.
+    """
     special = {"pad_token": pad, "model_max_length": length, "tokenizer_class": kind}
     if kind == "CLIPTokenizer":
         vocab, merges = _clip_vocabulary()
@@ -443,7 +448,7 @@ def write_tokenizer(
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" is the first
-    merges = {}  # left to right, a dict for its order
+    merges = {}  # an ordered set; merges go from left to right
     for word in _WORDS:
         symbols = [*word[:-1], word[-1] + "</w>"]
         for i in range(1, len(symbols)):
@@ -478,14 +483,14 @@ def _vocabulary_size(kind: str) -> int:
 
 
 def _write_network(folder: Path, fields: dict[str, Any], seed: int) -> list[str]:
-    """Config and weights of one part; returns its entry of model_index.json."""
+    """Write config and weights of one part; return its entry of model_index.json."""
     kind = fields.get("_class_name") or fields["architectures"][0]
     if "architectures" in fields:
         fields = fields | {"vocab_size": _vocabulary_size(kind)}
     build, stem = NETWORKS[kind]
     _write_json(folder / "config.json", fields)
     network = Network.abstract(lambda rngs: build(fields, rngs))
-    salt = zlib.crc32(folder.name.encode())  # or both CLIPs would be much alike
+    salt = zlib.crc32(folder.name.encode())  # otherwise both CLIPs would be alike
     convert.save(random_params(network, seed + salt), folder / f"{stem}.safetensors")
     return ["transformers" if "architectures" in fields else "diffusers", kind]
 

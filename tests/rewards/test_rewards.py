@@ -545,7 +545,7 @@ def test_features_of_a_prompt_are_computed_once(monkeypatch):
     "images, prompts, said",
     [
         (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], "dtype uint8 cannot be scored"),
-        (np.zeros((4, 4, 3), np.float32), ["a"], r"shape \(4, 4, 3\) .* give \[B, h, w, 3\]"),
+        (np.zeros((4, 4, 3), np.float32), ["a"], r"shape \(4, 4, 3\) .* numbers \[B, h, w, 3\]"),
         (np.zeros((2, 3, 4, 4), np.float32), ["a", "b"], r"shape \(2, 3, 4, 4\)"),
         (np.zeros((2, 4, 4, 3), np.float32), ["a"], "2 images and 1 prompts"),
         (np.zeros((1, 4, 4, 3), np.float32), "a", "1 images and one text: give a list"),
