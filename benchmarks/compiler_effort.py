@@ -1,9 +1,9 @@
-"""How far the bytes that `plan` counts are from a run's, for which the compiler tries harder.
+"""Compares the bytes that `plan` counts with those of a run, which compiles with more effort.
 
     JAX_PLATFORMS=cpu python -m benchmarks.compiler_effort --out=docs/reports/scale.md
 
-compiles two parts of a training step for one TPU chip, each with its gradient, as `plan` does by
-default (--effort=-1) and as a run does (0). Nothing runs; needs requirements-tpu.txt.
+This compiles two parts of a training step and their gradients for one TPU chip. It uses the
+effort of `plan` (--effort=-1) and of a run (0). Nothing runs; it needs requirements-tpu.txt.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from r0_jax.pipelines import families
 from r0_jax.plan import hlo_cost, predict, topology
 from r0_jax.weights.network import Params
 
-# What is differentiated, its weights, and its other arguments.
+# A differentiated function, its weights, and its other arguments.
 Part = tuple[Callable[..., jax.Array], Params, tuple[Any, ...]]
 
 
 def decoder() -> Part:
-    """SDXL's, which one image comes out of; and its gradient by the latents."""
+    """Return SDXL's decoder for one image, with its gradient with respect to the latents."""
     with predict.filled(sdxl_r0.get_config()) as config:
         pipeline = families.load(config.pretrained, config.dtype, config.family)
     side = flags.FLAGS.size // 8
@@ -45,7 +45,7 @@ def decoder() -> Part:
 
 
 def transformer() -> Part:
-    """A few blocks of Stable Diffusion 3's, of one image of 1024 px; and its gradients."""
+    """Return blocks of Stable Diffusion 3's transformer for one 1024 px image, with gradients."""
     mesh = sharding.make_mesh({}, topology.find(flags.FLAGS.topology)[1])
     network, inputs = tensor_parallel.sd3(flags.FLAGS.blocks, mesh, 1)
     network = dataclasses.replace(network, attention=attention_backend.Backend("splash", mesh))
@@ -82,10 +82,10 @@ def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
-    flags.DEFINE_string("topology", "v5e-1", "a TPU of one chip")
-    flags.DEFINE_integer("size", 512, "pixels a side that the decoder makes", lower_bound=64)
-    flags.DEFINE_integer("blocks", 4, "of Stable Diffusion 3's transformer", lower_bound=1)
+    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
+    flags.DEFINE_string("topology", "v5e-1", "a TPU with one chip")
+    flags.DEFINE_integer("size", 512, "side of the decoder's image in pixels", lower_bound=64)
+    flags.DEFINE_integer("blocks", 4, "blocks of Stable Diffusion 3's transformer", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:

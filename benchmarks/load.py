@@ -1,11 +1,11 @@
-"""Loading and exporting at full size: time, and memory above what has to be held.
+"""Measures time and extra memory of loading and exporting at full size.
 
     python -m benchmarks.load --folder=/a/disk/with/room --out=docs/reports/performance.md
 
-Makes a UNet file of SDXL's size (5.1 GB, float16, random), loads it in bfloat16 on 1 and on 8 fake
-CPU devices and reads the same file plainly in between; then exports, from checkpoints written by 8
-devices, a LoRA of that UNet and a full fine-tuning of it. Every measurement is a process of its
-own. What it made is deleted. Linux only: memory is read from /proc.
+This writes a random UNet of SDXL's size (5.1 GB, float16). It loads the UNet in bfloat16 on 1 and
+on 8 fake CPU devices, and reads the same file plainly in between. Then it exports a LoRA and a full
+fine-tuning of the UNet, from checkpoints of 8 devices. Every measurement runs in its own process.
+The files are deleted at the end. Linux only: memory is read from /proc.
 """
 
 import importlib.metadata
@@ -58,15 +58,15 @@ GB = 1e9
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("folder", tempfile.gettempdir(), "where files are made, and deleted")
-    flags.DEFINE_string("out", None, "Markdown file whose section is written")
+    flags.DEFINE_string("folder", tempfile.gettempdir(), "folder for temporary files")
+    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
     flags.DEFINE_string(
         "config",
         str(ROOT / "r0_jax/stand_ins/published/stable_diffusion_xl/unet/config.json"),
         "of the UNet",
     )
-    flags.DEFINE_integer("repeats", 3, "loads, and plain reads between them", lower_bound=1)
-    flags.DEFINE_string("task", "", "of the processes that this one starts")
+    flags.DEFINE_integer("repeats", 3, "number of loads and of plain reads", lower_bound=1)
+    flags.DEFINE_string("task", "", "internal: the task of a subprocess")
 
 
 def network(fields: dict[str, Any]) -> Network:
@@ -82,7 +82,7 @@ def size(shapes: Shapes, itemsize: int) -> int:
 
 
 def random_leaves(shapes: Shapes, dtype: str) -> dict[str, Lazy]:
-    """Small normal numbers, drawn when they are read."""
+    """Return lazy tensors of small normal numbers; reading them draws the numbers."""
     rng = np.random.default_rng(SEED)
     return {
         name: lazy.computed(
@@ -93,7 +93,7 @@ def random_leaves(shapes: Shapes, dtype: str) -> dict[str, Lazy]:
 
 
 def write_pipeline(folder: Path, fields: dict[str, Any]) -> None:
-    """An SDXL folder whose UNet has full size, in float16; the rest is a miniature that fits."""
+    """Write an SDXL folder with a full-size float16 UNet; the other parts are miniatures."""
     width = fields["cross_attention_dim"] // 2
     pooled = fields["projection_class_embeddings_input_dim"] - 6 * fields["addition_time_embed_dim"]
     miniature.write(
@@ -118,8 +118,10 @@ def write_pipeline(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
-    """A workdir with one checkpoint, written by all devices; of all weights where rank is 0, of
-    which only the average is stored then, as the rest would fill the disk."""
+    """Write a workdir with one checkpoint, from all devices.
+
+    With rank 0 all weights are trained. Then store only the average, to save disk space.
+    """
     config = sdxl_r0.get_config()
     with config.unlocked():
         config.pretrained, config.lora.rank = str(folder / "pipeline"), rank
@@ -139,8 +141,10 @@ def write_run(folder: Path, fields: dict[str, Any], rank: int) -> None:
 
 
 def split(shapes: Shapes) -> dict[str, NamedSharding]:
-    """Everything over all devices, small tensors too: on one machine eight copies of them would not
-    fit. Of each the largest axis that the devices divide."""
+    """Shard each tensor over all devices, along its largest divisible axis.
+
+    Shard small tensors too: eight copies of them would not fit into one machine.
+    """
     mesh = sharding.make_mesh({"fsdp": -1})
 
     def spec(shape: tuple[int, ...]) -> PartitionSpec:
@@ -157,13 +161,13 @@ def split(shapes: Shapes) -> dict[str, NamedSharding]:
 
 
 def resident(field: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the peak since `watched` began."""
+    """Return bytes of memory: VmRSS (now) or VmHWM (the peak since `watched` began)."""
     found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return 1024 * int(found[1])
 
 
 def watched(function: Callable[[], Any]) -> tuple[float, int, Any]:
-    """Seconds, peak of resident memory in bytes, and what the function returned."""
+    """Call a function; return seconds, peak of resident memory in bytes, and its result."""
     Path("/proc/self/clear_refs").write_text("5")
     begin = time.perf_counter()
     result = function()
@@ -171,7 +175,7 @@ def watched(function: Callable[[], Any]) -> tuple[float, int, Any]:
 
 
 def read_plainly(path: Path) -> float:
-    """Seconds of reading a file through one buffer."""
+    """Read a file through one buffer; return the seconds."""
     buffer = memoryview(bytearray(2**22))
     begin = time.perf_counter()
     with open(path, "rb", buffering=0) as file:
@@ -223,7 +227,7 @@ def export_run(folder: Path, form: str) -> dict[str, float]:
 
 
 def run_task(task: str, folder: Path, fields: Path, repeats: int) -> Any:
-    """One step, in a process of its own; prints what it found."""
+    """Run one task of this process; return its result."""
     name, _, argument = task.partition(":")
     match name:
         case "pipeline":
@@ -238,7 +242,7 @@ def run_task(task: str, folder: Path, fields: Path, repeats: int) -> Any:
 
 
 def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
-    """Runs a task on fake CPU devices and returns what it found."""
+    """Run a task in a new process on fake CPU devices; return its result."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -263,13 +267,16 @@ def start(task: str, folder: Path, fields: Path, devices: int = 8) -> Any:
 def check_room(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(
-            f"{folder} has {free / GB:.0f} GB free, of {needed / GB:.0f} GB that this "
-            "takes: give another --folder"
+            f"{folder} has {free / GB:.0f} GB free, but {needed / GB:.0f} GB "
+            "are needed: give another --folder"
         )
 
 
 def measure(folder: Path, fields: Path) -> dict[str, Any]:
-    """Everything, in the order of the report; at most two UNets and a checkpoint on disk."""
+    """Run all measurements in the order of the report.
+
+    The disk holds at most two UNets and one checkpoint.
+    """
     shapes = network(read_json(fields)).shapes
     check_room(folder, int(1.1 * size(shapes, 2 + 4 + 2)))
     start("pipeline", folder, fields)
@@ -292,7 +299,7 @@ def measure(folder: Path, fields: Path) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any], command: str) -> str:
-    """The section of the report."""
+    """Return the section of the report."""
     loads = "".join(
         f"| {x['devices']} | {x['seconds']:.1f} | {x['bytes'] / GB / x['seconds']:.2f} | "
         f"{x['bytes'] / GB / x['plain']:.2f} | {x['shards'] / GB:.2f} | {x['memory'] / 1e6:.0f} | "

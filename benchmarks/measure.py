@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians, the machine in words, and sections of a document."""
+"""Helpers of the benchmarks: median times, the machine's description, and report sections."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ from r0_jax.files import write_bytes
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls, each waited for, after one that is not counted."""
+    """Return the median time of `repeats` calls, each waited for, after one warm-up call."""
     jax.block_until_ready(call())
     found = []
     for _ in range(repeats):
@@ -26,7 +26,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def machine(*packages: str) -> str:
-    """The device and versions that a number belongs to, as one sentence."""
+    """Return device, Python and package versions as one sentence."""
     device = jax.devices()[0]
     name = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores"
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
@@ -34,18 +34,18 @@ def machine(*packages: str) -> str:
 
 
 def given_flags() -> str:
-    """The command's flags as they were given, without --out."""
+    """Return the flags of the command line, without --out."""
     return " ".join(flag for flag in sys.argv[1:] if not flag.startswith("--out"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column is words, the others are numbers."""
+    """Return a Markdown table; the first column is text, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def publish(out: str | None, heading: str, text: str) -> None:
-    """Writes a section of the document `out`; without one, prints it."""
+    """Write a section of the document `out`; print it if `out` is None."""
     if out is None:
         print(f"{heading}\n\n{text}\n")
     else:
@@ -53,8 +53,10 @@ def publish(out: str | None, heading: str, text: str) -> None:
 
 
 def write_section(path: str | Path, heading: str, text: str) -> None:
-    """Puts `text` under `heading`, in place of what stood there up to the next heading of its
-    level or above, else at the end of the document; the rest stays as it is."""
+    """Replace the section `heading` of a Markdown file by `text`, or append it.
+
+    A section ends at the next heading of its level or above. The rest of the file stays the same.
+    """
     path = Path(path)
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     level = len(heading) - len(heading.lstrip("#"))

@@ -1,11 +1,11 @@
-"""Preprocessing against the published path through PIL, and what a cheaper resize does.
+"""Compares preprocessing with the published path through PIL, and measures a cheaper resize.
 
     python -m benchmarks.preprocess --out=docs/reports/rewards.md
 
-First: every policy on square, wide and tall images, against PIL's resize of 8-bit images. Second:
-a cheaper way down from 1024 px, what it changes of a trained CLIP's scores and image gradients
-(the embedded world's, on scenes drawn as much larger than its input as 1024 px are than 224) and
-what it costs.
+The first section compares every policy with PIL's resize of 8-bit images, on square, wide and tall
+images. The second section measures a cheaper resize from 1024 px: its cost, and its effect on
+scores and image gradients. It uses the embedded world's CLIP, on scenes larger than its input by
+the same ratio as 1024 px to 224 px.
 """
 
 import dataclasses
@@ -41,19 +41,22 @@ SHAPES = {
     "512 px": (512, 512),
     "64 px": (64, 64),
 }
-# Pixels of scenes and of the CLIP that sees them: 4 2/3 times, as 1024 px are 4 4/7 times 224.
+# Pixels of scenes and of the CLIP's input: a ratio of 4 2/3; that of 1024 px to 224 is 4 4/7.
 _SCENE, _TOWER = 224, 48
 HEADINGS = "## Preprocessing against PIL", "## Coming down from 1024 px"
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("images", 64, "scenes whose scores are compared", lower_bound=2)
-    flags.DEFINE_integer("repeats", 7, "timed calls, after one that warms up", lower_bound=1)
-    flags.DEFINE_string("out", None, "document whose two sections are written; else printed")
+    flags.DEFINE_integer("images", 64, "number of scenes to score", lower_bound=2)
+    flags.DEFINE_integer("repeats", 7, "timed calls after one warm-up call", lower_bound=1)
+    flags.DEFINE_string("out", None, "document for the two sections; printed by default")
 
 
 def official(image: Image.Image, prepare: Preprocess) -> Float[np.ndarray, "s s 3"]:
-    """Pixels in [0, 1] as the published code makes them: PIL, in 8 bits, before mean and std."""
+    """Resize as the published code does, with PIL in 8 bits; return pixels in [0, 1].
+
+    This is before normalization by mean and std.
+    """
     size, (w, h) = prepare.size, image.size
     if prepare.policy == "crop":  # torchvision's or transformers' resize and centre crop
         width, height = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
@@ -74,7 +77,7 @@ def official(image: Image.Image, prepare: Preprocess) -> Float[np.ndarray, "s s 
 
 
 def contents(h: int, w: int) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"]]]:
-    """Two 8-bit images by name: one with the spectrum of photographs, one of hard edges."""
+    """Yield the names and pixels of two 8-bit images: a photo-like spectrum, and hard edges."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None, :])
     frequency[0, 0] = np.inf
@@ -89,15 +92,17 @@ def contents(h: int, w: int) -> Iterator[tuple[str, UInt8[np.ndarray, "h w 3"]]]
 def difference(
     image: UInt8[np.ndarray, "h w 3"], prepare: Preprocess
 ) -> Float[np.ndarray, "s s 3"]:
-    """How far our pixels are from `official`'s, in units of 1/255."""
+    """Return the absolute differences of our pixels from `official`'s, in units of 1/255."""
     plain = dataclasses.replace(prepare, mean=(0.0,) * 3, std=(1.0,) * 3)
     ours = plain(jnp.asarray(image[None], jnp.float32) / 255)[0]
     return 255 * np.abs(np.asarray(ours) - official(Image.fromarray(image), prepare))
 
 
 def moved(count: int) -> Float[np.ndarray, " n"]:
-    """How far the embedded world's CLIP scores scenes from what it makes of `official`'s pixels,
-    as shares of the scores' standard deviation."""
+    """Score scenes with the embedded world's CLIP, with our pixels and with `official`'s.
+
+    Return the absolute differences, as shares of the scores' standard deviation.
+    """
     images, prompts = scenes(count, _SCENE)
     files = np.rint(255 * images).astype(np.uint8)
     clip = rewards.load("clip_score", CHECKPOINTS / "clip")
@@ -108,7 +113,7 @@ def moved(count: int) -> Float[np.ndarray, " n"]:
 
 
 def against_pil(count: int) -> str:
-    """The first section."""
+    """Return the first section."""
     apart = moved(count)
     rows = []
     for policy, label in POLICIES.items():
@@ -146,7 +151,7 @@ world's CLIP moves by {apart.mean():.3f} standard deviations of the scores, and 
 
 
 def scenes(count: int, size: int) -> tuple[Float[np.ndarray, "n h w 3"], list[str]]:
-    """Scenes of the embedded world, drawn at `size` pixels, and their prompts."""
+    """Draw scenes of the embedded world at `size` pixels; return images and prompts."""
     rng = np.random.default_rng(0)
     drawn = sample_scenes(rng, count, "test")
     prompts = captions_for(drawn, rng)
@@ -156,7 +161,7 @@ def scenes(count: int, size: int) -> tuple[Float[np.ndarray, "n h w 3"], list[st
 def judged(
     images: Float[np.ndarray, "n h w 3"], prompts: list[str], resize: str
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
-    """Scores and flat image gradients of the embedded world's CLIP."""
+    """Return scores and flat image gradients of the embedded world's CLIP."""
     clip = rewards.load(
         "clip", reward_entry("clip_score", path=str(CHECKPOINTS / "clip"), resize=resize)
     )
@@ -165,7 +170,7 @@ def judged(
 
 
 def effect(count: int) -> list[list[str]]:
-    """Rows of what a resize changes of scores and gradients."""
+    """Return rows: the effect of each resize on scores and gradients."""
     clean, prompts = scenes(count, _SCENE)
     noisy = clean + 0.1 * np.random.default_rng(1).standard_normal(clean.shape, np.float32)
     rows = []
@@ -190,8 +195,10 @@ def effect(count: int) -> list[list[str]]:
 
 
 def cost(preprocessings: dict[str, Sequence[Preprocess]], repeats: int) -> list[list[str]]:
-    """Rows of what the resizes of one image of 1024 px cost in one program, each with its own
-    gradient."""
+    """Return rows: the cost of resizing one 1024 px image in one program.
+
+    The program computes a separate gradient of each resize.
+    """
     images = jnp.asarray(np.random.default_rng(0).random((1, 1024, 1024, 3), np.float32))
     rows = []
     for name, several in preprocessings.items():
@@ -217,7 +224,7 @@ def cost(preprocessings: dict[str, Sequence[Preprocess]], repeats: int) -> list[
 
 
 def from_1024(count: int, repeats: int) -> str:
-    """The second section."""
+    """Return the second section."""
     plain = Preprocess(SIZE)
     chosen = {f"one, {resize}": [dataclasses.replace(plain, resize=resize)] for resize in RESIZES}
     chosen |= {

@@ -1,9 +1,9 @@
-"""What the options of combining rewards do to accuracy and hacking, on the embedded world.
+"""Measures the options of combining rewards on the embedded world: accuracy and hacking.
 
     python -m benchmarks.reward_options --workdir=runs/reward_options --out=docs/reports/rewards.md
 
-One run of the recipe an option, `--steps` long, and the same with nothing changed; the images of
-validation prompts are judged. Runs that are finished are not made again, and killed ones continue.
+This runs the recipe for `--steps` steps, unchanged and once per option. It then judges images of
+validation prompts. Finished runs are not repeated; interrupted runs resume.
 """
 
 import json
@@ -20,7 +20,7 @@ from r0_jax.errors import InputError
 from r0_jax.shapes import PROMPTS
 
 HEADING = "## Options of combining rewards"
-# What is changed of the recipe.
+# Changes of the recipe, by option.
 OPTIONS = {
     "as in the recipe": [],
     "plain sum": ["objective.normalization=none"],
@@ -38,15 +38,13 @@ _SIGNS = ("saturation", "contrast", "grid_energy_6")
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/reward_options", "folder of the runs")
-    flags.DEFINE_string("out", None, "document whose section is written; else it is printed")
+    flags.DEFINE_string("out", None, "document for the section; printed by default")
     flags.DEFINE_integer("steps", 100, "of each run", lower_bound=1)
-    flags.DEFINE_integer(
-        "num_prompts", 300, "of the validation set, that are judged", lower_bound=2
-    )
+    flags.DEFINE_integer("num_prompts", 300, "number of validation prompts to judge", lower_bound=2)
 
 
 def finished(folder: Path, changes: list[str]) -> dict[str, Any]:
-    """The run's eval.json, once `r0_jax.main` has made it."""
+    """Finish the run with `r0_jax.main` if needed; return its eval.json."""
     given = flags.FLAGS
     settings = [
         f"steps={given.steps}",
@@ -90,7 +88,7 @@ def row(name: str, model: dict[str, Any], signs: dict[str, float]) -> list[str]:
 
 
 def last_signs(folder: Path) -> dict[str, float]:
-    """Of hacking, of the last evaluation: multiples of what the base's images have."""
+    """Return the hacking signs of the last evaluation, relative to images of the base model."""
     found: dict[str, float] = {}
     for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
         found |= {

@@ -1,13 +1,14 @@
-"""Do the rewards see what the judge sees? On the embedded world's images, drawn by a run.
+"""Measures how often a reward agrees with the judge, on images that a run's generator draws.
 
     python -m benchmarks.reward_sight --workdir=runs/shapes_r0
 
-The run's generator draws several images of each validation prompt. Of every pair of them that the
-judge accepted and rejected, how often does a reward prefer the accepted one? 0.5 is chance, and
-nothing that a reward cannot see will be mended by maximizing it. Pairs of one prompt, since scores
-differ more from prompt to prompt than from image to image. The last rows are the implicit reward of
-the guidance regularizer, how much better the frozen base denoises the image with its prompt than
-without, at single noise levels.
+The generator draws several images of each validation prompt. The benchmark pairs an accepted with a
+rejected image of one prompt, and counts how often a reward prefers the accepted one. Chance is 0.5.
+Maximizing a reward cannot correct errors that the reward does not see. Pairs share the prompt,
+since scores differ more between prompts than between images.
+
+The last rows show the implicit reward of the guidance regularizer at single noise levels. It says
+how much better the frozen base model denoises the image with its prompt than without.
 """
 
 from collections.abc import Callable
@@ -37,15 +38,15 @@ from r0_jax.workdir import run
 from r0_jax.workdir.workdir import LocalWorkdir
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # of the implicit reward, as shares of time
-DRAWS = 3  # of its noise, a level
+DRAWS = 3  # draws of its noise per level
 _BATCH = 40
 
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder of a run on the embedded world", required=True)
     flags.DEFINE_string("step", "", "checkpoint: its step, best or latest")
-    flags.DEFINE_integer("num_prompts", 100, "the last so many of eval.prompts", lower_bound=1)
-    flags.DEFINE_integer("samples_per_prompt", 8, "images of each", lower_bound=2)
+    flags.DEFINE_integer("num_prompts", 100, "use the last prompts of eval.prompts", lower_bound=1)
+    flags.DEFINE_integer("samples_per_prompt", 8, "images per prompt", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "of the noise")
 
 
@@ -55,8 +56,11 @@ def preferred(
     rejected: Bool[np.ndarray, "p s"],
     seed: int,
 ) -> dict:
-    """The share of pairs (accepted, rejected) of one prompt in which the accepted image scores
-    higher, with a 95 % interval over prompts; NaN without pairs."""
+    """Return the share of pairs in which the accepted image scores higher than the rejected one.
+
+    Add a 95 % interval over prompts. Both images of a pair have the same prompt. Without pairs the
+    share is NaN.
+    """
     higher = scores[:, :, None] > scores[:, None, :]
     pairs = accepted[:, :, None] & rejected[:, None, :]
     counts = np.stack([(higher & pairs).sum((1, 2)), pairs.sum((1, 2))], axis=1)
@@ -70,8 +74,11 @@ def preferred(
 def implicit_reward(
     pipeline: Pipeline, seed: int
 ) -> Callable[[np.ndarray, list[str], float], Float[np.ndarray, " n"]]:
-    """(images, prompts, level) -> how much closer to the image the base's clean prediction of it,
-    noised to `level`, is with the prompt than without."""
+    """Return a function (images, prompts, level) -> implicit rewards.
+
+    The base model denoises each image from the noise level `level`. The implicit reward says how
+    much closer the result is to the image with the prompt than without.
+    """
     table = grid.noise_levels(pipeline.scheduler_config)
     params, empty = lazy.place(pipeline.params), pipeline.tokenize([""])
     vae = pipeline.networks["vae"]
@@ -119,7 +126,7 @@ def main(argv: list[str]) -> None:
     opened = run.open_run(workdir)
     config, pipeline = opened.config, opened.pipeline
     if config.test.world != "shapes":
-        raise InputError(f"{given.workdir} is no run on the embedded world: there is no judge")
+        raise InputError(f"{given.workdir} is not a run on the embedded world: there is no judge")
     weights = opened.weights(opened.params(run.choose_step(workdir, given.step)))
 
     distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts :]

@@ -1,11 +1,11 @@
-"""The reward towers here and in PyTorch, side by side in one run: forward, and image gradient.
+"""Compares the reward towers of r0_jax and PyTorch: forward pass and image gradient.
 
     python -m benchmarks.rewards --dtype=bfloat16 --batch_size=32            # an accelerator
     python -m benchmarks.rewards --batch_size=2 --repeats=3                  # two CPU cores
 
-Both sides compute the same random weights on the same images, on the same device where torch has
-it, without lower precision than the dtype says; the table also says how far their numbers are
-apart. Needs JAX, PyTorch, transformers and rich, and none of the packages of training.
+Both use the same random weights, images and dtype, and the same device if torch supports it. The
+table also shows how much their numbers differ. This needs JAX, PyTorch, transformers and rich, but
+no packages for training.
 """
 
 import functools
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from absl import app, flags  # not r0_jax.cli, whose config files need more than these
+from absl import app, flags  # not r0_jax.cli: its config files need more packages
 
 from benchmarks import measure, stacked_towers
 from r0_jax.models import open_clip
@@ -42,23 +42,25 @@ def define_flags() -> None:
         "tower",
         ["ViT-L-14", "ViT-H-14", "image_reward"],
         TOWERS,
-        "HPS, PickScore are ViT-H-14; repeat the flag for several",
+        "HPS and PickScore are ViT-H-14; repeat the flag for several towers",
     )
-    flags.DEFINE_integer("layers", 0, "keep so many layers; 0: all", lower_bound=0)
+    flags.DEFINE_integer("layers", 0, "number of layers to keep; 0: all", lower_bound=0)
     flags.DEFINE_integer("batch_size", 8, "images at once", lower_bound=1)
-    flags.DEFINE_integer("repeats", 9, "timed calls, after one that warms up", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
-    flags.DEFINE_bool("torch_compile", False, "PyTorch through torch.compile, else eager")
-    flags.DEFINE_string("out", None, "document whose section is written; else printed")
+    flags.DEFINE_integer("repeats", 9, "timed calls after one warm-up call", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations"
+    )
+    flags.DEFINE_bool("torch_compile", False, "use torch.compile; else PyTorch is eager")
+    flags.DEFINE_string("out", None, "document for the section; printed by default")
 
 
 class Pair(NamedTuple):
-    """One tower on both sides, with the same weights.
+    """One tower in both libraries, with the same weights.
 
     Attributes:
-      network: ours.
-      module: PyTorch's, its weights frozen.
-      inputs: what the tower reads besides images (token ids), NumPy.
+      network: the tower of r0_jax.
+      module: the tower in PyTorch, with frozen weights.
+      inputs: NumPy inputs of the tower besides images (token ids).
     """
 
     network: Network
@@ -67,7 +69,7 @@ class Pair(NamedTuple):
 
 
 def build(tower: str, layers: int, batch_size: int) -> Pair:
-    """The networks, PyTorch's with random weights of the scale of trained ones."""
+    """Build both networks; PyTorch's has random weights of the scale of trained ones."""
     if tower == "image_reward":
         vision = {
             "image_size": SIZE,
@@ -104,7 +106,7 @@ def build(tower: str, layers: int, batch_size: int) -> Pair:
         )
     generator = torch.Generator().manual_seed(0)
     for name, value in module.named_parameters():
-        value.requires_grad_(False)  # only the image's gradient is asked for
+        value.requires_grad_(False)  # only the image needs a gradient
         value.copy_(torch.randn(value.shape, generator=generator).mul_(0.02))
         if "norm" in name.lower() or ".ln_" in f".{name}":
             value.add_(name.endswith("weight"))
@@ -112,8 +114,11 @@ def build(tower: str, layers: int, batch_size: int) -> Pair:
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call, seconds to compile, MiB beyond weights and images (None: unknown), and
-    what was computed."""
+    """The cost of a call and its result.
+
+    The fields are milliseconds per call, seconds to compile, MiB beyond weights and images (None:
+    unknown), and the computed array.
+    """
 
     milliseconds: float
     compile_time: float
@@ -122,7 +127,7 @@ class Timing(NamedTuple):
 
 
 def ours(pair: Pair, images: np.ndarray) -> list[Timing]:
-    """Of the forward pass and of the image gradient."""
+    """Time r0_jax's forward pass and image gradient."""
     given = flags.FLAGS
     state = pair.module.state_dict()
     params = {
@@ -162,7 +167,7 @@ def ours(pair: Pair, images: np.ndarray) -> list[Timing]:
 
 
 def theirs(pair: Pair, images: np.ndarray) -> list[Timing]:
-    """The same in PyTorch, on the GPU if JAX is on one."""
+    """Time PyTorch's forward pass and image gradient, on a GPU if JAX uses one."""
     given = flags.FLAGS
     cuda = torch.cuda.is_available() and jax.default_backend() == "gpu"
     dtype, device = getattr(torch, given.dtype), "cuda" if cuda else "cpu"
@@ -206,7 +211,7 @@ def theirs(pair: Pair, images: np.ndarray) -> list[Timing]:
 
 
 def rows(tower: str) -> list[list[str]]:
-    """One row for the forward pass, one for the image gradient."""
+    """Return one row for the forward pass and one for the image gradient."""
     given = flags.FLAGS
     images = (
         np.random.default_rng(0)

@@ -1,11 +1,11 @@
-"""What fits which TPU slice, and what bounds it there: the table of docs/reports/scale.md.
+"""Writes the table of docs/reports/scale.md: which recipe fits which TPU slice, and its limits.
 
     python -m benchmarks.scale --out=docs/reports/scale.md
 
-compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt), one after the other: two to eight minutes each on two cores, two hours for
-all. What runs/scale holds already is not compiled again: empty it after a change of the
-step or of what counts it. --only=sdxl compiles rows whose name has that in it.
+This compiles the training steps of all recipes for all slices with the TPU compiler
+(requirements-tpu.txt). Each takes two to eight minutes on two cores; all take two hours. Results
+in runs/scale are not computed again: empty it after a change of the step or of `plan`.
+--only=sdxl compiles only rows with "sdxl" in their name.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ METHODS = {
     "lora-r0": ("LoRA R0", ""),
     "full-r0plus": ("full R0+", "r0plus,full"),
 }
-SLICES = {"v5e-16": 16, "v5p-8": 4, "v6e-8": 8}  # and their chips
-WEAK = {"v5e-8": 8, "v5e-256": 256}  # chips in groups of 8, between which the batch alone is split
+SLICES = {"v5e-16": 16, "v5p-8": 4, "v6e-8": 8}  # slice -> chips
+WEAK = {"v5e-8": 8, "v5e-256": 256}  # slice -> chips; only the batch is split between groups of 8
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     fsdp: int
 
     def command(self) -> list[str]:
-        """One image a chip; weights split over `fsdp` chips."""
+        """Return the flags of `plan`: one image per chip, weights split over `fsdp` chips."""
         return [
             "--config=configs/" + self.recipe,
             f"--topology={self.topology}",
@@ -74,8 +74,8 @@ def rows() -> list[Row]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("out", None, "Markdown file whose section is replaced")
-    flags.DEFINE_string("only", "", "compile rows with this in their name alone")
+    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
+    flags.DEFINE_string("only", "", "compile only rows with this text in their name")
 
 
 def main(argv: list[str]) -> None:
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
                 failed.append(row.name)
     measure.publish(flags.FLAGS.out, "## What fits, and what bounds it", document())
     if failed:
-        raise InputError(f"not compiled, see above: {', '.join(failed)}")
+        raise InputError(f"these rows failed to compile, see above: {', '.join(failed)}")
 
 
 def _path(row: Row) -> Path:
@@ -105,7 +105,7 @@ def _path(row: Row) -> Path:
 
 
 def _read(row: Row) -> dict[str, Any] | None:
-    """What was found of a row; None where there is nothing, or half of it, or of another `plan`."""
+    """Return the result of a row; None if it is missing, incomplete, or of an older `plan`."""
     try:
         found = json.loads(_path(row).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
@@ -114,7 +114,7 @@ def _read(row: Row) -> dict[str, Any] | None:
 
 
 def document() -> str:
-    """The tables of what was compiled."""
+    """Return the tables of all compiled rows."""
     found = {row.name: read for row in rows() if (read := _read(row))}
     lines = [
         "| | | slice | a chip holds, GiB | fits | TFLOP a step | HBM, GB | sent, GB | "

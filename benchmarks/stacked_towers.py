@@ -1,12 +1,13 @@
-"""Three vision towers of one architecture (HPS v2.1, PickScore, CLIP-H): one after another, or as
-one tower with stacked weights?
+"""Compares ways to run three vision towers of one architecture (HPS v2.1, PickScore, CLIP-H).
+
+They run one after another, or as one tower with stacked weights:
 
     python -m benchmarks.stacked_towers --dtype=bfloat16 --batch_sizes=1,8,32    # an accelerator
     python -m benchmarks.stacked_towers --layers=2 --batch_sizes=1,4             # two CPU cores
 
-Each way gives every tower's features and its own gradient with respect to the same images, as the
-rewards of a training step need them. "vmap" runs all towers at once; "map" loops over the stacked
-weights, which compiles one tower instead of three. Random weights.
+Each way computes the features of every tower, and their gradients with respect to the same images,
+as a training step needs. "vmap" runs all towers at once. "map" loops over the stacked weights, and
+compiles one tower instead of three. The weights are random.
 """
 
 import functools
@@ -15,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags  # not r0_jax.cli, whose config files need more than JAX and absl
+from absl import app, flags  # not r0_jax.cli: its config files need more packages
 
 from benchmarks import measure
 from r0_jax.models import open_clip
@@ -25,16 +26,18 @@ from r0_jax.weights.network import Network, Params
 
 def define_flags() -> None:
     flags.DEFINE_enum("tower", "ViT-H-14", list(open_clip.ARCHITECTURES), "architecture")
-    flags.DEFINE_integer("towers", 3, "so many of it", lower_bound=2)
-    flags.DEFINE_integer("layers", 0, "keep so many layers; 0: all", lower_bound=0)
-    flags.DEFINE_list("batch_sizes", ["8"], "images at once, one row each")
-    flags.DEFINE_integer("repeats", 9, "timed calls, after one that warms up", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
-    flags.DEFINE_string("out", None, "document whose section is written; else printed")
+    flags.DEFINE_integer("towers", 3, "number of towers", lower_bound=2)
+    flags.DEFINE_integer("layers", 0, "number of layers to keep; 0: all", lower_bound=0)
+    flags.DEFINE_list("batch_sizes", ["8"], "images at once; each size gets its own rows")
+    flags.DEFINE_integer("repeats", 9, "timed calls after one warm-up call", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations"
+    )
+    flags.DEFINE_string("out", None, "document for the section; printed by default")
 
 
 def build(tower: str, layers: int) -> Network:
-    """The vision tower, cut to `layers` layers if that is not 0."""
+    """Return the vision tower, cut to `layers` layers if that is not 0."""
     fields = open_clip.ARCHITECTURES[tower]
     config = OpenCLIPConfig.from_json(
         fields | {"vision_cfg": fields["vision_cfg"] | ({"layers": layers} if layers else {})}
@@ -51,7 +54,7 @@ def build(tower: str, layers: int) -> Network:
 
 
 def random_params(network: Network, seed: int, dtype: str) -> Params:
-    """Weights of the scale of trained ones: scores and gradients stay finite at any depth."""
+    """Draw weights of the scale of trained ones, so that numbers stay finite at any depth."""
     keys = jax.random.split(jax.random.key(seed), len(network.shapes))
 
     def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -65,7 +68,10 @@ def random_params(network: Network, seed: int, dtype: str) -> Params:
 
 
 def ways(network: Network) -> dict:
-    """name -> function of (list of params or stacked params, images): (features, gradients)."""
+    """Return {name: function}; (params, images) -> (features, gradients).
+
+    The params are a list for "one after another", else stacked.
+    """
 
     def one(params, images):
         def feature(x):
@@ -84,7 +90,7 @@ def ways(network: Network) -> dict:
 
 
 def rows(network: Network, batch_size: int) -> list[list[str]]:
-    """One row a way: milliseconds, seconds to compile, memory, distance from the first way."""
+    """Return one row per way: time, compile time, memory, and difference from the first way."""
     given = flags.FLAGS
     towers = [random_params(network, seed, given.dtype) for seed in range(given.towers)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *towers)

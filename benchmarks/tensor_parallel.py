@@ -1,12 +1,14 @@
-"""What a tensor axis does to a device's memory and traffic: blocks of T5-XXL and of Stable
-Diffusion 3's transformer at their published width, compiled and not run.
+"""Measures the effect of a tensor axis on the memory and traffic of a device.
+
+It compiles blocks of T5-XXL and of Stable Diffusion 3's transformer at their published width, and
+runs nothing.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \\
       python -m benchmarks.tensor_parallel
 
-Figures are XLA's own for one of eight devices and float32; in bfloat16 all are halved. Weights and
-traffic are a block's (the difference between three blocks and two); what is computed is a frozen
-encoder's forward pass, and forward, gradient and rematerialization of a trained transformer.
+XLA gives the figures for one of eight devices in float32; bfloat16 halves them. Weights and traffic
+are those of one block: the difference between three blocks and two. The encoder is frozen and
+computes a forward pass. The transformer is trained: forward, gradient and rematerialization.
 """
 
 import argparse
@@ -42,7 +44,7 @@ SD3 = {
     "pos_embed_max_size": 192,
 }
 MESHES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 8, 1), (1, 4, 2), (1, 2, 4)]
-TOKENS = 333  # of a prompt: 77 of CLIP's and 256 of T5's
+TOKENS = 333  # per prompt: 77 of CLIP and 256 of T5
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
@@ -52,7 +54,7 @@ _SHAPE = re.compile(r"f32\[([\d,]*)\]")
 
 
 class Cost(NamedTuple):
-    """Bytes of one device: weights that it holds, what it computes with, what it sends."""
+    """Bytes of one device: its weights, its working memory, and its traffic by kind."""
 
     weights: int
     temporary: int
@@ -101,7 +103,7 @@ def cost(build, blocks: int, sizes: tuple[int, ...], batch: int, trained: bool) 
 
 
 def _sent(program: str) -> dict[str, int]:
-    """Bytes that a device sends, by kind, with rings."""
+    """Return the bytes that a device sends in ring collectives, by kind."""
     sent: dict[str, int] = collections.Counter()
     for shapes, kind, groups in _COLLECTIVE.findall(program):
         size = 4 * sum(
@@ -109,7 +111,7 @@ def _sent(program: str) -> dict[str, int]:
         )
         members = _members(groups)
         share = (members - 1) / members
-        # What comes out of it: of a gather all, of a reduce-scatter one member's part.
+        # The size of the output: all of a gather, but one member's part of a reduce-scatter.
         sent[kind] += int(
             size
             * {"all-reduce": 2 * share, "reduce-scatter": members - 1, "collective-permute": 1}.get(
@@ -120,7 +122,7 @@ def _sent(program: str) -> dict[str, int]:
 
 
 def _members(groups: str) -> int:
-    """Devices of a group, of {{0,1},{2,3}} or [2,4]<=[8]."""
+    """Return the devices per group of {{0,1},{2,3}} or [2,4]<=[8]."""
     if groups.startswith("["):
         return int(groups.split("]")[0].split(",")[1])
     return len(groups.split("}")[0].split(","))
