@@ -1,11 +1,10 @@
-"""Starts a program as several CPU processes of this machine, which find each other:
+"""Starts a program as several connected CPU processes of this machine:
 
     python launch/local.py --processes=4 -- -m r0_jax.main --config=configs/shapes_r0.py --workdir=W
 
-What stands after -- is given to this Python. Every line of process 2 is printed with [2] before it.
-When a process fails, the others have --grace seconds to end by themselves; then they are stopped.
-The exit status is that of the process that failed first, 0 if all went well. SIGTERM and Ctrl-C
-are passed on.
+The arguments after -- are those of Python. [2] precedes every line of process 2. When a process
+fails, the others have --grace seconds to end; then they are stopped. The exit status is that of
+the first process that failed, or 0. SIGTERM and Ctrl-C are passed on.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from typing import IO
 
 _POLL = 0.1  # seconds
-_printing = threading.Lock()  # or lines of two processes become one
+_printing = threading.Lock()  # keeps lines of different processes apart
 
 
 def main() -> int:
@@ -37,7 +36,7 @@ def main() -> int:
                 shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command])
             )
         return 0
-    # A group of their own: Ctrl-C reaches them through here, once.
+    # Each process starts its own session, so that only this program passes on Ctrl-C.
     processes = [
         subprocess.Popen(
             command,
@@ -65,7 +64,7 @@ def main() -> int:
         try:
             out.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # for Python's own last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # Python flushes at exit
     return status
 
 
@@ -76,20 +75,20 @@ def _flags() -> argparse.Namespace:
         usage="python launch/local.py --processes=N [flags] -- -m MODULE [its flags]",
     )
     parser.error = _error
-    parser.add_argument("--processes", type=_positive, required=True, help="how many")
+    parser.add_argument("--processes", type=_positive, required=True, help="number of processes")
     parser.add_argument(
         "--devices_per_process",
         type=_positive,
         default=1,
-        help="CPU devices that JAX shows in each",
+        help="CPU devices of JAX in each process",
     )
     parser.add_argument(
         "--grace",
         type=_positive,
         default=120,
-        help="seconds for the others when a process has failed",
+        help="seconds until the others are stopped after a process fails",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.add_argument("command", nargs="*", help="-m MODULE or FILE, and its flags")
     flags = parser.parse_args()
     if not flags.command:
@@ -99,7 +98,7 @@ def _flags() -> argparse.Namespace:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -109,7 +108,7 @@ def _error(message: str) -> None:
 
 
 def _environment(flags: argparse.Namespace, port: int, process: int) -> dict[str, str]:
-    fake_devices = r"--xla_force_host_platform_device_count=\d+"  # would win over the number here
+    fake_devices = r"--xla_force_host_platform_device_count=\d+"  # would override our number
     return {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(flags.devices_per_process),
@@ -129,8 +128,8 @@ def _free_port() -> int:
 
 def _print(process: int, stream: IO[bytes], out: IO[str], unheard: Callable[[], None]) -> None:
     heard = True
-    for line in stream:  # to its end, or the process would wait for ever
-        if heard and not line.startswith(b"[Gloo] Rank"):  # said to standard output, unasked
+    for line in stream:  # read to the end, otherwise the process would block
+        if heard and not line.startswith(b"[Gloo] Rank"):  # noise on standard output
             text = line.decode("utf-8", "replace").rstrip("\n")
             try:
                 with _printing:
@@ -156,12 +155,12 @@ def _wait(processes: list[subprocess.Popen], grace: float) -> int:
                 deadline = time.monotonic() + grace
                 print(f"process {i} of {len(processes)} {_how(status)}", file=sys.stderr)
         if time.monotonic() > deadline and signals:
-            print(f"the others did not end within {grace:g} s: they are stopped", file=sys.stderr)
+            print(f"the others did not end within {grace:g} s: stopping them", file=sys.stderr)
             _send(processes, signals.pop(0))
             deadline, grace = time.monotonic() + 10, 10
         time.sleep(_POLL)
     status = status or next((p.returncode for p in processes if p.returncode), 0)
-    return status if status >= 0 else 128 - status  # as shells have it
+    return status if status >= 0 else 128 - status  # as in shells
 
 
 def _how(status: int) -> str:

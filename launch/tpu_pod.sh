@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# One run on a TPU pod slice, or on several, by gcloud's queued resources:
+# One run on one or more TPU pod slices, with gcloud's queued resources:
 #
 #   export TPU_NAME=r0 TPU_ZONE=us-west4-a TPU_TYPE=v5litepod-16
 #   launch/tpu_pod.sh create wait copy install run -- \
 #     --config=configs/sdxl_r0.py --workdir=gs://bucket/runs/sdxl --config.pretrained=gs://...
-#   launch/tpu_pod.sh logs        # of the first worker, until Ctrl-C; the run goes on without it
-#   launch/tpu_pod.sh stop        # saves and ends; `run` with the same flags continues
+#   launch/tpu_pod.sh logs        # of the first worker, until Ctrl-C; this does not stop the run
+#   launch/tpu_pod.sh stop        # saves and ends; `run` with the same flags resumes
 #   launch/tpu_pod.sh delete
 #
-# Several actions are done one after the other. --dry-run in front prints their commands instead.
-# What stands after -- are the flags of r0_jax.main.
+# Several actions run one after the other. --dry-run before them only prints their commands.
+# The flags after -- are those of r0_jax.main.
 #
-# Environment, besides gcloud's own project:
-#   TPU_NAME    of the queued resource
+# Environment, besides gcloud's project:
+#   TPU_NAME    name of the queued resource
 #   TPU_ZONE    zone
 #   TPU_TYPE    accelerator type: v4-*, v5litepod-*, v5p-*, v6e-*
-#   TPU_SLICES  slices (1): more than one are joined by the data center's network (mesh.data); to
-#               be set for all actions
-#   TPU_SPOT    yes: cheaper, and may be taken away at any time; delete, create and run again then
+#   TPU_SLICES  number of slices (1); the data center's network joins several (mesh.data). Set it
+#               for all actions.
+#   TPU_SPOT    yes: cheaper, but Google may take it away; then delete, create and run again
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,7 +26,7 @@ usage() {
   exit 2
 }
 
-do_run() { # or say
+do_run() { # or print the command
   local word words=() quote="'\\''"
   [[ -n $dry_run ]] || { "$@"; return; }
   for word; do
@@ -42,7 +42,7 @@ runtime() { # the VM image of a type of TPU
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) echo "error: TPU_TYPE=$TPU_TYPE is none of v4-*, v5litepod-*, v5p-*, v6e-*" >&2; exit 2 ;;
+    *) echo "error: TPU_TYPE=$TPU_TYPE is not v4-*, v5litepod-*, v5p-* or v6e-*" >&2; exit 2 ;;
   esac
 }
 
@@ -83,17 +83,17 @@ wait_until_active() {
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING | DELETING)
-        echo "error: $TPU_NAME is $state: delete it and create it anew" >&2
+        echo "error: $TPU_NAME is $state: delete it and create it again" >&2
         exit 1
         ;;
     esac
     echo "$(date +%T) $TPU_NAME is $state"
     sleep 30
   done
-  exit 1 # gcloud has said why
+  exit 1 # gcloud has printed the reason
 }
 
-copy() { # all but what git ignores, as it is now
+copy() { # the working tree without files that git ignores
   local archive=${TMPDIR:-/tmp}/r0_jax-$TPU_NAME.tar.gz name
   do_run bash -o pipefail -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -czf $(printf %q "$archive")"
   for name in $(slices); do
@@ -103,7 +103,7 @@ copy() { # all but what git ignores, as it is now
   on_every_worker "mkdir -p r0_jax && tar -xzf r0_jax.tar.gz -C r0_jax"
 }
 
-install() { # the VM's own Python is 3.10; uv brings another one. gcsfs: paths in gs://
+install() { # uv installs Python 3.12, since the VM has 3.10; gcsfs is for paths in gs://
   on_every_worker "cd r0_jax && python3 -m pip install --quiet --user uv \
 && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv \
 && ~/.local/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt gcsfs"
@@ -113,9 +113,9 @@ run() { # in the background: it outlives the connection
   local flags
   printf -v flags '%q ' "${flags_of_run[@]}"
   on_every_worker "cd r0_jax && test -x .venv/bin/python \
-|| { echo 'error: copy and install come before run' >&2; exit 1; }; \
+|| { echo 'error: first do copy and install' >&2; exit 1; }; \
 ! kill -0 \$(cat ~/r0_jax.pid 2> /dev/null) 2> /dev/null \
-|| { echo 'error: a run is going on here: stop it first' >&2; exit 1; }; \
+|| { echo 'error: a run is active here: stop it first' >&2; exit 1; }; \
 nohup .venv/bin/python -m r0_jax.main $flags\
 >> ~/r0_jax.log 2>&1 < /dev/null & echo \$! > ~/r0_jax.pid"
 }
@@ -127,8 +127,8 @@ logs() {
     --command="tail -n 50 -f r0_jax.log"
 }
 
-stop() { # SIGTERM, and until all have saved
-  # Whoever is told first tells the others: there may be nothing left to kill.
+stop() { # send SIGTERM, and wait until all have saved
+  # The first process to get it tells the others, so a process may have ended before its signal.
   on_every_worker "pid=\$(cat r0_jax.pid); kill -TERM \$pid; tail --pid=\$pid -f /dev/null"
 }
 
@@ -151,7 +151,7 @@ while (($#)); do
 done
 ((${#actions[@]})) || usage
 slices=${TPU_SLICES:-1}
-[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: TPU_SLICES=$slices is no number from 1 on" >&2; exit 2; }
+[[ $slices =~ ^[1-9][0-9]*$ ]] || { echo "error: TPU_SLICES=$slices is not a number of at least 1" >&2; exit 2; }
 for name in TPU_NAME TPU_ZONE TPU_TYPE; do
   [[ -n ${!name-} ]] || { echo "error: $name is not set (see the head of $0)" >&2; exit 2; }
 done

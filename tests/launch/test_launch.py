@@ -130,12 +130,12 @@ def test_several_slices_are_made_at_once_and_started_one_after_the_other():
 @pytest.mark.parametrize(
     "arguments, env, said",
     [
-        ([], {}, "TPU_SLICES  slices"),
+        ([], {}, "TPU_SLICES  number of slices"),
         (["start"], {}, "launch/tpu_pod.sh create wait"),
-        (["create"], {"TPU_TYPE": "h100"}, "TPU_TYPE=h100 is none of v4-*"),
+        (["create"], {"TPU_TYPE": "h100"}, "TPU_TYPE=h100 is not v4-*"),
         (["create"], {"TPU_NAME": ""}, "error: TPU_NAME is not set"),
-        (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is no number from 1 on"),
-        (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is no number from 1 on"),
+        (["create"], {"TPU_SLICES": "two"}, "error: TPU_SLICES=two is not a number of at least 1"),
+        (["create"], {"TPU_SLICES": "0"}, "error: TPU_SLICES=0 is not a number of at least 1"),
         (["create", "wait", "run"], {}, "run needs -- --config="),
     ],
 )
@@ -178,11 +178,11 @@ def test_a_worker_runs_one_job_at_a_time(tmp_path):
         return pod(*actions, "--", *RUN, path=tmp_path)
 
     said = act("run")
-    assert said.returncode == 1 and "copy and install come before run" in said.stderr
+    assert said.returncode == 1 and "error: first do copy and install" in said.stderr
     program(home / "r0_jax" / ".venv" / "bin", "python", 'echo "$@"; exec sleep 60')
     assert act("run").returncode == 0
     said = act("run")
-    assert said.returncode == 1 and "a run is going on here: stop it first" in said.stderr
+    assert said.returncode == 1 and "a run is active here: stop it first" in said.stderr
     assert act("stop").returncode == act("run").returncode == act("stop").returncode == 0
     lines = (home / "r0_jax.log").read_text("utf-8").splitlines()
     assert lines.count(f"-m r0_jax.main {' '.join(RUN)}") == 2

@@ -152,7 +152,7 @@ def test_a_coordinator_that_does_not_answer():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--processes=0", "--", "x.py"], "'0' is not a number from 1 on"),
+        (["--processes=0", "--", "x.py"], "'0' is not a whole number of at least 1"),
         (["--", "x.py"], "--processes"),
         (["--processes=2"], "nothing to run"),
         (["--processes=2", "--prosesses=3", "--", "x.py"], "--prosesses"),

@@ -113,7 +113,7 @@ def ended(program):
             1,
             [
                 "[0] error: process 1 of 2 gave no sign of life for 8 s",
-                "the others did not end within 20 s: they are stopped",
+                "the others did not end within 20 s: stopping them",
             ],
         ),
         (
