@@ -78,7 +78,7 @@ def size(shapes: Shapes, itemsize: int) -> int:
     return itemsize * sum(x.size for x in shapes.values())
 
 
-# --- what is loaded and exported -------------------------------------------------------------
+# --- inputs: a pipeline and runs --------------------------------------------------------------
 
 
 def random_leaves(shapes: Shapes, dtype: str) -> dict[str, Lazy]:

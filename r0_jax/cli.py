@@ -26,9 +26,10 @@ _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run `main([program])` under absl and exit.
 
-    An invalid flag or config, an `InputError`, and a full, read-only or forbidden disk give one
-    line on stderr and exit status 2. Ctrl-C gives 130. Any other exception is a bug and keeps its
-    traceback. absl logs warnings and errors to stderr (`--verbosity=0` for more).
+    Errors of users give one line on stderr and exit status 2: invalid flags or configs,
+    `InputError`, and a full, read-only or forbidden disk. Ctrl-C gives 130. Any other exception is
+    a bug and keeps its traceback. absl logs warnings and errors to stderr (`--verbosity=0` for
+    more).
     """
     logging.get_absl_logger().addFilter(_is_news)
     warnings.showwarning = _show_warning

@@ -33,8 +33,8 @@ def export(
 ) -> int:
     """Export a run to `out`, completely or not at all; return the exported step.
 
-    Raise InputError if the run cannot be read, if it has no adapters for `form` or the family
-    lacks the format, or if `out` holds files that must not be replaced.
+    Raise InputError if the run cannot be read, if it lacks adapters for `form`, or if the family
+    does not support `form`. Also raise it if `out` holds files that must not be replaced.
     """
     _check_out(out, overwrite)
     config, name = read_config(workdir.path), out.resolve().name
