@@ -27,3 +27,11 @@ for name in {COMMANDS}:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+def test_importing_the_training_command_leaves_slow_packages_alone():
+    slow = {"transformers", "tensorflow_datasets", "grain", "matplotlib", "scipy", "torch"}
+    slow |= {"tensorflow", "jax.experimental.pallas.ops.tpu.splash_attention"}
+    program = f"import sys, r0_jax.main; print(*{slow} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

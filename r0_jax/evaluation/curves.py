@@ -6,11 +6,9 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 _MOST = 1e300  # beyond it, and where it is not finite, a value has no place on an axis
 _BINS = 100  # points a chart shows at most
@@ -52,6 +50,9 @@ def draw(values: dict[int, float], label: str) -> str:
     goes from its smallest to its largest value, so that no spike is lost. Positive values over
     more than a factor of 30 get a logarithmic axis. `label` names the value axis.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
     steps = np.array(sorted(step for step, value in values.items() if math.isfinite(value)))
     heights = np.array([values[step] for step in steps.tolist()])
     bins = np.array_split(np.arange(len(steps)), min(len(steps), _BINS))
@@ -94,7 +95,10 @@ def draw(values: dict[int, float], label: str) -> str:
     return _svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Any) -> str:
+    """Return a matplotlib Figure as an SVG that takes its colours from the page around it."""
+    import matplotlib
+
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text, in the page's font

@@ -9,12 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped, UInt8
-from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -152,6 +149,8 @@ def font_for(text: str) -> str | None:
     codepoints = _codepoints(text)
     if _covers(_bundled_font(), codepoints):
         return _bundled_font()
+    from matplotlib import font_manager
+
     installed = sorted(font_manager.findSystemFonts(), key=_font_preference)
     return next((path for path in installed if _covers(path, codepoints)), None)
 
@@ -248,6 +247,8 @@ def _listing(sheet: str, prompts: list[str]) -> str:
 
 
 def _bundled_font() -> str:
+    import matplotlib
+
     return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -265,6 +266,8 @@ def _codepoints(text: str) -> set[int]:
 def _covers(path: str, codepoints: set[int]) -> bool:
     if re.search(r"last.?resort", Path(path).name.lower()):  # its every glyph is an empty box
         return False
+    from matplotlib.ft2font import FT2Font
+
     try:
         face = FT2Font(path)
         ImageFont.truetype(path, 12)  # bitmap-only (emoji) fonts fail here

@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.special
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-_NORMAL_95 = float(scipy.special.ndtri(0.975))
+_NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
 def mean_ci(values: Shaped[ArrayLike, " n"]) -> dict:
@@ -34,7 +33,7 @@ def mean_ci(values: Shaped[ArrayLike, " n"]) -> dict:
         return _entry(mean, *_wilson(mean, n))
     if n == 1:
         return _entry(mean, math.nan, math.nan)
-    half = float(scipy.special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
+    half = _half_width(values)
     return _entry(mean, mean - half, mean + half)
 
 
@@ -49,7 +48,7 @@ def paired_ci(a: Shaped[ArrayLike, " n"], b: Shaped[ArrayLike, " n"]) -> dict:
     if n < 2:
         raise ValueError(f"a paired interval needs at least 2 pairs, got {n}")
     mean = float(difference.mean())
-    half = float(scipy.special.stdtrit(n - 1, 0.975) * difference.std(ddof=1) / math.sqrt(n))
+    half = _half_width(difference)
     return _entry(mean, mean - half, mean + half)
 
 
@@ -113,6 +112,14 @@ def diversity(features: Float[ArrayLike, "prompts samples d"]) -> Float[np.ndarr
     return np.mean(
         [np.linalg.norm(features[:, i] - features[:, j], axis=-1) for i, j in pairs], axis=0
     )
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Return half the width of Student's 95 % interval of the mean, for n >= 2 values."""
+    from scipy import special
+
+    n = len(values)
+    return float(special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
 
 
 def _wilson(proportion: float, n: int) -> tuple[float, float]:

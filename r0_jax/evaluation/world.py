@@ -9,7 +9,6 @@ from jaxtyping import Float
 from r0_jax.errors import InputError
 from r0_jax.evaluation.statistics import mean_ci
 from r0_jax.shapes.captions import parse
-from r0_jax.shapes.judge import judge
 from r0_jax.shapes.scene import Scene, render, sample_layouts
 
 
@@ -34,6 +33,8 @@ def check_shape(shape: Sequence[int]) -> None:
 
 def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]) -> dict[str, Any]:
     """judge_accuracy, of all and by language (Chinese: not ASCII), and by attribute."""
+    from r0_jax.shapes.judge import judge  # its scipy takes a second to import
+
     verdict = judge(images, list(prompts))
     chinese = np.asarray([not prompt.isascii() for prompt in prompts])
     found = {"judge_accuracy": mean_ci(verdict.correct)}

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -181,6 +179,10 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
 
 def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret):
     """Splash on tokens and channels filled up to whole tiles."""
+    # Slow to import, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     (b, t, heads, channels), s = query.shape, key.shape[1]
     block_q, block_kv = _block(t), _block(s)
 
@@ -196,10 +198,10 @@ def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret)
     segments = splash.SegmentIds(
         q=jnp.zeros((b, query.shape[2]), jnp.int32), kv=unseen.astype(jnp.int32)
     )
-    kind = splash_mask.CausalMask if is_causal else splash_mask.FullMask
+    kind = masks.CausalMask if is_causal else masks.FullMask
     shape = (query.shape[2], key.shape[2])
     kernel = splash.make_splash_mha(
-        splash_mask.MultiHeadMask([kind(shape) for _ in range(heads)]),
+        masks.MultiHeadMask([kind(shape) for _ in range(heads)]),
         block_sizes=splash.BlockSizes(
             block_q=block_q,
             block_kv=block_kv,

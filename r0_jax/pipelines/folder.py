@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
-from transformers import PreTrainedTokenizerBase
 
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
@@ -25,6 +24,7 @@ from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.pipelines import tokenizers
+from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params
 
@@ -80,7 +80,7 @@ class Folder:
     fields: dict[str, dict[str, Any]]
     files: dict[str, list[Path]]
     networks: dict[str, Network]
-    tokenizers: dict[str, PreTrainedTokenizerBase]
+    tokenizers: dict[str, Tokenizer]
     scheduler_config: SchedulerConfig
 
     def load(self, dtype: str) -> dict[str, Params]:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
-from transformers import PreTrainedTokenizerBase
 
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.models.attention_backend import Backend
+from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights.network import Network, Params
 
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; a batch has the same columns.
@@ -51,7 +51,7 @@ class Pipeline(abc.ABC):
     folder: Path
     networks: dict[str, Network]
     params: dict[str, Params]
-    tokenizers: dict[str, PreTrainedTokenizerBase]
+    tokenizers: dict[str, Tokenizer]
     scheduler_config: SchedulerConfig
     negative: Tokens | None = None
 

@@ -4,31 +4,46 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
-from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
 
 from r0_jax.errors import InputError
 
 # Class in model_index.json -> (name for people, class of transformers, files that it needs).
 _KINDS = {
-    "CLIPTokenizer": ("CLIP", CLIPTokenizer, ("vocab.json", "merges.txt")),
-    "BertTokenizer": ("BERT", BertTokenizer, ("vocab.txt",)),
-    "T5Tokenizer": ("T5", T5TokenizerFast, ("tokenizer.json",)),
+    "CLIPTokenizer": ("CLIP", "CLIPTokenizer", ("vocab.json", "merges.txt")),
+    "BertTokenizer": ("BERT", "BertTokenizer", ("vocab.txt",)),
+    "T5Tokenizer": ("T5", "T5TokenizerFast", ("tokenizer.json",)),
 }
 KINDS = tuple(f"{kind}{fast}" for kind in _KINDS for fast in ("", "Fast"))
 
 
-def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedTokenizerBase:
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer, which takes seconds to import."""
+
+    model_max_length: int
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        """Return an object whose `input_ids` are lists of token ids, one a text."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of every token."""
+
+
+def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
     """Return the tokenizer of a folder; InputError if its files are missing or broken."""
+    import transformers
+
     name, cls, needed = _KINDS[kind.removesuffix("Fast")]
     if not (folder / "tokenizer.json").is_file():
         for file in needed:
             if not (folder / file).is_file():
                 raise InputError(f"{folder / file} is missing: is the folder complete?")
     try:
-        tokenizer = cls.from_pretrained(folder)
+        tokenizer = getattr(transformers, cls).from_pretrained(folder)
         tokenizer(["a"])  # only this fails for an empty vocabulary
         lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
@@ -48,9 +63,7 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> PreTrainedToken
     return tokenizer
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
-) -> Int[np.ndarray, "b t"]:
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b t"]:
     """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token."""
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     cut = sum(len(ids) > length for ids in whole)
@@ -66,7 +79,7 @@ def tokenize(
     return np.asarray(ids, np.int32)
 
 
-def _unreachable(tokenizer: CLIPTokenizer) -> tuple[int, int]:
+def _unreachable(tokenizer: Any) -> tuple[int, int]:
     """Return how many tokens of several letters no merge makes, and how many there are.
 
     A merges.txt cut short at the end of a line is read without an error, but then prompts become

@@ -11,15 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from r0_jax.errors import InputError
 
-SPLIT = "train"
-# Batches made ahead by threads: a step takes longer than a batch, so few suffice.
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+NAME, SPLIT = "prompts", "train"  # of the dataset
 
 
 class Summary(NamedTuple):
@@ -44,6 +40,10 @@ def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) 
     `<folder>.tmp`, which a killed run may leave and the next call replaces. One process writes;
     the others of a pod wait for it.
     """
+    import tensorflow_datasets as tfds
+
+    from r0_jax.prompts.builder import PromptsBuilder
+
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists already; delete it to prepare the prompts anew")
@@ -52,49 +52,11 @@ def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) 
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # tfds prints that it is "downloading"
-            builder = _Prompts(examples, data_dir=building, file_format="array_record")
+            builder = PromptsBuilder(examples, data_dir=building, file_format="array_record")
             builder.download_and_prepare()
         os.replace(builder.data_dir, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-class _Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    name = "prompts"
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded; looking for it imports an undeclared dependency
-
-    def __init__(self, examples: Mapping[str, np.ndarray | list[str]], **kwargs):
-        self._examples = examples
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {}
-        for name, values in self._examples.items():
-            if isinstance(values, list):
-                features[name] = tfds.features.Text()
-            else:
-                # As bytes: six times faster to write than lists of numbers, and exact for
-                # every dtype, bfloat16 and scalars included.
-                features[name] = tfds.features.Tensor(
-                    shape=values.shape[1:], dtype=values.dtype, encoding="bytes"
-                )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(
-                distinct_prompts=len(set(self._examples["prompt"])),
-                digest=digest(self._examples["prompt"]),
-            ),
-            disable_shuffling=True,  # grain shuffles on reading
-        )
-
-    def _split_generators(self, dl_manager):
-        return {SPLIT: self._generate_examples()}
-
-    def _generate_examples(self):
-        for i, row in enumerate(zip(*self._examples.values(), strict=True)):
-            yield i, dict(zip(self._examples, row, strict=True))
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -104,7 +66,7 @@ def is_prepared(folder: str | Path) -> bool:
 
 def is_ours(folder: str | Path) -> bool:
     """Whether `prepare` made the folder."""
-    return is_prepared(folder) and open_builder(folder).info.name == _Prompts.name
+    return is_prepared(folder) and open_builder(folder).info.name == NAME
 
 
 def describe(folder: str | Path) -> Summary:
@@ -117,8 +79,8 @@ def describe(folder: str | Path) -> Summary:
     )
 
 
-def open_info(folder: str | Path) -> tfds.core.DatasetInfo:
-    """Features and splits of any finished tfds folder; InputError if it cannot be read."""
+def open_info(folder: str | Path) -> Any:
+    """Return the tfds DatasetInfo of a finished folder; InputError if it cannot be read."""
     return open_builder(folder).info
 
 
@@ -155,6 +117,8 @@ def load(
     gap, so a batch may hold the end of one and the start of the next. Text columns are arrays of
     str.
     """
+    import grain
+
     if batch_size % of:
         raise InputError(f"batch_size {batch_size} does not divide evenly into {of} parts")
     with reading(folder):
@@ -173,7 +137,9 @@ def load(
         return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
 
     steps = grain.MapDataset.range(step, 2**31).map(read)
-    return iter(steps.to_iter_dataset(_READ_OPTIONS))
+    # Threads make batches ahead: a step takes longer than a batch, so few suffice.
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(steps.to_iter_dataset(ahead))
 
 
 def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -187,9 +153,12 @@ def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np
     }
 
 
-def open_builder(folder: str | Path) -> tfds.core.DatasetBuilder:
+def open_builder(folder: str | Path) -> Any:
+    """Return the tfds builder of a finished folder; InputError if it cannot be read."""
     if not is_prepared(folder):
         raise InputError(f"{folder} is not a prepared dataset: it has no dataset_info.json")
+    import tensorflow_datasets as tfds
+
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # of protobuf, json or tfds, by which file is missing or cut short

@@ -13,7 +13,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorflow_datasets as tfds
 
 from r0_jax import remote
 from r0_jax.errors import InputError
@@ -185,6 +184,8 @@ class EncodedPrompts:
 
 def open_folder(folder: str | Path) -> EncodedPrompts:
     """A finished dataset; InputError for another one, or one that is incomplete or damaged."""
+    import tensorflow_datasets as tfds
+
     folder = remote.local(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}, the encoded prompts, is not a folder; {_HELP}")

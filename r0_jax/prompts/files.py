@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.prompts import dataset
@@ -93,6 +91,8 @@ def _read_tfds(path: Path) -> list[str]:
             f"{path} has no dataset_info.json; give the folder of one version of a tfds dataset, "
             "such as name/1.0.0"
         )
+    import tensorflow_datasets as tfds
+
     builder = dataset.open_builder(path)
     features = builder.info.features
     texts = [name for name in features if isinstance(features[name], tfds.features.Text)]

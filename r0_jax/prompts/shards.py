@@ -10,16 +10,11 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
-from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
@@ -94,12 +89,15 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) -> None:
     """Writes one shard from parts of its rows, in order."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
     features = _features(schema)
     serializer = ExampleSerializer(features.get_serialized_info())
     handle, building = tempfile.mkstemp(dir=folder, prefix=f".{shard.file}.", suffix=".tmp")
     os.close(handle)
     try:
-        with _closing(ArrayRecordWriter(building, "group_size:1")) as writer:
+        with contextlib.closing(ArrayRecordWriter(building, "group_size:1")) as writer:
             for part in parts:
                 for row in zip(*(part[name] for name in schema), strict=True):
                     encoded = features.encode_example(dict(zip(schema, row, strict=True)))
@@ -121,6 +119,10 @@ def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
 
 def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
     """Makes a tfds dataset of shards that are all there; removes what killed writers left."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+    from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+
     identity = DatasetIdentity(
         name=NAME, version=tfds.core.Version("1.0.0"), module_name="", data_dir=os.fspath(folder)
     )
@@ -152,7 +154,10 @@ def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
         path.unlink(missing_ok=True)
 
 
-def _features(schema: Schema) -> tfds.features.FeaturesDict:
+def _features(schema: Schema) -> Any:
+    """Return a schema as tfds features."""
+    import tensorflow_datasets as tfds
+
     return tfds.features.FeaturesDict(
         {
             # As bytes: fast to write, and exact for every dtype.
@@ -162,14 +167,6 @@ def _features(schema: Schema) -> tfds.features.FeaturesDict:
             for name, kind in schema.items()
         }
     )
-
-
-@contextlib.contextmanager
-def _closing(writer: ArrayRecordWriter) -> Iterator[ArrayRecordWriter]:
-    try:
-        yield writer
-    finally:
-        writer.close()
 
 
 def _shortly(value: Any) -> str:

@@ -6,14 +6,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers import BertTokenizer, CLIPTokenizer
 
 from r0_jax.errors import InputError
-from r0_jax.pipelines.tokenizers import load_tokenizer
+from r0_jax.pipelines.tokenizers import Tokenizer, load_tokenizer
 
 
 class Tokens(NamedTuple):
@@ -77,7 +76,9 @@ def cn_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
     return functools.partial(_tokenize, tokenizer, length=length, split_special_tokens=True)
 
 
-def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
+def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> Any:
+    from transformers import BertTokenizer  # seconds
+
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise InputError(f"{folder / 'vocab.txt'} is missing: put BERT's vocabulary there")
     try:
@@ -98,7 +99,7 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> BertTokenizer:
     return tokenizer
 
 
-def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_size: int) -> None:
+def _check_size(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
     if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
         raise InputError(
             f"{folder}: the vocabulary goes up to id {largest}, but the network has "
@@ -107,7 +108,7 @@ def _check_size(tokenizer: CLIPTokenizer | BertTokenizer, folder: Path, vocab_si
 
 
 def _tokenize(
-    tokenizer: CLIPTokenizer | BertTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     length: int,

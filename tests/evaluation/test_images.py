@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib import font_manager
+from matplotlib import font_manager, ft2font
 from PIL import ExifTags, Image, ImageFont, ImageOps
 
 from r0_jax.errors import InputError
@@ -165,7 +165,7 @@ def test_fonts_for_chinese_come_first(monkeypatch):
         "/d/LastResort.otf",
     ]
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
-    monkeypatch.setattr(images, "FT2Font", lambda path: _Everything())
+    monkeypatch.setattr(ft2font, "FT2Font", lambda path: _Everything())
     monkeypatch.setattr(ImageFont, "truetype", lambda path, size: None)
     monkeypatch.setattr(images, "_bundled_font", lambda: "LastResort.ttf")
     assert images.font_for("红") == "/c/NotoSansCJK-Regular.ttc"

@@ -120,6 +120,7 @@ def write_tfds(folder: Path, features: dict, rows: list[dict], split: str) -> Pa
     class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "foreign"
         VERSION = tfds.core.Version("2.0.0")
+        url_infos = None  # nothing is downloaded
 
         def _info(self):
             columns = tfds.features.FeaturesDict(features)
