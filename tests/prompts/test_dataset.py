@@ -1,7 +1,6 @@
-"""Prompts: every format and every mistake, and batches that depend only on (seed, step)."""
+"""Prepared prompts: whole or not there, and batches that depend only on (seed, step)."""
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -9,10 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pytest
-import tensorflow_datasets as tfds
-from pyarrow import parquet
 
 from r0_jax.errors import InputError
 from r0_jax.prompts import dataset, files
@@ -46,180 +42,6 @@ def take(folder: Path, count: int, **kwargs) -> list[dict[str, np.ndarray]]:
 
 def indices(folder: Path, count: int, **kwargs) -> np.ndarray:
     return np.concatenate([batch["index"] for batch in take(folder, count, **kwargs)])
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return path
-
-
-# --- reading prompts ---------------------------------------------------------------------
-
-
-def test_txt(tmp_path):
-    content = "\ufeff" + "\r\n".join([PROMPTS[0], "", "  ", *PROMPTS[1:], ""])
-    assert files.read_prompts(write(tmp_path / "p.txt", content)) == PROMPTS
-
-
-def test_txt_splits_at_line_ends_only(tmp_path):
-    content = "one\u2028line\rtwo\n"
-    assert files.read_prompts(write(tmp_path / "p.txt", content)) == ["one\u2028line", "two"]
-
-
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_jsonl(tmp_path, bom):
-    records = [PROMPTS[0], {"prompt": PROMPTS[1]}, {"caption": PROMPTS[2]}, {"text": PROMPTS[3]}]
-    records.append({"text": "no", "caption": "no", "prompt": "yes", "id": 3})
-    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    assert files.read_prompts(write(tmp_path / "p.jsonl", bom + lines)) == [*PROMPTS, "yes"]
-
-
-def test_json(tmp_path):
-    items = [PROMPTS[0], {"caption": PROMPTS[1]}, *PROMPTS[2:]]
-    assert files.read_prompts(write(tmp_path / "p.json", json.dumps(items))) == PROMPTS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "where"),
-    [
-        ("p.txt", "one\ntwo\n \nthree\n", "line 3"),
-        ("p.txt", "\none\n", "line 1"),
-        ("p.jsonl", '"one"\n\n"three"\n', "line 2"),
-        ("p.json", '["one", "two", "", "four"]', "item 3"),
-    ],
-)
-def test_a_blank_prompt_would_shift_numbered_ones(tmp_path, name, content, where):
-    path = write(tmp_path / name, content)
-    assert "" not in files.read_prompts(path)
-    with pytest.raises(InputError, match=rf"{name}, {where} is blank, so which images belong to"):
-        files.read_prompts(path, numbered=True)
-
-
-def test_blank_prompts_at_the_end_shift_nothing(tmp_path):
-    for name, content in [
-        ("p.txt", "one\ntwo\n\n \n"),
-        ("p.jsonl", '"one"\n"two"\n\n'),
-        ("p.json", '["one", "two", ""]'),
-    ]:
-        assert files.read_prompts(write(tmp_path / name, content), numbered=True) == ["one", "two"]
-
-
-@pytest.mark.parametrize("name", ["prompt", "caption", "text"])
-def test_parquet(tmp_path, name):
-    table = pyarrow.table({"id": range(5), name: [*PROMPTS, None]})
-    parquet.write_table(table, tmp_path / "p.parquet")
-    assert files.read_prompts(tmp_path / "p.parquet") == PROMPTS
-
-
-def test_prepared_folder_is_a_tfds_folder(tmp_path):
-    dataset.prepare({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
-    assert files.read_prompts(tmp_path / "prompts") == PROMPTS
-
-
-def write_tfds(folder: Path, features: dict, rows: list[dict], split: str) -> Path:
-    class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "foreign"
-        VERSION = tfds.core.Version("2.0.0")
-        url_infos = None  # nothing is downloaded
-
-        def _info(self):
-            columns = tfds.features.FeaturesDict(features)
-            return tfds.core.DatasetInfo(builder=self, features=columns)
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples()}
-
-        def _generate_examples(self):
-            yield from enumerate(rows)
-
-    builder = Foreign(data_dir=folder, file_format="array_record")
-    builder.download_and_prepare()
-    return Path(builder.data_dir)
-
-
-def test_foreign_tfds_folder_without_decoding_its_images(tmp_path):
-    png = write(tmp_path / "broken.png", b"\x89PNG\r\n\x1a\n")
-    features = {"image": tfds.features.Image(), "caption": tfds.features.Text(), "text": np.int64}
-    rows = [{"image": str(png), "caption": prompt, "text": 1} for prompt in PROMPTS]
-    version = write_tfds(tmp_path, features, rows, split="validation")
-    assert sorted(files.read_prompts(version)) == sorted(PROMPTS)  # tfds shuffles on writing
-    with pytest.raises(InputError, match=r"no dataset_info\.json; give the folder of one version"):
-        files.read_prompts(version.parent)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.txt", None, "p.txt: no such file or directory"),
-        ("p.txt", "", "p.txt has no prompts"),
-        ("p.txt", "\ufeff\n \n", "p.txt has no prompts"),
-        ("p.jsonl", "\n", "p.jsonl has no prompts"),
-        ("p.json", "[]", "p.json has no prompts"),
-        ("p.txt", b"a\nb\n\xff\xfe\n", "p.txt, line 3: not UTF-8; save the file as UTF-8"),
-        ("p.txt", "a red".encode("utf-16-le"), "p.txt: not UTF-8; save the file as UTF-8"),
-        ("p.jsonl", b'"a"\n"\xe9"\n', "p.jsonl, line 2: not UTF-8"),
-        ("p.jsonl", '"a"\n\n{"prompt": "b"\n', "p.jsonl, line 3: broken JSON: Expecting ','"),
-        ("p.jsonl", '{"prompts": "b"}', "p.jsonl, line 1: no prompt or caption or text among"),
-        ("p.jsonl", '"a"\n{"prompt": ["b"]}', "p.jsonl, line 2: expected a prompt as text, found"),
-        ("p.jsonl", '"a"\n3', "p.jsonl, line 2: expected a prompt as text, found int"),
-        ("p.jsonl", '"\\ud83d"', "p.jsonl, line 1: the prompt holds half of a surrogate pair"),
-        ("p.json", '["a",\n"b"\n"c"]', "p.json, line 3: broken JSON: Expecting ','"),
-        ("p.json", '{"prompt": "a"}', "p.json: expected a list, found dict"),
-        ("p.json", '["a", {"id": 1}]', "p.json, item 2: no prompt or caption or text among"),
-        ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file: "),
-        ("p.csv", "prompt\na\n", "p.csv: cannot read prompts from .csv; give .txt, .jsonl, .json"),
-        ("p", "a\n", "p: cannot read prompts from a file without suffix; give .txt"),
-    ],
-)
-def test_bad_prompt_file(tmp_path, name, content, message):
-    if content is not None:
-        write(tmp_path / name, content)
-    with pytest.raises(InputError) as error:
-        files.read_prompts(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path}/{message}")
-    assert "\n" not in str(error.value)
-
-
-def test_bad_parquet_columns(tmp_path):
-    path = tmp_path / "p.parquet"
-    parquet.write_table(pyarrow.table({"id": [1], "url": ["x"]}), path)
-    with pytest.raises(InputError, match=r"no prompt or caption or text among the columns \(id, u"):
-        files.read_prompts(path)
-    parquet.write_table(pyarrow.table({"prompt": [1, 2]}), path)
-    with pytest.raises(InputError, match=r"row 1: expected a prompt as text, found int"):
-        files.read_prompts(path)
-
-
-def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
-    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
-    parquet.write_table(pyarrow.table(columns, names=["prompt"] * 2), tmp_path / "p.parquet")
-    assert files.read_prompts(tmp_path / "p.parquet") == ["a"]
-
-
-def test_prompts_that_are_not_utf8(tmp_path):
-    latin = "café".encode("latin-1")
-    text = pyarrow.array([b"a", latin]).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "p.parquet")
-    rows = [{"text": b"a"}, {"text": latin}]
-    version = write_tfds(tmp_path, {"text": tfds.features.Text()}, rows, split="train")
-    for path in (tmp_path / "p.parquet", version):
-        with pytest.raises(InputError, match=rf"^{path}: a prompt is not UTF-8: b'caf.xe9'"):
-            files.read_prompts(path)
-
-
-def test_tfds_folder_without_text(tmp_path):
-    version = write_tfds(tmp_path, {"label": np.int64}, [{"label": 1}], split="train")
-    with pytest.raises(InputError, match=r"no prompt or caption or text among the text feat.*none"):
-        files.read_prompts(version)
-
-
-def test_tfds_folder_of_another_file_format(tmp_path):
-    dataset.prepare({"prompt": PROMPTS}, tmp_path / "prompts")
-    info = tmp_path / "prompts" / "dataset_info.json"
-    text = info.read_text(encoding="utf-8")
-    info.write_text(text.replace("array_record", "tfrecord"), encoding="utf-8")
-    with pytest.raises(InputError, match="prepare it with file_format='array_record'"):
-        files.read_prompts(tmp_path / "prompts")
 
 
 # --- preparing ---------------------------------------------------------------------------
@@ -379,8 +201,8 @@ def run_python(script: str) -> subprocess.CompletedProcess:
 def test_no_tensorflow_and_no_wait_at_exit(folder):
     script = f"""
 import sys, time
-from r0_jax import data
-batches = data.load({str(folder)!r}, batch_size=64, seed=0)
+from r0_jax.prompts import dataset
+batches = dataset.load({str(folder)!r}, batch_size=64, seed=0)
 next(batches)
 print([name for name in ("tensorflow", "torch") if name in sys.modules])
 """
