@@ -27,8 +27,9 @@ from r0_jax import cli, rewards
 from r0_jax.diffusion import grid, noise_schedule
 from r0_jax.errors import InputError
 from r0_jax.evaluation import statistics
+from r0_jax.evaluation.batches import draw, score
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import draw, fixed_noise, score
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.parallel import sharding
 from r0_jax.pipelines.pipeline import Pipeline, take
 from r0_jax.prompts import files, prepared
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> None:
 
     for name, entry in [*config.rewards.items(), *config.heldout_rewards.items()]:
         reward = rewards.load(name, entry)
-        features = prepared.features(prompts, [reward]).get(f"features/{name}")
+        features = prepared.features(prompts, [reward]).get(reward.column)
         add(name, score(jax.jit(reward.score), lazy.place(reward.params), drawn, features, _BATCH))
     measure = implicit_reward(pipeline, given.seed)
     for level in LEVELS:

@@ -27,12 +27,13 @@ from rich.console import Console
 from r0_jax import cli, config_check, remote, rewards
 from r0_jax.console import EncodingProgress
 from r0_jax.errors import InputError
+from r0_jax.evaluation.batches import batches
 from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, take
-from r0_jax.prompts import dataset, files, shards
-from r0_jax.prompts import encoded as encoded_prompts
+from r0_jax.prompts import columns, dataset, encoded, encoded_writer, files, provenance, shards
+from r0_jax.prompts.columns import PROMPT
 from r0_jax.prompts.encoded import EVALUATION, NEGATIVE, TRAIN
 from r0_jax.prompts.shards import Columns, Shard
 from r0_jax.rewards.reward import Reward
@@ -46,11 +47,11 @@ console = Console(stderr=True)
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("out", None, "folder of the dataset", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", list(encoded_prompts.DTYPES), "of floats on disk")
+    flags.DEFINE_enum("dtype", "bfloat16", list(encoded_writer.DTYPES), "of floats on disk")
     flags.DEFINE_integer("batch_size", 32, "prompts encoded at once", lower_bound=1)
     flags.DEFINE_integer(
         "shard_prompts",
-        encoded_prompts.SHARD_PROMPTS,
+        encoded_writer.SHARD_PROMPTS,
         "prompts in a file: what a kill may cost",
         lower_bound=1,
     )
@@ -110,15 +111,14 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
         if shard.split == NEGATIVE:
             yield jax.device_get(negative(params, ids))
             return
-        for start in range(shard.start, shard.stop, batch_size):
-            # The last batch of a shard is filled up, so that one program does.
-            rows = np.minimum(np.arange(start, start + batch_size), shard.stop - 1)
-            found = jax.device_get(encode(params, jax.device_put(take(ids, rows), where)))
-            yield {name: value[: shard.stop - start] for name, value in found.items()}
+        for rows, count in batches(shard.stop - shard.start, batch_size):
+            tokens_in = jax.device_put(take(ids, shard.start + rows), where)
+            found = jax.device_get(encode(params, tokens_in))
+            yield {name: value[:count] for name, value in found.items()}
 
     lengths = {name: ids.shape[1] for name, ids in tokens[NEGATIVE].items()}
     facts = {
-        "pipeline": encoded_prompts.describe_pipeline(pipeline),
+        "pipeline": provenance.describe_pipeline(pipeline),
         "tokens": lengths,
         "computed_in": config.dtype,
         "text_encoders": _fingerprints(pipeline),
@@ -128,14 +128,14 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
 
 def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
     """Embeddings of a dataset that is there, perhaps of a text encoder of the user's own."""
-    encoded = encoded_prompts.open_folder(config.data.encoded)
-    dataset.check_shards(encoded.folder)
-    encoded.check_prompts(config.data.prompts)
-    embeds = [name for name in encoded.schema if not name.startswith("features/")]
+    there = encoded.open_folder(config.data.encoded)
+    dataset.check_shards(there.folder)
+    there.check_prompts(config.data.prompts)
+    embeds = [name for name in there.schema if not columns.is_features(name)]
 
     def read(shard: Shard) -> Iterator[dict[str, np.ndarray]]:
         for start in range(shard.start, shard.stop, batch_size):
-            yield encoded.read(shard.split, range(start, min(start + batch_size, shard.stop)))
+            yield there.read(shard.split, range(start, min(start + batch_size, shard.stop)))
 
     def parts(shard: Shard) -> Iterator[Columns]:
         for found in read(shard):
@@ -143,13 +143,13 @@ def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
 
     prompts = {
         split: [
-            text for part in read(Shard(split, 0, 1, 0, rows)) for text in part["prompt"].tolist()
+            text for part in read(Shard(split, 0, 1, 0, rows)) for text in part[PROMPT].tolist()
         ]
-        for split, rows in encoded.rows.items()
+        for split, rows in there.rows.items()
     }
     kept = ("pipeline", "tokens", "computed_in", "text_encoders")
     return Embeddings(
-        prompts, parts, {name: encoded.metadata[name] for name in kept if name in encoded.metadata}
+        prompts, parts, {name: there.metadata[name] for name in kept if name in there.metadata}
     )
 
 
@@ -166,7 +166,7 @@ def encode(
     *,
     dtype: str = "bfloat16",
     batch_size: int = 32,
-    shard_prompts: int = encoded_prompts.SHARD_PROMPTS,
+    shard_prompts: int = encoded_writer.SHARD_PROMPTS,
     process: int = 0,
     processes: int = 1,
 ) -> bool:
@@ -188,7 +188,7 @@ def encode(
 
     def features(texts: Sequence[str]) -> dict[str, np.ndarray]:
         return {
-            f"features/{name}": np.asarray(reward.text_features(device_params(name), texts))
+            reward.column: np.asarray(reward.text_features(device_params(name), texts))
             for name, reward in found.items()
         }
 
@@ -197,14 +197,14 @@ def encode(
         embeddings.parts(Shard(NEGATIVE if NEGATIVE in embeddings.prompts else TRAIN, 0, 1, 0, 1))
     )
     texts = embeddings.prompts[TRAIN]
-    schema = encoded_prompts.schema_of({"prompt": texts[:1], **one, **features(texts[:1])}, dtype)
+    schema = encoded_writer.schema_of({PROMPT: texts[:1], **one, **features(texts[:1])}, dtype)
     entries = {**config.rewards, **config.heldout_rewards}
     facts = {
         **embeddings.facts,
         "dtype": dtype,
         "shard_prompts": shard_prompts,
         "rewards": {
-            name: encoded_prompts.describe_reward(reward, entries[name])
+            name: provenance.describe_reward(reward, entries[name])
             for name, reward in found.items()
         },
         "sources": {
@@ -213,7 +213,7 @@ def encode(
             "encoded": config.data.encoded,
         },
     }
-    metadata = encoded_prompts.describe(schema, embeddings.prompts, facts)
+    metadata = provenance.describe(schema, embeddings.prompts, facts)
     rows = {split: len(texts) for split, texts in embeddings.prompts.items()}
     mine = shards.missing(out, shards.plan(rows, shard_prompts)[process::processes])
 
@@ -228,21 +228,21 @@ def encode(
                 else {
                     name: np.zeros((1, *kind[0]), kind[1])
                     for name, kind in schema.items()
-                    if name.startswith("features/")
+                    if columns.is_features(name)
                 }
             )
             for part in embeddings.parts(shard):
                 stop = start + len(next(iter(part.values())))
                 rows = slice(start - shard.start, stop - shard.start)
                 yield {
-                    "prompt": texts[start:stop],
+                    PROMPT: texts[start:stop],
                     **part,
                     **{name: value[rows] for name, value in known.items()},
                 }
                 progress.advance(stop - start)
                 start = stop
 
-        return encoded_prompts.write_shards(
+        return encoded_writer.write_shards(
             out, rows, schema, metadata, source, shard_prompts, process, processes
         )
 

@@ -5,7 +5,6 @@
     python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR
 """
 
-import functools
 import math
 import re
 import zipfile
@@ -19,29 +18,31 @@ import numpy as np
 import rich.console
 import rich.progress
 from absl import flags
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float
 
 from r0_jax import cli, remote
-from r0_jax.diffusion import grid, rollout
+from r0_jax.diffusion import grid
 from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images
+from r0_jax.evaluation.batches import batches
 from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.noise import draw_noise
 from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.prompts import encoded as encoded_prompts
-from r0_jax.prompts import files
-from r0_jax.prompts.encoded import EncodedPrompts
+from r0_jax.prompts import encoded, files
+from r0_jax.prompts.source import PromptSource
+from r0_jax.prompts.text import TextPrompts
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir import mirror
 from r0_jax.workdir.run import choose_step, open_run, read_config
 from r0_jax.workdir.workdir import Workdir
 
+_TEXT = TextPrompts()
 _ON_SHEET = 64  # images; more would make a sheet that no viewer opens
-_NOISE, _STEPS = range(2)  # tags of the random draws of one sample
 
 
 class Source(NamedTuple):
@@ -113,13 +114,13 @@ def from_pipeline(
     folder: str | Path,
     num_inference_steps: int,
     sigmas: Sequence[float | int] | None = None,
-    encoded: EncodedPrompts | None = None,
+    prompts: PromptSource = _TEXT,
 ) -> Source:
-    """A diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines. With
-    `encoded` it needs no text encoders."""
-    pipeline = families.load(folder, text=encoded is None)
-    if encoded is not None:
-        pipeline = encoded.attach(pipeline)
+    """Load a diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines.
+
+    For encoded `prompts` it needs no text encoders.
+    """
+    pipeline = prompts.attach(families.load(folder, text=prompts.text))
     scheduler = grid.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
     return Source(pipeline, pipeline.params, scheduler)
 
@@ -129,15 +130,17 @@ def from_run(
     num_inference_steps: int | None = None,
     step: str = "",
     pretrained: str | Path | None = None,
-    encoded: EncodedPrompts | None = None,
+    prompts: PromptSource = _TEXT,
 ) -> Source:
-    """The EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`. With
-    `encoded` its pipeline needs no text encoders."""
+    """Load the EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`.
+
+    For encoded `prompts` its pipeline needs no text encoders.
+    """
     chosen = choose_step(workdir, step)
     try:
-        run = open_run(workdir, pretrained, text=encoded is None)
+        run = open_run(workdir, pretrained, text=prompts.text)
     except InputError as problem:
-        if encoded is None and (folder := read_config(workdir.path).data.encoded):
+        if prompts.text and (folder := read_config(workdir.path).data.encoded):
             raise InputError(
                 f"{problem} (the run was trained without text encoders, and is "
                 f"sampled so too with --encoded={folder})"
@@ -148,8 +151,7 @@ def from_run(
         run.pipeline.scheduler_config, num_inference_steps or run.config.sampler.num_steps
     )
     params = run.pipeline.params | {run.pipeline.generator_part: weights}
-    pipeline = run.pipeline if encoded is None else encoded.attach(run.pipeline)
-    return Source(pipeline, params, scheduler)
+    return Source(prompts.attach(run.pipeline), params, scheduler)
 
 
 def draw(
@@ -176,23 +178,11 @@ def draw(
     params = lazy.place(params, sharding.replicated(mesh), dtype)
     tokens = pipeline.tokenize(prompts) if tokens is None else tokens
     batch_size = min(batch_size, len(prompts))
-    for start in range(0, len(prompts), batch_size):
-        # The last batch is filled up with its last prompt.
-        indices = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+    for indices, count in batches(len(prompts), batch_size):
         noise, keys = draw_noise(jax.random.key(seed), jnp.asarray(indices), pipeline.latent_shape)
         noise = noise if latents is None else jnp.asarray(latents[indices])
         drawn = draw_images(params, take(tokens, indices), noise, keys)
-        yield np.asarray(drawn)[: len(prompts) - start]
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def draw_noise(
-    key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]
-) -> tuple[Float[Array, "b h w c"], rollout.Keys]:
-    """Standard normal noise [B, *shape] of images by their index, and keys for what steps draw."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STEPS)
-    return rollout.normal(keys, _NOISE, shape), step_keys
+        yield np.asarray(drawn)[:count]
 
 
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
@@ -236,20 +226,17 @@ def main(argv: list[str]) -> None:
         )
     check_writable(out)
     prompts = files.read_prompts(fields.prompts)
-    encoded = tokens = None
-    if fields.encoded is not None:
-        encoded = encoded_prompts.open_folder(fields.encoded)
-        if fields.guidance_scale > 1:
-            encoded.check_guidance("--guidance_scale")
-        tokens = encoded.evaluation(fields.prompts, len(prompts))
+    read_by = _TEXT if fields.encoded is None else encoded.open_folder(fields.encoded)
+    if fields.guidance_scale > 1:
+        read_by.check_guidance("--guidance_scale")
     if fields.workdir is None:
         sigmas = _read_sigmas(fields.sigmas)
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
-        source = from_pipeline(fields.pipeline, steps, sigmas, encoded)
+        source = from_pipeline(fields.pipeline, steps, sigmas, read_by)
     else:
         with mirror.workdir(fields.workdir) as workdir:
             source = from_run(
-                workdir, fields.num_inference_steps, fields.step, fields.pretrained, encoded
+                workdir, fields.num_inference_steps, fields.step, fields.pretrained, read_by
             )
     source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
     text = {
@@ -264,7 +251,7 @@ def main(argv: list[str]) -> None:
             remote.local(fields.latents), (len(prompts), *source.pipeline.latent_shape)
         )
         text["latents"] = Path(fields.latents).name
-    batches = draw(
+    drawn = draw(
         source,
         prompts,
         guidance_scale=fields.guidance_scale,
@@ -273,9 +260,9 @@ def main(argv: list[str]) -> None:
         latents=latents,
         dtype=fields.dtype,
         batch_size=fields.batch_size,
-        tokens=tokens and {name: tokens[name] for name in source.pipeline.embeds},
+        tokens=read_by.evaluation(fields.prompts, len(prompts), source.pipeline, []).tokens,
     )
-    _write(out, prompts, batches, text, math.ceil(len(prompts) / fields.batch_size))
+    _write(out, prompts, drawn, text, math.ceil(len(prompts) / fields.batch_size))
 
 
 def _read_sigmas(texts: list[str] | None) -> list[float] | None:
@@ -301,14 +288,14 @@ def _earlier(out: Path) -> list[Path]:
 def _write(
     out: Path,
     prompts: list[str],
-    batches: Iterator[np.ndarray],
+    drawn: Iterator[np.ndarray],
     text: dict[str, object],
     count: int,
 ) -> None:
     console = rich.console.Console(stderr=True)
     shown, written = [], 0
     for batch in rich.progress.track(
-        batches, "sampling", total=count, console=console, disable=not console.is_terminal
+        drawn, "sampling", total=count, console=console, disable=not console.is_terminal
     ):
         broken = ~np.isfinite(batch).all(axis=(1, 2, 3))
         if broken.any():

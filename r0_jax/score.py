@@ -26,6 +26,7 @@ from rich.table import Table
 from r0_jax import cli, remote, rewards
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics
+from r0_jax.evaluation.batches import fill
 from r0_jax.files import check_writable, write_bytes
 from r0_jax.prompts import files
 from r0_jax.rewards import plugin
@@ -190,8 +191,7 @@ def batches(
             # A header may not tell of an orientation.
             for shape in dict.fromkeys(image.shape for image in held.values()):
                 indices = [i for i, image in held.items() if image.shape == shape]
-                rows = np.minimum(np.arange(b), len(indices) - 1)
-                yield indices, np.stack([held[indices[row]] for row in rows])
+                yield indices, np.stack([held[indices[row]] for row in fill(len(indices), b)])
 
 
 def score(
@@ -218,8 +218,8 @@ def score(
             unread[index] = message
 
         for indices, drawn in batches(items, batch_size, skip):
-            rows_in = np.minimum(np.arange(len(drawn)), len(indices) - 1)
-            texts_in = np.asarray([row_of[items[i].prompt] for i in indices])[rows_in]
+            texts_of = np.asarray([row_of[items[i].prompt] for i in indices])
+            texts_in = texts_of[fill(len(indices), len(drawn))]
             for reward in found:
                 texts = features[reward.name]
                 texts = None if texts is None else texts[texts_in]

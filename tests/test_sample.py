@@ -18,6 +18,7 @@ from r0_jax import sample
 from r0_jax.diffusion import rollout
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images
+from r0_jax.evaluation.noise import draw_noise
 from r0_jax.export import folder as export
 from r0_jax.workdir.workdir import LocalWorkdir
 
@@ -71,7 +72,7 @@ def stock(folder, steps, prompts=PROMPTS, noise=LATENTS, guidance_scale=1.0, **p
 
 
 def noise_of(seed, count):
-    return sample.draw_noise(jax.random.key(seed), jnp.arange(count), LATENTS.shape[1:])[0]
+    return draw_noise(jax.random.key(seed), jnp.arange(count), LATENTS.shape[1:])[0]
 
 
 def difference(a, b):
@@ -102,13 +103,13 @@ def test_an_image_depends_on_seed_and_index_but_not_on_the_batch(folder):
 
 def test_noise_is_one_draw_an_index():
     key = jax.random.key(3)
-    noise, keys = sample.draw_noise(key, jnp.arange(1000), (4, 4, 2))
+    noise, keys = draw_noise(key, jnp.arange(1000), (4, 4, 2))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert len(np.unique(noise)) > 31_900  # no two alike, but for the 23 bits of a draw
-    some, some_keys = sample.draw_noise(key, jnp.asarray([999, 5]), (4, 4, 2))
+    some, some_keys = draw_noise(key, jnp.asarray([999, 5]), (4, 4, 2))
     np.testing.assert_array_equal(some, noise[jnp.asarray([999, 5])])
     assert (some_keys == keys[jnp.asarray([999, 5])]).all()
-    other, _ = sample.draw_noise(jax.random.key(4), jnp.arange(1000), (4, 4, 2))
+    other, _ = draw_noise(jax.random.key(4), jnp.arange(1000), (4, 4, 2))
     assert difference(other, noise) > 1
     # What steps draw is not the first noise again.
     fresh = rollout.normal(keys, 0, (4, 4, 2))

@@ -12,19 +12,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from r0_jax import rewards
+from r0_jax import prompts, rewards
 from r0_jax.console import console
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, world
+from r0_jax.evaluation.batches import draw, fill, score
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import draw, fixed_noise, score
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import write_bytes
 from r0_jax.models import attention_backend
 from r0_jax.parallel import distributed, sharding
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.prompts import encoded as encoded_prompts
-from r0_jax.prompts import prepared
 from r0_jax.prompts.files import read_prompts
 from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
@@ -57,11 +56,11 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
     ):
         if test[field] < least:
             raise InputError(f"test.{field}={test[field]} must be at least {least}")
-    prompts = read_prompts(test.prompts)[: test.num_prompts]
-    if len(prompts) < 2:
+    asked = read_prompts(test.prompts)[: test.num_prompts]
+    if len(asked) < 2:
         raise InputError(f"{test.prompts} has one prompt: a test needs at least 2")
     if test.world == "shapes":
-        world.check_prompts(prompts, test.prompts)
+        world.check_prompts(asked, test.prompts)
     elif test.world:
         raise InputError(f"test.world={test.world!r} is unknown; use 'shapes' or ''")
     entry = heldout_rewards.get(test.features)
@@ -90,25 +89,20 @@ class Testbed:
         check(config.test, config.heldout_rewards)
         if config.test.world == "shapes":
             world.check_shape(pipeline.image_shape)
-        text = encoded_prompts.open_of(config) is None
-        trained_on = [
-            rewards.load(name, entry, config.dtype, text) for name, entry in config.rewards.items()
-        ]
-        heldout = [
-            rewards.load(name, entry, config.dtype, text)
-            for name, entry in config.heldout_rewards.items()
-        ]
-        prompts, tokens, features = prepared.evaluation(
-            config, "test", pipeline, trained_on + heldout
+        source, test = prompts.of(config), config.test
+        trained_on, heldout = (
+            [rewards.load(name, entry, config.dtype, source.text) for name, entry in found.items()]
+            for found in (config.rewards, config.heldout_rewards)
         )
+        read = source.evaluation(test.prompts, test.num_prompts, pipeline, trained_on + heldout)
         return cls(
             config,
             pipeline,
-            prompts,
+            read.prompts,
             trained_on,
             heldout,
-            tokens,
-            features,
+            read.tokens,
+            read.features,
             _image_features(config),
         )
 
@@ -124,7 +118,7 @@ class Testbed:
         if test.world == "shapes":
             found |= world.judge_metrics(drawn, self.prompts)
         for reward in self.rewards + self.heldout:
-            features = self.features.get(f"features/{reward.name}")
+            features = self.features.get(reward.column)
             params = lazy.place(reward.scoring_params, sharding.replicated(mesh))
             scores = score(sharding.spread(reward.score, mesh), params, drawn, features, batch_size)
             del params
@@ -167,7 +161,7 @@ def timed_draw(
     model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images, and seconds an image of each batch, compilation left out."""
-    first = np.arange(batch_size) % len(noise)
+    first = fill(len(noise), batch_size)
     model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
     drawn, seconds = [], []
     for start in range(0, len(noise), batch_size):
@@ -203,12 +197,10 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
 def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[str, Any]:
     """Measures the three models of a finished run, on the devices of all processes together;
     process 0 writes eval.json and samples/eval/."""
-    encoded = encoded_prompts.open_of(config)
-    opened = run.open_run(workdir, config.pretrained, text=encoded is None)
-    pipeline = opened.pipeline
+    source = prompts.of(config)
+    opened = run.open_run(workdir, config.pretrained, source.text)
     chosen = distributed.of_first(lambda: run.choose_step(workdir, step))
-    if encoded is not None:
-        pipeline = encoded.attach(pipeline)
+    pipeline = source.attach(opened.pipeline)
     weights = opened.weights(opened.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)

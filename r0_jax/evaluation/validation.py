@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 
 from r0_jax.diffusion import grid
 from r0_jax.evaluation import hacking, images
+from r0_jax.evaluation.batches import draw, score
 from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.method.generator import Generator
-from r0_jax.parallel import heartbeat, sharding
-from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.prompts import prepared
+from r0_jax.parallel import sharding
+from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
@@ -33,6 +35,7 @@ class Validation:
         folder: Path,
         pipeline: Pipeline,
         generator: Generator,
+        source: PromptSource,
         rewards: list[Reward],
         frozen: dict[str, Any],
         heldout: set[str],
@@ -42,8 +45,9 @@ class Validation:
         """`check` is called between batches, and may raise what ends the measurement."""
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout, self.check = rewards, heldout, check
-        self.prompts, self.tokens, self.features = prepared.evaluation(
-            config, "eval", pipeline, rewards, folder / "eval_prompts.json"
+        asked, kept = config.eval, folder / "eval_prompts.json"
+        self.prompts, self.tokens, self.features = source.evaluation(
+            asked.prompts, asked.num_prompts, pipeline, rewards, kept
         )
         self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
 
@@ -66,7 +70,7 @@ class Validation:
         found = hacking.relative(self._signs(drawn), self.base_signs)
         values = {f"hacking/{name}": value for name, value in found.items()}
         for reward in self.rewards:
-            features = self.features.get(f"features/{reward.name}")
+            features = self.features.get(reward.column)
             params = self.frozen["rewards"].get(reward.name)
             if params is None:  # held out: on the devices for only this long
                 params = lazy.place(reward.scoring_params, self.everywhere)
@@ -89,51 +93,3 @@ class Validation:
 
     def _signs(self, drawn: np.ndarray) -> dict[str, float]:
         return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
-
-
-def fixed_noise(seed: int, count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, jax.Array]:
-    """Standard normal noise [count, *shape] and one key a sample; row i depends on seed and i."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), shape))(keys)
-    return np.asarray(noise), jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-
-
-def draw(
-    sampler: ImageSampler,
-    parts: dict[str, Any],
-    tokens: Tokens,
-    noise: np.ndarray,
-    keys: jax.Array,
-    batch_size: int,
-    check: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """Images [N, h, w, 3] in [0, 1]; the last batch is filled up, so that one program does."""
-    drawn = []
-    for start in range(0, len(noise), batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), len(noise) - 1)
-        count = min(batch_size, len(noise) - start)
-        batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
-        drawn.append(np.asarray(batch)[:count])
-        heartbeat.beat("a batch of images")
-        check()
-    return np.concatenate(drawn)
-
-
-def score(
-    scorer,
-    params,
-    drawn: np.ndarray,
-    features: np.ndarray | None,
-    batch_size: int,
-    check: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """One reward's scores [N] of images [N, h, w, 3]."""
-    found = []
-    for start in range(0, len(drawn), batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), len(drawn) - 1)
-        count = min(batch_size, len(drawn) - start)
-        batch = None if features is None else features[rows]
-        found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
-        heartbeat.beat("a batch of scores")
-        check()
-    return np.concatenate(found)

@@ -81,7 +81,7 @@ class Objective:
         """Mean over the batch's samples; metrics are means too.
 
         batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
-        and "features/<reward>" [B, D] for rewards that read prompts.
+        and `Reward.column` [B, D] for rewards that read prompts.
         spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         with repeat.use(self.repeat):
@@ -103,7 +103,7 @@ class Objective:
             self.rewards,
             frozen["rewards"],
             lax.stop_gradient(images),
-            _features(batch),
+            {r.name: batch[r.column] for r in self.rewards if r.column in batch},
             drawn,
             spreads,
             self.config,
@@ -178,8 +178,3 @@ class Objective:
             lambda: self.generator.squared_distance(params, frozen["base"]),
             self.table,
         )
-
-
-def _features(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    prefix = "features/"
-    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}

@@ -23,14 +23,13 @@ from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from r0_jax import config_check, remote, rewards
+from r0_jax import config_check, prompts, remote, rewards
 from r0_jax.console import console
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
 from r0_jax.plan import hlo_cost, jaxpr_cost
 from r0_jax.plan.topology import Chip
-from r0_jax.prompts import encoded as encoded_prompts
 from r0_jax.stand_ins import blank
 from r0_jax.training import program
 from r0_jax.training.program import Program
@@ -107,21 +106,16 @@ def _is_there(path: str) -> bool:
 
 def load(config: ConfigDict, mesh: Mesh) -> Program:
     """The config's program; whether its rewards are sound is for the training to say."""
-    encoded = encoded_prompts.open_of(config)
-    text = encoded is None
-    pipeline = families.load(config.pretrained, config.dtype, config.family, text=text)
+    source = prompts.of(config)
+    pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
     trained_on = [
-        rewards.load(name, entry, config.dtype, text) for name, entry in config.rewards.items()
+        rewards.load(name, entry, config.dtype, source.text)
+        for name, entry in config.rewards.items()
     ]
-    if encoded is None:
-        return program.build(config, mesh, pipeline, trained_on)
-    pipeline = encoded.attach(pipeline)
+    pipeline = source.attach(pipeline)
     if config.regularizers.guidance.weight:
-        encoded.check_guidance("regularizers.guidance")
-    for reward in trained_on:
-        encoded.check_features(reward)
-    columns = encoded.columns(encoded_prompts.columns_of(pipeline, trained_on))
-    return program.build(config, mesh, pipeline, trained_on, columns)
+        source.check_guidance("regularizers.guidance")
+    return program.build(config, mesh, pipeline, trained_on, source)
 
 
 def predict(config: ConfigDict, name: str, chip: Chip, devices: list[Any], effort: float) -> Plan:

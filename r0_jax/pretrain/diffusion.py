@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from r0_jax.diffusion import schedulers
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
+from r0_jax.evaluation.batches import draw
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import draw, fixed_noise
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import read_json
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.pipelines.stable_diffusion import PARTS, StableDiffusionPipeline

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from transformers import CLIPTokenizer
 
 from r0_jax.diffusion import grid
+from r0_jax.evaluation.batches import draw
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import draw, fixed_noise
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import read_json
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.pipelines import stable_diffusion

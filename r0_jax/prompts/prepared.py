@@ -1,20 +1,17 @@
 """Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
-from r0_jax.files import write_bytes
-from r0_jax.parallel import distributed, heartbeat
-from r0_jax.pipelines.pipeline import Pipeline, Tokens
+from r0_jax.parallel import heartbeat
+from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import dataset, files
-from r0_jax.prompts import encoded as encoded_prompts
+from r0_jax.prompts.columns import PROMPT, from_disk, to_disk
 from r0_jax.rewards.reward import Reward
 
 _AT_ONCE = 8192  # prompts between two signs of life
@@ -34,7 +31,7 @@ def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.
                     reward.text_features(reward.params, distinct[start : start + _AT_ONCE])
                 )
                 heartbeat.beat(f"features of prompts for {reward.name}")
-            found[f"features/{reward.name}"] = np.concatenate(encoded)[rows]
+            found[reward.column] = np.concatenate(encoded)[rows]
     return found
 
 
@@ -49,10 +46,10 @@ def prepare(
     rewards, those held out too, that do not read some prompts to their end, and of prompts that
     are not those of before: a run goes on as it began."""
     there = dataset.is_prepared(folder)
-    prompts = _read(path, there)
+    prompts = read(path, there)
     if there:
         if prompts is None or dataset.digest(prompts) != dataset.describe(folder).digest:
-            _warn_of_others(path)
+            warn_of_others(path)
     else:
         for reward in (*rewards, *heldout):
             if share := reward.truncated_share(prompts):
@@ -62,46 +59,11 @@ def prepare(
                     stacklevel=2,
                 )
         columns = pipeline.tokenize(prompts) | features(prompts, rewards)
-        # array_record takes no slash in a column's name.
-        named = {name.replace("/", "__", 1): value for name, value in columns.items()}
-        dataset.prepare({"prompt": prompts, **named}, folder)
+        dataset.prepare({PROMPT: prompts, **to_disk(columns)}, folder)
     return dataset.describe(folder)
 
 
-def evaluation(
-    config: ConfigDict,
-    section: str,
-    pipeline: Pipeline,
-    rewards: Sequence[Reward],
-    kept: Path | None = None,
-) -> tuple[list[str], Tokens, dict[str, np.ndarray]]:
-    """The first num_prompts of the config's "eval" or "test" prompts, what `encode_prompt` takes
-    of them, and the rewards' features.
-
-    A run's first start leaves the prompts in the file `kept`, and all others take them from there:
-    its evaluations are of the same prompts to its end."""
-    asked = config[section]
-    encoded = encoded_prompts.open_of(config)
-    if encoded is None:
-        path = asked.prompts or config.data.prompts
-        prompts = _read(path, kept is not None and kept.is_file())
-        prompts = prompts and prompts[: asked.num_prompts]
-        if kept:
-            first = distributed.of_first(lambda: _as_kept(prompts, kept))
-            if first != prompts and path != config.data.prompts:  # which is told already
-                _warn_of_others(path)
-            prompts = first
-        return prompts, pipeline.tokenize(prompts), features(prompts, rewards)
-    columns = encoded.evaluation(asked.prompts, asked.num_prompts)
-    names = [f"features/{reward.name}" for reward in rewards if reward.text_features is not None]
-    return (
-        columns["prompt"].tolist(),
-        {name: columns[name] for name in pipeline.embeds},
-        {name: columns[name] for name in names},
-    )
-
-
-def _read(path: str, may_be_gone: bool) -> list[str] | None:
+def read(path: str, may_be_gone: bool) -> list[str] | None:
     """The prompts of a file; None where it cannot be read any more and need not be."""
     try:
         return files.read_prompts(path)
@@ -111,14 +73,7 @@ def _read(path: str, may_be_gone: bool) -> list[str] | None:
         raise
 
 
-def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
-    if kept.is_file():
-        return files.read_prompts(kept)
-    write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
-    return prompts
-
-
-def _warn_of_others(path: str) -> None:
+def warn_of_others(path: str) -> None:
     warnings.warn(
         f"{path} is not what it was when this run began: it goes on with the prompts of "
         "then; to train on those of now give another --workdir",
@@ -143,5 +98,5 @@ def remove(folder: Path) -> None:
 def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int], of: int):
     """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
     for batch in dataset.load(folder, batch_size, seed, step, parts, of):
-        del batch["prompt"]
-        yield {name.replace("__", "/", 1): value for name, value in batch.items()}
+        del batch[PROMPT]
+        yield from_disk(batch)

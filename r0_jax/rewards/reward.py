@@ -14,6 +14,7 @@ from r0_jax.errors import InputError
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params, fingerprint
 
+FEATURES = "features/"  # how the columns of rewards begin in a batch
 _MOST_KNOWN = 8192  # prompts in the feature cache: 32 MB at 1024 numbers each
 
 
@@ -78,6 +79,11 @@ class Reward:
     def truncated_share(self, prompts: Sequence[str]) -> float | None:
         """Return the share of truncated prompts, 0 to 1; None if the reward truncates nothing."""
         return None if self.truncated is None else float(np.mean(self.truncated(list(prompts))))
+
+    @property
+    def column(self) -> str:
+        """The name of the batch's column that holds its features of the prompts."""
+        return f"{FEATURES}{self.name}"
 
     @property
     def scoring_params(self) -> Params:

@@ -22,17 +22,16 @@ from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import tiny_decoder
 from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights.network import Params
-
-Columns = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> shape of a row, dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Attributes:
     frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
-    columns: shape and dtype of what a prompt is in a batch, where prompts were encoded before.
+    source: prompts that `step` trains on.
     """
 
     config: ConfigDict
@@ -42,7 +41,7 @@ class Program:
     objective: Objective
     optimizer: optax.GradientTransformation
     frozen: dict[str, Any]
-    columns: Columns | None
+    source: PromptSource
 
     def changed(self, *, config: ConfigDict | None = None, mesh: Mesh | None = None) -> "Program":
         """The same networks and rewards by another config or on another mesh."""
@@ -51,7 +50,7 @@ class Program:
             mesh or self.mesh,
             self.pipeline,
             self.objective.rewards,
-            self.columns,
+            self.source,
         )
 
     def init(self, base: Params) -> TrainState:
@@ -108,16 +107,7 @@ class Program:
     def abstract(self) -> tuple[TrainState, dict[str, Any], dict[str, Any], Any]:
         """Shapes of what `step` takes, with their sharding."""
         split, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        columns = self.columns
-        if columns is None:
-            columns = {
-                name: (ids.shape[1:], ids.dtype)
-                for name, ids in self.pipeline.tokenize([""]).items()
-            }
-            for reward in self.objective.rewards:
-                if reward.text_features is not None:
-                    width = reward.width or reward.text_features(reward.params, [""]).shape[1]
-                    columns[f"features/{reward.name}"] = ((width,), reward.features_dtype)
+        columns = self.source.columns(self.pipeline, self.objective.rewards)
         batch = {
             name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=split)
             for name, (shape, dtype) in columns.items()
@@ -158,7 +148,7 @@ def build(
     mesh: Mesh,
     pipeline: Pipeline,
     rewards: Sequence[Reward],
-    columns: Columns | None = None,
+    source: PromptSource,
 ) -> Program:
     """The program of a config, of a pipeline and of rewards that were loaded.
 
@@ -202,5 +192,5 @@ def build(
         objective,
         optim.make_optimizer(config, config.regularizers.langevin.weight),
         frozen,
-        columns,
+        source,
     )

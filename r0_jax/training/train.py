@@ -19,7 +19,6 @@ from r0_jax.evaluation import report, testbed
 from r0_jax.evaluation.validation import Validation
 from r0_jax.parallel import distributed, heartbeat, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
-from r0_jax.prompts import encoded as encoded_prompts
 from r0_jax.prompts import prepared
 from r0_jax.training import pretrained, program
 from r0_jax.training.loop import Batch, Job, Loop, Start
@@ -58,7 +57,7 @@ def _train(
     """Return whether the training came to its end; `held` keeps other runs out of the folder."""
     mesh = check(config)
     models = pretrained.load(config)
-    built = program.build(config, mesh, models.pipeline, models.rewards)
+    built = program.build(config, mesh, models.pipeline, models.rewards, models.prompts)
     begun, digest = distributed.of_first(lambda: take_workdir(config, workdir, held))
     identity.check_shared(workdir)
     read = prepare_prompts(config, workdir, models)
@@ -73,6 +72,7 @@ def _train(
             workdir.path,
             built.pipeline,
             built.generator,
+            models.prompts,
             models.rewards + models.heldout,
             frozen,
             {reward.name for reward in models.heldout},
@@ -125,27 +125,12 @@ def take_workdir(
 
 def prepare_prompts(config: ConfigDict, workdir: Workdir, models: Pretrained) -> ReadBatches:
     """Prepare the prompts, once in a run; return how to read batches of them."""
-    if models.encoded is None:
-        examples, distinct, _ = distributed.of_first(
-            lambda: prepared.prepare(
-                config.data.prompts,
-                workdir.path / "prompts",
-                models.pipeline,
-                models.rewards,
-                models.heldout,
-            )
-        )
-        counted = f"{examples} prompts, {distinct} of them distinct"
-        read = functools.partial(prepared.batches, workdir.path / "prompts")
-    else:
-        counted = f"{models.encoded.rows[encoded_prompts.TRAIN]} prompts, encoded before"
-        read = functools.partial(
-            encoded_prompts.batches,
-            models.encoded.folder,
-            encoded_prompts.columns_of(models.pipeline, models.rewards),
-        )
+    folder = workdir.path / "prompts"
+    counted = distributed.of_first(
+        lambda: models.prompts.prepare(folder, models.pipeline, models.rewards, models.heldout)
+    )
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
-    return read
+    return functools.partial(models.prompts.batches, folder, models.pipeline, models.rewards)
 
 
 def place_frozen(built: Program) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from step_world import batch, make
 
 from r0_jax.diffusion import grid
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import fixed_noise
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.parallel import sharding
 
 

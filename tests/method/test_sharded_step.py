@@ -15,6 +15,7 @@ from configs import sd3_r0
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.prompts import prepared
+from r0_jax.prompts.text import TextPrompts
 from r0_jax.stand_ins.miniature import PROMPTS
 from r0_jax.training import pretrained, program
 from r0_jax.weights import lazy
@@ -56,12 +57,13 @@ def of_mmdit_and_t5() -> Start:
     with config.unlocked():  # one reward will do
         config.rewards = {"hps_v2_1": config.rewards.hps_v2_1}
     pipeline = families.load(config.pretrained, config.dtype, config.family)
-    rewards = pretrained.load_rewards(config.rewards, pipeline, config, None, trained=True)
+    source = TextPrompts()
+    rewards = pretrained.load_rewards(config.rewards, pipeline, config, source, trained=True)
     prompts = (PROMPTS * 8)[:8]
     batch = pipeline.tokenize(prompts) | prepared.features(prompts, rewards)
 
     def start(mesh):
-        built = program.build(config, mesh, pipeline, rewards)
+        built = program.build(config, mesh, pipeline, rewards, source)
         frozen = lazy.place(built.frozen, built.frozen_sharding)
         state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
         # As `built.step`, which gives the state's memory away and compiles longer.

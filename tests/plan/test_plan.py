@@ -22,7 +22,7 @@ from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
 from r0_jax.plan import predict
 from r0_jax.plan.predict import Plan
-from r0_jax.prompts import encoded
+from r0_jax.prompts import encoded_writer
 
 ROOT = Path(__file__).parents[2]
 libtpu = pytest.mark.skipif(
@@ -160,7 +160,7 @@ def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_pat
     columns |= {"prompt": ["a", "b"], "features/image_reward": np.ones((2, 35), np.int32)}
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     for name, given in (("with", negative), ("without", None)):
-        encoded.write(tmp_path / name, columns, negative=given)
+        encoded_writer.write(tmp_path / name, columns, negative=given)
         file = tmp_path / name / "metadata.json"
         other = {"weights": "0123456789abcdef", "function": ""}  # than those that stand in
         file.write_text(

@@ -19,19 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from configs import sd3_r0, sd15_r0, sdxl_r0
 from r0_jax import config as base
-from r0_jax import encode_prompts, rewards
+from r0_jax import encode_prompts, prompts, rewards
 from r0_jax.errors import InputError
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.plan import predict
-from r0_jax.prompts import dataset, prepared
-from r0_jax.prompts import encoded as encoded_prompts
-from r0_jax.prompts import shards as record_shards
+from r0_jax.prompts import dataset, encoded, encoded_writer, prepared, shards
 from r0_jax.prompts.files import read_prompts
 from r0_jax.stand_ins import miniature
-from r0_jax.training import pretrained
 from r0_jax.weights import lazy
 
 RECIPES = {
@@ -118,20 +115,16 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     take_text_away(tmp_path / "pipeline")
     for dtype, tolerance in tolerances.items():
         config.data.encoded = str(tmp_path / dtype)
-        encoded = encoded_prompts.open_of(config)
-        pretrained.check_encoded(encoded, config)
-        bare = encoded.attach(families.load(config.pretrained, text=False))
+        source = prompts.of(config)
+        source.check(config)
+        bare = source.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
-        batches = encoded_prompts.batches(
-            tmp_path / dtype, encoded_prompts.columns_of(bare, found), *where
-        )
+        batches = source.batches(tmp_path, bare, found, *where)
         planned = predict.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
             name: (x.shape, x.dtype) for name, x in next(batches).items()
         }
-        batches = encoded_prompts.batches(
-            tmp_path / dtype, encoded_prompts.columns_of(bare, found), *where
-        )
+        batches = source.batches(tmp_path, bare, found, *where)
         loss, others = first_loss(config, bare, batches)
         assert loss == pytest.approx(float(expected), rel=tolerance)
         for metric, value in metrics.items():
@@ -254,7 +247,7 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     assert 3 <= len(before) < 100
     (tmp_path / "killed" / ".encoded_prompts-train.array_record-00099.tmp").write_bytes(b"half")
     with pytest.raises(InputError, match="is not finished: give the command"):
-        encoded_prompts.open_folder(tmp_path / "killed")
+        encoded.open_folder(tmp_path / "killed")
     times = {path: path.stat().st_mtime_ns for path in before}
     ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"))
     assert times == {path: path.stat().st_mtime_ns for path in before}  # and were not made again
@@ -276,7 +269,7 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     assert len(whole) == 100 + 1 + 1 + 3  # training, evaluation, negative; and JSON
     assert files(tmp_path / "killed") == whole
     assert files(tmp_path / "shared") == whole
-    found = encoded_prompts.open_folder(tmp_path / "whole")
+    found = encoded.open_folder(tmp_path / "whole")
     assert found.read("train", range(400))["prompt"].tolist() == read_prompts(prompts)
 
 
@@ -338,7 +331,7 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
     scores = [line["heldout/pickscore"] for line in lines if "heldout/pickscore" in line]
     assert len(scores) == 2 and np.isfinite(scores).all()
 
-    found = encoded_prompts.open_folder(ready).read("evaluation", range(4))
+    found = encoded.open_folder(ready).read("evaluation", range(4))
     np.testing.assert_array_equal(
         found["prompt_embeds"], np.load("evaluation.npy").astype("bfloat16")
     )
@@ -352,21 +345,19 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
 
 def test_what_is_written_is_what_is_read(tmp_path):
     made = columns(5, ids=np.arange(10, dtype=np.int64).reshape(5, 2))
-    encoded_prompts.write(
+    encoded_writer.write(
         tmp_path / "e",
         made,
         negative=columns(1, prompt=None, ids=[[0, 0]]),
         dtype="float32",
         shard_prompts=2,
     )
-    found = encoded_prompts.open_folder(tmp_path / "e")
+    found = encoded.open_folder(tmp_path / "e")
     assert found.rows == {"train": 5, "negative": 1}
     read = found.read("train", range(5))
     assert read.keys() == made.keys() and read["ids"].dtype == np.int32
     for name, value in made.items():
         np.testing.assert_array_equal(read[name], value)
-    batch = next(encoded_prompts.batches(found.folder, ["prompt_embeds"], 4, 0, 0, [0], 1))
-    assert batch.keys() == {"prompt_embeds"} and batch["prompt_embeds"].shape == (4, 7, 40)
 
 
 @pytest.mark.parametrize(
@@ -385,17 +376,17 @@ def test_what_is_written_is_what_is_read(tmp_path):
 )
 def test_columns_that_do_not_fit_are_refused(tmp_path, train_, negative, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        encoded_prompts.write(tmp_path / "e", train_, negative=negative)
+        encoded_writer.write(tmp_path / "e", train_, negative=negative)
     assert not (tmp_path / "e" / "dataset_info.json").exists()
 
 
 def test_other_embeddings_do_not_go_on_with_what_is_there(tmp_path):
     for _ in range(2):
-        encoded_prompts.write(tmp_path / "e", columns(3))
+        encoded_writer.write(tmp_path / "e", columns(3))
     other = columns(3)
     other["prompt_embeds"] = other["prompt_embeds"] + 1
     with pytest.raises(InputError, match="was begun with other embeddings"):
-        encoded_prompts.write(tmp_path / "e", other)
+        encoded_writer.write(tmp_path / "e", other)
 
 
 # --- datasets that do not fit --------------------------------------------------------------------
@@ -413,11 +404,11 @@ def sdxl(tmp_path_factory):
 
 def check(config):
     """What training looks at before it starts."""
-    encoded = encoded_prompts.open_of(config)
-    encoded.attach(families.load(config.pretrained, family=config.family, text=False))
-    pretrained.check_encoded(encoded, config)
+    source = prompts.of(config)
+    source.attach(families.load(config.pretrained, family=config.family, text=False))
+    source.check(config)
     for name, entry in {**config.rewards, **config.heldout_rewards}.items():
-        encoded.check_reward(rewards.load(name, entry, text=False), entry)
+        source.examples(rewards.load(name, entry, text=False), entry)
 
 
 def test_a_dataset_that_fits_is_taken(sdxl):
@@ -437,7 +428,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
         assert "\n" not in str(error.value)
 
     own = tmp_path / "own"
-    encoded_prompts.write(own, columns(3))
+    encoded_writer.write(own, columns(3))
     mine = {"data.encoded": str(own), "data.prompts": "", "eval.prompts": "", "test.prompts": ""}
     refused(
         "no split 'negative', the embedding of the empty prompt, which regularizers.guidance",
@@ -447,7 +438,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     check(changed(sdxl, **without))
     looked_at = tmp_path / "looked_at.txt"
     looked_at.write_text("\n".join(columns(2, seed=1)["prompt"]), "utf-8")
-    encoded_prompts.write(tmp_path / "both", columns(3), columns(2, seed=1))
+    encoded_writer.write(tmp_path / "both", columns(3), columns(2, seed=1))
     without |= {"data.encoded": str(tmp_path / "both"), "test.prompts": str(looked_at)}
     refused("the base's guidance in test", **without)
     check(changed(sdxl, **without, **{"test.guidance_scale": 1.0}))
@@ -462,7 +453,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     refused("made by a reward with other weights", **{"heldout_rewards.pickscore.path": clip})
     with pytest.raises(InputError, match=r"no features of the reward new.*clip_score"):
         entry = base.reward_entry("clip_score", path=clip)
-        encoded_prompts.open_of(sdxl).check_reward(rewards.load("new", entry, text=False), entry)
+        prompts.of(sdxl).examples(rewards.load("new", entry, text=False), entry)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +469,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     ],
 )
 def test_shapes_that_the_network_does_not_take_are_refused(sdxl, tmp_path, changes, message):
-    encoded_prompts.write(
+    encoded_writer.write(
         tmp_path / "e",
         columns(3, **changes),
         negative=columns(
@@ -500,15 +491,15 @@ def test_shapes_that_the_network_does_not_take_are_refused(sdxl, tmp_path, chang
 
 
 def test_another_family_or_encoder_is_named(sdxl, tmp_path):
-    encoded = encoded_prompts.open_of(sdxl)
+    source = prompts.of(sdxl)
     sd15 = families.load(miniature.kept("StableDiffusionPipeline") / "pipeline", text=False)
     with pytest.raises(InputError, match=r"takes prompt_embeds of shape \[any, 16\]"):
-        encoded.attach(sd15)
+        source.attach(sd15)
     config = own_copy("sd15", tmp_path)
     encode_prompts.encode(config, tmp_path / "encoded")
     taiyi = families.load(miniature.kept("Taiyi") / "pipeline", text=False)
     with pytest.raises(InputError, match="the text_encoder is CLIPTextModel there and BertModel"):
-        encoded_prompts.open_folder(tmp_path / "encoded").attach(taiyi)
+        encoded.open_folder(tmp_path / "encoded").attach(taiyi)
 
 
 def damage(folder, how):
@@ -618,22 +609,20 @@ def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
         },
     )
     check(config)
-    prompts, tokens, features = prepared.evaluation(
-        config,
-        "eval",
-        encoded_prompts.open_of(config).attach(families.load(config.pretrained, text=False)),
-        [],
-    )
-    assert len(prompts) == config.eval.num_prompts == len(tokens["prompt_embeds"])
-    assert not features
+    source = prompts.of(config)
+    pipeline = source.attach(families.load(config.pretrained, text=False))
+    count = config.eval.num_prompts
+    found = source.evaluation(config.eval.prompts, count, pipeline, [])
+    assert len(found.prompts) == count == len(found.tokens["prompt_embeds"])
+    assert not found.features
 
 
 # --- pieces --------------------------------------------------------------------------------------
 
 
 def test_shards_cover_all_rows_once():
-    shards = record_shards.plan({"train": 10, "evaluation": 3, "none": 0}, 4)
-    assert [(s.split, s.start, s.stop, s.count) for s in shards] == [
+    planned = shards.plan({"train": 10, "evaluation": 3, "none": 0}, 4)
+    assert [(s.split, s.start, s.stop, s.count) for s in planned] == [
         ("train", 0, 4, 3),
         ("train", 4, 8, 3),
         ("train", 8, 10, 3),

@@ -13,7 +13,7 @@ from r0_jax import rewards
 from r0_jax.diffusion import schedulers
 from r0_jax.evaluation import world
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.validation import fixed_noise
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from r0_jax.shapes import CHECKPOINTS, PROMPTS

@@ -1,0 +1,64 @@
+"""Many images drawn or scored in batches of one size, so that one compiled program does."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.parallel import heartbeat
+from r0_jax.pipelines.pipeline import Tokens, take
+
+
+def fill(count: int, size: int) -> Int[np.ndarray, " size"]:
+    """Return the rows 0, 1, ... of a batch of `size`; past `count` the last one repeats."""
+    return np.minimum(np.arange(size), count - 1)
+
+
+def batches(count: int, size: int) -> Iterator[tuple[Int[np.ndarray, " size"], int]]:
+    """Yield the rows of each batch of `size`, the last one filled up, and how many are real."""
+    for start in range(0, count, size):
+        yield start + fill(count - start, size), min(size, count - start)
+
+
+def draw(
+    sampler: ImageSampler,
+    parts: dict[str, Any],
+    tokens: Tokens,
+    noise: Float[np.ndarray, "n h w c"],
+    keys: jax.Array,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> Float[np.ndarray, "n height width 3"]:
+    """Return the images [N, h, w, 3] in [0, 1] of N prompts; call `check` after every batch."""
+    drawn = []
+    for rows, count in batches(len(noise), batch_size):
+        batch = sampler(parts, take(tokens, rows), noise[rows], keys[rows])
+        drawn.append(np.asarray(batch)[:count])
+        heartbeat.beat("a batch of images")
+        check()
+    return np.concatenate(drawn)
+
+
+def score(
+    scorer: Callable[..., jax.Array],
+    params: Any,
+    drawn: Float[np.ndarray, "n h w 3"],
+    features: np.ndarray | None,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Return what `scorer(params, images, features)` says of every image, [N, ...].
+
+    features: of each image's prompt, [N, D]; None where the scorer reads none. `check` is called
+    after every batch.
+    """
+    found = []
+    for rows, count in batches(len(drawn), batch_size):
+        batch = None if features is None else features[rows]
+        found.append(np.asarray(scorer(params, drawn[rows], batch))[:count])
+        heartbeat.beat("a batch of scores")
+        check()
+    return np.concatenate(found)

@@ -1,0 +1,51 @@
+"""What made encoded prompts: facts for metadata.json, compared where the prompts are used."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from r0_jax.files import read_json
+from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.prompts.shards import Schema
+from r0_jax.rewards.reward import Reward
+
+
+def describe(
+    schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the dataset's metadata: its columns, its prompts by their digest, and more facts."""
+    columns = {
+        name: {"shape": list(kind[0]), "dtype": kind[1].name}
+        for name, kind in schema.items()
+        if kind
+    }
+    return {
+        **facts,
+        "columns": columns,
+        "prompts": {split: describe_prompts(texts) for split, texts in prompts.items()},
+    }
+
+
+def describe_prompts(prompts: Sequence[str]) -> dict[str, Any]:
+    """Return how many prompts there are, how many distinct ones, and a digest of all in order."""
+    digest = hashlib.sha256("\0".join(prompts).encode("utf-8")).hexdigest()
+    return {"rows": len(prompts), "distinct": len(set(prompts)), "sha256": digest}
+
+
+def describe_pipeline(pipeline: Pipeline) -> dict[str, str]:
+    """Return the family of a pipeline and the classes of its text encoders.
+
+    They are read from model_index.json, so that pipelines can be compared without the encoders.
+    """
+    index = read_json(pipeline.folder / "model_index.json")
+    entries = {
+        name: entry[-1]
+        for name, entry in index.items()
+        if name.startswith("text_encoder") and isinstance(entry, list) and entry
+    }
+    return {"family": index["_class_name"], **{k: v for k, v in entries.items() if v}}
+
+
+def describe_reward(reward: Reward, entry: Any) -> dict[str, str]:
+    """Return what identifies a reward: its weights, or the user's own function."""
+    return {"weights": reward.fingerprint(), "function": entry.function}

@@ -1,0 +1,100 @@
+"""Where a run's prompts come from: text, or embeddings that were made before.
+
+Everything that depends on which of the two it is stands in `TextPrompts` and `EncodedPrompts`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from r0_jax.pipelines.pipeline import Pipeline, Tokens
+from r0_jax.rewards.reward import Reward
+
+Columns = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> shape of a row, dtype
+
+
+class Evaluation(NamedTuple):
+    """Prompts to measure with.
+
+    Attributes:
+      tokens: what `Pipeline.encode_prompt` takes of them.
+      features: {`Reward.column`: [N, D]} of the rewards that read prompts.
+    """
+
+    prompts: list[str]
+    tokens: Tokens
+    features: dict[str, np.ndarray]
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """Prompts of one kind, text or encoded.
+
+    Attributes:
+      text: whether text encoders and the text towers of rewards are needed.
+    """
+
+    text: bool
+
+    def attach(self, pipeline: Pipeline) -> Pipeline:
+        """Return a pipeline, loaded with or without `text`, that is complete for these prompts.
+
+        Raises InputError where the prompts are not for this pipeline.
+        """
+
+    def check(self, config: ConfigDict) -> None:
+        """Raise InputError unless the prompts are whole and hold all that a config asks for."""
+
+    def check_guidance(self, needed_by: str) -> None:
+        """Raise InputError where guidance has no empty prompt to lead away from."""
+
+    def examples(self, reward: Reward, entry: Any) -> np.ndarray | None:
+        """Return a reward's features [2, D] of two prompts; None where it computes its own.
+
+        Raises InputError where there are none of this reward, of `entry` in the config.
+        """
+
+    def columns(self, pipeline: Pipeline, rewards: Sequence[Reward]) -> Columns:
+        """Return shape and dtype of a row of every column of `batches`."""
+
+    def prepare(
+        self,
+        folder: Path,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        heldout: Sequence[Reward] = (),
+    ) -> str:
+        """Make ready what `batches` read, in `folder`; return the number of prompts in words.
+
+        One process calls it for all.
+        """
+
+    def batches(
+        self,
+        folder: Path,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        batch_size: int,
+        seed: int,
+        step: int,
+        parts: Sequence[int],
+        of: int,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield parts of the batches `step`, `step` + 1, ..., as of `dataset.load`, forever."""
+
+    def evaluation(
+        self,
+        path: str,
+        count: int,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        kept: Path | None = None,
+    ) -> Evaluation:
+        """Return the first `count` prompts of a file, or of the training prompts for "".
+
+        A run's first start writes the prompts to the file `kept`, and all others read them from
+        there: a run measures the same prompts to its end. All processes call it together.
+        """

@@ -1,0 +1,103 @@
+"""Prompts as text: the run's own text encoders and text towers read them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from r0_jax.files import write_bytes
+from r0_jax.parallel import distributed
+from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.prompts import files, prepared
+from r0_jax.prompts.source import Columns, Evaluation
+from r0_jax.rewards.reward import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrompts:
+    """A `PromptSource` of text.
+
+    Attributes:
+      path: file of the training prompts; "" where nothing trains on them.
+    """
+
+    path: str = ""
+    text: bool = dataclasses.field(default=True, init=False)
+
+    def attach(self, pipeline: Pipeline) -> Pipeline:
+        """Return the pipeline itself: it has text encoders."""
+        return pipeline
+
+    def check(self, config: ConfigDict) -> None:
+        """Do nothing: text encoders make all that a config asks for."""
+
+    def check_guidance(self, needed_by: str) -> None:
+        """Do nothing: text encoders encode the empty prompt."""
+
+    def examples(self, reward: Reward, entry: Any) -> None:
+        """Return None: a reward computes its own features."""
+
+    def columns(self, pipeline: Pipeline, rewards: Sequence[Reward]) -> Columns:
+        """Return shape and dtype of a row of the token ids and of the rewards' features."""
+        tokens = pipeline.tokenize([""])
+        found: dict[str, Any] = {name: (ids.shape[1:], ids.dtype) for name, ids in tokens.items()}
+        for reward in rewards:
+            if reward.text_features is not None:
+                width = reward.width or reward.text_features(reward.params, [""]).shape[1]
+                found[reward.column] = ((width,), reward.features_dtype)
+        return found
+
+    def prepare(
+        self,
+        folder: Path,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        heldout: Sequence[Reward] = (),
+    ) -> str:
+        """Write the token ids and features of all training prompts, unless they are there."""
+        examples, distinct, _ = prepared.prepare(self.path, folder, pipeline, rewards, heldout)
+        return f"{examples} prompts, {distinct} of them distinct"
+
+    def batches(
+        self,
+        folder: Path,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        batch_size: int,
+        seed: int,
+        step: int,
+        parts: Sequence[int],
+        of: int,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield parts of batches of what `prepare` wrote, which was for these rewards."""
+        return prepared.batches(folder, batch_size, seed, step, parts, of)
+
+    def evaluation(
+        self,
+        path: str,
+        count: int,
+        pipeline: Pipeline,
+        rewards: Sequence[Reward],
+        kept: Path | None = None,
+    ) -> Evaluation:
+        """Return the first `count` prompts of a file, tokenized, and the rewards' features."""
+        path = path or self.path
+        prompts = prepared.read(path, kept is not None and kept.is_file())
+        prompts = prompts and prompts[:count]
+        if kept:
+            first = distributed.of_first(lambda: _as_kept(prompts, kept))
+            if first != prompts and path != self.path:  # `prepare` warned of the training prompts
+                prepared.warn_of_others(path)
+            prompts = first
+        return Evaluation(prompts, pipeline.tokenize(prompts), prepared.features(prompts, rewards))
+
+
+def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
+    if kept.is_file():
+        return files.read_prompts(kept)
+    write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
+    return prompts
