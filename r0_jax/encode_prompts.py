@@ -5,10 +5,10 @@
     python -m r0_jax.main --config=configs/sd3_r0.py --config.pretrained=DIR \\
         --config.data.encoded=ENCODED --workdir=W
 
-Training prompts, those of eval and test, and what stands for the empty prompt, with the text
-features of all rewards, held-out ones too. A killed run goes on with the same command. Several
+It encodes the training prompts, those of eval and test, and the empty prompt. It adds the text
+features of all rewards, also held-out ones. The same command resumes a killed run. Several
 processes share the work by --process and --processes, or as jax.distributed counts them. With
---config.data.encoded=DIR the embeddings of that dataset are taken, and features are added to them.
+--config.data.encoded=DIR it takes the embeddings from that dataset and adds features to them.
 """
 
 import functools
@@ -47,28 +47,30 @@ console = Console(stderr=True)
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_string("out", None, "folder of the dataset", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", list(encoded_writer.DTYPES), "of floats on disk")
+    flags.DEFINE_enum("dtype", "bfloat16", list(encoded_writer.DTYPES), "dtype of floats on disk")
     flags.DEFINE_integer("batch_size", 32, "prompts encoded at once", lower_bound=1)
     flags.DEFINE_integer(
         "shard_prompts",
         encoded_writer.SHARD_PROMPTS,
-        "prompts in a file: what a kill may cost",
+        "prompts in a file: a kill costs at most so many",
         lower_bound=1,
     )
     flags.DEFINE_integer(
-        "process", None, "which of the processes that share the work this is, from 0", lower_bound=0
+        "process", None, "number of this process among those that share the work", lower_bound=0
     )
-    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
+    flags.DEFINE_integer(
+        "processes", None, "number of processes that share the work", lower_bound=1
+    )
     cli.define_config()
 
 
 class Embeddings(NamedTuple):
-    """Where embeddings come from.
+    """Embeddings to be written.
 
     Attributes:
-      prompts: of each split, in order.
-      parts: a shard's columns ("prompt_embeds", ...), in parts of its rows.
-      facts: what the metadata say of it.
+      prompts: those of each split, in order.
+      parts: shard -> its columns ("prompt_embeds", ...), in parts of its rows.
+      facts: what the metadata says of them.
     """
 
     prompts: dict[str, list[str]]
@@ -77,7 +79,7 @@ class Embeddings(NamedTuple):
 
 
 def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
-    """Embeddings by the pipeline's text encoders; all prompts are tokenized at once."""
+    """Compute embeddings with the pipeline's text encoders; all prompts are tokenized at once."""
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
     prompts = {TRAIN: files.read_prompts(config.data.prompts), NEGATIVE: [""]}
     asked = [
@@ -90,7 +92,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     tokens = {split: pipeline.tokenize(texts) for split, texts in prompts.items()}
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
-    # Over all devices, as far as they divide a batch.
+    # Over all devices if they divide a batch.
     where = (
         sharding.batch_sharding(mesh)
         if batch_size % sharding.batch_parts(mesh) == 0
@@ -127,7 +129,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
 
 
 def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
-    """Embeddings of a dataset that is there, perhaps of a text encoder of the user's own."""
+    """Read embeddings from a dataset, perhaps of the user's own text encoder."""
     there = encoded.open_folder(config.data.encoded)
     dataset.check_shards(there.folder)
     there.check_prompts(config.data.prompts)
@@ -154,7 +156,7 @@ def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
 
 
 def load_rewards(config: ConfigDict) -> dict[str, Reward]:
-    """All rewards of the config that read prompts, their weights on the device."""
+    """Load all rewards of the config that read prompts."""
     entries = {**config.rewards, **config.heldout_rewards}
     loaded = {name: rewards.load(name, entry, config.dtype) for name, entry in entries.items()}
     return {name: reward for name, reward in loaded.items() if reward.text_features is not None}
@@ -170,7 +172,7 @@ def encode(
     process: int = 0,
     processes: int = 1,
 ) -> bool:
-    """Writes this process's share of the dataset; whether it is complete now."""
+    """Write this process's share of the dataset; return whether the dataset is complete."""
     find = of_dataset if config.data.encoded else of_text
     embeddings = find(config, batch_size)
     found = load_rewards(config)
@@ -192,7 +194,7 @@ def encode(
             for name, reward in found.items()
         }
 
-    # One prompt says what columns there are.
+    # One prompt tells the columns.
     one = next(
         embeddings.parts(Shard(NEGATIVE if NEGATIVE in embeddings.prompts else TRAIN, 0, 1, 0, 1))
     )
@@ -221,7 +223,7 @@ def encode(
 
         def source(shard: Shard) -> Iterator[Columns]:
             texts, start = embeddings.prompts[shard.split], shard.start
-            # Of the empty prompt they are never asked for, and a reward may not know what to say.
+            # Nobody asks for features of the empty prompt, and a reward may fail on it.
             known = (
                 features(texts[shard.start : shard.stop])
                 if shard.split != NEGATIVE
@@ -276,7 +278,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{out} is complete: train with --config.data.encoded={out}"
         if complete
-        else f"the share of process {process} is in {out}; other processes are not done yet"
+        else f"the share of process {process} is in {out}; other processes are still encoding"
     )
 
 

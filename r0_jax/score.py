@@ -5,8 +5,8 @@
     python -m r0_jax.score --check=module:function
 
 Images named by numbers (00000.png, ... as `r0_jax.sample` writes them) belong to the prompt of
-that number, from 0; others to the prompts in the order of their names, in which img_2 comes before
-img_10. The contact sheet of `r0_jax.sample` is left out.
+that number, from 0. Other images belong to the prompts in the order of their names: img_2 comes
+before img_10. The contact sheet of `r0_jax.sample` is skipped.
 """
 
 import collections
@@ -34,13 +34,13 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_OWN_FIELDS = ("file", "prompt")  # of a JSON object that is written
-_CHECKED_SHAPE = (64, 64, 3)  # of the images that a user's reward is tried on
+_OWN_FIELDS = ("file", "prompt")  # of the JSON objects in --out
+_CHECKED_SHAPE = (64, 64, 3)  # of the images that check a user's reward
 console = Console(stderr=True)
 
 
 class Item(NamedTuple):
-    """An image to be scored."""
+    """An image to score."""
 
     path: Path
     prompt: str
@@ -60,13 +60,13 @@ def define_flags() -> None:
         "rewards", None, "type=folder, ..., or name:type=folder; types: " + ", ".join(rewards.TYPES)
     )
     flags.DEFINE_string("out", None, "file to write: one JSON object an image")
-    flags.DEFINE_string("check", None, "module:function of your own reward, to be tried")
+    flags.DEFINE_string("check", None, "module:function of your own reward, to check")
     flags.DEFINE_integer("batch_size", 16, "images scored at once", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
 
 
 def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
-    """The rewards of a --rewards flag."""
+    """Load the rewards of a --rewards flag."""
     loaded = {}
     for item in given:
         label, _, where = item.partition("=")
@@ -77,11 +77,11 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
         if kind not in rewards.TYPES:
             raise InputError(f"--rewards: {kind!r} is unknown; known: {', '.join(rewards.TYPES)}")
         if name in _OWN_FIELDS:
-            raise InputError(
-                f"--rewards: {name!r} is a field of its own in --out: give another name"
-            )
+            raise InputError(f"--rewards: {name!r} is another field in --out: give another name")
         if name in loaded:
-            raise InputError(f"--rewards names {name} twice: tell them apart as name:type=folder")
+            raise InputError(
+                f"--rewards names {name} twice: give each its own name, as name:type=folder"
+            )
         reward = rewards.load(kind, where, dtype).renamed(name)
         if kind == "function":
             plugin.check(reward, _CHECKED_SHAPE, trained=False)
@@ -90,9 +90,9 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
 
 
 def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
-    """Images with their prompts, and what is missing, in words.
+    """Return images with their prompts, and warnings of missing images.
 
-    Raises InputError where names do not say which prompt an image belongs to.
+    Raises InputError where names do not tell which prompt an image belongs to.
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
@@ -134,10 +134,10 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
 
 
 def doubt(items: Sequence[Item]) -> str | None:
-    """Of images that are paired in order: which got which prompt, from the first on whose name
-    does not go on from the one before, be it a gap between numbers or a name without one.
+    """Return a warning that tells which image got which prompt; None if there is no doubt.
 
-    None where there is no such image.
+    There is doubt about images that are paired in order, from the first whose name does not follow
+    the one before: there is a gap between numbers, or a name without a number.
     """
     names = [re.fullmatch(r"(.*?)(\d*)", item.path.stem, re.DOTALL).groups() for item in items]
     if not any(prefix for prefix, _ in names):
@@ -154,8 +154,8 @@ def doubt(items: Sequence[Item]) -> str | None:
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
-    """By which names sort as people count: img_2 before img_10."""
-    # Text and numbers alternate, so that text is compared with text.
+    """Return a key that sorts names as people count: img_2 before img_10."""
+    # Text and numbers alternate, so text is compared with text.
     parts = re.split(r"(\d+)", path.stem)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
@@ -163,11 +163,11 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 def batches(
     items: Sequence[Item], size: int, bad: Callable[[int, str], None]
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(indices of items, images [b, h, w, 3]) of one shape, b <= size and the same for all of it:
-    the last batch is filled up with its last image.
+    """Yield (indices of items, images [b, h, w, 3]) of one shape, with b <= size.
 
-    One batch is held at a time: which images go together is known from their headers. `bad` is
-    told of each that cannot be read, by its index.
+    b is the same for all batches of a shape: the last image fills up the last batch. One batch is
+    held at a time, since headers tell which images have the same shape. `bad` gets the index and
+    the error of each image that cannot be read.
     """
     groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
 
@@ -188,7 +188,7 @@ def batches(
                 for i in group[start : start + b]
                 if (image := trying(images.load_png, i)) is not None
             }
-            # A header may not tell of an orientation.
+            # A header may not show an orientation.
             for shape in dict.fromkeys(image.shape for image in held.values()):
                 indices = [i for i, image in held.items() if image.shape == shape]
                 yield indices, np.stack([held[indices[row]] for row in fill(len(indices), b)])
@@ -197,10 +197,10 @@ def batches(
 def score(
     found: Sequence[Reward], items: Sequence[Item], batch_size: int, bad: Callable[[str], None]
 ) -> dict[int, dict[str, float]]:
-    """{index of item: {reward: score}} of every image that could be read; `bad` is told of the
-    others, in their order.
+    """Return {index of item: {reward: score}} of every image that could be read.
 
-    Each prompt is encoded once; one program a reward and image shape.
+    `bad` gets the errors of the others, in order. Each prompt is encoded once. One program is
+    compiled for each reward and image shape.
     """
     prompts = list(dict.fromkeys(item.prompt for item in items))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -235,7 +235,7 @@ def score(
 def summary(
     found: Sequence[Reward], rows: Sequence[dict[str, float]], prompts: Sequence[str]
 ) -> Table:
-    """Mean and 95 % interval of each reward, and the share of prompts that it cut off."""
+    """Return a table: each reward's mean, its 95 % interval and the share of prompts it cut off."""
     table = Table("reward", "mean", "95 % interval", "prompts cut off")
     for reward in found:
         entry = statistics.mean_ci(np.asarray([row[reward.name] for row in rows]))
@@ -251,8 +251,11 @@ def summary(
 
 
 def check(function: str) -> None:
-    """Tries a user's reward as a training run does: shape, dtype, finite and nonzero gradient,
-    under jit, one image's score independent of another's. InputError says what fails."""
+    """Check a user's reward as a training run does; raise InputError that says what fails.
+
+    It checks shape, dtype, a finite and nonzero gradient, jit, and that one image's score does not
+    depend on another image.
+    """
     plugin.check(rewards.load("function", function), _CHECKED_SHAPE)
 
 
@@ -295,8 +298,8 @@ def main(argv: list[str]) -> None:
     ]
     write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
     Console().print(summary(found, list(rows.values()), [items[i].prompt for i in sorted(rows)]))
-    left_out = f", {len(problems)} left out" if problems else ""
-    print(f"{len(rows)} images scored{left_out}; {out}")
+    skipped = f", {len(problems)} skipped" if problems else ""
+    print(f"{len(rows)} images scored{skipped}; {out}")
 
 
 if __name__ == "__main__":

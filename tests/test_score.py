@@ -69,7 +69,7 @@ def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
     )
     assert done.returncode == 0, done.stderr
     assert "image 00001 is missing" in done.stderr and "00002.png is not an image" in done.stderr
-    assert "3 images scored, 2 left out" in done.stdout
+    assert "3 images scored, 2 skipped" in done.stdout
 
     lines = (world / "scores.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -284,8 +284,8 @@ def test_names_that_leave_a_doubt(names, said):
     ("given", "said"),
     [
         ("clip_score", "should read type=folder"),
-        ("prompt:clip_score=clip", "'prompt' is a field of its own in --out: give another name"),
-        ("file:clip_score=clip", "'file' is a field of its own in --out"),
+        ("prompt:clip_score=clip", "'prompt' is another field in --out: give another name"),
+        ("file:clip_score=clip", "'file' is another field in --out"),
         ("hps=/x", "'hps' is unknown; known: clip_score, hps_v2"),
         (
             "pickscore=/nowhere",

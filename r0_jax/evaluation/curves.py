@@ -1,4 +1,4 @@
-"""metrics.jsonl as small charts: one SVG a metric, in the colours of the page around it."""
+"""Draws metrics.jsonl as small charts: one SVG a metric, in the colours of the page around it."""
 
 import io
 import json
@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-_MOST = 1e300  # beyond it, and where it is not finite, a value has no place on an axis
+_MOST = 1e300  # larger values do not fit on an axis
 _BINS = 100  # points a chart shows at most
-# Colours that stand for the page's own, so that one SVG serves its light and its dark look.
+# Each colour stands for one of the page's, so that one SVG fits its light and its dark look.
 _COLOURS = {"#000001": "var(--soft)", "#000002": "var(--rule)", "#000003": "var(--line)"}
 _TEXT, _RULE, _LINE = _COLOURS
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
-    """{metric: {step: value}} of a metrics.jsonl, and how many lines could not be read.
+    """Return {metric: {step: value}} of a metrics.jsonl, and the number of unreadable lines.
 
-    A step written again after a resume replaces the first. Values that are null, NaN, infinite
-    or beyond any axis are kept as NaN. A killed run leaves half a line at the end: it is counted,
-    not fatal.
+    A step that was written again after a resume replaces the first one. Values that are null, NaN,
+    infinite or too large for an axis become NaN. Half a line at the end, which a killed run leaves,
+    counts as unreadable.
     """
     series, unreadable = {}, 0
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -44,10 +44,10 @@ def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
 
 
 def draw(values: dict[int, float], label: str) -> str:
-    """An SVG of one metric over the steps, its last value written at the line's end.
+    """Return an SVG of one metric over the steps, with its last value at the line's end.
 
-    Long runs are cut into at most 100 bins: the line is the mean of a bin, the band around it
-    goes from its smallest to its largest value, so that no spike is lost. Positive values over
+    A long run falls into at most 100 bins. The line is the mean of each bin. The band around it
+    goes from the smallest to the largest value, so that no spike is lost. Positive values that span
     more than a factor of 30 get a logarithmic axis. `label` names the value axis.
     """
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def draw(values: dict[int, float], label: str) -> str:
     x, low, mean, high = np.array(
         [(steps[i].mean(), heights[i].min(), heights[i].mean(), heights[i].max()) for i in bins]
     ).T
-    # No pyplot: a Figure of its own leaves the caller's matplotlib as it was.
+    # pyplot would change the caller's matplotlib.
     figure = Figure(figsize=(3.2, 1.9), layout="constrained")
     axes = figure.add_subplot()
     if len(bins) < len(steps):
@@ -96,7 +96,7 @@ def draw(values: dict[int, float], label: str) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """Return a matplotlib Figure as an SVG that takes its colours from the page around it."""
+    """Return a matplotlib Figure as an SVG in the colours of the page around it."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -106,11 +106,14 @@ def _svg(figure: Any) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     for pattern, replacement in (
-        (r'<g id="[^"]*"', "<g"),  # figure_1 in every chart: an id must be unique in a page
-        (r"<style.*?</style>", ""),  # would style the whole page
+        (
+            r'<g id="[^"]*"',
+            "<g",
+        ),  # figure_1 stands in every chart, and an id must be unique in a page
+        (r"<style.*?</style>", ""),  # it would style the whole page
         (r"font-family: [^;]*; ", ""),
         (r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1"),  # as wide as its place in the page
-        (r"(\d\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # coordinates, not the numbers one reads
+        (r"(\d\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # coordinates, not text
         (r"\s+", " "),
     ):
         svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""Signs of reward hacking in a set of images, each as a multiple of the base's on the same noise.
+"""Measures signs of reward hacking in images, as multiples of the base's signs on the same noise.
 
-Rewards rise just as well when colours burn out, when a pattern in step with the patches of their
-vision transformer creeps in, or when all prompts get the same image; these numbers show it.
+Rewards also rise when colours burn out, when all prompts get the same image, or when images repeat
+a pattern with the patches of a vision transformer. These numbers show it.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,25 @@ from jaxtyping import Float
 Images = Float[np.ndarray, "b h w 3"]
 
 _LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
-_THUMBNAIL = 8  # pixels a side, in which two images of the same layout look the same
+_THUMBNAIL = 8  # pixels a side; images of the same layout look the same at this size
 
 
 def saturation(images: Images) -> float:
-    """Mean HSV saturation of the pixels, 0 (grey) to 1."""
+    """Return the mean HSV saturation of the pixels, 0 (grey) to 1."""
     high, low = images.max(axis=-1), images.min(axis=-1)
     return float(np.mean((high - low) / np.maximum(high, 1e-6)))
 
 
 def contrast(images: Images) -> float:
-    """Standard deviation of the luminance within an image, mean over images; 0 to 0.5."""
+    """Return the standard deviation of luminance within an image, 0 to 0.5; mean over images."""
     return float(np.mean((images @ _LUMA).std(axis=(1, 2))))
 
 
 def grid_energy(images: Images, grid: int) -> float:
-    """Share of the spectrum's energy, 0 to 1, that repeats with the patches of a vision
-    transformer: rows and columns of luminance at `grid` cycles a side and their multiples."""
+    """Return the share of energy, 0 to 1, that repeats with the patches of a vision transformer.
+
+    It is the energy of luminance, in rows and columns, at multiples of `grid` cycles a side.
+    """
     luminance = images @ _LUMA
     total = found = 0.0
     for axis in (1, 2):
@@ -40,7 +42,7 @@ def grid_energy(images: Images, grid: int) -> float:
 
 
 def diversity(images: Images) -> float:
-    """Mean distance between the thumbnails of any two images; 0 when all are the same."""
+    """Return the mean distance between two images' thumbnails; 0 when all are the same."""
     b, h, w, c = images.shape
     rows, columns = (np.arange(n) * _THUMBNAIL // n for n in (h, w))
     small = np.zeros((b, _THUMBNAIL, _THUMBNAIL, c))
@@ -55,7 +57,7 @@ def diversity(images: Images) -> float:
 
 
 def signs(images: Images, grids: Sequence[int]) -> dict[str, float]:
-    """All of them by name; `grids` are the patches a side of the rewards' towers."""
+    """Return all signs by name; `grids` are the patches a side of the rewards' towers."""
     found = {
         "saturation": saturation(images),
         "contrast": contrast(images),
@@ -65,5 +67,5 @@ def signs(images: Images, grids: Sequence[int]) -> dict[str, float]:
 
 
 def relative(now: dict[str, float], base: dict[str, float]) -> dict[str, float]:
-    """Each sign over the base's: 1 is no change; 1 too where neither shows it."""
+    """Return each sign divided by the base's; 1 is no change, or a sign that neither shows."""
     return {name: (value + 1e-12) / (base[name] + 1e-12) for name, value in now.items()}

@@ -1,4 +1,4 @@
-"""Sampling with a folder's own scheduler: what `sample` and `evaluate` run."""
+"""Draws images with a given scheduler and guidance, outside the training step."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def sample_latents(
     eta: float = 0.0,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w c"]:
-    """Latents after the steps of `scheduler` from number `first` on, from latents as noisy as that
-    step takes them: for the first of all, init_noise_sigma times standard normal noise.
+    """Return latents after the steps of `scheduler` from number `first` on.
 
-    With `negative` given, classifier-free guidance: two network evaluations a step in one call,
-    uncond + guidance_scale (cond - uncond).
+    `latents` are as noisy as that step takes them. The first step of all takes init_noise_sigma
+    times standard normal noise. With `negative` there is classifier-free guidance,
+    uncond + guidance_scale (cond - uncond): one network call a step evaluates both.
     """
     guided = negative is not None
     if guided:
@@ -56,10 +56,10 @@ def sample_latents(
 
 
 class ImageSampler:
-    """Jitted prompts -> images for one pipeline, scheduler and guidance; compiled once.
+    """Draws images of prompts with one pipeline, scheduler and guidance; compiled once.
 
-    With a `mesh`, on which the parameters live then, a batch that its data and fsdp axes divide is
-    split over them, and every process sees all images.
+    With a `mesh`, the parameters live on it. A batch that its data and fsdp axes divide is split
+    over them, and every process gets all images.
     """
 
     def __init__(
@@ -98,5 +98,5 @@ class ImageSampler:
     def __call__(
         self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
     ) -> Float[Array, "b h w 3"]:
-        """Images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
+        """Return images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
         return self._run(params, tokens, noise, keys)

@@ -1,4 +1,4 @@
-"""Images on disk: PNGs that remember how they were made, grids, and labelled contact sheets."""
+"""Writes and reads images: PNGs with text chunks, grids, and labelled contact sheets."""
 
 import contextlib
 import html
@@ -20,7 +20,7 @@ from r0_jax.files import write_bytes
 
 _LABEL_LINES = 3
 _MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
-# EXIF's orientation -> what undoes it; and those that exchange height and width.
+# EXIF's orientation -> what undoes it; then the turns that exchange height and width.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,10 +34,10 @@ _ON_ITS_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 
 def to_uint8(images: Shaped[ArrayLike, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
-    """The same images in 0..255, rounded to nearest; values outside [0, 1] are clipped.
+    """Return the images in 0..255, rounded to nearest; values outside [0, 1] are clipped.
 
-    NaN becomes black, so that the samples of a diverged run can still be looked at. uint8 input
-    is returned as it is.
+    NaN becomes black, so that people can still look at the samples of a diverged run. uint8 images
+    are returned as they are.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
@@ -51,9 +51,9 @@ def save_png(
     image: Shaped[ArrayLike, "h w c"],
     text: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a float [0, 1] or uint8 image; `text` (prompt, seed, ...) goes into its text chunks.
+    """Write a float [0, 1] or uint8 image, with `text` (prompt, seed, ...) in its text chunks.
 
-    Any viewer that shows PNG text shows them, in any script; PIL: `Image.open(path).text`.
+    Viewers that show PNG text show them, in any script; PIL reads `Image.open(path).text`.
     """
     info = PngInfo()
     for name, value in (text or {}).items():
@@ -67,23 +67,24 @@ def save_png(
 
 
 def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
-    """The image as RGB in [0, 1], upright; what save_png wrote comes back equal to 1 / 255.
+    """Read an image as RGB in [0, 1], upright; save_png's images come back to within 1 / 255.
 
-    As in the rewards' own code, what is transparent shows its colour.
+    Transparent pixels show their colour, as in the rewards' own code. Raises InputError for a file
+    that is not a whole image.
     """
     with _opened(path) as image:
-        image.load()  # a PNG may name its orientation after its pixels
+        image.load()  # a PNG may store its orientation after its pixels
         upright = image.transpose(turn) if (turn := _turn(image)) is not None else image
-        if upright.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
+        if upright.mode.startswith("I"):  # 16-bit grey: PIL would cut it off at 255
             grey = np.asarray(upright, np.float32) / np.float32(65535)
             return np.repeat(grey[..., None], 3, axis=-1)
         return np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
 
 
 def read_shape(path: str | os.PathLike) -> tuple[int, int, int]:
-    """The shape of what `load_png` returns, from the header alone; InputError where it has none.
+    """Read the shape of `load_png`'s image from the header alone; InputError where it has none.
 
-    Height and width are exchanged where a PNG names its orientation after its pixels.
+    It exchanges height and width where a PNG stores its orientation after its pixels.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -93,7 +94,7 @@ def read_shape(path: str | os.PathLike) -> tuple[int, int, int]:
 def grid(
     images: Shaped[ArrayLike, "b h w c"], columns: int, pad: int = 2
 ) -> UInt8[np.ndarray, "height width c"]:
-    """One uint8 image, row after row, with `pad` white pixels around every image."""
+    """Return one uint8 image of all, row after row, with `pad` white pixels around each."""
     images = to_uint8(images)
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
@@ -109,11 +110,11 @@ def grid(
 def contact_sheet(
     images: Shaped[ArrayLike, "b h w c"], prompts: Sequence[str], path: str | os.PathLike
 ) -> Path | None:
-    """Writes a PNG with every image over its prompt, wrapped and cut to a few lines.
+    """Write a PNG with every image over its prompt, wrapped and cut to a few lines.
 
-    Where no installed font can draw every prompt (Chinese on a bare machine), the images are
-    numbered, what cannot be drawn is left out instead of shown as empty boxes, and an HTML file of
-    the same name beside the sheet lists all prompts by number; its path is returned, else None.
+    No installed font may be able to draw every prompt, such as Chinese on a bare machine. Then the
+    sheet numbers the images and shows only the prompts that it can draw. An HTML file of the same
+    name lists all prompts by number. Returns the path of that file, else None.
     """
     path = Path(path)
     images = to_uint8(images)
@@ -142,9 +143,9 @@ def contact_sheet(
 
 
 def font_for(text: str) -> str | None:
-    """The path of a font with a glyph for every character of `text`, None if there is none.
+    """Return the path of a font with a glyph for every character of `text`; None without one.
 
-    matplotlib's own DejaVu Sans if it does, else an installed font; those for Chinese first.
+    It tries matplotlib's own DejaVu Sans, then installed fonts, those for Chinese first.
     """
     codepoints = _codepoints(text)
     if _covers(_bundled_font(), codepoints):
@@ -156,11 +157,11 @@ def font_for(text: str) -> str | None:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """At most `lines` lines no wider than `width` pixels; the last ends in … if text was cut.
+    """Return at most `lines` lines of at most `width` pixels; the last ends in … if text was cut.
 
-    Breaks at spaces and between ideographs, and inside a word only when it is wider than a line.
+    Breaks lines at spaces and between ideographs; inside a word only if it is wider than a line.
     """
-    # A run of Latin letters stays together; an ideograph takes closing punctuation along.
+    # A run of Latin letters stays together; closing punctuation stays with its ideograph.
     pieces = re.findall(r"[⺀-鿿豈-﫿][，。、；：！？）」]*|[^\s⺀-鿿豈-﫿]+|\s+", text)
     result, line = [], ""
     while pieces and len(result) <= lines:
@@ -188,23 +189,23 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image file; what PIL fails at while it is open is an InputError."""
+    """Open an image file; turn what PIL raises while it is open into an InputError."""
     try:
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image, or cut short; make it again.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError is PIL's for a broken chunk.
+        # PIL raises SyntaxError for a broken chunk.
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read the image {path}: {reason}.") from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What puts a camera's image upright, by its EXIF; None where nothing needs to be done."""
+    """Return the turn that puts a camera's image upright, by its EXIF; None if it is upright."""
     try:
-        # Not PNG's own, which decodes the image. Nor ImageOps.exif_transpose, which also writes the
-        # EXIF anew and fails at what cameras put there.
+        # PNG's own getexif decodes the image. ImageOps.exif_transpose also rewrites the EXIF, and
+        # fails at what some cameras write there.
         return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
     except SyntaxError:  # no EXIF at all: viewers show the image as it lies
         return None
@@ -253,7 +254,7 @@ def _bundled_font() -> str:
 
 
 def _font_preference(path: str) -> tuple[bool, bool, str]:
-    """Sans fonts for Chinese first, so that few files are opened and the sheet reads well."""
+    """Return a sort key: sans fonts for Chinese first, so that few files are opened."""
     name = Path(path).name.lower()
     sans = re.search(r"sans.?(cjk|sc|gb)|wqy|msyh|simhei|pingfang|heiti|droidsansfallback", name)
     return not sans, "regular" not in name, name
@@ -264,7 +265,7 @@ def _codepoints(text: str) -> set[int]:
 
 
 def _covers(path: str, codepoints: set[int]) -> bool:
-    if re.search(r"last.?resort", Path(path).name.lower()):  # its every glyph is an empty box
+    if re.search(r"last.?resort", Path(path).name.lower()):  # each of its glyphs is an empty box
         return False
     from matplotlib.ft2font import FT2Font
 
@@ -272,5 +273,5 @@ def _covers(path: str, codepoints: set[int]) -> bool:
         face = FT2Font(path)
         ImageFont.truetype(path, 12)  # bitmap-only (emoji) fonts fail here
         return all(face.get_char_index(codepoint) for codepoint in codepoints)
-    except (OSError, RuntimeError):  # a damaged or foreign font file is no candidate
+    except (OSError, RuntimeError):  # a damaged or foreign font file
         return False

@@ -1,4 +1,4 @@
-"""A run's result as a table (terminal, Markdown) and as report.html, one self-contained page."""
+"""Shows a run's result: a table in the terminal or in Markdown, and report.html, one whole page."""
 
 import base64
 import html
@@ -32,8 +32,8 @@ _MODELS = {
     "base_4": "base, 4 steps",
     "r0_4": "R0, 4 steps",
 }
-# In the order of the table's rows; the arrow says which way is better. A name that ends in "/"
-# stands for every metric that starts with it.
+# The table's rows, in order; the arrow says which way is better. A name that ends in "/" stands for
+# every metric that starts with it.
 _METRICS = {
     "judge_accuracy": ("judge accuracy", "↑"),
     "judge_accuracy_en": ("judge: English", "↑"),
@@ -62,7 +62,7 @@ _CURVES = [
 
 
 def label(model: str) -> str:
-    """How a model of eval.json is named for a reader."""
+    """Return a model's name for readers."""
     return _MODELS.get(model, model)
 
 
@@ -75,10 +75,13 @@ class Row:
 
 
 def rows(evaluation: object) -> tuple[list[str], list[Row]]:
-    """The models' labels and the rows of the result table, from the contents of eval.json."""
+    """Return the models' labels and the table's rows, from the contents of eval.json.
+
+    Raises InputError for contents that are cut short or of another shape.
+    """
     models = evaluation.get("models") if isinstance(evaluation, dict) else None
     if not isinstance(models, dict) or not models:
-        raise InputError("eval.json has no models, so it was cut short; evaluate again.")
+        raise InputError("eval.json has no models, so it is cut short; evaluate again.")
     for model, metrics in models.items():
         for name, entry in metrics.items() if isinstance(metrics, dict) else [("metrics", None)]:
             if not _is_entry(entry):
@@ -99,19 +102,19 @@ def rows(evaluation: object) -> tuple[list[str], list[Row]]:
 
 
 def print_table(evaluation: dict) -> None:
-    """Prints the result table to the terminal: metrics as rows, models as columns."""
+    """Print the result table to the terminal: metrics as rows, models as columns."""
     models, table = rows(evaluation)
     printed = rich.table.Table(box=rich.box.SIMPLE_HEAD, caption=_LEGEND, caption_justify="left")
     printed.add_column("", no_wrap=True)
     for model in models:
         printed.add_column(rich.text.Text(model), justify="right")
-    for row in table:  # Text: a [ in a reward's name is no markup
+    for row in table:  # Text: a [ in a reward's name is not markup
         printed.add_row(*map(rich.text.Text, _texts(row)))
     rich.console.Console().print(printed)
 
 
 def markdown_table(evaluation: dict) -> str:
-    """The result table as a Markdown pipe table, for docs/reports/results.md and model cards."""
+    """Return the result table in Markdown, for docs/reports/results.md and model cards."""
     models, table = rows(evaluation)
     lines = [["", *models], ["---", *("---:" for _ in models)]]
     lines += [_texts(row) for row in table]
@@ -120,10 +123,10 @@ def markdown_table(evaluation: dict) -> str:
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes `workdir/report.html`, one file that needs no other, and returns its path.
+    """Write `workdir/report.html`, one file that needs no other; return its path.
 
-    A section whose input is missing says which file would fill it; an eval.json that is there but
-    broken is an InputError, since a report without its numbers would look like a result.
+    A section without its input says which file is missing. Raises InputError for a broken
+    eval.json: a report without its numbers would look like a result.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -282,7 +285,7 @@ def _position(name: str) -> tuple[int, str]:
 
 
 def _cell(entry: dict | None) -> tuple[str, str]:
-    """(value, interval): ± the farther end of the 95 % interval, to two digits of it."""
+    """Return (value, interval): ± the farther end of the 95 % interval, to two digits."""
     if entry is None:
         return "–", ""
     value, (low, high) = entry["value"], entry.get("ci95") or (None, None)
@@ -291,7 +294,7 @@ def _cell(entry: dict | None) -> tuple[str, str]:
     known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
     if not known or high <= low:
         return f"{value:.4g}", ""
-    farther = max(high - value, value - low)  # never claims more than the interval does
+    farther = max(high - value, value - low)  # the interval holds all of it
     digits = min(6, max(0, 1 - math.floor(math.log10(farther))))
     return f"{value:.{digits}f}", f"± {farther:.{digits}f}"
 
@@ -301,7 +304,7 @@ def _texts(row: Row) -> list[str]:
 
 
 def _image(path: Path, side: int) -> str:
-    """An <img> that carries its data; what is larger than `side` pixels is made smaller."""
+    """Return an <img> that carries its data, with at most `side` pixels a side."""
     try:
         image = Image.fromarray(to_uint8(load_png(path)))
     except InputError:
@@ -309,7 +312,7 @@ def _image(path: Path, side: int) -> str:
     buffer = io.BytesIO()
     if max(image.size) <= 128:
         image.save(buffer, "PNG", optimize=True)
-    else:  # photographs and grids as PNG would make the page tens of megabytes
+    else:  # as PNG, photographs and grids would take tens of megabytes
         image.thumbnail((side, side))
         image.save(buffer, "JPEG", quality=85)
     kind = "png" if buffer.getvalue().startswith(b"\x89PNG") else "jpeg"

@@ -1,8 +1,8 @@
-"""Measured numbers with their 95 % intervals, and the two distances between sets of features.
+"""Measures means with 95 % intervals, and two distances between sets of features.
 
-Every function that returns an interval returns `{"value": float, "ci95": [low, high]}`, the shape
-of one entry of eval.json. A value that is not finite makes the whole entry NaN instead of being
-dropped: an average over the images that happened to work is not a measurement.
+Intervals are returned as `{"value": float, "ci95": [low, high]}`, like one entry of eval.json. One
+value that is not finite makes the whole entry NaN: an average over the images that happened to work
+is not a measurement.
 """
 
 import itertools
@@ -17,11 +17,11 @@ _NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal dis
 
 
 def mean_ci(values: Shaped[ArrayLike, " n"]) -> dict:
-    """The mean of n independent values with its 95 % interval.
+    """Return the mean of n independent values with its 95 % interval.
 
-    Values that are all 0 or 1 are a proportion and get Wilson's score interval, which stays in
-    [0, 1] and does not shrink to nothing at 0 of n or n of n. Anything else gets Student's t
-    interval of the mean; a single value has none, so its ci95 is [nan, nan].
+    Values that are all 0 or 1 are a proportion and get Wilson's score interval. It stays in [0, 1]
+    and has a width even at 0 of n and n of n. Other values get Student's t interval of the mean. A
+    single value has none: its ci95 is [nan, nan].
     """
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -38,10 +38,10 @@ def mean_ci(values: Shaped[ArrayLike, " n"]) -> dict:
 
 
 def paired_ci(a: Shaped[ArrayLike, " n"], b: Shaped[ArrayLike, " n"]) -> dict:
-    """The mean of a - b with its 95 % t interval, where a[i] and b[i] share prompt and noise.
+    """Return the mean of a - b with its 95 % t interval; a[i] and b[i] share prompt and noise.
 
-    What the two models share cancels, so this resolves differences that two overlapping
-    intervals hide. Positive: a is larger.
+    What the two models share cancels. So this resolves differences that two overlapping intervals
+    hide. Positive: a is larger.
     """
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     n = len(difference)
@@ -58,11 +58,11 @@ def bootstrap_ci(
     seed: int = 0,
     samples: int = 200,
 ) -> dict:
-    """`statistic(*arrays)` with a 95 % interval from resampling the rows of every array.
+    """Return `statistic(*arrays)` with a 95 % interval from resampling the rows of every array.
 
-    The arrays are resampled independently of each other. The spread of the replicates is put
-    around the value itself: a distance between sets is biased upwards by resampling (a replicate
-    repeats rows), so the plain percentiles of frechet_distance can miss the value altogether.
+    The arrays are resampled independently of each other. The interval is the spread of the
+    replicates, moved to the value itself. A replicate repeats rows, which makes a distance between
+    sets larger: plain percentiles of frechet_distance can miss the value.
     """
     arrays = [np.asarray(array) for array in arrays]
     rng = np.random.default_rng(seed)
@@ -80,12 +80,13 @@ def bootstrap_ci(
 def frechet_distance(
     features_a: Float[ArrayLike, "n d"], features_b: Float[ArrayLike, "m d"]
 ) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), >= 0, squared feature units.
+    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), >= 0.
 
-    Biased upwards by roughly 1 / n + 1 / m (Chong & Forsyth 2020), so compare only values taken
-    with the same n and m. With X the centred features over sqrt(n - 1), C = X^T X, and the square
-    roots of the eigenvalues of C_a C_b are the singular values of X_a X_b^T: their sum needs no
-    sqrtm, takes no root of a negative rounding error, and holds when n < d.
+    The unit is that of the features, squared. The value is too large by roughly 1 / n + 1 / m
+    (Chong & Forsyth 2020), so compare only values of the same n and m. With X the centred features
+    over sqrt(n - 1), C = X^T X. The square roots of the eigenvalues of C_a C_b are the singular
+    values of X_a X_b^T. Their sum needs no sqrtm, takes no root of a negative rounding error, and
+    holds when n < d.
     """
     features_a, features_b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if min(len(features_a), len(features_b)) < 2:
@@ -100,10 +101,9 @@ def frechet_distance(
 
 
 def diversity(features: Float[ArrayLike, "prompts samples d"]) -> Float[np.ndarray, " prompts"]:
-    """Per prompt, the mean Euclidean distance over all pairs of its samples; mean_ci takes it on.
+    """Return each prompt's mean Euclidean distance over all pairs of its samples.
 
-    Give unit-length features (CLIP embeds): then it lies in [0, 2] and means the same for every
-    model.
+    With unit-length features (CLIP embeds) it lies in [0, 2] and means the same for every model.
     """
     features = np.asarray(features, np.float64)
     pairs = list(itertools.combinations(range(features.shape[1]), 2))
@@ -126,12 +126,12 @@ def _wilson(proportion: float, n: int) -> tuple[float, float]:
     z2 = _NORMAL_95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (proportion * (1 - proportion) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # Rounding must not put 0 of n or n of n outside of its own interval.
+    # Rounding must not push 0 of n or n of n out of its own interval.
     return min(centre - half, proportion), max(centre + half, proportion)
 
 
 def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and a matrix R, [min(n, d), d], with R^T R = the covariance."""
+    """Return the mean and a matrix R, [min(n, d), d], with R^T R = the covariance."""
     mean = features.mean(axis=0)
     root = (features - mean) / math.sqrt(len(features) - 1)
     if len(root) > root.shape[1]:  # same R^T R in d rows instead of n

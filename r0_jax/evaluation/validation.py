@@ -1,4 +1,4 @@
-"""During training: rewards, held-out ones too, of the averaged generator on fixed noise."""
+"""Measures the averaged generator during training: all rewards, on fixed prompts and noise."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ _BATCH = 32  # images drawn at once
 
 
 class Validation:
-    """validation(params, step) -> metrics, and the grid, which is samples/step_NNNNNN.png too."""
+    """Measures parameters at a step and writes samples/step_NNNNNN.png."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Validation:
         mesh: Mesh,
         check: Callable[[], None],
     ):
-        """`check` is called between batches, and may raise what ends the measurement."""
+        """Read prompts and draw noise; `check` runs between batches and may raise to stop."""
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout, self.check = rewards, heldout, check
         asked, kept = config.eval, folder / "eval_prompts.json"
@@ -57,13 +57,16 @@ class Validation:
         self.part = pipeline.generator_part
         self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
         self.batch, self.everywhere = sharding.divisible(_BATCH, mesh), sharding.replicated(mesh)
-        self.base_signs: dict[str, float] | None = None  # of hacking, measured when first needed
+        self.base_signs: dict[str, float] | None = None  # of hacking; measured when first needed
 
     def __call__(
         self, params: dict[str, jax.Array], step: int
     ) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
-        """ "heldout/<name>" and "eval/<name>" of the prompts, means over one image each; and
-        "hacking/<sign>", as a multiple of the base's. And the first images, side by side."""
+        """Return metrics, and the first images side by side.
+
+        "heldout/<name>" and "eval/<name>" are means over one image of each prompt.
+        "hacking/<sign>" is a multiple of the base's.
+        """
         if self.base_signs is None:
             self.base_signs = self._signs(self._draw(self.frozen["base"]))
         drawn = self._draw(self.weights(params, self.frozen["base"]))
@@ -72,7 +75,7 @@ class Validation:
         for reward in self.rewards:
             features = self.features.get(reward.column)
             params = self.frozen["rewards"].get(reward.name)
-            if params is None:  # held out: on the devices for only this long
+            if params is None:  # held out: it is on the devices only now
                 params = lazy.place(reward.scoring_params, self.everywhere)
             scores = score(
                 self.scores[reward.name], params, drawn, features, self.batch, self.check

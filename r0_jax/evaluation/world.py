@@ -1,4 +1,4 @@
-"""What the evaluation asks of the world: verdicts as metrics, and scenes of prompts, drawn."""
+"""Evaluates images of the embedded world: its judge's verdicts, and rendered scenes of prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +13,17 @@ from r0_jax.shapes.scene import Scene, render, sample_layouts
 
 
 def check_prompts(prompts: Sequence[str], source: str) -> None:
-    """InputError unless every prompt is a caption of the world's grammar."""
+    """Raise InputError unless every prompt is a caption of the world's grammar."""
     for number, prompt in enumerate(prompts, start=1):
         if parse(prompt) is None:
             raise InputError(
-                f"{source}: prompt {number}, {prompt!r}, is no caption of a scene, so "
-                "the judge cannot look for it; leave it out or set test.world to ''"
+                f"{source}: prompt {number}, {prompt!r}, is not a caption of a scene, so "
+                "the judge cannot look for it; remove it, or set test.world to ''"
             )
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """InputError unless images of [h, w, 3] are square, as scenes are."""
+    """Raise InputError unless images [h, w, 3] are square, as scenes are."""
     if shape[0] != shape[1]:
         raise InputError(
             f"the pipeline draws images of {shape[0]} x {shape[1]} pixels, and scenes "
@@ -32,7 +32,7 @@ def check_shape(shape: Sequence[int]) -> None:
 
 
 def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]) -> dict[str, Any]:
-    """judge_accuracy, of all and by language (Chinese: not ASCII), and by attribute."""
+    """Return the judge's accuracy: of all, by language (Chinese: not ASCII), and by attribute."""
     from r0_jax.shapes.judge import judge  # its scipy takes a second to import
 
     verdict = judge(images, list(prompts))
@@ -47,7 +47,7 @@ def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]) 
 
 
 def render_prompts(prompts: Sequence[str], seed: int) -> Float[np.ndarray, "b h w 3"]:
-    """One rendered scene of each prompt, with a random layout."""
+    """Return one rendered scene for each prompt, with a random layout."""
     scenes = [parse(prompt) for prompt in prompts]
     stacked = Scene(*(np.stack(fields) for fields in zip(*scenes, strict=True)))
     return render(stacked, sample_layouts(np.random.default_rng(seed), stacked))

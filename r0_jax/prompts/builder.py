@@ -1,4 +1,4 @@
-"""The tfds builder of a run's prepared prompts. tfds takes seconds to import: import this late."""
+"""The tfds builder of a run's prepared prompts; tfds takes seconds to import: import this late."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,11 @@ from r0_jax.prompts.dataset import NAME, SPLIT, digest
 
 
 class PromptsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Write one split of examples, given as columns."""
+
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded; looking for it imports an undeclared dependency
+    url_infos = None  # without it tfds imports a package that it does not declare
 
     def __init__(self, examples: Mapping[str, np.ndarray | list[str]], **kwargs):
         self._examples = examples
@@ -23,8 +25,8 @@ class PromptsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if isinstance(values, list):
                 features[name] = tfds.features.Text()
             else:
-                # As bytes: six times faster to write than lists of numbers, and exact for
-                # every dtype, bfloat16 and scalars included.
+                # Bytes are six times faster to write than lists of numbers. They are exact for
+                # every dtype, also bfloat16 and scalars.
                 features[name] = tfds.features.Tensor(
                     shape=values.shape[1:], dtype=values.dtype, encoding="bytes"
                 )

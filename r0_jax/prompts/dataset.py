@@ -19,8 +19,11 @@ NAME, SPLIT = "prompts", "train"  # of the dataset
 
 
 class Summary(NamedTuple):
-    """How many examples a prepared dataset has, how many different prompts, and the `digest` of
-    them all, in order."""
+    """The size of a prepared dataset.
+
+    Attributes:
+      digest: of all prompts, in order, by `digest`.
+    """
 
     examples: int
     distinct_prompts: int
@@ -28,17 +31,16 @@ class Summary(NamedTuple):
 
 
 def digest(prompts: Sequence[str]) -> str:
-    """16 characters that are others for other prompts, or another order."""
+    """Return 16 characters that differ between different prompts and between different orders."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) -> None:
-    """Writes the columns, of which "prompt" is one, as a tfds dataset in array_record files.
+    """Write columns, one of them "prompt", as a tfds dataset in array_record files.
 
-    Lists become Text, arrays [N, ...] become Tensor with their row's shape and dtype. Record i
-    is example i. The folder appears whole or not at all: it is built beside it as
-    `<folder>.tmp`, which a killed run may leave and the next call replaces. One process writes;
-    the others of a pod wait for it.
+    A list becomes Text. An array [N, ...] becomes Tensor with the shape and dtype of its rows.
+    Record i is example i. The folder appears whole or not at all: it is built as `<folder>.tmp`.
+    A killed run may leave that one, and the next call replaces it. One process of a run writes.
     """
     import tensorflow_datasets as tfds
 
@@ -46,7 +48,7 @@ def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) 
 
     folder = Path(folder)
     if folder.exists():
-        raise InputError(f"{folder} exists already; delete it to prepare the prompts anew")
+        raise InputError(f"{folder} exists already; delete it to prepare the prompts again")
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     tfds.disable_progress_bar()
@@ -60,17 +62,17 @@ def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) 
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Whether there is a finished dataset in the folder."""
+    """Return whether the folder holds a finished dataset."""
     return (Path(folder) / "dataset_info.json").is_file()
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Whether `prepare` made the folder."""
+    """Return whether `prepare` made the folder."""
     return is_prepared(folder) and open_builder(folder).info.name == NAME
 
 
 def describe(folder: str | Path) -> Summary:
-    """Counts of a prepared dataset."""
+    """Return the size of a prepared dataset."""
     info = open_builder(folder).info
     return Summary(
         info.splits[SPLIT].num_examples,
@@ -85,8 +87,10 @@ def open_info(folder: str | Path) -> Any:
 
 
 def check_shards(folder: str | Path) -> None:
-    """InputError if a file of any split is missing or cut short: the last record of each is read,
-    and a cut file has lost its index."""
+    """Raise InputError if a file of any split is missing or cut short.
+
+    Reads the last record of each file: a file that was cut short has lost its index.
+    """
     builder = open_builder(folder)
     for name, split in builder.info.splits.items():
         with reading(folder):
@@ -96,7 +100,7 @@ def check_shards(folder: str | Path) -> None:
 
 
 def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """Some rows of a split, by column; text as arrays of str."""
+    """Return some rows of a split, {column: array}; text as arrays of str."""
     with reading(folder):
         return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows))
 
@@ -109,13 +113,12 @@ def load(
     parts: Sequence[int] = (0,),
     of: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the batches `step`, `step + 1`, ... of a prepared dataset, forever.
+    """Return this process's rows of the batches `step`, `step + 1`, ..., forever.
 
-    The rows are these `parts` of `of` equal, contiguous parts of the global batch of
-    `batch_size`, which depends only on (seed, step): not on the number of processes nor on where
-    one starts. An epoch is a permutation of all examples; the epochs follow each other without a
-    gap, so a batch may hold the end of one and the start of the next. Text columns are arrays of
-    str.
+    The global batch of `batch_size` rows depends on (seed, step) alone. It falls into `of` equal,
+    contiguous parts; this process gets those named in `parts`. An epoch is a permutation of all
+    examples. Epochs follow each other without a gap, so one batch may hold the end of an epoch and
+    the start of the next. Text columns are arrays of str.
     """
     import grain
 
@@ -123,17 +126,17 @@ def load(
         raise InputError(f"batch_size {batch_size} does not divide evenly into {of} parts")
     with reading(folder):
         source = open_builder(folder).as_data_source(split=SPLIT)
-        source[0], source[len(source) - 1]  # a missing or cut file shows here, not in a thread
+        source[0], source[len(source) - 1]  # a missing or cut file fails here, not in a thread
     all_parts = (
         grain.MapDataset.range(len(source))
         .seed(seed)
-        .shuffle()  # anew each epoch
+        .shuffle()  # another order each epoch
         .repeat(2**31)  # forever; grain's own "forever" overflows with batches of one row
         .batch(batch_size // of)
     )
 
     def read(step: int) -> dict[str, np.ndarray]:
-        # Indices are batched, not records: array_record reads a batch at once several times faster.
+        # Batch indices, not records: array_record reads a batch at once several times faster.
         return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
 
     steps = grain.MapDataset.range(step, 2**31).map(read)
@@ -161,14 +164,14 @@ def open_builder(folder: str | Path) -> Any:
 
     try:
         return tfds.builder_from_directory(folder)
-    except Exception as error:  # of protobuf, json or tfds, by which file is missing or cut short
+    except Exception as error:  # protobuf, json or tfds raise it, depending on the broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder} cannot be read ({reason}): is the dataset complete?") from None
 
 
 @contextlib.contextmanager
 def reading(folder: str | Path) -> Iterator[None]:
-    """Turns what tfds and array_record raise for broken files into an `InputError`."""
+    """Turn what tfds and array_record raise for broken files into an `InputError`."""
     try:
         yield
     except NotImplementedError:

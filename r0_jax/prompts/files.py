@@ -9,17 +9,17 @@ from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.prompts import dataset
 
-TEXT_NAMES = ("prompt", "caption", "text")  # of a JSON object, a column or a feature, in order
+TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
 
 
 def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
-    """The prompts of a `.txt`, `.jsonl`, `.json` or `.parquet` file or a tfds folder, in order.
+    """Read prompts, in order, from a `.txt`, `.jsonl`, `.json` or `.parquet` file or a tfds folder.
 
-    Blank ones are left out. Duplicates stay: repeating a prompt is how a user weights it. Text
-    is one prompt a line; JSON holds strings or objects with "prompt", "caption" or "text";
-    parquet and tfds have a column of such a name (of a tfds folder, the split "train" or else
-    the first). Raises `InputError` that names the line; where prompts are `numbered`, by images,
-    also for a blank one between others, which would shift them.
+    Text holds one prompt a line. JSON holds strings, or objects with "prompt", "caption" or "text".
+    Parquet and tfds have a column of such a name; of a tfds folder the split "train" is read, else
+    the first. Blank prompts are skipped. Duplicates stay: users repeat a prompt to weight it.
+    Raises `InputError` that names the line. With `numbered`, images belong to prompts by number:
+    then a blank prompt between others is an error, since it would shift them.
     """
     path = remote.local(path)
     if not path.exists():
@@ -42,21 +42,21 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     if numbered and any(prompts[len(kept) :]):  # or all blank ones are at the end
         where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
         raise InputError(
-            f"{path}, {where} is blank, so which images belong to the prompts after "
-            "it is unclear: take it out (r0_jax.sample counts without it)"
+            f"{path}, {where} is blank, so it is unclear which images belong to the prompts after "
+            "it: remove it (r0_jax.sample skips it too)"
         )
     return kept
 
 
 def _read_txt(path: Path) -> list[str]:
-    # Not splitlines(): it also splits at characters that may stand inside a prompt.
+    # splitlines() would also split at characters that a prompt may contain.
     return _read_text(path).split("\n")
 
 
 def _read_jsonl(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        blank = not line.strip()  # kept, as in text: what follows is told by its line
+        blank = not line.strip()  # kept, so that messages name the right line
         prompts.append(
             "" if blank else _prompt_of(_parse_json(line, path, number), f"{path}, line {number}")
         )
@@ -77,7 +77,7 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         with parquet.ParquetFile(path) as file:
             name = _pick_name(file.schema_arrow.names, path, "columns")
-            table = file.read(columns=[name])  # all of that name; the first one counts
+            table = file.read(columns=[name])  # all columns of that name; the first counts
             values = table.column(table.column_names.index(name)).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
@@ -116,7 +116,7 @@ _READERS: dict[str, Callable[[Path], list[str]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-# What a message counts in a file: of a parquet file and a tfds folder, rows.
+# What messages count in a file; in a parquet file and a tfds folder they count rows.
 _COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
 
 
@@ -127,13 +127,13 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if "\0" in text:  # UTF-16 without its mark decodes without an error
+    if "\0" in text:  # UTF-16 without its byte order mark decodes without an error
         raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:
-    """`text`, which starts at that line of the file, as a Python value."""
+    """Parse text that starts at that line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Prompts -> the run's prepared dataset: token ids, and every reward's text features, once."""
+"""Prepares text prompts once a run: their token ids and their features for every reward."""
 
 import shutil
 import warnings
@@ -18,7 +18,7 @@ _AT_ONCE = 8192  # prompts between two signs of life
 
 
 def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
-    """ "features/<reward>" float32 [N, D] of every prompt, for the rewards that read prompts."""
+    """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read prompts."""
     found = {}
     distinct = list(dict.fromkeys(prompts))
     row = {prompt: i for i, prompt in enumerate(distinct)}
@@ -42,9 +42,11 @@ def prepare(
     rewards: Sequence[Reward],
     heldout: Sequence[Reward] = (),
 ) -> dataset.Summary:
-    """Makes the dataset in `folder`, unless it is there from before; returns its size. Warns of
-    rewards, those held out too, that do not read some prompts to their end, and of prompts that
-    are not those of before: a run goes on as it began."""
+    """Make the dataset in `folder` unless it is there; return its size.
+
+    Warns of rewards, also held-out ones, that cut off the end of some prompts. Warns if the prompts
+    changed since the dataset was made: a run keeps the prompts that it began with.
+    """
     there = dataset.is_prepared(folder)
     prompts = read(path, there)
     if there:
@@ -64,7 +66,7 @@ def prepare(
 
 
 def read(path: str, may_be_gone: bool) -> list[str] | None:
-    """The prompts of a file; None where it cannot be read any more and need not be."""
+    """Return the prompts of a file; None if it cannot be read and `may_be_gone`."""
     try:
         return files.read_prompts(path)
     except InputError:
@@ -74,29 +76,30 @@ def read(path: str, may_be_gone: bool) -> list[str] | None:
 
 
 def warn_of_others(path: str) -> None:
+    """Warn that a file of prompts changed since the run began."""
     warnings.warn(
-        f"{path} is not what it was when this run began: it goes on with the prompts of "
-        "then; to train on those of now give another --workdir",
+        f"{path} has changed since this run began: the run keeps the prompts that it began with; "
+        "give another --workdir to train on the new ones",
         stacklevel=3,
     )
 
 
 def remove(folder: Path) -> None:
-    """Removes what `prepare` made; InputError for a folder that is something else."""
+    """Remove what `prepare` made; raise InputError for a folder that is something else."""
     away = folder.with_name(f"{folder.name}.removed")
-    shutil.rmtree(away, ignore_errors=True)  # of a kill
+    shutil.rmtree(away, ignore_errors=True)  # a killed run may have left it
     if folder.exists():
         if not dataset.is_ours(folder):
             raise InputError(
-                f"{folder} is in the way, and not a run's prompts: move it, or give "
+                f"{folder} is in the way and does not hold a run's prompts: move it, or give "
                 "another --workdir"
             )
-        folder.rename(away)  # in one step: half of it would be known as nobody's
+        folder.rename(away)  # in one step: half a folder would not be recognized as ours
         shutil.rmtree(away, ignore_errors=True)
 
 
 def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int], of: int):
-    """Parts of batches from `step` on, without the prompts' text, as numpy arrays."""
+    """Yield the batches of `dataset.load`, without the prompts' text."""
     for batch in dataset.load(folder, batch_size, seed, step, parts, of):
         del batch[PROMPT]
         yield from_disk(batch)

@@ -1,9 +1,9 @@
-"""A tfds dataset that is written shard by shard: a killed writer goes on where it was, and several
-processes share the work without talking to each other.
+"""Writes a tfds dataset shard by shard.
 
-A shard is a file of consecutive rows and appears whole or not at all. Which rows it holds depends
-on the number of rows alone, so whoever writes it writes the same bytes. The dataset is complete
-when dataset_info.json is there, which is written last.
+A killed writer resumes, and several processes share the work without talking to each other. A shard
+is a file of consecutive rows and appears whole or not at all. Its rows depend on the number of rows
+alone, so every process would write the same bytes. dataset_info.json is written last and marks the
+dataset as complete.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 
-NAME = "encoded_prompts"  # of the dataset, and how its files begin
+NAME = "encoded_prompts"  # of the dataset; its files begin with it
 _INFO, _METADATA = "dataset_info.json", "metadata.json"
 
 # Column -> (shape of a row, dtype); None is text.
@@ -38,12 +38,15 @@ class Shard(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Its name, as tfds expects it."""
+        """Return the file's name, as tfds expects it."""
         return f"{NAME}-{self.split}.array_record-{self.number:05d}-of-{self.count:05d}"
 
 
 def plan(rows: Mapping[str, int], shard_rows: int) -> list[Shard]:
-    """The shards of all splits ({split: number of rows}), each of `shard_rows` but the last."""
+    """Return the shards of all splits ({split: number of rows}).
+
+    Each has `shard_rows` rows; the last one of a split may have fewer.
+    """
     return [
         Shard(split, number, -(-count // shard_rows), start, min(start + shard_rows, count))
         for split, count in rows.items()
@@ -52,10 +55,10 @@ def plan(rows: Mapping[str, int], shard_rows: int) -> list[Shard]:
 
 
 def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
-    """Claims the folder for the dataset that `metadata` (JSON) describes; whether it is complete.
+    """Claim the folder for the dataset that `metadata` (JSON) describes.
 
-    Raises InputError if it holds anything else, naming what differs; "sources" may, since a file
-    that has moved is still the same.
+    Returns whether the dataset is complete. Raises InputError, which names the difference, if the
+    folder holds anything else. Only "sources" may differ: a file that has moved is still the same.
     """
     path = folder / _METADATA
     if there := _read_metadata(path):
@@ -72,14 +75,14 @@ def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
         or any(not path.name.startswith(f".{_METADATA}") for path in folder.iterdir())
     ):
         raise InputError(
-            f"{folder} is in the way, and holds no encoded prompts: move it, or give another folder"
+            f"{folder} is in the way and holds no encoded prompts: move it, or give another folder"
         )
     write_bytes(path, json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8"))
     return False
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """Of a dataset that `begin` has begun; {} for anything else."""
+    """Return the metadata of a dataset that `begin` has begun; {} for anything else."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -88,7 +91,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) -> None:
-    """Writes one shard from parts of its rows, in order."""
+    """Write one shard from parts of its rows, in order."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
@@ -101,7 +104,7 @@ def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) 
             for part in parts:
                 for row in zip(*(part[name] for name in schema), strict=True):
                     encoded = features.encode_example(dict(zip(schema, row, strict=True)))
-                    # A record's columns otherwise come in an order that differs between runs.
+                    # Otherwise the order of a record's columns differs between runs.
                     writer.write(
                         serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
                     )
@@ -113,12 +116,12 @@ def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) 
 
 
 def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """Those that are not written yet."""
+    """Return the shards that are not written yet."""
     return [shard for shard in shards if not (folder / shard.file).is_file()]
 
 
 def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
-    """Makes a tfds dataset of shards that are all there; removes what killed writers left."""
+    """Make a tfds dataset of shards that are all there; remove what killed writers left."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
     from tensorflow_datasets.core.splits import SplitDict, SplitInfo
@@ -147,7 +150,7 @@ def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
     )
     with tempfile.TemporaryDirectory() as building:
         info.write_to_directory(building)
-        # Last of all the file that says that the dataset is there.
+        # The file that marks the dataset as complete comes last.
         for path in sorted(Path(building).iterdir(), key=lambda path: path.name == _INFO):
             write_bytes(folder / path.name, path.read_bytes())
     for path in folder.glob(f".{NAME}-*.tmp"):
@@ -160,7 +163,7 @@ def _features(schema: Schema) -> Any:
 
     return tfds.features.FeaturesDict(
         {
-            # As bytes: fast to write, and exact for every dtype.
+            # Bytes are fast to write and exact for every dtype.
             name: tfds.features.Text()
             if kind is None
             else tfds.features.Tensor(shape=kind[0], dtype=kind[1], encoding="bytes")

@@ -258,7 +258,7 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
             "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=0", "--processes=2"
         )
     )
-    assert "other processes are not done yet" in first.stdout
+    assert "other processes are still encoding" in first.stdout
     second = ended_well(
         run(
             "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=1", "--processes=2"

@@ -55,7 +55,9 @@ def test_json(tmp_path):
 def test_a_blank_prompt_would_shift_numbered_ones(tmp_path, name, content, where):
     path = write(tmp_path / name, content)
     assert "" not in files.read_prompts(path)
-    with pytest.raises(InputError, match=rf"{name}, {where} is blank, so which images belong to"):
+    with pytest.raises(
+        InputError, match=rf"{name}, {where} is blank, so it is unclear which images"
+    ):
         files.read_prompts(path, numbered=True)
 
 

@@ -20,6 +20,6 @@ def test_prompts_whose_removal_was_killed_are_removed_by_the_next_start(tmp_path
 def test_what_is_not_ours_stays(tmp_path):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "thesis.txt").write_text("mine", "utf-8")
-    with pytest.raises(InputError, match="not a run's prompts"):
+    with pytest.raises(InputError, match="does not hold a run's prompts"):
         prepared.remove(tmp_path / "prompts")
     assert (tmp_path / "prompts" / "thesis.txt").exists()

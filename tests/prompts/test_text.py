@@ -33,10 +33,10 @@ def test_prompts_edited_after_the_first_start_are_told_and_not_used(tmp_path):
     file.write_text("a\ndddd\nccc\n", "utf-8")
     summary, prompts, [said] = start()
     assert (summary, prompts) == first[:2]
-    assert f"{file} is not what it was when this run began: it goes on with the prompts of" in said
+    assert f"{file} has changed since this run began" in said
     file.unlink()
     summary, prompts, [said] = start()
-    assert (summary, prompts) == first[:2] and "is not what it was" in said
+    assert (summary, prompts) == first[:2] and "has changed since" in said
 
     # Prompts of the evaluations in a file of their own.
     eval_prompts = str(tmp_path / "other.txt")
