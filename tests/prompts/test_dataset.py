@@ -170,7 +170,7 @@ def test_a_process_may_hold_parts_that_are_not_neighbours(folder):
         assert all((batch[name] == whole[step][name][rows]).all() for name in batch)
 
 
-def test_uneven_split_among_processes_is_refused(folder):
+def test_uneven_split_among_processes_is_an_error(folder):
     with pytest.raises(InputError, match="batch_size 12 does not divide evenly into 5 parts"):
         dataset.load(folder, batch_size=12, seed=0, of=5)
 

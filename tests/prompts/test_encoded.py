@@ -374,13 +374,13 @@ def test_what_is_written_is_what_is_read(tmp_path):
         (columns(3), columns(1, pooled_prompt_embeds=None), "different columns"),
     ],
 )
-def test_columns_that_do_not_fit_are_refused(tmp_path, train_, negative, message):
+def test_columns_that_do_not_fit_are_errors(tmp_path, train_, negative, message):
     with pytest.raises(InputError, match=re.escape(message)):
         encoded_writer.write(tmp_path / "e", train_, negative=negative)
     assert not (tmp_path / "e" / "dataset_info.json").exists()
 
 
-def test_other_embeddings_do_not_go_on_with_what_is_there(tmp_path):
+def test_other_embeddings_do_not_continue_what_is_there(tmp_path):
     for _ in range(2):
         encoded_writer.write(tmp_path / "e", columns(3))
     other = columns(3)
@@ -421,8 +421,8 @@ def changed(config, **fields):
     return config
 
 
-def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
-    def refused(message, **fields):
+def test_a_dataset_that_does_not_fit_is_an_error(sdxl, tmp_path):
+    def fails(message, **fields):
         with pytest.raises(InputError, match=re.escape(message)) as error:
             check(changed(sdxl, **fields))
         assert "\n" not in str(error.value)
@@ -430,7 +430,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     own = tmp_path / "own"
     encoded_writer.write(own, columns(3))
     mine = {"data.encoded": str(own), "data.prompts": "", "eval.prompts": "", "test.prompts": ""}
-    refused(
+    fails(
         "no split 'negative', the embedding of the empty prompt, which regularizers.guidance",
         **mine,
     )
@@ -440,17 +440,17 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
     looked_at.write_text("\n".join(columns(2, seed=1)["prompt"]), "utf-8")
     encoded_writer.write(tmp_path / "both", columns(3), columns(2, seed=1))
     without |= {"data.encoded": str(tmp_path / "both"), "test.prompts": str(looked_at)}
-    refused("the base's guidance in test", **without)
+    fails("the base's guidance in test", **without)
     check(changed(sdxl, **without, **{"test.guidance_scale": 1.0}))
-    refused("is not a folder", **{"data.encoded": str(tmp_path / "nowhere")})
+    fails("is not a folder", **{"data.encoded": str(tmp_path / "nowhere")})
 
     other = tmp_path / "other.txt"
     other.write_text("a green star\na prompt that nobody encoded\n", "utf-8")
-    refused("the training prompts in", **{"data.prompts": str(other)})
-    refused("'a prompt that nobody encoded' of", **{"eval.prompts": str(other)})
-    refused("'a prompt that nobody encoded' of", **{"test.prompts": str(other)})
+    fails("the training prompts in", **{"data.prompts": str(other)})
+    fails("'a prompt that nobody encoded' of", **{"eval.prompts": str(other)})
+    fails("'a prompt that nobody encoded' of", **{"test.prompts": str(other)})
     clip = sdxl.rewards.clip_score.path
-    refused("made by a reward with other weights", **{"heldout_rewards.pickscore.path": clip})
+    fails("made by a reward with other weights", **{"heldout_rewards.pickscore.path": clip})
     with pytest.raises(InputError, match=r"no features of the reward new.*clip_score"):
         entry = base.reward_entry("clip_score", path=clip)
         prompts.of(sdxl).examples(rewards.load("new", entry, text=False), entry)
@@ -468,7 +468,7 @@ def test_a_dataset_that_does_not_fit_is_refused(sdxl, tmp_path):
         ({"features/clip_score": np.zeros((3, 9), np.float32)}, "has shape [9], but the reward"),
     ],
 )
-def test_shapes_that_the_network_does_not_take_are_refused(sdxl, tmp_path, changes, message):
+def test_shapes_that_the_network_does_not_take_are_errors(sdxl, tmp_path, changes, message):
     encoded_writer.write(
         tmp_path / "e",
         columns(3, **changes),
@@ -540,7 +540,7 @@ def test_a_damaged_dataset_is_one_line(sdxl, tmp_path, how):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_foreign_datasets_are_refused_and_folders_kept(sdxl, tmp_path):
+def test_foreign_datasets_are_errors_and_their_folders_stay(sdxl, tmp_path):
     dataset.prepare({"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p")
     with pytest.raises(InputError, match=r"there are none in it"):
         check(changed(sdxl, **{"data.encoded": str(tmp_path / "p")}))
