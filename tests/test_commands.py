@@ -30,7 +30,7 @@ for name in {COMMANDS}:
 
 
 def test_importing_the_training_command_leaves_slow_packages_alone():
-    slow = {"transformers", "tensorflow_datasets", "grain", "matplotlib", "scipy", "torch"}
+    slow = {"transformers", "tensorflow_datasets", "grain", "matplotlib", "orbax", "scipy", "torch"}
     slow |= {"tensorflow", "jax.experimental.pallas.ops.tpu.splash_attention"}
     program = f"import sys, r0_jax.main; print(*{slow} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

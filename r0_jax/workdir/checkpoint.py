@@ -20,10 +20,8 @@ from typing import Any, Literal, SupportsFloat, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import Shaped
-from orbax.checkpoint import checkpoint_managers
 
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
@@ -60,6 +58,9 @@ class Checkpoints:
         best_metric: str | None = None,
         config_digest: str = "",
     ):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
         orbax_errors.tell_once()
         self._workdir, self.folder = workdir, workdir.checkpoints
         self._best_metric, self._digest = best_metric, config_digest
@@ -87,6 +88,8 @@ class Checkpoints:
         Returns when the arrays are copied off the devices, so that they may be donated next.
         Raises InputError when this or the previous save cannot be written; what is there stays.
         """
+        import orbax.checkpoint as ocp
+
         arrays = _flatten(state)
         step = int(state.step)
         # Of one process: the others may see a shared folder as it was a moment ago.
@@ -200,6 +203,8 @@ class Checkpoints:
 
 def steps(workdir: Workdir) -> list[int]:
     """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
+    import orbax.checkpoint as ocp
+
     folder = workdir.checkpoints
     with orbax_errors.reached(folder):
         there = folder.iterdir() if folder.is_dir() else ()
@@ -420,6 +425,8 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
 
 
 def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
+    import orbax.checkpoint as ocp
+
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
@@ -429,6 +436,8 @@ def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """jax Arrays where a target has a sharding, numpy arrays where it has none."""
+    import orbax.checkpoint as ocp
+
     args = ocp.args.PyTreeRestore(
         item=targets,
         restore_args=ocp.checkpoint_utils.construct_restore_args(targets),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
@@ -297,7 +298,7 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
     def come(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", come)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "metadata", come)
     with pytest.raises(Stopped), StopSignal(), Checkpoints(LocalWorkdir(copied)) as checkpoints:
         checkpoints.restore(target(1))
     assert checkpoint.steps(LocalWorkdir(copied)) == [10, 20]
