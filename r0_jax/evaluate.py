@@ -1,6 +1,6 @@
 """Makes the result table of a run, or of any pipeline of the embedded world.
 
-python -m r0_jax.evaluate --workdir=W                    all three, as the run's config says
+python -m r0_jax.evaluate --workdir=W                    three models, as the run's config says
 python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
@@ -43,10 +43,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("step", "", "with --workdir: a step, best or latest")
     flags.DEFINE_string(
-        "pretrained", None, "with --workdir: the run's pretrained pipeline, where it has moved"
+        "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
     flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
-    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1 it is on")
+    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1: classifier-free guidance")
 
 
 def main(argv: list[str]) -> None:
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(fields: Any, workdir: Workdir | None) -> None:
-    """What the flags ask for, of the run in `workdir` or of --pipeline."""
+    """Evaluate the run in `workdir`, or --pipeline, as the flags say."""
     if workdir is not None:
         if fields.out or fields.overwrite:
             raise InputError(
-                "--out and --overwrite go with --pipeline, not with --workdir, where "
-                "the table lies in the folder of the run"
+                "--out and --overwrite go with --pipeline, not with --workdir: "
+                "the folder of the run gets the table"
             )
         folder, config = workdir.path, run.read_config(workdir.path)
         pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
@@ -86,7 +86,7 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
     if missing := sorted(set(base.get_config().test) - set(config.test)):
         raise InputError(
-            f"{folder}/config.json has no test.{missing[0]}: it is of an older run or cut short"
+            f"{folder}/config.json has no test.{missing[0]}: it is of an older run, or cut short"
         )
     check_writable(folder / "samples" / "eval")
     with config.unlocked():
@@ -119,7 +119,7 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """An evaluation, perhaps of a run, is not lost to another one by mistake."""
+    """Raise InputError if `out` holds an evaluation that would be lost."""
     there = [path for path in (out / "eval.json", out / "samples" / "eval") if path.exists()]
     if there and not overwrite:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Draws the images of a list of prompts, with a pipeline's folder or with what a run trained.
+"""Draws the images of a list of prompts, with a pipeline's folder or a run's generator.
 
     python -m r0_jax.sample --pipeline=DIR --prompts=FILE --out=DIR --num_inference_steps=25 \\
         --guidance_scale=7.5
@@ -42,11 +42,11 @@ from r0_jax.workdir.run import choose_step, open_run, read_config
 from r0_jax.workdir.workdir import Workdir
 
 _TEXT = TextPrompts()
-_ON_SHEET = 64  # images; more would make a sheet that no viewer opens
+_ON_SHEET = 64  # images at most; viewers do not open a sheet of more
 
 
 class Source(NamedTuple):
-    """What images are drawn with."""
+    """What draws images."""
 
     pipeline: Pipeline
     params: dict[str, Params]  # of every part
@@ -71,15 +71,14 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "guidance_scale",
         1.0,
-        "above 1: classifier-free guidance, two network calls a step",
+        "above 1: classifier-free guidance, with two network evaluations a step",
         lower_bound=0,
     )
     flags.DEFINE_list(
         "sigmas",
         None,
-        "with --pipeline, of SD3: the noise levels of the steps, "
-        "before the scheduler's shift; their number is that of the steps. In up "
-        "to 4 steps by default as in training, 1,.75,.5,.25",
+        "with --pipeline of SD3: the noise level of each step, before the scheduler's shift; "
+        "default for up to 4 steps: as in training, 1,.75,.5,.25",
     )
     flags.DEFINE_float(
         "eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0, upper_bound=1
@@ -87,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed",
         0,
-        "of the noise; image i depends on it and i, not on the batch",
+        "of the noise; image i depends on the seed and i, not on the batch",
         lower_bound=0,
         upper_bound=2**32 - 1,
     )
@@ -96,15 +95,17 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "step",
         "",
-        "of a run: its step, best (by the held-out reward) or latest; "
-        "by default the best where that was measured, else the latest",
+        "with --workdir: a step, best (by the held-out reward) or latest; "
+        "default: best if it was measured, else latest",
     )
-    flags.DEFINE_string("pretrained", None, "of a run: its pretrained pipeline, where it has moved")
+    flags.DEFINE_string(
+        "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
+    )
     flags.DEFINE_string(
         "encoded",
         None,
-        "take the prompts' embeddings from among the evaluation "
-        "prompts of this folder (docs/prompts.md): no text encoder is read",
+        "folder of encoded prompts (docs/prompts.md): take the embeddings from its evaluation "
+        "prompts, without a text encoder",
     )
     flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
@@ -142,8 +143,8 @@ def from_run(
     except InputError as problem:
         if prompts.text and (folder := read_config(workdir.path).data.encoded):
             raise InputError(
-                f"{problem} (the run was trained without text encoders, and is "
-                f"sampled so too with --encoded={folder})"
+                f"{problem} (the run was trained without text encoders: "
+                f"sample it so too, with --encoded={folder})"
             ) from None
         raise
     weights = run.weights(run.params(chosen), "float32")
@@ -166,11 +167,11 @@ def draw(
     batch_size: int = 16,
     tokens: Tokens | None = None,
 ) -> Iterator[Float[np.ndarray, "b h w 3"]]:
-    """Batches of images in [0, 1], in the order of the prompts; compiled once. `tokens` stand for
-    prompts that were encoded before.
+    """Yield batches of images in [0, 1], in the order of the prompts; compiled once.
 
-    Image i belongs to prompt i and depends on (seed, i), or on latents[i], which is standard
-    normal noise, and on (seed, i) only where steps draw noise.
+    Image i belongs to prompt i. Its noise depends on (seed, i). latents[i], standard normal noise,
+    replaces it where images start. `tokens` are what the pipeline takes of the prompts; by default
+    its tokenizers make them.
     """
     pipeline, params, scheduler = source
     mesh = sharding.local_mesh()
@@ -186,14 +187,14 @@ def draw(
 
 
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
-    """The noise in a .npy file, as float32; InputError says what is expected instead."""
+    """Read the noise in a .npy file, as float32; raise InputError that says what is expected."""
     expected = f"expected a .npy file of finite numbers of shape {list(shape)}, [N, h, w, c]"
     try:
         with open(path, "rb") as file:
             latents = np.load(file, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):  # a zip by its first letters only
+    except (ValueError, EOFError, zipfile.BadZipFile):  # a zip file only by its first letters
         raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
     if not isinstance(latents, np.ndarray):
         raise InputError(f"{path} holds several arrays; {expected}")
@@ -201,7 +202,7 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, 
         raise InputError(f"{path} has shape {list(latents.shape)}; {expected}")
     if not np.issubdtype(latents.dtype, np.floating):
         raise InputError(f"{path} holds {latents.dtype}, not floating-point numbers; {expected}")
-    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
         latents = latents.astype(np.float32)
     if not np.isfinite(latents).all():
         raise InputError(f"{path} holds NaN or infinite numbers; {expected}")
@@ -212,7 +213,7 @@ def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
     if (fields.pipeline is None) == (fields.workdir is None):
-        raise InputError("give either --pipeline=DIR or --workdir=W, one of them")
+        raise InputError("give either --pipeline=DIR or --workdir=W")
     if fields.workdir is not None and fields.sigmas:
         raise InputError("--sigmas goes with --pipeline: a run is sampled on its own grid")
     if fields.pipeline is not None and (fields.step or fields.pretrained):
@@ -238,7 +239,7 @@ def main(argv: list[str]) -> None:
             source = from_run(
                 workdir, fields.num_inference_steps, fields.step, fields.pretrained, read_by
             )
-    source.scheduler.needs_noise(fields.eta)  # says so if this scheduler has no eta
+    source.scheduler.needs_noise(fields.eta)  # raises InputError if this scheduler has no eta
     text = {
         "seed": fields.seed,
         "num_inference_steps": len(source.scheduler.timesteps),
@@ -266,7 +267,7 @@ def main(argv: list[str]) -> None:
 
 
 def _read_sigmas(texts: list[str] | None) -> list[float] | None:
-    """The numbers of --sigmas, in (0, 1] and descending."""
+    """Parse --sigmas: numbers in (0, 1] that descend."""
     if not texts:
         return None
     try:
@@ -280,7 +281,7 @@ def _read_sigmas(texts: list[str] | None) -> list[float] | None:
 
 
 def _earlier(out: Path) -> list[Path]:
-    """What an earlier call wrote there."""
+    """Return the files that an earlier call wrote there."""
     names = re.compile(r"\d{5,}\.png|contact_sheet\.(png|html)")
     return sorted(path for path in out.glob("*.*") if names.fullmatch(path.name))
 
@@ -301,11 +302,11 @@ def _write(
         if broken.any():
             prompt = prompts[written + int(broken.argmax())]
             raise InputError(
-                f"the image of {prompt!r} came out as NaN, so it is not written: try "
-                "--dtype=float32, and see whether the pipeline's weights are whole"
+                f"the image of {prompt!r} is NaN, so it is not written: try --dtype=float32, and "
+                "check that the pipeline's weights are whole"
             )
         if not written:
-            for path in _earlier(out):  # or a longer list's images would stay among the new ones
+            for path in _earlier(out):  # else images of a longer list would stay among the new ones
                 path.unlink()
         for image in batch:
             path, prompt = out / f"{written:05d}.png", prompts[written]

@@ -1,4 +1,4 @@
-"""The table: base with guidance, base in few steps, R0, on the same prompts and the same noise."""
+"""Makes the result table: models measured on the same prompts and the same noise."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from r0_jax.weights.network import Params
 from r0_jax.workdir import run
 from r0_jax.workdir.workdir import Workdir
 
-SHOWN = 12  # prompts whose images go into the report
+SHOWN = 12  # prompts; the report shows their images
 
 
 class Model(NamedTuple):
@@ -44,7 +44,7 @@ class Model(NamedTuple):
 
 
 def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
-    """InputError for what would only show when the training is over."""
+    """Raise InputError for mistakes that would only show when the training is over."""
     if not test.prompts:
         return
     for field, least in (
@@ -72,7 +72,7 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Testbed:
-    """What every model is measured with: prompts, noise and judges."""
+    """Prompts, noise and judges that measure every model."""
 
     config: ConfigDict
     pipeline: Pipeline
@@ -85,7 +85,7 @@ class Testbed:
 
     @classmethod
     def build(cls, config: ConfigDict, pipeline: Pipeline) -> "Testbed":
-        """Reads the test prompts and loads all rewards of the config."""
+        """Read the test prompts and load all rewards of the config."""
         check(config.test, config.heldout_rewards)
         if config.test.world == "shapes":
             world.check_shape(pipeline.image_shape)
@@ -107,7 +107,7 @@ class Testbed:
         )
 
     def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
-        """{metric: {"value", "ci95"}} and the images of the prompts."""
+        """Return {metric: {"value", "ci95"}} and the images of the prompts."""
         test, shape = self.config.test, self.pipeline.latent_shape
         noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
         mesh = sharding.global_mesh()
@@ -160,7 +160,7 @@ class Testbed:
 def timed_draw(
     model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images, and seconds an image of each batch, compilation left out."""
+    """Return the images, and the seconds an image of each batch, without compilation."""
     first = fill(len(noise), batch_size)
     model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
     drawn, seconds = [], []
@@ -177,7 +177,7 @@ def timed_draw(
 
 
 def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
+    """Return images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
     if not config.test.features:
         return None
     entry = config.heldout_rewards[config.test.features]
@@ -195,8 +195,10 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
 
 
 def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[str, Any]:
-    """Measures the three models of a finished run, on the devices of all processes together;
-    process 0 writes eval.json and samples/eval/."""
+    """Measure a finished run: the base with guidance, the base in few steps, and R0.
+
+    All processes do it together; process 0 writes eval.json and samples/eval/.
+    """
     source = prompts.of(config)
     opened = run.open_run(workdir, config.pretrained, source.text)
     chosen = distributed.of_first(lambda: run.choose_step(workdir, step))
@@ -228,7 +230,7 @@ def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[s
 def evaluate_models(
     testbed: Testbed, models: dict[str, Model], folder: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The contents of `folder`/eval.json, which is written together with the first images."""
+    """Measure models; write and return the contents of `folder`/eval.json."""
     table: dict[str, Any] = {
         "models": {},
         "prompts": len(testbed.prompts),
@@ -242,7 +244,7 @@ def evaluate_models(
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
         placed = model._replace(params=lazy.place(model.params, everywhere, testbed.config.dtype))
         table["models"][name], drawn = testbed.measure(placed)
-        del placed  # before the next one is on the devices
+        del placed  # the devices hold one model at a time
         files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
         if jax.process_index() == 0:
             for i, file in enumerate(files[name]):
@@ -276,7 +278,7 @@ def _write(
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: null in its place, at any depth."""
+    """Replace NaN and infinity by None, at any depth: JSON has neither."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
