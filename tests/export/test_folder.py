@@ -365,33 +365,6 @@ def test_nothing_is_left_of_an_export_that_failed(runs, exported, tmp_path, monk
 
 # --- the command -------------------------------------------------------------------------
 
-# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in a fork each: importing JAX anew
-# for each would take most of a test's time. PyTorch and its friends cannot be imported.
-COMMANDS = """
-import importlib, json, os, runpy, sys, tempfile
-for name in ("torch", "diffusers", "peft", "accelerate"):
-    sys.modules[name] = None
-module, calls = sys.argv[1], json.loads(sys.argv[2])
-importlib.import_module(module)
-del sys.modules[module]
-results = []
-for arguments in calls:
-    files = [tempfile.TemporaryFile() for _ in range(2)]
-    if not (child := os.fork()):
-        for i, file in enumerate(files):
-            os.dup2(file.fileno(), i + 1)
-        if arguments[0].startswith("limit="):
-            import resource
-            limit = int(arguments.pop(0).removeprefix("limit="))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [file.seek(0) or file.read().decode() for file in files]
-    results.append([status, *texts])
-print(json.dumps(results))
-"""
-
 
 def test_the_command_needs_no_torch(runs, exported, tmp_path):
     calls = [

@@ -32,6 +32,33 @@ TARGETS = r".*\.(to_q|to_v|to_out\.0|proj_in|conv1)|time_embedding\.linear_1"
 RANK, ALPHA = 3, 6.0
 CLOSE = 2 / 255
 
+# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in a fork each: importing JAX anew
+# for each would take most of a test's time. PyTorch and its friends cannot be imported.
+COMMANDS = """
+import importlib, json, os, runpy, sys, tempfile
+for name in ("torch", "diffusers", "peft", "accelerate"):
+    sys.modules[name] = None
+module, calls = sys.argv[1], json.loads(sys.argv[2])
+importlib.import_module(module)
+del sys.modules[module]
+results = []
+for arguments in calls:
+    files = [tempfile.TemporaryFile() for _ in range(2)]
+    if not (child := os.fork()):
+        for i, file in enumerate(files):
+            os.dup2(file.fileno(), i + 1)
+        if arguments[0].startswith("limit="):
+            import resource
+            limit = int(arguments.pop(0).removeprefix("limit="))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [file.seek(0) or file.read().decode() for file in files]
+    results.append([status, *texts])
+print(json.dumps(results))
+"""
+
 
 def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
