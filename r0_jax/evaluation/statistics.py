@@ -126,8 +126,8 @@ def _wilson(proportion: float, n: int) -> tuple[float, float]:
     z2 = _NORMAL_95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (proportion * (1 - proportion) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # Rounding must not push 0 of n or n of n out of its own interval.
-    return min(centre - half, proportion), max(centre + half, proportion)
+    # Rounding must not push 0 of n or n of n out of its own interval, or an end out of [0, 1].
+    return max(0.0, min(centre - half, proportion)), min(1.0, max(centre + half, proportion))
 
 
 def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

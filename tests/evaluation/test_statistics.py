@@ -25,6 +25,14 @@ def test_unanimous_proportion_keeps_a_width(outcome):
     assert high - low == pytest.approx(0.0370, abs=1e-4)
 
 
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
+def test_unanimous_proportion_ends_exactly_at_it(outcome):
+    """Unguarded, rounding misses the end for most n, on either side of it."""
+    for n in range(1, 200):
+        interval = statistics.mean_ci(np.full(n, outcome))["ci95"]
+        assert interval[int(outcome)] == outcome, n
+
+
 def test_mean_gets_student_interval():
     result = statistics.mean_ci(np.array([1.0, 2.0, 3.0, 4.0]))
     half = 3.182446 * math.sqrt(5 / 3) / 2  # t(0.975, 3 degrees of freedom)
