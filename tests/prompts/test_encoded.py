@@ -451,9 +451,10 @@ def test_a_dataset_that_does_not_fit_is_an_error(sdxl, tmp_path):
     fails("'a prompt that nobody encoded' of", **{"test.prompts": str(other)})
     clip = sdxl.rewards.clip_score.path
     fails("made by a reward with other weights", **{"heldout_rewards.pickscore.path": clip})
+    entry = base.reward_entry("clip_score", path=clip)
+    new, encoded = rewards.load("new", entry, text=False), prompts.of(sdxl)
     with pytest.raises(InputError, match=r"no features of the reward new.*clip_score"):
-        entry = base.reward_entry("clip_score", path=clip)
-        prompts.of(sdxl).examples(rewards.load("new", entry, text=False), entry)
+        encoded.examples(new, entry)
 
 
 @pytest.mark.parametrize(
