@@ -207,11 +207,7 @@ def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[s
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.global_mesh()
-    pipeline = pipeline.attending(
-        attention_backend.Backend(
-            attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0]), mesh
-        )
-    )
+    pipeline = pipeline.attending(attention_backend.of_config(config, mesh))
     few = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps

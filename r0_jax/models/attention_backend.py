@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 from r0_jax.models.choice import Choice
@@ -48,8 +49,13 @@ _chosen = Choice("attention backend", XLA)
 use = _chosen.use  # makes a backend that of every `attend` that is traced meanwhile
 
 
-def resolve(name: str, dtype: str, device: Any) -> str:
-    """The backend that a config's `attention` stands for, for networks in `dtype` on a device."""
+def of_config(config: ConfigDict, mesh: Mesh) -> Backend:
+    """Return the backend of a config's `attention` and `dtype` for networks on this mesh."""
+    return Backend(_resolved(config.attention, config.dtype, mesh.devices.flat[0]), mesh)
+
+
+def _resolved(name: str, dtype: str, device: Any) -> str:
+    """Return the name of a backend, in place of "auto" the best one that the device has."""
     if name != AUTO:
         return name
     if device.platform == "tpu":
@@ -62,8 +68,10 @@ def resolve(name: str, dtype: str, device: Any) -> str:
 
 
 def check(name: str, dtype: str, device: Any = None) -> None:
-    """InputError unless the backend is one that the device (this machine's first one by default)
-    has, for networks in `dtype`."""
+    """Raise InputError unless a device has this backend for networks in `dtype`.
+
+    The device is by default the first one of this machine.
+    """
     if name not in (*NAMES, AUTO):
         raise InputError(
             f"attention={name!r} is unknown; use {', '.join(map(repr, (AUTO, *NAMES)))}"

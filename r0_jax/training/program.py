@@ -154,8 +154,7 @@ def build(
 
     Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
     """
-    attention = attention_backend.resolve(config.attention, config.dtype, mesh.devices.flat[0])
-    pipeline = pipeline.attending(attention_backend.Backend(attention, mesh))
+    pipeline = pipeline.attending(attention_backend.of_config(config, mesh))
     decoder = (
         tiny_decoder.load(config.objective.decoder, pipeline, config.dtype)
         if config.objective.decoder

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
 from r0_jax.models import attention_backend
@@ -320,10 +321,26 @@ class _Device(NamedTuple):
     device_kind: str = "some chip"
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("tpu", "splash"), ("cpu", "xla")])
-def test_auto_is_what_suits_the_device(platform, expected):
-    assert attention_backend.resolve("auto", "bfloat16", _Device(platform)) == expected
-    assert attention_backend.resolve("xla", "bfloat16", _Device(platform)) == "xla"
+@pytest.mark.parametrize(
+    ("there", "dtype", "expected"),
+    [
+        (device("tpu"), "float32", "splash"),
+        (device("cpu"), "bfloat16", "xla"),
+        (device("gpu", "cuda 12", "9.0"), "bfloat16", "cudnn"),
+        (device("gpu", "cuda 12", "9.0"), "float32", "xla"),
+        (device("gpu", "cuda 12", "7.5"), "bfloat16", "xla"),
+    ],
+)
+def test_auto_is_what_suits_the_device(there, dtype, expected):
+    assert attention_backend._resolved("auto", dtype, there) == expected
+    assert attention_backend._resolved("xla", dtype, there) == "xla"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", "xla"), ("splash", "splash")])
+def test_a_config_and_a_mesh_make_a_backend(name, expected):
+    mesh = sharding.make_mesh({"data": -1})
+    config = ConfigDict({"attention": name, "dtype": "bfloat16"})
+    assert attention_backend.of_config(config, mesh) == Backend(expected, mesh)
 
 
 def test_a_backend_is_checked_for_the_device_that_is_planned_for():
