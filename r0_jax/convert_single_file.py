@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from r0_jax import cli, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_writable
+from r0_jax.files import A_PICKLE, check_writable, is_pickle
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.weights.tensor_file import TensorFile
@@ -63,7 +63,6 @@ _LEFT_OUT = {
     "StableDiffusionXLPipeline": {"feature_extractor": None, "image_encoder": None},
     "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
 }
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def define_flags() -> None:
@@ -176,10 +175,10 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip or path.suffix in _PICKLES:
+    if is_zip or is_pickle(path):
         raise InputError(
-            f"{path} is a pickle, which can run any program when it is read: "
-            "get the checkpoint as .safetensors; most exist in this format"
+            f"{path} is {A_PICKLE}: get the checkpoint as .safetensors; "
+            "most exist in this format"
         )
     tensors = TensorFile(path).tensors
     return (

@@ -7,12 +7,23 @@ from typing import Any
 
 from r0_jax.errors import InputError
 
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # suffixes of weights that are never read
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+A_PICKLE = "a pickle, which is never read, since reading it can run any program"
 
 
 def is_temporary(name: str) -> bool:
     """Return whether a name is that of an unfinished file of `write_bytes`."""
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def is_pickle(path: str | os.PathLike) -> bool:
+    """Return whether a file's name is that of pickled weights, which are never read."""
+    return os.fspath(path).endswith(_PICKLED)
+
+
+def pickles(folder: Path) -> list[Path]:
+    """Return the pickled weights in a folder, in the order of their names."""
+    return sorted(filter(is_pickle, folder.glob("*.*")))
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

@@ -27,7 +27,7 @@ from rich.filesize import decimal
 
 from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
-from r0_jax.files import PICKLED
+from r0_jax.files import is_pickle
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise etils imports TensorFlow if present
 
@@ -116,11 +116,11 @@ def _wanted(there: Mapping[str, Stamp]) -> dict[str, Stamp]:
         for name, stamp in there.items()
         if not (
             name.endswith(_NOT_OURS)
-            or (name.endswith(PICKLED) and os.path.dirname(name) in whole)
+            or (is_pickle(name) and os.path.dirname(name) in whole)
             or (
                 "model_index.json" in there
                 and "/" not in name
-                and name.endswith((".safetensors", *PICKLED))
+                and (name.endswith(".safetensors") or is_pickle(name))
             )
         )
     }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
-from r0_jax.files import read_json
+from r0_jax.files import pickles, read_json
 from r0_jax.method import lora
 from r0_jax.pipelines.folder import mend_sample_size, read_index
 from r0_jax.weights import convert
@@ -134,7 +134,7 @@ def _copy_part(source: Path, target: Path) -> bool:
         ),
         None,
     )
-    pickled = bool(convert.pickles(source))
+    pickled = bool(pickles(source))
     if not source.is_dir() or (pickled and stem is None):
         return False
     target.mkdir()

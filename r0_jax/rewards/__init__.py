@@ -7,11 +7,10 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import PICKLED
+from r0_jax.files import A_PICKLE, is_pickle, pickles
 from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
 from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
-from r0_jax.weights import convert
 
 # `type` of a config entry -> its loader.
 TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
@@ -81,9 +80,9 @@ def _check_converted(name: str, entry: ConfigDict) -> None:
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a transformers or open_clip folder, or"
-    elif entry.type == "aesthetic" and Path(entry.head).suffix in PICKLED:
-        field, file, said = "head", entry.head, "is a pickle, which is never read:"
-    elif (found := convert.pickles(path)) and not any(
+    elif entry.type == "aesthetic" and is_pickle(entry.head):
+        field, file, said = "head", entry.head, f"is {A_PICKLE}:"
+    elif (found := pickles(path)) and not any(
         any(path.glob(kept)) for kept in ("*.safetensors*", "config.json")
     ):
         field, file, said = "path", found[0], f"holds {found[0].name}, which is never read:"

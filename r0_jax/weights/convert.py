@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from r0_jax.errors import InputError
-from r0_jax.files import PICKLED
+from r0_jax.files import pickles
 from r0_jax.weights import tensor_file
 from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
@@ -113,11 +113,6 @@ def find_weights(folder: Path, stem: str) -> Path:
             f"save_pretrained, which writes {single}"
         )
     raise InputError(f"{folder / single} is missing: is the folder complete?")
-
-
-def pickles(folder: Path) -> list[Path]:
-    """The pickled weights in a folder, by name."""
-    return sorted(path for path in folder.glob("*.*") if path.suffix in PICKLED)
 
 
 def _files(path: Path) -> list[Path]:
