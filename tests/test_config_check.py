@@ -25,7 +25,7 @@ def config(**rewards):
 
 def test_the_base_and_a_reward_are_enough():
     config_check.check_config(config())
-    config_check.check_config(config(own=base.reward_entry("function", weight=2, function="a:b")))
+    config_check.check_config(config(own=entry_with(type="function", weight=2, function="a:b")))
 
 
 @pytest.mark.parametrize(
