@@ -21,7 +21,7 @@ from r0_jax import cli
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
-from r0_jax.plan import hlo_cost, predict, topology
+from r0_jax.plan import hlo_cost, topology, weightless
 from r0_jax.weights.network import Params
 
 # A differentiated function, its weights, and its other arguments.
@@ -30,7 +30,7 @@ Part = tuple[Callable[..., jax.Array], Params, tuple[Any, ...]]
 
 def decoder() -> Part:
     """Return SDXL's decoder for one image, with its gradient with respect to the latents."""
-    with predict.filled(sdxl_r0.get_config()) as config:
+    with weightless.filled(sdxl_r0.get_config()) as config:
         pipeline = families.load(config.pretrained, config.dtype, config.family)
     side = flags.FLAGS.size // 8
 

@@ -52,17 +52,31 @@ def publish(out: str | None, heading: str, text: str) -> None:
         write_section(out, heading, text)
 
 
-def write_section(path: str | Path, heading: str, text: str) -> None:
-    """Replace the section `heading` of a Markdown file by `text`, or append it.
+def read_section(path: str | Path, heading: str) -> str:
+    """Return what stands under `heading`; nothing where there is no such heading or document."""
+    _, inside, _ = _parts(Path(path), heading)
+    return "\n".join(inside[1:]).strip("\n")
 
-    A section ends at the next heading of its level or above. The rest of the file stays the same.
+
+def write_section(path: str | Path, heading: str, text: str) -> None:
+    """Put `text` under `heading` in place of what stood there.
+
+    Where there is no such heading, it comes at the end of the document. The rest stays as it is.
     """
-    path = Path(path)
+    before, _, behind = _parts(Path(path), heading)
+    parts = ["\n".join(before), f"{heading}\n\n{text}", "\n".join(behind)]
+    parts = [part.strip("\n") for part in parts]
+    write_bytes(path, ("\n\n".join(filter(None, parts)) + "\n").encode())
+
+
+def _parts(path: Path, heading: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the lines before a section, of it with its heading, and behind it.
+
+    A section ends at the next heading of its level or above.
+    """
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     level = len(heading) - len(heading.lstrip("#"))
     begin = lines.index(heading) if heading in lines else len(lines)
     above = tuple("#" * n + " " for n in range(1, level + 1))
     end = next((i for i in range(begin + 1, len(lines)) if lines[i].startswith(above)), len(lines))
-    parts = ["\n".join(lines[:begin]), f"{heading}\n\n{text}", "\n".join(lines[end:])]
-    parts = [part.strip("\n") for part in parts]
-    write_bytes(path, ("\n\n".join(filter(None, parts)) + "\n").encode())
+    return lines[:begin], lines[begin:end], lines[end:]

@@ -3,9 +3,10 @@
     python -m benchmarks.scale --out=docs/reports/scale.md
 
 This compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt). Each takes two to eight minutes on two cores; all take two hours. Results
-in runs/scale are not computed again: empty it after a change of the step or of `plan`.
---only=sdxl compiles only rows with "sdxl" in their name.
+(requirements-tpu.txt). Each takes two to eight minutes on two cores; all take two hours. Rows in
+runs/scale or in the document are not compiled again. After a change of the step or of `plan`, empty
+the one and delete the section of the other.
+--only=sdxl compiles only rows with "sdxl" in their name, also those that the document holds.
 """
 
 import dataclasses
@@ -23,10 +24,12 @@ from benchmarks import measure
 from r0_jax import cli
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
-from r0_jax.plan.predict import Plan
+from r0_jax.plan.plan import Bounds, Memory, Plan
 
 _RESULTS = Path("runs", "scale")
 _GIB = 2**30
+_HEADING = "## What fits, and what bounds it"
+_WEAK = "Weak scaling"
 
 MODELS = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px", "sd3": "SD3-medium, 1024 px"}
 METHODS = {
@@ -80,11 +83,13 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
+    out, only = flags.FLAGS.out, flags.FLAGS.only
+    kept = Kept.of(measure.read_section(out, _HEADING) if out else "")
     failed = []
     for row in rows():
-        if flags.FLAGS.only in row.name and not _read(row):
+        if only in row.name and not _read(row) and (only or row.name not in kept.rows):
+            if importlib.util.find_spec("libtpu") is None:
+                raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
             print(row.name, flush=True)
             ended = subprocess.run(
                 [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
@@ -95,9 +100,49 @@ def main(argv: list[str]) -> None:
                 write_bytes(_path(row), ended.stdout)
             else:
                 failed.append(row.name)
-    measure.publish(flags.FLAGS.out, "## What fits, and what bounds it", document())
+    measure.publish(out, _HEADING, document(kept))
     if failed:
         raise InputError(f"these rows failed to compile, see above: {', '.join(failed)}")
+
+
+class Kept(NamedTuple):
+    """What a document holds already.
+
+    Attributes:
+      rows: names of the rows that its table and its sentence on weak scaling tell of.
+      lines: of the table, by the name of the row.
+      weak: that sentence, "" where it has none.
+      machine: the last line, which says where rows were compiled.
+    """
+
+    rows: frozenset[str]
+    lines: dict[str, str]
+    weak: str
+    machine: str
+
+    @classmethod
+    def of(cls, section: str) -> "Kept":
+        """Return what a section that `document` made holds."""
+        text = section.splitlines()
+        lines = {
+            name: line
+            for name, cells in _cells().items()
+            for line in text
+            if line.startswith(f"| {' | '.join(cells)} |")
+        }
+        weak = next((line for line in text if line.startswith(_WEAK)), "")
+        both = [f"weak-{chips}" for chips in WEAK.values()] if weak else []
+        return cls(frozenset([*lines, *both]), lines, weak, text[-1] if text else "")
+
+
+def _cells() -> dict[str, tuple[str, str, str]]:
+    """Return the first cells of the table's lines, by the name of the row."""
+    return {
+        f"{model}-{method}-{name}": (said, how, name)
+        for model, said in MODELS.items()
+        for method, (how, _) in METHODS.items()
+        for name in SLICES
+    }
 
 
 def _path(row: Row) -> Path:
@@ -108,65 +153,67 @@ def _read(row: Row) -> dict[str, Any] | None:
     """Return the result of a row; None if it is missing, incomplete, or of an older `plan`."""
     try:
         found = json.loads(_path(row).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+        is_plan = _has(found, Plan) and _has(found["memory"], Memory)
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    return found if set(found) == {field.name for field in dataclasses.fields(Plan)} else None
+    return found if is_plan and (not found["bounds"] or _has(found["bounds"], Bounds)) else None
 
 
-def document() -> str:
-    """Return the tables of all compiled rows."""
+def _has(found: dict[str, Any], kind: type) -> bool:
+    return set(found) == {field.name for field in dataclasses.fields(kind)}
+
+
+def document(kept: Kept) -> str:
+    """Return the table and what stands below it: rows of runs/scale, or else those of `kept`."""
     found = {row.name: read for row in rows() if (read := _read(row))}
     lines = [
         "| | | slice | a chip holds, GiB | fits | TFLOP a step | HBM, GB | sent, GB | "
         "bound by | images/s | MFU | compiled, s | host, GB |",
         "|---|---|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
-    for model, said in MODELS.items():
-        for method, (how, _) in METHODS.items():
-            lines += [
-                _line(said, how, name, found[key])
-                for name in SLICES
-                if (key := f"{model}-{method}-{name}") in found
-            ]
-    text = "\n".join(lines)
+    for name, cells in _cells().items():
+        if name in found:
+            lines.append(_line(cells, found[name]))
+        elif name in kept.lines:
+            lines.append(kept.lines[name])
+    weak = kept.weak
     if all(f"weak-{chips}" in found for chips in WEAK.values()):
-        few, many = (found[f"weak-{chips}"]["collective_bytes"] for chips in WEAK.values())
-        text += (
-            "\n\nWeak scaling of SDXL LoRA R0+, with weights split over 8 chips. A chip sends "
+        few, many = (
+            sum(found[f"weak-{chips}"]["bounds"]["sent_bytes"].values()) for chips in WEAK.values()
+        )
+        weak = (
+            f"{_WEAK} of SDXL LoRA R0+, with weights split over 8 chips. A chip sends "
             f"{few / 1e9:.2f} GB a step among 8 chips and {many / 1e9:.2f} GB among 256, "
             f"{many / few - 1:+.1%}."
         )
-    text += (
-        "\n\nOne image a chip; recipes take 2 to 4 at once, unless --config.device_batch=1. "
+    below = (
+        "One image a chip; recipes take 2 to 4 at once, unless --config.device_batch=1. "
         "Weights are split over all chips of a slice. `-`: not known."
     )
-    if len(found) < len(rows()):
-        text += (
-            f" {len(found)} of {len(rows())} programs were compiled so far: "
+    if (done := len(found.keys() | kept.rows)) < len(rows()):
+        below += (
+            f" {done} of {len(rows())} programs were compiled so far: "
             "`python -m benchmarks.scale --out=docs/reports/scale.md` compiles the rest."
         )
-    return text + f"\n\n{measure.machine('jax', 'libtpu')}"
+    machine = measure.machine("jax", "libtpu") if found else kept.machine
+    return "\n\n".join(filter(None, ["\n".join(lines), weak, below, machine]))
 
 
-def _line(model: str, how: str, name: str, found: dict[str, Any]) -> str:
-    memory = (
-        f"{found['peak_bytes_per_chip'] / _GIB:.1f} of {found['hbm_bytes_per_chip'] / _GIB:.1f}"
-    )
+def _line(first: tuple[str, str, str], found: dict[str, Any]) -> str:
+    memory, bounds = found["memory"], found["bounds"]
     cells = [
-        model,
-        how,
-        name,
-        memory,
-        "yes" if found["fits"] else "**no**",
+        *first,
+        f"{memory['peak_bytes'] / _GIB:.1f} of {memory['limit_bytes'] / _GIB:.1f}",
+        "yes" if memory["fits"] else "**no**",
         f"{found['flops_per_step'] / 1e12:,.0f}",
     ]
-    if found["seconds"]:
+    if bounds:
         cells += [
-            f"{found['bytes_accessed'] / 1e9:,.0f}",
-            f"{found['collective_bytes'] / 1e9:.1f}",
-            re.sub("hbm", "HBM", found["bound_by"]),
-            f"{found['predicted_images_per_sec']:,.1f}",
-            f"{found['predicted_mfu']:.0%}",
+            f"{bounds['hbm_bytes'] / 1e9:,.0f}",
+            f"{sum(bounds['sent_bytes'].values()) / 1e9:.1f}",
+            re.sub("hbm", "HBM", bounds["bound_by"]),
+            f"{bounds['images_per_sec']:,.1f}",
+            f"{bounds['mfu']:.0%}",
         ]
     else:
         cells += ["-"] * 5

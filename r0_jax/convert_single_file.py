@@ -177,8 +177,7 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
         is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip or is_pickle(path):
         raise InputError(
-            f"{path} is {A_PICKLE}: get the checkpoint as .safetensors; "
-            "most exist in this format"
+            f"{path} is {A_PICKLE}: get the checkpoint as .safetensors; most exist in this format"
         )
     tensors = TensorFile(path).tensors
     return (

@@ -1,9 +1,20 @@
-"""Whether a config fits a TPU slice and what bounds it there, without the slice or any weights:
+"""Say whether a config fits a TPU slice and what bounds it there, without slice or weights:
 
     python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16 [--json]
 
 compiles the real training step with the real TPU compiler (requirements-tpu.txt) on a machine that
 has no TPU. `--topology=cpu` and `--topology=local` run it on this machine instead, and measure.
+
+`--json` prints one object (plan.py says what each number is):
+
+    topology, chips, batch_size
+    flops_per_step, model_flops_per_step
+    memory      {fits, peak_bytes, limit_bytes, by_kind: {kind: bytes}}, of one chip
+    bounds      {hbm_bytes, sent_bytes: {kind: bytes}, dcn_bytes, seconds: {kind: seconds},
+                bound_by, images_per_sec, mfu}, of a slice; otherwise null
+    measured    {seconds_per_step, images_per_sec}, of this machine; otherwise null
+    trace_seconds, compile_seconds, host_bytes
+    suggestions
 """
 
 import dataclasses
@@ -15,8 +26,8 @@ import rich.table
 from absl import flags
 
 from r0_jax import cli
-from r0_jax.plan import measure, predict, topology
-from r0_jax.plan.predict import Plan
+from r0_jax.plan import measure, predict, topology, weightless
+from r0_jax.plan.plan import Plan
 
 _GIB = 2**30
 
@@ -35,9 +46,8 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "effort",
         -1.0,
-        "of the compiler, from -1 (quick; more goes through "
-        "memory than in a run, see docs/scale.md) to 0 (as a run compiles, "
-        "many times longer)",
+        "how hard the compiler tries, from -1 (quick; more goes through memory "
+        "than in a run, see docs/scale.md) to 0 (as in a run; takes many times longer)",
         lower_bound=-1.0,
         upper_bound=0.0,
     )
@@ -50,7 +60,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu" if name != "local" else None)
     here = name in ("cpu", "local")
     chip, devices = (None, []) if here else topology.find(name)
-    with predict.filled(config) as config:
+    with weightless.filled(config) as config:
         found = (
             measure.measure(config, name)
             if here
@@ -63,41 +73,41 @@ def main(argv: list[str]) -> None:
 
 
 def print_plan(found: Plan) -> None:
-    """For people, on standard output."""
+    """Print a plan for people, on standard output."""
     console = rich.console.Console(highlight=False, soft_wrap=True)
     table = rich.table.Table(
         title=f"{found.topology}: {found.chips} devices, {found.batch_size} images a step"
     )
     table.add_column("of a chip")
     table.add_column("GiB", justify="right")
-    for kind, size in found.bytes_per_chip.items():
+    memory = found.memory
+    for kind, size in memory.by_kind.items():
         table.add_row(kind, f"{size / _GIB:.2f}")
     table.add_section()
-    table.add_row("peak", f"{found.peak_bytes_per_chip / _GIB:.2f}")
-    table.add_row("memory of a chip", f"{found.hbm_bytes_per_chip / _GIB:.2f}")
+    table.add_row("peak", f"{memory.peak_bytes / _GIB:.2f}")
+    table.add_row("memory of a chip", f"{memory.limit_bytes / _GIB:.2f}")
     console.print(table)
-    console.print("fits" if found.fits else "does NOT fit")
+    console.print("fits" if memory.fits else "does NOT fit")
     for line in found.suggestions:
         console.print(f"  try {line}")
     console.print(
         f"{found.flops_per_step / 1e12:,.1f} TFLOP a step, of them "
         f"{found.model_flops_per_step / 1e12:,.1f} without what is computed twice"
     )
-    if found.seconds:
+    if bounds := found.bounds:
+        sent = sum(bounds.sent_bytes.values())
+        dcn = f", and {bounds.dcn_bytes / 1e9:,.2f} GB to other slices" if bounds.dcn_bytes else ""
         console.print(
-            f"{found.bytes_accessed / 1e9:,.1f} GB through a chip's memory, "
-            f"{found.collective_bytes / 1e9:,.2f} GB sent by a chip"
-            + (f", and {found.dcn_bytes / 1e9:,.2f} GB to other slices" if found.dcn_bytes else "")
+            f"{bounds.hbm_bytes / 1e9:,.1f} GB through a chip's memory, "
+            f"{sent / 1e9:,.2f} GB sent by a chip{dcn}"
         )
-        bounds = ", ".join(f"{kind} {1e3 * value:,.0f} ms" for kind, value in found.seconds.items())
-        console.print(f"a step takes at least: {bounds}; bound by {found.bound_by}")
+        least = ", ".join(f"{kind} {1e3 * value:,.0f} ms" for kind, value in bounds.seconds.items())
+        console.print(f"a step takes at least: {least}; bound by {bounds.bound_by}")
+        console.print(f"by that {bounds.images_per_sec:,.1f} images/s, MFU {bounds.mfu:.0%}")
+    elif measured := found.measured:
         console.print(
-            f"by that {found.predicted_images_per_sec:,.1f} images/s, MFU {found.predicted_mfu:.0%}"
-        )
-    elif found.measured_seconds_per_step:
-        console.print(
-            f"measured: {found.measured_seconds_per_step:.3g} s a step, "
-            f"{found.predicted_images_per_sec:,.2f} images/s"
+            f"measured: {measured.seconds_per_step:.3g} s a step, "
+            f"{measured.images_per_sec:,.2f} images/s"
         )
     console.print(
         f"traced in {found.trace_seconds:.0f} s, compiled in {found.compile_seconds:.0f} "

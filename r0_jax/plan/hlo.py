@@ -65,10 +65,10 @@ _BETWEEN_SLICES = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array.
+    """Describe an array.
 
     Attributes:
-      kind: of its elements, such as "bf16"; "token" and others have no size.
+      kind: the type of its elements, such as "bf16"; "token" and others take no bytes.
       in_hbm: False where it lies in a memory of the chip itself.
     """
 
@@ -84,20 +84,20 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """Describe one line of a computation.
 
     Attributes:
-      shapes: of its result, the arrays of a tuple one after the other.
+      shapes: those of its result; the arrays of a tuple follow each other.
       operands: names of instructions of the same computation.
-      called: names of computations: of a fusion, a call, the body of a loop, branches.
+      called: names of the computations that it runs: a fusion, a call, a loop's body, branches.
       condition: of a loop, the name of the computation that ends it.
-      number: of a parameter its place, of a constant its value, where it is a whole number.
-      less_than: whether it compares so.
-      trips: of a loop, how often it goes round, where the compiler knows.
-      target: of a custom call, what it calls.
-      group: chips that take part in one group of a collective.
-      slices, transfer: of a send to other slices, how many there are and what it is a part of,
-        such as "all-reduce"; 0 and "" of all others.
+      number: of a parameter its place, of a constant its value; None unless a whole number.
+      less_than: whether it compares by "less than".
+      trips: of a loop, how often it goes round; None where the compiler does not know.
+      target: of a custom call, the name of what it calls.
+      group: of a collective, the chips in one of its groups.
+      slices, transfer: of a send to other slices, their number and the collective that it belongs
+        to, such as "all-reduce"; otherwise 0 and "".
     """
 
     name: str
@@ -118,7 +118,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order of the text."""
+    """Hold instructions by name, in the order of the text."""
 
     instructions: Mapping[str, Instruction]
 
@@ -129,13 +129,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """Return the parameters by their place."""
+        """Return the parameters, by their place."""
         return {x.number: x for x in self.instructions.values() if x.opcode == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, and the name of the one that runs first."""
+    """Hold computations by name, and the name of the one that runs first."""
 
     computations: Mapping[str, Computation]
     entry: str
@@ -177,14 +177,17 @@ def _instruction(root: str | None, name: str, shape: str, opcode: str, rest: str
         shapes=tuple(_shapes(shape)),
         operands=tuple(_OPERAND.findall(inside)),
         is_root=bool(root),
-        called=tuple(
-            called.strip("% ")
-            for names in _CALLED.findall(attributes)
-            for called in names.split(",")
-        ),
+        called=_called(attributes),
         group=_group(attributes),
         **found,
     )
+
+
+def _called(attributes: str) -> tuple[str, ...]:
+    if "=%" not in attributes and "={%" not in attributes:  # as in most: searching takes longer
+        return ()
+    found = _CALLED.findall(attributes)
+    return tuple(name.strip("% ") for names in found for name in names.split(","))
 
 
 def _shapes(text: str) -> Iterator[Shape]:
@@ -204,7 +207,7 @@ def _group(attributes: str) -> int:
 
 
 def _closing(text: str) -> int:
-    """Return where the list of operands ends."""
+    """Return the index at which the list of operands ends."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -196,12 +196,12 @@ def _written(
 
 
 def _bytes(shapes: Iterable[Shape]) -> float:
-    return sum(shape.bytes for shape in shapes)
+    return sum((shape.bytes for shape in shapes), 0.0)
 
 
 def _in_hbm(shapes: Iterable[Shape]) -> float:
     """Return the bytes of those arrays that lie in HBM."""
-    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+    return sum((shape.bytes for shape in shapes if shape.in_hbm), 0.0)
 
 
 def _collective(one: Instruction, fused: Computation | None) -> str | None:
@@ -224,7 +224,7 @@ def _sent(one: Instruction, kind: str, computation: Computation) -> float:
 def _given(one: Instruction, computation: Computation) -> float:
     """Return the bytes of all operands, wherever they lie."""
     around = computation.instructions
-    return sum(_bytes(around[name].shapes) for name in one.operands if name in around)
+    return sum((_bytes(around[name].shapes) for name in one.operands if name in around), 0.0)
 
 
 def _rounds(kind: str, count: int) -> float:

@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced program, counted in its jaxpr.
+"""The floating-point operations of a traced program, counted in its jaxpr.
 
-Compilers count the body of a loop once, whatever its length, and know nothing of kernels. Here a
-`scan` counts as often as it is long, a `while` as often as the caller expects, and only matrix
+Compilers count the body of a loop once, whatever its length, and know nothing about kernels. Here a
+`scan` counts as often as it is long, and a `while` as often as the caller expects. Only matrix
 products and convolutions count: two operations for a multiplication and its addition.
 """
 
@@ -14,11 +14,11 @@ from jax.extend import core
 
 
 def flops(jaxpr: core.Jaxpr, while_trips: float = 1.0, repeated: int = 1) -> float:
-    """Of one run of the whole program, over all devices.
+    """Return the operations of one run of the whole program, over all devices.
 
-    `while_trips` is how often each `while` with a length that is not known goes round on average.
-    Of a `cond` the costliest branch counts. `repeated`: how many devices do the same, except for
-    what `shard_map` gives to each.
+    `while_trips` is how often each `while` of unknown length goes round on average. The costliest
+    branch of a `cond` counts. `repeated` is how many devices do the same, apart from what
+    `shard_map` gives to each.
     """
     return float(sum(_of(eqn, while_trips, repeated) for eqn in jaxpr.eqns))
 

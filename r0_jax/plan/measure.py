@@ -12,40 +12,42 @@ from ml_collections import ConfigDict
 from r0_jax import config_check
 from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
-from r0_jax.plan import jaxpr_cost, predict
-from r0_jax.plan.predict import Plan
+from r0_jax.plan import flops, memory, weightless
+from r0_jax.plan.plan import Measured, Memory, Plan
+from r0_jax.plan.suggestions import suggest
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 
-_STEPS = 5  # that are timed, after one that is not
+_STEPS = 5  # timed ones, after one that is not
 
 
 def measure(config: ConfigDict, name: str) -> Plan:
-    """Runs the step on this machine's CPU ("cpu") or accelerator ("local"), on weights as they are
-    in the config and on made-up prompts: what a step costs does not depend on what is in it."""
+    """Run the step on this machine's CPU ("cpu") or accelerator ("local"), and return its plan.
+
+    The weights are those of the config. The prompts are made up: what a step costs does not
+    depend on what it reads.
+    """
     device = jax.devices()[0]
     if name == "local" and device.platform == "cpu":
         raise InputError("--topology=local: JAX finds no accelerator here; use --topology=cpu")
     config_check.check_config(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     sharding.microbatches(config.batch_size, config.device_batch, mesh)
-    built = predict.load(config, mesh)
+    built = weightless.load(config, mesh)
     begin = time.perf_counter()
     traced = built.step.trace(*built.abstract)
-    trips = predict.expected_trips(config)
-    executed = jaxpr_cost.flops(traced.jaxpr.jaxpr, trips, predict.repeated(built))
-    model = predict.model_flops(config, built, trips)
+    counted = flops.of_step(built, traced)
     middle = time.perf_counter()
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
-    kinds, compiled = predict.bytes_by_kind(built), None
+    kinds, compiled = memory.bytes_by_kind(built), None
     try:
         compiled = traced.lower().compile()
         kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
     except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows what does not fit
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        kinds["activations"] = (predict.needed(str(error)) or limit) - sum(kinds.values())
+        kinds["activations"] = (memory.needed(str(error)) or limit) - sum(kinds.values())
     end = time.perf_counter()
     peak = sum(kinds.values())
     seconds = None
@@ -60,29 +62,20 @@ def measure(config: ConfigDict, name: str) -> Plan:
         topology=name,
         chips=mesh.size,
         batch_size=config.batch_size,
-        fits=fits,
-        peak_bytes_per_chip=peak,
-        hbm_bytes_per_chip=limit,
-        bytes_per_chip=kinds,
-        flops_per_step=executed,
-        model_flops_per_step=model,
-        bytes_accessed=None,
-        collective_bytes=None,
-        collective_bytes_by_kind=None,
-        dcn_bytes=None,
-        seconds=None,
-        measured_seconds_per_step=seconds,
-        bound_by=None,
-        predicted_images_per_sec=config.batch_size / seconds if fits else None,
-        predicted_mfu=None,
+        flops_per_step=counted.executed,
+        model_flops_per_step=counted.model,
+        memory=Memory(fits, peak, limit, kinds),
+        bounds=None,
+        measured=Measured(seconds, config.batch_size / seconds) if fits else None,
         trace_seconds=middle - begin,
         compile_seconds=end - middle,
         host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        suggestions=[] if fits else predict.suggest(config, built, kinds, peak - limit),
+        suggestions=[] if fits else suggest(config, built, kinds, peak - limit),
     )
 
 
 def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:
+    """Return the median of a few steps, each waited for."""
     frozen = lazy.place(built.frozen, built.frozen_sharding)
     state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
     batch = jax.tree.map(

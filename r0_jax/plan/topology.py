@@ -1,7 +1,7 @@
-"""TPU slices by name, whether or not they are there: shapes for the compiler, and what a chip does.
+"""TPU slices by name, there or not: their shape for the compiler, and what a chip can do.
 
-Figures of a chip are those of Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
-A chip's share of the network between slices is what its host has, over the host's chips.
+The figures of a chip are from Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e).
+A chip's share of the network between slices is that of its host, divided by the host's chips.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ _GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What bounds a program.
+    """Say what bounds a program.
 
     Attributes:
-      hbm_bytes: of memory that a program may use, as the compiler says when it runs out.
-      flops: a second, of bfloat16 matrix products.
+      hbm_bytes: memory that a program can use, as the compiler says when it runs out.
+      flops: operations a second of bfloat16 matrix products.
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that a chip sends to its neighbours, all links together.
       dcn_bandwidth: bytes a second to other slices; None where it is not published.
@@ -46,7 +46,7 @@ CHIPS = {
     "v5p": Chip("v5p", 95.74 * 2**30, 459e12, 2765 * _GB, 600 * _GB, 6.25 * _GB, cores=2),
     "v6e": Chip("v6e", 31.25 * 2**30, 918e12, 1638 * _GB, 400 * _GB, 12.5 * _GB, cores=1),
 }
-# Chips of a slice -> its shape, where a chip has neighbours in two dimensions and in three.
+# Chips of a slice -> its shape; chips have neighbours in two dimensions, or in three.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBIC = {
     4: "2x2x1",
@@ -64,9 +64,9 @@ _CUBIC = {
 
 
 def find(name: str) -> tuple[Chip, list[Any]]:
-    """The chip and the abstract devices of a slice as Google Cloud names it: "v5e-16" has 16 chips,
-    "v5p-8" (8 cores) has 4, "2xv5e-16" is two slices.
+    """Return the chip and the abstract devices of a slice, by its name on Google Cloud.
 
+    "v5e-16" has 16 chips, "v5p-8" (8 cores) has 4, and "2xv5e-16" is two slices.
     Raises InputError for a name that is unknown, and where libtpu is not installed.
     """
     plain = name.replace("v5litepod-", "v5e-")  # as gcloud has it
@@ -86,14 +86,14 @@ def find(name: str) -> tuple[Chip, list[Any]]:
 
 
 def _devices(chip: Chip, shape: str, slices: int) -> Sequence[Any]:
-    # The compiler asks the cloud for the machine that it is on, and keeps others out, unless told.
+    # Otherwise the compiler asks the cloud for its machine, and locks out other processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
-    # Both cores of a v4 as one device, as a v5p always has them.
+    # Both cores of a v4 make one device, as they always do in a v5p.
     more = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     if shape == "1x1":
         more["chips_per_host_bounds"] = (1, 1, 1)

@@ -20,8 +20,10 @@ from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
 from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
-from r0_jax.plan import predict
-from r0_jax.plan.predict import Plan
+from r0_jax.plan import flops, hlo_cost, memory, predict, weightless
+from r0_jax.plan.plan import Bounds, Measured, Memory, Plan
+from r0_jax.plan.suggestions import suggest
+from r0_jax.plan.topology import Chip
 from r0_jax.prompts import encoded_writer
 
 ROOT = Path(__file__).parents[2]
@@ -45,18 +47,24 @@ def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.Com
     )
 
 
+def fields(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
 def test_measured_on_this_machine():
     ended = run("--topology=cpu", "--json", "--config.mesh.fsdp=2", "--config.mesh.data=1")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)  # and nothing else
-    assert set(found) == {field.name for field in dataclasses.fields(Plan)}
-    assert found["chips"] == 2 and found["fits"] is True
-    assert found["measured_seconds_per_step"] > 0 and found["bound_by"] is None
-    assert found["predicted_images_per_sec"] == pytest.approx(
-        4 / found["measured_seconds_per_step"]
-    )
+    assert found.keys() == fields(Plan)
+    assert found["memory"].keys() == fields(Memory)
+    assert found["measured"].keys() == fields(Measured)
+    assert found["chips"] == 2 and found["memory"]["fits"] is True
+    assert found["bounds"] is None
+    measured, held = found["measured"], found["memory"]
+    assert measured["seconds_per_step"] > 0
+    assert measured["images_per_sec"] == pytest.approx(4 / measured["seconds_per_step"])
     assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
-    assert found["peak_bytes_per_chip"] == pytest.approx(sum(found["bytes_per_chip"].values()))
+    assert held["peak_bytes"] == pytest.approx(sum(held["by_kind"].values()))
 
 
 @libtpu
@@ -64,14 +72,85 @@ def test_compiled_for_a_slice_that_is_not_there():
     ended = run("--topology=v5e-4", "--json")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found["chips"] == 4 and found["fits"] is True
-    assert found["bytes_accessed"] > 0 and found["collective_bytes"] > 0
-    assert found["bound_by"] == max(found["seconds"], key=found["seconds"].get)
-    assert 0 < found["predicted_mfu"] < 1
-    assert found["dcn_bytes"] == 0 and "dcn" not in found["seconds"]
+    assert found["chips"] == 4 and found["memory"]["fits"] is True
+    assert found["measured"] is None
+    bounds = found["bounds"]
+    assert bounds.keys() == fields(Bounds)
+    assert bounds["hbm_bytes"] > 0 and sum(bounds["sent_bytes"].values()) > 0
+    assert bounds["bound_by"] == max(bounds["seconds"], key=bounds["seconds"].get)
+    assert 0 < bounds["mfu"] < 1
+    assert bounds["dcn_bytes"] == 0 and "dcn" not in bounds["seconds"]
     said = run("--topology=2xv5e-4", "--config.batch_size=8", "--config.mesh.fsdp=4").stdout
     assert "fits" in said and "bound by" in said and "compiled in" in said
     assert "GB to other slices" in said and ", dcn " in said
+
+
+CHIP = Chip(
+    "toy",
+    hbm_bytes=100.0,
+    flops=10.0,
+    hbm_bandwidth=4.0,
+    ici_bandwidth=2.0,
+    dcn_bandwidth=1.0,
+    cores=1,
+)
+
+
+def test_the_longest_of_the_bounds_decides():
+    """Of 2 chips and 6 images: 3 s for FLOPs, 5 s for memory, 4 s for what chips send."""
+    costs = hlo_cost.Cost(20.0, {"all-gather": 6.0, "all-reduce": 2.0}, 0.0)
+    found = predict._bounds(costs, flops.Flops(60.0, 40.0), CHIP, 2, 6)
+    assert found == Bounds(
+        hbm_bytes=20.0,
+        sent_bytes={"all-gather": 6.0, "all-reduce": 2.0},
+        dcn_bytes=0.0,
+        seconds={"compute": 3.0, "hbm": 5.0, "interconnect": 4.0},
+        bound_by="hbm",
+        images_per_sec=6 / 5,
+        mfu=40 / 5 / 2 / 10,
+    )
+    slow = predict._bounds(hlo_cost.Cost(dcn_bytes=9.0), flops.Flops(60.0, 40.0), CHIP, 2, 6)
+    assert slow.seconds["dcn"] == 9.0 and slow.bound_by == "dcn"
+
+
+class Lowered(jax.stages.Lowered):
+    """A program of 30 bytes and 5 bytes of code, or one that the compiler has no room for."""
+
+    def __init__(self, error: str = ""):
+        self.error = error
+
+    def compile(self, compiler_options):
+        assert compiler_options == {"exec_time_optimization_effort": -0.5}
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        return types.SimpleNamespace(
+            memory_analysis=lambda: types.SimpleNamespace(
+                peak_memory_in_bytes=30, generated_code_size_in_bytes=5
+            ),
+            as_text=lambda: "ENTRY %main () -> f32[2] {\n  ROOT %x = f32[2]{0} custom-call()\n}\n",
+        )
+
+
+@pytest.mark.parametrize(("beside", "fits"), [(65.0, True), (66.0, False)])
+def test_what_the_step_does_not_read_takes_room_too(beside, fits):
+    lying = {"parameters": 8.0}
+    held, costs = predict._compile(Lowered(), -0.5, 1.0, CHIP, lying, beside)
+    assert held == Memory(
+        fits,
+        peak_bytes=35 + beside,
+        limit_bytes=100.0,
+        by_kind={"parameters": 8.0, "code": 5.0, "activations": 22 + beside},
+    )
+    assert costs.hbm_bytes == 8.0 and lying == {"parameters": 8.0}
+
+
+def test_a_step_without_room_has_no_bounds():
+    error = "RESOURCE_EXHAUSTED: ... HLO temporaries (2.00K) exceeds available HBM"
+    held, costs = predict._compile(Lowered(error), -0.5, 1.0, CHIP, {"parameters": 8.0}, 2.0)
+    assert costs is None and not held.fits
+    assert held.peak_bytes == 2050.0 and held.by_kind["activations"] == 2042.0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        predict._compile(Lowered("INTERNAL: something else"), -0.5, 1.0, CHIP, {}, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +175,7 @@ def test_wrong_flags_give_one_line(flags, said):
 def test_without_weights_and_without_a_family():
     config = sd15_r0.get_config()
     config.family = ""
-    with pytest.raises(InputError, match="pretrained is not set"), predict.filled(config):
+    with pytest.raises(InputError, match="pretrained is not set"), weightless.filled(config):
         pass
 
 
@@ -105,7 +184,7 @@ def test_what_is_not_there_is_filled_in_and_named(cache, tmp_path, capsys):  # n
     there, config.family = config.pretrained, ""
     config.objective.decoder = str(tmp_path / "nowhere")
     config.rewards.chinese_clip.path = ""
-    with predict.filled(config) as filled:
+    with weightless.filled(config) as filled:
         assert filled.pretrained == there and filled.objective.decoder.endswith("decoder")
         assert filled.rewards.chinese_clip.path and config.rewards.chinese_clip.path == ""
     assert capsys.readouterr().err == (
@@ -126,7 +205,7 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
     config = sd15_r0.get_config("dryrun")
     with config.unlocked():
         config.rewards.mine = base.reward_entry("function", function="with_features:score")
-    built = predict.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
     assert built.abstract[2]["features/mine"].shape == (config.batch_size, 5)
     # Which the step reads. Towers of text whose features came with the batch are not there at all;
     # the encoder of the VAE is, though nobody looks at it.
@@ -144,7 +223,7 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
     assert not any(
         "text_model" in name for reward in built.frozen["rewards"].values() for name in reward
     )
-    assert predict.unused_bytes(trace.jaxpr.jaxpr, built) > 0
+    assert memory.unused_bytes(trace.jaxpr.jaxpr, built) > 0
 
 
 def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_path):  # noqa: F811
@@ -168,17 +247,17 @@ def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_pat
             "utf-8",
         )
     config.data.encoded = str(tmp_path / "with")
-    built = predict.load(config, mesh)
+    built = weightless.load(config, mesh)
     assert built.abstract[2]["prompt_embeds"].shape == (config.batch_size, 7, 40)
     config.data.encoded = str(tmp_path / "without")
     with pytest.raises(InputError, match="no split 'negative', the embedding of the empty prompt"):
-        predict.load(config, mesh)
+        weightless.load(config, mesh)
 
 
 @pytest.mark.parametrize(("recipe", "count"), [(sd15_r0, 2), (sd3_r0, 1)])
 def test_chips_that_repeat_each_other(cache, recipe, count):  # noqa: F811
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
-    assert predict.repeated(predict.load(recipe.get_config("dryrun"), mesh)) == count
+    assert flops.repeated(weightless.load(recipe.get_config("dryrun"), mesh)) == count
 
 
 def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
@@ -186,9 +265,9 @@ def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
     config.batch_size = 8
 
     def suggested(**sizes):
-        built = predict.load(config, sharding.make_mesh(sizes))
-        kinds = predict.bytes_by_kind(built) | {"activations": 1.0}
-        return predict.suggest(config, built, kinds, 1.0)
+        built = weightless.load(config, sharding.make_mesh(sizes))
+        kinds = memory.bytes_by_kind(built) | {"activations": 1.0}
+        return suggest(config, built, kinds, 1.0)
 
     found = suggested(data=4, tensor=2)
     assert found[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=4: ")
@@ -208,10 +287,10 @@ def test_what_is_suggested(full):
     """Of what a config does not do yet, the cheapest first."""
     mesh = sharding.make_mesh({"data": -1}, jax.devices())
     full.batch_size, full.device_batch, full.remat = 16, 2, "calls"
-    with predict.filled(full) as config:
-        built = predict.load(config, mesh)
-        kinds = predict.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
-        found = predict.suggest(config, built, kinds, 2.0**30)
+    with weightless.filled(full) as config:
+        built = weightless.load(config, mesh)
+        kinds = memory.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
+        found = suggest(config, built, kinds, 2.0**30)
     starts = [
         "--config.mesh.data=1 --config.mesh.fsdp=8",
         "--config.remat=blocks",
@@ -227,10 +306,10 @@ def test_what_is_suggested(full):
 def test_memory_by_kind_is_that_of_the_arrays(full):
     """With the state and frozen weights split over 8 devices, each has the share it says."""
     mesh = sharding.make_mesh({"fsdp": 8}, jax.devices())
-    with predict.filled(full) as config:
+    with weightless.filled(full) as config:
         config.batch_size = 8
-        built = predict.load(config, mesh)
-        kinds = predict.bytes_by_kind(built)
+        built = weightless.load(config, mesh)
+        kinds = memory.bytes_by_kind(built)
         state = jax.jit(built.init, out_shardings=built.state_sharding)(
             {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()}
         )
@@ -248,10 +327,10 @@ def test_what_the_compiler_says_when_memory_runs_out():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (18.32G) exceeds available HBM (15.75G)."
     )
-    assert predict.needed(said) == 18.32 * 2**30
-    assert predict.needed("INTERNAL: something else") is None
+    assert memory.needed(said) == 18.32 * 2**30
+    assert memory.needed("INTERNAL: something else") is None
     assert (
-        predict.needed(
+        memory.needed(
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used "
             "19.01M of 16.00M vmem."
         )

@@ -25,7 +25,7 @@ from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
-from r0_jax.plan import predict
+from r0_jax.plan import weightless
 from r0_jax.prompts import dataset, encoded, encoded_writer, prepared, shards
 from r0_jax.prompts.files import read_prompts
 from r0_jax.stand_ins import miniature
@@ -120,7 +120,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         bare = source.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
         batches = source.batches(tmp_path, bare, found, *where)
-        planned = predict.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
+        planned = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
             name: (x.shape, x.dtype) for name, x in next(batches).items()
         }
