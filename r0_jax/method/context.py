@@ -1,4 +1,4 @@
-"""What a penalty may look at."""
+"""The values that a penalty can use."""
 
 import dataclasses
 import functools
@@ -14,18 +14,18 @@ from r0_jax.diffusion.schedulers import Scheduler
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """One microbatch, after the rollout.
+    """Hold one microbatch after the rollout.
 
     Attributes:
       trajectory: the graded call of the generator.
-      keys: one a sample.
+      keys: one random key a sample.
       base: (latents, timesteps) -> the frozen base's network output under the prompts.
       base_pair: (latents, timesteps) -> the same under the prompts and under the empty prompt, in
         one call of the network.
-      base_features: (latents, timesteps) -> its mid-block features.
+      base_features: (latents, timesteps) -> the base's mid-block features.
       squared_distance: () -> ||theta - theta_pretrained||^2.
-      table: every timestep that the base was trained on, as a sampler whose index i is a noise
-        level: clean to noisy conversions at any of them.
+      table: every timestep that the base was trained on, in the form of a sampler. Its index is
+        a noise level, from the noisiest one down.
     """
 
     trajectory: rollout.Trajectory
@@ -38,7 +38,7 @@ class Context:
 
     @functools.cached_property
     def base_x0(self) -> Float[Array, "b h w c"]:
-        """The base's one-shot clean prediction at the generator's own noisy input."""
+        """Return the base's one-shot clean prediction at the generator's own noisy input."""
         at = self.trajectory
         model_output = self.base(at.latents, at.timesteps)
         return jax.lax.stop_gradient(
@@ -50,8 +50,10 @@ class Context:
     def renoise(
         self, x0: Float[Array, "b h w c"], level: tuple[float, float], tag: int
     ) -> "Noised":
-        """x0 noised to a random level of each sample; `level` is (least, most) as a share of the
-        trained timesteps."""
+        """Return x0 with noise of a random level for each sample.
+
+        `level` is the least and the most of it, from 0 to 1 as a share of the trained timesteps.
+        """
         steps = len(self.table.timesteps)
         share = level[0] + (level[1] - level[0]) * rollout.uniform(self.keys, tag)
         # The table runs from the noisiest timestep down.
@@ -67,7 +69,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Noised:
-    """latents = alpha x0 + sigma noise, at `timesteps` [B]."""
+    """Hold latents = alpha x0 + sigma noise, at `timesteps` [B]."""
 
     latents: jax.Array
     timesteps: jax.Array

@@ -1,4 +1,4 @@
-"""The trained network: its pretrained copy with adapters, or with all of its weights replaced."""
+"""The trained network: the pretrained one with adapters, or with other weights."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from r0_jax.weights.network import Params, Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """How trainable parameters become network weights.
+    """Turn trainable parameters into network weights.
 
     Attributes:
       rank: of the adapters; 0 trains every weight.
       alpha: adapters are scaled by alpha / rank.
-      targets: regex on dotted module names that get an adapter.
-      dtype: the network computes in it; trainable parameters stay float32.
+      targets: regex on dotted module names; those that match get an adapter.
+      dtype: what the network computes in; trainable parameters stay float32.
       fixed: parameters of the network that are never trained.
     """
 
@@ -32,7 +32,7 @@ class Generator:
         return self.alpha / self.rank
 
     def init(self, key: jax.Array, base: Params, shapes: Shapes) -> Params:
-        """Trainable parameters, float32, with which the generator equals the base."""
+        """Return trainable parameters, float32, with which the generator equals the base."""
         if self.rank:
             return lora.init(key, shapes, self.targets, self.rank)
         return {
@@ -42,14 +42,17 @@ class Generator:
         }
 
     def weights(self, params: Params, base: Params) -> Params:
-        """The network's weights in `dtype`, differentiable in `params`, which may be packed."""
+        """Return the network's weights in `dtype`, differentiable in `params`.
+
+        `params` may be packed (stacks.py).
+        """
         merged = (
             lora.merge(base, params, self.scale) if self.rank else {**base, **stacks.unpack(params)}
         )
         return {name: value.astype(self.dtype) for name, value in merged.items()}
 
     def squared_distance(self, params: Params, base: Params) -> jax.Array:
-        """||theta - theta_pretrained||^2, the sum over all weights, in float32."""
+        """Return ||theta - theta_pretrained||^2, the sum over all weights, in float32."""
         if self.rank:
             return lora.squared_norm(params, self.scale)
         return sum(

@@ -19,7 +19,10 @@ from r0_jax.weights.network import Params, Shapes
 
 
 def targets(shapes: Shapes, pattern: str) -> list[str]:
-    """Modules, in order, that have a kernel and whose dotted name matches the whole regex."""
+    """Return, in order, the modules with a kernel whose whole dotted name matches the regex.
+
+    Raises InputError where there are none, or where the regex is not valid.
+    """
     modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
     try:
         found = [module for module in modules if re.fullmatch(pattern, module)]
@@ -34,21 +37,23 @@ def targets(shapes: Shapes, pattern: str) -> list[str]:
 
 
 def check_rank(shapes: Shapes, pattern: str, rank: int) -> None:
-    """InputError where a module's matrix has no such rank: the adapter would hold more numbers than
-    the weights it stands for."""
+    """Raise InputError where a module's matrix is too small for adapters of this rank.
+
+    Such an adapter would hold more numbers than the weights that it stands for.
+    """
     kernels = {module: shapes[f"{module}.kernel"].shape for module in targets(shapes, pattern)}
     most = {module: min(prod(shape[:-1]), shape[-1]) for module, shape in kernels.items()}
     module = min(most, key=most.get)
     if rank > most[module]:
         raise InputError(
             f"lora.rank={rank} is above what fits {module}, a matrix of rank "
-            f"{most[module]}: use {most[module]} at most, or leave this layer out of "
+            f"{most[module]}: use {most[module]} at most, or exclude this layer from "
             "lora.targets"
         )
 
 
 def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params:
-    """A ~ N(0, 1 / rank^2), B = 0, in float32: the adapted network starts as the base.
+    """Return A ~ N(0, 1 / rank^2) and B = 0, in float32: the network starts as the base.
 
     A convolution's A keeps its window and B is 1 x 1, as in PEFT.
     """
@@ -62,8 +67,10 @@ def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params
 
 
 def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Params:
-    """The base's parameters with `scale` A B added where there is an adapter; those of a
-    transformer's blocks may be stacked (stacks.py)."""
+    """Return the base's parameters with `scale` A B added where there is an adapter.
+
+    The adapters of a transformer's blocks may be stacked (stacks.py).
+    """
     merged = dict(base)
     for name, a in adapters.items():
         if name.endswith(".lora_A.kernel"):
@@ -79,7 +86,7 @@ def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Pa
 
 
 def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The adapters with their scale in B, so that 1 is what to scale A B by."""
+    """Return the adapters with their scale in B, so that A B needs no other scale."""
     return {
         name: value * scale if name.endswith(".lora_B.kernel") else value
         for name, value in adapters.items()
@@ -87,7 +94,10 @@ def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 
 def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:
-    """The sum of squares of every `scale` A B, without forming one: tr(A^T A  B B^T)."""
+    """Return the sum of squares of every `scale` A B, a scalar.
+
+    It forms none of these products: ||A B||^2 = tr(A^T A  B B^T).
+    """
     total = jnp.zeros(())
     for name, a in adapters.items():
         if name.endswith(".lora_A.kernel"):
@@ -99,5 +109,5 @@ def squared_norm(adapters: Params, scale: float) -> Float[Array, ""]:
 
 
 def is_adapter(params: Mapping[str, object]) -> bool:
-    """True if the trained parameters are adapters, False if they are whole weights."""
+    """Return True if the trained parameters are adapters, False if they are whole weights."""
     return any(".lora_A." in name for name in params)

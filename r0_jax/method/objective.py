@@ -1,11 +1,11 @@
-"""The method on one page: rewards and penalties of what the generator draws -> loss, metrics.
+"""The method on one page: from what the generator draws to the loss and its metrics.
 
     trajectory = the few-step sampler run from noise            R0: all K steps, R0+: a random one
     images     = decode(trajectory.x0)
     g          = weighted sum of the rewards' image gradients, each normalized, per sample
     loss       = - <stop_gradient(g), images> + sum_j lambda_j penalty_j
 
-One backward pass then carries g through decoder and generator, however many rewards there are.
+One backward pass carries g through decoder and generator, however many rewards there are.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ from r0_jax.weights.network import Params
 _NOISE, _ROLLOUT, _REGULARIZERS = range(3)
 
 Metrics = dict[str, Float[Array, ""]]
-SQUARE = "square/"  # of a reward's scores: metrics for the train step, which takes them out
+SQUARE = "square/"  # metrics of squared scores; the train step uses and removes them
 
 
 class Objective:
-    """loss(params, frozen, batch, keys, last, spreads): what one gradient step descends.
+    """Compute the loss that one gradient step descends.
 
-    `frozen` holds what is never trained, as arguments and never as constants of the program:
+    `frozen` holds what is never trained. It is an argument and never a constant of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
-    "rewards" ({name: params}), "empty" (`Pipeline.empty`) and, where a tiny `decoder` stands in for
-    the VAE, "decoder".
+    "rewards" ({name: params}) and "empty" (`Pipeline.empty`). Where a tiny decoder replaces the
+    VAE, it is "decoder".
     """
 
     def __init__(
@@ -63,8 +63,10 @@ class Objective:
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
     def draw_last(self, key: jax.Array) -> jax.Array | int:
-        """The step whose prediction is rewarded: the last one, or for R0+ a random one, shared by
-        the batch so that only the steps up to it are run."""
+        """Return the step whose prediction is rewarded: the last one, or for R0+ a random one.
+
+        All samples of a batch share it, so that only the steps up to it run.
+        """
         if self.config.objective.method == "r0plus":
             return jax.random.randint(key, (), 0, self.num_steps)
         return self.num_steps - 1
@@ -78,11 +80,14 @@ class Objective:
         last: jax.Array | int,
         spreads: dict[str, jax.Array],
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Mean over the batch's samples; metrics are means too.
+        """Return the loss and the metrics, all of them means over the batch's samples.
 
-        batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
-        and `Reward.column` [B, D] for rewards that read prompts.
-        spreads: of each reward's scores, for objective.normalization = "running_std".
+        Args:
+          batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
+            and `Reward.column` [B, D] for rewards that read prompts.
+          keys: one a sample.
+          last: the step whose prediction is rewarded, by `draw_last`.
+          spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         with repeat.use(self.repeat):
             return self._loss(params, frozen, batch, keys, last, spreads)

@@ -1,4 +1,4 @@
-"""From gradients to parameters: clipped AdamW, Langevin noise, EMA, and steps that are skipped."""
+"""From gradients to parameters: clipped AdamW, Langevin noise, EMA, and skipped steps."""
 
 import difflib
 import math
@@ -19,11 +19,10 @@ Params = dict[str, Shaped[Array, "..."]]
 
 
 def make_optimizer(config: ConfigDict, temperature: float = 0.0) -> optax.GradientTransformation:
-    """Global-norm clip, AdamW, then Langevin noise if `temperature` is not 0.
+    """Return global-norm clipping, AdamW, and Langevin noise if `temperature` is not 0.
 
-    Reads config.optimizer (learning_rate, warmup_steps, schedule, b1, b2, eps, weight_decay,
-    clip_norm), config.steps and config.seed. Weight decay pulls on matrices only, never on
-    biases and norms.
+    It reads config.optimizer, config.steps and config.seed. Weight decay acts on matrices only,
+    never on biases and norms. Raises InputError for numbers out of range.
     """
     c = config.optimizer
     if not c.eps > 0:  # Adam would divide 0 by 0 where a gradient is 0
@@ -49,10 +48,10 @@ def make_optimizer(config: ConfigDict, temperature: float = 0.0) -> optax.Gradie
 
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
-    """count (updates done) -> float32 learning rate.
+    """Return the schedule: number of updates done -> learning rate, float32.
 
-    Linear warm-up whose first step already moves, to config.optimizer.learning_rate after
-    `warmup_steps`; then constant, or half a cosine down to 0 at config.steps.
+    It rises in a line to config.optimizer.learning_rate within `warmup_steps`, and is not 0 at
+    the first update. Then it is constant, or falls as half a cosine to 0 at config.steps.
     """
     c = config.optimizer
     if c.schedule not in SCHEDULES:
@@ -74,12 +73,12 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def _is_matrix(params: Params) -> dict[str, bool]:
-    # A stacked parameter ("blocks.*.bias") has one axis more than its own.
+    # A stacked parameter ("blocks.*.bias") has one axis more than each of its members.
     return {name: x.ndim - name.count("*") >= 2 for name, x in params.items()}
 
 
 class LangevinState(NamedTuple):
-    """How many updates had noise added."""
+    """Count the updates that got noise."""
 
     count: Int[Array, ""]
 
@@ -87,11 +86,11 @@ class LangevinState(NamedTuple):
 def langevin(
     temperature: float, learning_rate: optax.Schedule, seed: int
 ) -> optax.GradientTransformation:
-    """Adds sqrt(2 * lr * T) * N(0, 1) to each update; to be the last of a chain.
+    """Add sqrt(2 * lr * T) * N(0, 1) to each update, as the last of a chain.
 
-    With the `weight` penalty it samples the parameters from the reward-tilted posterior
-    (method.md section 4). The noise depends on seed, count and the parameter's place among the
-    sorted names alone: neither sharding nor a resume changes it, and no key is in the state.
+    With the `weight` penalty this samples the parameters from the reward-tilted posterior
+    (method.md section 4). The noise depends only on seed, count and the parameter's place among
+    the sorted names. So neither sharding nor a resume changes it, and the state holds no key.
     """
 
     def init(params: Params) -> LangevinState:
@@ -113,12 +112,12 @@ def langevin(
 
 
 def update_ema(ema_params: Params, params: Params, decay: Float[ArrayLike, ""]) -> Params:
-    """decay * ema_params + (1 - decay) * params."""
+    """Return decay * ema_params + (1 - decay) * params."""
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema_params, params)
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, in float32 whatever their dtype."""
+    """Return the Euclidean norm of all leaves together, in float32 whatever their dtype."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
@@ -126,11 +125,10 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def skip_if_nonfinite(
     old_state: TrainState, new_state: TrainState, grads_norm: Float[Array, ""]
 ) -> TrainState:
-    """`new_state`; or, where the gradient norm or a parameter is not finite, `old_state` one step
-    later.
+    """Return `new_state` if the gradient norm and all its parameters are finite.
 
-    A skipped step leaves parameters, EMA and optimizer untouched and is counted; `step` advances
-    either way, so that the next step sees other data.
+    Otherwise return `old_state`, whose parameters, EMA and optimizer stay as they are, with this
+    skipped step counted. `step` advances in both cases, so that the next step sees other data.
     """
     finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(global_norm(new_state.params))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)

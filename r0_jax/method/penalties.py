@@ -1,6 +1,7 @@
 """The penalties of method.md section 4: (context, options) -> scalar, float32.
 
-Each is a mean over the samples of the batch, so that microbatches average to the large batch.
+Each but `weight` is a mean over the batch's samples, so that microbatches average to the large
+batch.
 """
 
 import jax
@@ -12,25 +13,31 @@ from ml_collections import ConfigDict
 from r0_jax.diffusion import noise_schedule
 from r0_jax.method.context import Context
 
-# Of the random draws, so that no two penalties share their noise.
+# Tags of the random draws, so that no two penalties share their noise.
 _FEATURE, _GUIDANCE = 100, 200
 
 
 def weight(context: Context, options: ConfigDict) -> Float[Array, ""]:
-    """||theta - theta_pretrained||^2, a sum over all weights; with LoRA, ||B A||^2."""
+    """Return ||theta - theta_pretrained||^2, a sum over all weights; with LoRA, ||A B||^2."""
     del options
     return context.squared_distance()
 
 
 def output(context: Context, options: ConfigDict) -> Float[Array, ""]:
-    """Mean squared distance of the generator's x0 and the base's at the same noisy input."""
+    """Return the mean squared distance of the generator's x0 and the base's.
+
+    Both start from the same noisy input.
+    """
     del options
     return jnp.mean((context.trajectory.x0 - context.base_x0) ** 2)
 
 
 def feature(context: Context, options: ConfigDict) -> Float[Array, ""]:
-    """Squared distance of the base's mid-block features on both re-noised x0, relative to the
-    features' own size; options.least, options.most bound the noise level, as shares of time."""
+    """Return the squared distance of the base's mid-block features on both re-noised x0.
+
+    It is relative to the size of the features. options.least and options.most bound the noise
+    level, from 0 to 1 as shares of the trained timesteps.
+    """
     level = (options.least, options.most)
     drawn = context.renoise(context.trajectory.x0, level, _FEATURE)
     reference = context.renoise(context.base_x0, level, _FEATURE)
@@ -41,10 +48,11 @@ def feature(context: Context, options: ConfigDict) -> Float[Array, ""]:
 
 
 def guidance(context: Context, options: ConfigDict) -> Float[Array, ""]:
-    """Classifier-free guidance as an implicit reward, at the full resolution of the latents.
+    """Return a penalty that makes classifier-free guidance an implicit reward.
 
-    The output is re-noised, the base evaluated with and without the prompt, and x0 pulled along
-    the difference: target = x0 + scale (x0_cond - x0_uncond),
+    It noises the output again and evaluates the base with and without the prompt. Then it pulls
+    x0 along the difference, at the full resolution of the latents:
+    target = x0 + scale (x0_cond - x0_uncond),
     loss = ||x0 - target||^2 / mean |x0 - target|.
     """
     x0 = context.trajectory.x0

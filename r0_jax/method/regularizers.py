@@ -1,7 +1,7 @@
-"""What keeps the generator on the manifold: penalties, each a config entry with a weight.
+"""The penalties that keep the generator near the base, by the names of their config entries.
 
-`langevin` (in optim.py) and `gradient` (in reward_gradient.py) are entries of the same section
-that act elsewhere: on the update, and on the rewards' gradient.
+`langevin` (optim.py) and `gradient` (reward_gradient.py) are entries of the same section. They act
+elsewhere: on the update, and on the rewards' gradient.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
-"""N rewards -> one gradient with respect to the images.
+"""The gradients of all rewards with respect to the images, joined into one.
 
-Each reward's own gradient is normalized by its norm, sample by sample, so that no reward drowns
-another, and the weighted sum is pulled back once through decoder and generator:
+Each reward's gradient is divided by its norm, sample by sample, so that no reward drowns another.
+Only the weighted sum goes back through decoder and generator:
 
     g = sum_i w_i grad_I r_i / (||grad_I r_i|| + delta)
 
-What a config can change on the way, in this order: smoothing, a look from a worse image nearby
-(sharpness), a cap above which a reward falls silent, normalization, projection of conflicts.
+A config can change on the way, in this order: the place, a worse image nearby (sharpness);
+smoothing; a cap, above which a reward has no gradient; normalization; projection of conflicts.
 """
 
 import itertools
@@ -28,8 +28,13 @@ _SMOOTHING = 300  # tag of the random draws
 
 
 class RewardGradient(NamedTuple):
-    """The weighted sum of gradients, and each reward's scores and gradient norms, all a sample;
-    and the cosine between the gradients of each two rewards, as "first~second"."""
+    """Hold what the rewards say of each sample.
+
+    Attributes:
+      images: the weighted sum of gradients.
+      scores, norms: each reward's scores and the norms of its gradient.
+      cosines: between the gradients of each two rewards, by "first~second".
+    """
 
     images: Float[Array, "b h w 3"]
     scores: dict[str, Float[Array, " b"]]
@@ -46,11 +51,12 @@ def reward_gradient(
     spreads: dict[str, Float[Array, ""]],
     config: ConfigDict,
 ) -> RewardGradient:
-    """`images` may lie beyond [0, 1]; rewards see them clipped.
+    """Return the joined gradient of the rewards at `images`.
 
-    A pixel beyond the range feels a reward only where it is pulled back: clipping alone would
-    leave it stuck, and ignoring the clip would push it on for ever. `spreads` are the standard
-    deviations that "running_std" divides by.
+    `images` may lie beyond [0, 1]; rewards see them clipped. The gradient of a pixel beyond the
+    range counts only where it leads back: clipping alone would leave the pixel stuck, and ignoring
+    the clip would push it on for ever. `spreads` are the standard deviations that "running_std"
+    divides by.
     """
     clipped = jnp.clip(images, 0.0, 1.0)
     options, scores, norms, gradients = config.objective, {}, {}, {}
@@ -86,22 +92,26 @@ def reward_gradient(
 
 
 def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
-    """The `gradient` regularizer: a share `weight` of the gradient is replaced by its average
-    over `samples` images perturbed by N(0, std^2). (The weighted sum is cut at `clip` later: a
-    gradient that is normalized after a cut would not show it.)"""
+    """Apply the `gradient` regularizer: replace a share `weight` of the gradient by an average.
+
+    The average is over `samples` images perturbed by N(0, std^2). Only the weighted sum is cut at
+    `clip`, later: normalization would undo a cut that came before it.
+    """
     if options.weight == 0:
         return gradient
     smooth = jnp.zeros_like(gradient)
     for i in range(options.samples):
         noise = options.std * rollout.normal(keys, _SMOOTHING + i, images.shape[1:])
-        perturbed = jnp.clip(images + noise, 0.0, 1.0)  # all that a reward is promised
+        perturbed = jnp.clip(images + noise, 0.0, 1.0)  # the range that a reward expects
         smooth += value_and_gradient(score, perturbed)[1] / options.samples
     return (1 - options.weight) * gradient + options.weight * smooth
 
 
 def _descended(score, images, gradient, rho: float) -> tuple[jax.Array, jax.Array]:
-    """Images `rho` down the slope, where the reward is lower, and its gradient there: a peak too
-    narrow to last pulls less. Sharpness-aware reward, grad r(I - rho grad / ||grad||)."""
+    """Return images a distance `rho` down the slope, and the gradient there.
+
+    This is a sharpness-aware reward, grad r(I - rho grad / ||grad||): a narrow peak pulls less.
+    """
     if rho == 0:
         return images, gradient
     worse = jnp.clip(images - rho * gradient / (_norm(gradient) + 1e-12), 0.0, 1.0)
@@ -109,8 +119,10 @@ def _descended(score, images, gradient, rho: float) -> tuple[jax.Array, jax.Arra
 
 
 def _projected(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Each gradient without what works against another one (PCGrad, sample by sample, the others
-    in the order of the config)."""
+    """Return each gradient without the part that works against another one.
+
+    This is PCGrad, sample by sample, with the others in the order of the config.
+    """
     found = {}
     for name, gradient in gradients.items():
         for other, against in gradients.items():

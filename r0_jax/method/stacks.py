@@ -1,9 +1,8 @@
-"""The small trained arrays of a transformer's blocks, one array for all blocks.
+"""The small trained arrays of a transformer's blocks, stacked into one array for all blocks.
 
-Written one by one, an optimizer over the 1,120 factors of SDXL's adapters is much of the program,
-to compile as to launch. Inside the jitted step those of a transformer's blocks are
-therefore one array, under their name with `*` for the block's number; everything else sees them one
-by one.
+SDXL's adapters have 1,120 factors. An optimizer over them one by one is much of the program, both
+to compile and to launch. So the jitted step stacks those of a transformer's blocks, under their
+name with `*` for the block's number. Everything else sees them one by one.
 """
 
 import re
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-MOST_BYTES = 4 * 2**20  # larger ones stay alone: to stack them costs memory, and they are sharded
+MOST_BYTES = 4 * 2**20  # larger arrays stay alone: stacking them costs memory, and they are sharded
 _BLOCK = re.compile(r"(?<=transformer_blocks\.)(\d+)(?=\.)")
 
 Params = dict[str, Shaped[Array, "..."]]
@@ -24,8 +23,10 @@ Params = dict[str, Shaped[Array, "..."]]
 def groups(
     params: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct],
 ) -> dict[str, list[str]]:
-    """{name of a stack: names of what is in it, of one shape and of blocks 0, 1, ...}; an array
-    that stays alone keeps its name."""
+    """Return {name of a stack: names of its arrays, of one shape and of blocks 0, 1, ...}.
+
+    An array that stays alone keeps its name.
+    """
     found: dict[str, list[str]] = {}
     for name in params:
         found.setdefault(_BLOCK.sub("*", name, count=1), []).append(name)
@@ -45,12 +46,12 @@ def groups(
 
 
 def members(key: str, count: int) -> list[str]:
-    """The names of what a stack of `count` arrays holds, in order."""
+    """Return the names of the arrays of a stack of `count`, in order."""
     return [key.replace("*", str(i)) for i in range(count)]
 
 
 def pack(tree: Any, groups: Mapping[str, list[str]]) -> Any:
-    """`tree` with every dict of just the grouped names, at any depth, stacked."""
+    """Return `tree` with each dict of exactly the grouped names, at any depth, stacked."""
     names = {name for listed in groups.values() for name in listed}
 
     def is_params(x: Any) -> bool:
@@ -68,7 +69,7 @@ def pack(tree: Any, groups: Mapping[str, list[str]]) -> Any:
 
 
 def unpack(tree: Any) -> Any:
-    """The inverse of `pack`."""
+    """Undo `pack`."""
 
     def is_packed(x: Any) -> bool:
         return isinstance(x, dict) and any("*" in str(key) for key in x)
@@ -89,5 +90,5 @@ def unpack(tree: Any) -> Any:
 
 
 def split(x: Shaped[Array, "n ..."]) -> list[Shaped[Array, "..."]]:
-    """x[0], x[1], ...: one operation, whose gradient is one too."""
+    """Return x[0], x[1], ... by one operation, whose gradient is one too."""
     return [part[0] for part in lax.split(x, [1] * len(x))]

@@ -1,4 +1,4 @@
-"""What one training step reads and returns; all of it is in a checkpoint."""
+"""The state that a training step reads and returns; a checkpoint holds all of it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,16 +14,16 @@ Params = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that changes from step to step.
+    """Hold everything that changes from step to step.
 
     Attributes:
-      step: int32, steps done; skipped ones count. It is also the position in the data.
+      step: int32, steps done, also the skipped ones. It is also the position in the data.
       params: the trainable parameters (LoRA factors or full weights) by dotted name, float32.
       ema_params: their exponential moving average.
       opt_state: of the optax optimizer.
       skipped: int32, steps whose gradients were not finite.
       skipped_in_a_row: int32, how many of them were the last ones.
-      moments: of the rewards whose gradients are divided by their running spread.
+      moments: of rewards whose gradients are divided by their running spread (reward_spread.py).
     """
 
     step: jax.Array
@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 def init(
     params: Params, optimizer: optax.GradientTransformation, spread_of: Sequence[str] = ()
 ) -> TrainState:
-    """The state before the first step; `spread_of` names rewards whose spread is needed."""
+    """Return the state before the first step; `spread_of` names rewards that need a spread."""
     counter = jnp.zeros((), jnp.int32)
     state = TrainState(
         counter,

@@ -1,4 +1,4 @@
-"""One pure step: gradients of the objective over all microbatches -> optimizer -> EMA."""
+"""One pure training step: gradients over all microbatches, then the optimizer, then the EMA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +26,11 @@ def make_train_step(
     count: int,
     over_devices: NamedSharding,
 ) -> TrainStep:
-    """(state, frozen, batch, key) -> (state, metrics); pure, to be jitted with shardings.
+    """Return a pure step (state, frozen, batch, key) -> (state, metrics), to jit with shardings.
 
-    `batch` is the global one. It is cut into `count` microbatches, which lie on the devices as
-    `over_devices` says of [count, samples, ...] and whose gradients are averaged; every random draw
-    belongs to a sample, so that this equals one large batch.
+    `batch` is the global one. The step cuts it into `count` microbatches [count, samples, ...],
+    places them as `over_devices` says, and averages their gradients. Every random draw belongs to
+    a sample, so that this equals one large batch.
     """
 
     def train_step(
@@ -51,7 +51,7 @@ def make_train_step(
             return loss, metrics, grads
 
         def cut(x):
-            # Interleaved, so that each microbatch takes an equal share of every device's samples.
+            # Interleaved: each microbatch takes an equal share of every device's samples.
             x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
             return lax.with_sharding_constraint(x, over_devices)
 
@@ -105,6 +105,6 @@ def _update(
         "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,
         **{f"reward_std/{name}": x for name, x in reward_spread.std(new.moments).items()},
-        # The optimizer does not count the steps that were skipped.
+        # The optimizer does not count skipped steps.
         "train/learning_rate": optim.learning_rate_schedule(config)(state.step - state.skipped),
     }

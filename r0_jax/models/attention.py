@@ -21,10 +21,10 @@ def dot_product_attention(
     scale: float | None = None,
     is_causal: bool = False,
 ) -> Float[Array, "b t c"]:
-    """softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; the softmax is float32.
+    """Return softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; softmax in float32.
 
-    `mask` is False at the keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
-    It is computed by what the network chose (attention_backend.py).
+    `mask` is False at keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
+    The network's backend computes it (attention_backend.py).
     """
     query, key, value = (
         x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
@@ -37,11 +37,11 @@ def dot_product_attention(
 
 
 class Placeholder(nnx.Module):
-    """Keeps an index of a list free (dropout at inference), so that names equal the file's."""
+    """Keep an index of a list free, where the file has a dropout: so names equal the file's."""
 
 
 class Attention(nnx.Module):
-    """diffusers `models/attention_processor.py::Attention`, self or cross."""
+    """Mirror diffusers' `models/attention_processor.py::Attention`, self or cross."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """Gated linear unit with the exact (erf) GELU."""
+    """Apply a gated linear unit with the exact (erf) GELU."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
         self.proj = nnx.Linear(channels, 2 * inner, rngs=rngs)
@@ -79,7 +79,7 @@ class GEGLU(nnx.Module):
 
 
 class GELU(nnx.Module):
-    """A linear layer and GELU's tanh approximation."""
+    """Apply a linear layer and GELU's tanh approximation."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
         self.proj = nnx.Linear(channels, inner, rngs=rngs)
@@ -89,7 +89,7 @@ class GELU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Up to four times the width, through a GEGLU unless told otherwise, and back."""
+    """Widen four times, apply a GEGLU unless told otherwise, and come back to the width."""
 
     def __init__(
         self, channels: int, *, activation: type[GEGLU] | type[GELU] = GEGLU, rngs: nnx.Rngs

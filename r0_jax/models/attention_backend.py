@@ -1,10 +1,9 @@
 """What computes attention: XLA, cuDNN's flash attention (GPU) or splash attention (TPU).
 
-`xla` writes all [T, S] weights to memory; the other two never do, and only they make large images
-fit. The choice belongs to a `Network`, whose layers come to know it while they are traced (`use`)
-and all call `attend`. Where a backend cannot do what a layer asks (a VAE's single head of 512
-channels or a text encoder's mask under cuDNN, T5's bias under splash), that layer is computed by
-XLA.
+`xla` writes all [T, S] weights to memory. The other two never do, and only they make large images
+fit. The choice belongs to a `Network`; its layers find it while they are traced (`use`), and all of
+them call `attend`. XLA computes a layer that a backend cannot compute: under cuDNN a VAE's single
+head of 512 channels or a text encoder's mask, under splash T5's bias.
 """
 
 import dataclasses
@@ -21,19 +20,19 @@ from r0_jax.errors import InputError
 from r0_jax.models.choice import Choice
 
 NAMES = ("xla", "cudnn", "splash")
-AUTO = "auto"  # stands for the one of them that a device does best
+AUTO = "auto"  # stands for the best one that a device has
 
-_LANES = 128  # of a TPU's vector registers: splash's tiles are multiples of it
+_LANES = 128  # of a TPU's vector register; splash's tiles are multiples of it
 _MOST_BLOCK = 512  # tokens that splash holds at once; more do not fit beside 512 channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """The choice.
+    """Name what computes attention, and where.
 
     Attributes:
       name: one of `NAMES`.
-      mesh: of splash, a kernel for one device: samples and heads are split over this mesh.
+      mesh: of splash, whose kernel is for one device: the mesh that splits samples and heads.
       batch_axes: the axes of this mesh that split the samples; its axis "tensor" splits the heads.
       interpret: run splash's kernel on any platform, slowly; for tests.
     """
@@ -46,7 +45,7 @@ class Backend:
 
 XLA = Backend()
 _chosen = Choice("attention backend", XLA)
-use = _chosen.use  # makes a backend that of every `attend` that is traced meanwhile
+use = _chosen.use  # sets the backend of every `attend` that is traced meanwhile
 
 
 def of_config(config: ConfigDict, mesh: Mesh) -> Backend:
@@ -78,7 +77,7 @@ def check(name: str, dtype: str, device: Any = None) -> None:
         )
     device = jax.devices()[0] if device is None else device
     if name == "cudnn":
-        client = getattr(device, "client", None)  # none of a topology that is not there
+        client = getattr(device, "client", None)  # None for a topology that is not there
         if "cuda" not in getattr(client, "platform_version", ""):
             raise InputError(
                 "attention='cudnn' needs an NVIDIA GPU, but JAX computes on "
@@ -110,9 +109,9 @@ def attend(
     scale: float,
     is_causal: bool = False,
 ) -> Float[Array, "b t n c"]:
-    """softmax(scale q k^T + bias) v of n heads, by the backend in `use`; the softmax is float32.
+    """Return softmax(scale q k^T + bias) v of n heads, by the backend in `use`; float32 softmax.
 
-    `mask` is False at the keys that nothing attends to.
+    `mask` is False at keys that nothing attends to.
     """
     backend = _chosen.get()
     if backend.name == "splash" and bias is None:
@@ -133,7 +132,7 @@ def attend(
 
 
 def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
-    """Not what `jax.nn.dot_product_attention` would refuse."""
+    """Return whether `jax.nn.dot_product_attention` accepts this for cuDNN."""
     most = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     return (
@@ -145,8 +144,11 @@ def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
 
 
 def _cudnn_of_any_length(query, key, value, **options):
-    """Odd lengths (a prompt's 77 tokens) are filled up by one token that cuDNN is told to leave
-    out: JAX refuses to differentiate them, taking the bias that is not there for one that is."""
+    """Return attention by cuDNN, also of odd lengths (a prompt's 77 tokens).
+
+    JAX raises an error for the gradient of odd lengths, as if there were a bias. So one token
+    fills them up, which cuDNN masks.
+    """
     t, s = query.shape[1], key.shape[1]
     if t % 2 or s % 2:
 
@@ -171,7 +173,7 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
 
     if mesh is None or mesh.size == 1:
         return of_one_device(query, key, value, *masks)
-    # What does not divide, such as the one empty prompt, is computed by every device.
+    # Every device computes what does not divide, such as the one empty prompt.
     parts = math.prod(mesh.shape[axis] for axis in backend.batch_axes)
     batch = backend.batch_axes if len(query) % parts == 0 else None
     heads = "tensor" if query.shape[2] % mesh.shape["tensor"] == 0 else None
@@ -186,7 +188,7 @@ def _splash(query, key, value, mask, scale, is_causal, backend: Backend):
 
 
 def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret):
-    """Splash on tokens and channels filled up to whole tiles."""
+    """Return splash attention of one device, with tokens and channels filled up to whole tiles."""
     # Slow to import, and only a TPU needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -200,7 +202,7 @@ def _splash_blocks(query, key, value, mask=None, *, scale, is_causal, interpret)
 
     query = (scale * query.astype(jnp.float32)).astype(query.dtype)
     query, key, value = filled(query, block_q), filled(key, block_kv), filled(value, block_kv)
-    # Tokens attend within their segment: 0 all queries and the keys to be seen, 1 the others.
+    # Tokens attend within their segment: 0 for all queries and the keys to see, 1 for the others.
     unseen = jnp.zeros((b, s), bool) if mask is None else ~mask
     unseen = jnp.pad(unseen, ((0, 0), (0, -s % block_kv)), constant_values=True)
     segments = splash.SegmentIds(

@@ -21,7 +21,7 @@ _EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's is 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """Fields and defaults of diffusers' `AutoencoderKL`."""
+    """Mirror the fields and defaults of diffusers' `AutoencoderKL`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -38,9 +38,9 @@ class AutoencoderKLConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "AutoencoderKLConfig":
-        """Parses a published `vae/config.json`; InputError names what is not supported."""
+        """Parse a published `vae/config.json`; raise InputError for what is not supported."""
         only = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
-        # Norms and softmax are float32 here, and nothing runs in float16: no need to upcast.
+        # Norms and softmax are float32 here, and nothing runs in float16.
         unused = frozenset({"force_upcast", "down_block_types", "up_block_types"})
         config = configs.parse(cls, fields, only=only, unused=unused)
         configs.check_least(
@@ -74,7 +74,7 @@ def _resnet(inputs: int, outputs: int, config: AutoencoderKLConfig, rngs) -> Res
 
 
 class SpatialAttention(nnx.Module):
-    """One head over all pixels of the smallest feature map, with a residual."""
+    """Attend with one head over all pixels of the smallest feature map; add a residual."""
 
     def __init__(self, channels: int, *, norm_num_groups: int, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, num_groups=norm_num_groups, epsilon=_EPS, rngs=rngs)
@@ -89,7 +89,7 @@ class SpatialAttention(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Resnet, attention, resnet."""
+    """Apply a resnet, attention, and a resnet."""
 
     def __init__(self, channels: int, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         self.resnets = nnx.List([_resnet(channels, channels, config, rngs) for _ in range(2)])
@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images in [-1, 1] <-> latents, not yet scaled by `scaling_factor`."""
+    """Map images in [-1, 1] to latents and back; latents are not scaled by `scaling_factor`."""
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -202,7 +202,7 @@ class AutoencoderKL(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
-        """Mean and log-variance (clipped to [-30, 20]) of the latents' posterior."""
+        """Return mean and log-variance (clipped to [-30, 20]) of the latents' posterior."""
         moments = self.encoder(images)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
@@ -210,11 +210,11 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 c"]:
-        """Images, about [-1, 1] and not clipped."""
+        """Return images, about [-1, 1] and not clipped."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The reconstruction from the posterior's mean."""
+        """Return the reconstruction from the posterior's mean."""
         return self.decode(self.encode(images)[0])

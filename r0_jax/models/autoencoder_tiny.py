@@ -17,7 +17,7 @@ from r0_jax.models.resnet import conv3x3
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTinyConfig:
-    """Fields and defaults of diffusers' `AutoencoderTiny`."""
+    """Mirror the fields and defaults of diffusers' `AutoencoderTiny`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -32,10 +32,10 @@ class AutoencoderTinyConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "AutoencoderTinyConfig":
-        """Parses a published `config.json` of a TAESD; InputError names what is not supported."""
+        """Parse a TAESD's `config.json`; raise InputError for what is not supported."""
         only = {"act_fn": ("relu",), "upsample_fn": ("nearest",)}
-        # The magnitude and shift are for latents kept as bytes; block_out_channels repeats the
-        # decoder's for pipelines to count.
+        # Magnitude and shift are for latents stored as bytes. Pipelines count the entries of
+        # block_out_channels, which repeats the decoder's.
         unused = frozenset(
             {"latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"}
         )
@@ -70,12 +70,12 @@ class AutoencoderTinyConfig:
 
     @property
     def block_out_channels(self) -> tuple[int, ...]:
-        """Under the name that an AutoencoderKL's config has for it."""
+        """Return the decoder's widths, under the name that an AutoencoderKL's config has."""
         return self.decoder_block_out_channels
 
 
 class AutoencoderTinyBlock(nnx.Module):
-    """Three convolutions with ReLUs between them, a residual, and a ReLU."""
+    """Apply three convolutions with ReLUs between them, a residual, and a ReLU."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         def conv():
@@ -95,7 +95,7 @@ class ReLU(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel `factor` times in both directions."""
+    """Repeat every pixel `factor` times in both directions."""
 
     def __init__(self, factor: int):
         self.factor = factor
@@ -147,7 +147,7 @@ class DecoderTiny(nnx.Module):
 
 
 class AutoencoderTiny(nnx.Module):
-    """Images in [-1, 1] <-> latents as the denoising network has them, already scaled."""
+    """Map images in [-1, 1] to latents and back; latents are scaled as the denoiser has them."""
 
     def __init__(self, config: AutoencoderTinyConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -155,13 +155,13 @@ class AutoencoderTiny(nnx.Module):
         self.decoder = DecoderTiny(config, rngs=rngs)
 
     def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """The latents themselves: there is no posterior."""
+        """Return the latents themselves: there is no posterior."""
         return self.encoder(images)
 
     def decode(self, latents: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 c"]:
-        """Images, about [-1, 1] and not clipped."""
+        """Return images, about [-1, 1] and not clipped."""
         return self.decoder(latents)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """The reconstruction; unlike diffusers', without rounding the latents to bytes."""
+        """Return the reconstruction; diffusers also rounds the latents to bytes, this does not."""
         return self.decode(self.encode(images))

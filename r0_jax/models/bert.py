@@ -15,7 +15,7 @@ from r0_jax.models.embeddings import embed
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
-# Another type may count its positions otherwise (roberta: from pad_token_id + 1).
+# Other types may count positions in another way (roberta: from pad_token_id + 1).
 _ONLY = {
     "model_type": ("bert",),
     "position_embedding_type": ("absolute",),
@@ -26,7 +26,7 @@ _ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Fields and defaults of transformers' `BertConfig`."""
+    """Mirror the fields and defaults of transformers' `BertConfig`."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -40,7 +40,7 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "BertConfig":
-        """Parses a published `config.json`; InputError names what is not supported."""
+        """Parse a published `config.json`; raise InputError for what is not supported."""
         config = configs.parse_transformers(cls, fields, only=_ONLY)
         configs.check_layers(config)
         return config
@@ -51,7 +51,7 @@ def _norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class BertEmbeddings(nnx.Module):
-    """With `token_types` False there are none of those, as in BLIP."""
+    """Embed tokens and positions and, unless `token_types` is False (BLIP), their types."""
 
     def __init__(self, config: BertConfig, *, token_types: bool = True, rngs: nnx.Rngs):
         width, self.token_types = config.hidden_size, token_types
@@ -73,7 +73,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertSelfAttention(nnx.Module):
-    """Also cross-attention, where a `context` of width `context_size` is given."""
+    """Attend to the tokens or, where `context_size` is given, to a context of that width."""
 
     def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
@@ -95,7 +95,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertOutput(nnx.Module):
-    """A linear layer, then the norm of its sum with the residual; also `BertSelfOutput`."""
+    """Apply a linear layer, add the residual, and norm; this is also `BertSelfOutput`."""
 
     def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
@@ -131,7 +131,7 @@ class BertIntermediate(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    """Where a `context_size` is given, cross-attention to such a context comes second."""
+    """Apply self-attention, cross-attention if `context_size` is given, and a feed-forward."""
 
     def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
         self.crosses = context_size is not None
@@ -180,14 +180,14 @@ class BertPooler(nnx.Module):
 
 
 class BertFeatures(NamedTuple):
-    """What the encoder gives: all tokens, and the first one through the pooler, if there is one."""
+    """Hold all tokens, and the first one after the pooler, if there is a pooler."""
 
     last_hidden_state: Float[Array, "b t c"]
     pooled: Float[Array, "b c"] | None
 
 
 class BertModel(nnx.Module):
-    """The text encoder of Taiyi, which replaces Stable Diffusion's for Chinese prompts."""
+    """Encode text, as Taiyi does in place of Stable Diffusion's encoder for Chinese prompts."""
 
     def __init__(self, config: BertConfig, *, add_pooling_layer: bool = True, rngs: nnx.Rngs):
         self.config, self.add_pooling_layer = config, add_pooling_layer
@@ -202,7 +202,10 @@ class BertModel(nnx.Module):
         attention_mask: Int[Array, "b t"] | Bool[Array, "b t"] | None = None,
         token_type_ids: Int[Array, "b t"] | None = None,
     ) -> BertFeatures:
-        """`attention_mask` is 0 at pads; without it pads are attended to, as Taiyi does."""
+        """Return the features; `attention_mask` is 0 at pads.
+
+        Without a mask tokens attend to pads as well, as in Taiyi.
+        """
         mask = None if attention_mask is None else attention_mask != 0
         hidden = self.encoder(self.embeddings(input_ids, token_type_ids), mask)
         return BertFeatures(hidden, self.pooler(hidden) if self.add_pooling_layer else None)

@@ -1,6 +1,6 @@
 """ImageReward's network: BLIP's vision transformer, MED BERT that reads the image, and an MLP.
 
-Mirrors ImageReward `ImageReward.py`, `models/BLIP/{vit,med,blip_pretrain}.py`.
+It mirrors ImageReward `ImageReward.py`, `models/BLIP/{vit,med,blip_pretrain}.py`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 @dataclasses.dataclass(frozen=True)
 class BLIPVisionConfig:
-    """BLIP's `VisionTransformer`; the defaults are ViT-L/16."""
+    """Mirror BLIP's `VisionTransformer`; the defaults are ViT-L/16."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -39,14 +39,14 @@ class BLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-    """Both halves."""
+    """Hold the configs of both halves."""
 
     vision_config: BLIPVisionConfig
     text_config: BertConfig
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ImageRewardConfig":
-        """Parses {"vision_config": {...}, "text_config": {...}}; what is left out is v1.0's."""
+        """Parse {"vision_config": {...}, "text_config": {...}}; defaults are those of v1.0."""
         vision, text = fields.get("vision_config", {}), fields.get("text_config", {})
         if not (isinstance(vision, Mapping) and isinstance(text, Mapping)):
             raise InputError("ImageRewardConfig: vision_config and text_config must be objects")
@@ -56,7 +56,7 @@ class ImageRewardConfig:
             raise InputError(
                 f"BLIPVisionConfig: heads = {vision.heads} does not divide width = {vision.width}"
             )
-        # That its layers attend to the image is what this class says, not a field.
+        # This class, and not a field, says that the layers attend to the image.
         text = {k: v for k, v in text.items() if k not in ("add_cross_attention", "encoder_width")}
         return cls(vision, BertConfig.from_json({"vocab_size": 30524} | text))
 
@@ -117,7 +117,7 @@ class BLIPVisionTransformer(nnx.Module):
         self.norm = LayerNorm(width, epsilon=_EPS, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
-        """All tokens, the class token first."""
+        """Return all tokens, the class token first."""
         x = self.patch_embed(images)
         token = jnp.broadcast_to(self.cls_token.get_value(), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1) + self.pos_embed.get_value()
@@ -125,7 +125,7 @@ class BLIPVisionTransformer(nnx.Module):
 
 
 class MEDBert(nnx.Module):
-    """BERT whose every layer also attends to the image's tokens."""
+    """Encode text by a BERT whose every layer also attends to the image's tokens."""
 
     def __init__(self, config: BertConfig, context_size: int, *, rngs: nnx.Rngs):
         self.embeddings = BertEmbeddings(config, token_types=False, rngs=rngs)
@@ -148,7 +148,7 @@ class BLIP(nnx.Module):
     def __call__(
         self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
     ) -> Float[Array, "b c"]:
-        """The first text token after it has read the image; id 0 is padding."""
+        """Return the first text token after it has read the image; id 0 is padding."""
         tokens = self.visual_encoder(images)
         return self.text_encoder(input_ids, input_ids != 0, tokens)[:, 0]
 
@@ -162,7 +162,7 @@ class ImageReward(nnx.Module):
     def __call__(
         self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
     ) -> Float[Array, " b"]:
-        """Standardized scores of preprocessed images, in the dtype of the MLP's weights."""
+        """Return standardized scores of preprocessed images, in the dtype of the MLP's weights."""
         token = self.blip(input_ids, images)
         token = token.astype(self.mlp.layers[0].kernel.get_value().dtype)
         return (self.mlp(token) - MEAN) / STD

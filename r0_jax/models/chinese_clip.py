@@ -1,7 +1,7 @@
 """Chinese-CLIP: a CLIP vision tower and a Chinese RoBERTa, under either library's names.
 
-transformers `models/chinese_clip/modeling_chinese_clip.py`, and cn_clip `clip/model.py` for the
-files that the authors publish.
+It mirrors transformers `models/chinese_clip/modeling_chinese_clip.py` and, for the files that the
+authors publish, cn_clip `clip/model.py`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _PAD = 0
 
 @dataclasses.dataclass(frozen=True)
 class ChineseCLIPConfig:
-    """Fields and defaults of transformers' `ChineseCLIPConfig`."""
+    """Mirror the fields and defaults of transformers' `ChineseCLIPConfig`."""
 
     text_config: BertConfig
     vision_config: CLIPVisionConfig
@@ -33,7 +33,7 @@ class ChineseCLIPConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ChineseCLIPConfig":
-        """Parses a published `config.json` of a `ChineseCLIPModel`."""
+        """Parse a published `config.json` of a `ChineseCLIPModel`."""
         parts = {}
         for name in ("text_config", "vision_config"):
             part = fields.get(f"{name}_dict") or fields.get(name)
@@ -58,7 +58,7 @@ class ChineseCLIPConfig:
 
 
 class ChineseCLIPModel(nnx.Module):
-    """Under transformers' names."""
+    """Hold both towers under transformers' names."""
 
     text_parts = ("text_model", "text_projection")  # what only `text_features` needs
 
@@ -72,18 +72,18 @@ class ChineseCLIPModel(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """Projected features of the first token, not normalized; id 0 is padding."""
+        """Return projected features of the first token, not normalized; id 0 is padding."""
         hidden = self.text_model(input_ids, input_ids != _PAD).last_hidden_state
         return self.text_projection(hidden[:, 0])
 
     def image_features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Projected features of preprocessed images; not normalized."""
+        """Return projected features of preprocessed images, not normalized."""
         return self.visual_projection(self.vision_model(images))
 
 
 @dataclasses.dataclass(frozen=True)
 class CNCLIPConfig:
-    """cn_clip's two JSON files of one model, merged, their fields translated."""
+    """Hold the fields of cn_clip's two JSON files of one model, translated."""
 
     embed_dim: int
     vision: VisionCfg
@@ -91,7 +91,7 @@ class CNCLIPConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CNCLIPConfig":
-        """Parses what cn_clip calls `vision_model_config` and `text_model_config` together."""
+        """Parse cn_clip's `vision_model_config` and `text_model_config`, merged into one."""
         names = {
             "vision_layers": "layers",
             "vision_width": "width",
@@ -132,7 +132,7 @@ _LARGE = {
     "text_intermediate_size": 4096,
 }
 _L_14 = {"embed_dim": 768, "vision_layers": 24, "vision_width": 1024, "vision_patch_size": 14}
-# Published architectures, by cn_clip's names: what its checkpoints, without a config, need.
+# Published architectures, by cn_clip's names: its checkpoints come without a config.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ViT-B-16": _BASE
     | {"embed_dim": 512, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 16},
@@ -150,7 +150,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class CNCLIP(nnx.Module):
-    """Under cn_clip's names."""
+    """Hold both towers under cn_clip's names."""
 
     text_parts = ("bert", "text_projection")  # what only `text_features` needs
 
@@ -165,10 +165,10 @@ class CNCLIP(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """Projected features of the first token, not normalized; id 0 is padding."""
+        """Return projected features of the first token, not normalized; id 0 is padding."""
         hidden = self.bert(input_ids, input_ids != _PAD).last_hidden_state
         return hidden[:, 0] @ self.text_projection.get_value()
 
     def image_features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Projected features of preprocessed images; not normalized."""
+        """Return projected features of preprocessed images, not normalized."""
         return self.visual(images)

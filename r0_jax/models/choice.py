@@ -1,4 +1,4 @@
-"""What is chosen for the program that is being traced, and by every layer within it looked up."""
+"""A choice for the program that is being traced, which each of its layers can look up."""
 
 import contextlib
 import contextvars
@@ -9,18 +9,18 @@ T = TypeVar("T")
 
 
 class Choice(Generic[T]):
-    """A value that holds while a program is traced, of this thread."""
+    """Hold a value of this thread while a program is traced."""
 
     def __init__(self, name: str, default: T):
         self._value = contextvars.ContextVar(name, default=default)
 
     def get(self) -> T:
-        """The choice of the innermost `use`, or the default."""
+        """Return the value of the innermost `use`, or the default."""
         return self._value.get()
 
     @contextlib.contextmanager
     def use(self, value: T) -> Iterator[None]:
-        """Makes it the choice of what is traced meanwhile."""
+        """Set the value for what is traced meanwhile."""
         token = self._value.set(value)
         try:
             yield

@@ -1,4 +1,4 @@
-"""CLIP, whole and its text tower alone: transformers `models/clip/modeling_clip.py`."""
+"""CLIP, and its text tower alone: transformers `models/clip/modeling_clip.py`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from r0_jax.models.repeat import repeat
 
 
 def _parse(cls, fields: Mapping[str, Any], tower: str):
-    """A tower's config from its own config.json, or from that of the whole CLIPModel."""
+    """Parse a tower's config from its own config.json, or from that of the whole CLIPModel."""
     fields = fields.get(tower, fields)
     if not isinstance(fields, Mapping):
         raise InputError(f"{cls.__name__}: {tower} is a {type(fields).__name__}, not an object")
@@ -30,7 +30,7 @@ def _parse(cls, fields: Mapping[str, Any], tower: str):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Fields and defaults of transformers' `CLIPTextConfig`."""
+    """Mirror the fields and defaults of transformers' `CLIPTextConfig`."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -50,7 +50,7 @@ class CLIPTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """Fields and defaults of transformers' `CLIPVisionConfig`."""
+    """Mirror the fields and defaults of transformers' `CLIPVisionConfig`."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -70,7 +70,7 @@ class CLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Fields and defaults of transformers' `CLIPConfig`."""
+    """Mirror the fields and defaults of transformers' `CLIPConfig`."""
 
     text_config: CLIPTextConfig
     vision_config: CLIPVisionConfig
@@ -79,14 +79,14 @@ class CLIPConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CLIPConfig":
-        """Parses a published `config.json` of a `CLIPModel`."""
+        """Parse a published `config.json` of a `CLIPModel`."""
         if not ("text_config" in fields and "vision_config" in fields):
             raise InputError(
                 "CLIPConfig: text_config and vision_config are missing: "
                 "this is not the config.json of a CLIPModel"
             )
-        # Old files repeat the sub-configs under *_config_dict, and those are the ones in force,
-        # down to the defaults of what they leave out.
+        # Old files repeat the sub-configs under *_config_dict. Those are in force, also by the
+        # defaults of fields that they do not have.
         text, vision = (
             fields[name] if fields.get(f"{name}_dict") is None else fields[f"{name}_dict"]
             for name in ("text_config", "vision_config")
@@ -161,7 +161,7 @@ class CLIPEncoder(nnx.Module):
     def with_penultimate(
         self, x: Float[Array, "b t c"]
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b t c"]]:
-        """The last block's output, and what went into that block."""
+        """Return the last block's output and its input."""
         *first, last = self.layers
         x = repeat(first, lambda layer, x: layer(x), x)
         return repeat([last], lambda layer, x: layer(x), x), x
@@ -180,8 +180,13 @@ class CLIPTextEmbeddings(nnx.Module):
 
 
 class TextFeatures(NamedTuple):
-    """What the text tower gives: all tokens after the final LayerNorm, the EOS one of them, and
-    all tokens before the last block, without a LayerNorm (hidden_states[-2])."""
+    """Hold what the text tower gives.
+
+    Attributes:
+      last_hidden_state: all tokens after the final LayerNorm.
+      pooled: the end-of-text one of them.
+      penultimate: all tokens before the last block, without a LayerNorm (hidden_states[-2]).
+    """
 
     last_hidden_state: Float[Array, "b t c"]
     pooled: Float[Array, "b c"]
@@ -200,8 +205,8 @@ class CLIPTextTransformer(nnx.Module):
     def __call__(self, input_ids: Int[Array, "b t"]) -> TextFeatures:
         last, penultimate = self.encoder.with_penultimate(self.embeddings(input_ids))
         hidden = self.final_layer_norm(last)
-        # Published configs say eos_token_id 2, which is wrong: there, and only there, the pooled
-        # token is the one of the highest id.
+        # Published configs say eos_token_id 2, which is wrong. Only for them the pooled token is
+        # the one with the highest id.
         is_eos = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
         eos = jnp.argmax(is_eos, axis=-1)[:, None, None]  # the first one
         pooled = jnp.take_along_axis(hidden, eos, axis=1)[:, 0]
@@ -243,13 +248,13 @@ class CLIPVisionTransformer(nnx.Module):
         self.post_layernorm = LayerNorm(width, epsilon=eps, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
-        """The class token after the last LayerNorm."""
+        """Return the class token after the last LayerNorm."""
         hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(hidden[:, 0])
 
 
 class CLIPTextModel(nnx.Module):
-    """The text encoder of Stable Diffusion."""
+    """Encode text for Stable Diffusion."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -260,7 +265,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(nnx.Module):
-    """The text encoder whose pooled token is projected into the space shared with images."""
+    """Encode text; the pooled token is projected into the space shared with images."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -275,7 +280,7 @@ class CLIPTextModelWithProjection(nnx.Module):
 
 
 class CLIPModel(nnx.Module):
-    """Both towers and the temperature."""
+    """Hold both towers and the temperature."""
 
     text_parts = ("text_model", "text_projection")  # what only `text_features` needs
 
@@ -289,17 +294,17 @@ class CLIPModel(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """Projected text features, not normalized."""
+        """Return projected text features, not normalized."""
         return self.text_projection(self.text_model(input_ids).pooled)
 
     def image_features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Projected features of images that went through CLIP's preprocessing; not normalized."""
+        """Return projected features of preprocessed images, not normalized."""
         return self.visual_projection(self.vision_model(images))
 
     def __call__(
         self, input_ids: Int[Array, "t l"], images: Float[Array, "b h w 3"]
     ) -> Float[Array, "b t"]:
-        """exp(logit_scale) times the cosine of every image with every text."""
+        """Return exp(logit_scale) times the cosine of every image with every text."""
         text, image = self.text_features(input_ids), self.image_features(images)
         text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
         return jnp.exp(self.logit_scale.get_value()) * image @ text.T

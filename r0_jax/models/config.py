@@ -1,4 +1,4 @@
-"""Published JSON configs -> frozen dataclasses; an unsupported field is refused by name."""
+"""Published JSON configs as frozen dataclasses; an error names a field that is not supported."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ def parse(
     only: Mapping[str, tuple] = {},
     unused: frozenset[str] = frozenset(),
 ) -> Config:
-    """An instance of the dataclass `cls`, whose field names and defaults mirror the library's.
+    """Return an instance of the dataclass `cls`, which mirrors the library's names and defaults.
 
     Args:
       only: fields that change the network, with the only values implemented here
-        ("field": (values that are fine, ...)); those that `cls` has not are checked and dropped.
+        ("field": (valid values, ...)). Those that `cls` does not have are checked and dropped.
       unused: fields without an effect on the network's output (training flags, metadata).
     Raises:
       InputError: a field has an unsupported value or is unknown; the message names it.
@@ -64,10 +64,10 @@ def parse_transformers(
     only: Mapping[str, tuple] = {},
     ids: tuple[str, ...] = (),
 ) -> Config:
-    """`parse` for files of transformers, whose every whole number but `ids` counts something.
+    """Parse a file of transformers; every whole number but `ids` counts something.
 
-    They carry dozens of generation and training defaults: fields that the network does not have
-    are not an error here.
+    Such a file holds dozens of defaults for generation and training. So a field that the network
+    does not have is not an error here.
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     config = parse(cls, {k: v for k, v in fields.items() if k in types or k in only}, only=only)
@@ -78,7 +78,7 @@ def parse_transformers(
 
 
 def check_layers(config: Any) -> None:
-    """InputError unless the heads divide the width and the activation is known."""
+    """Raise InputError unless the heads divide the width and the activation is known."""
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{type(config).__name__}: num_attention_heads = "
@@ -93,7 +93,7 @@ def check_layers(config: Any) -> None:
 
 
 def check_least(config: Any, least: int, *names: str) -> None:
-    """InputError unless these whole numbers, or tuples of them, are at least `least`."""
+    """Raise InputError unless these whole numbers, or tuples of them, are at least `least`."""
     for name in names:
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else (value,)
@@ -105,7 +105,7 @@ def check_least(config: Any, least: int, *names: str) -> None:
 
 
 def check_groups(config: Any) -> None:
-    """InputError unless the groups of the norms divide the channels of every level."""
+    """Raise InputError unless the groups of the norms divide the channels of every level."""
     check_least(config, 1, "block_out_channels", "norm_num_groups")
     groups, widths = config.norm_num_groups, config.block_out_channels
     if any(width % groups for width in widths):
@@ -116,7 +116,7 @@ def check_groups(config: Any) -> None:
 
 
 def check_scaling(config: Any) -> None:
-    """InputError unless latents can be scaled and shifted by what an autoencoder's config says."""
+    """Raise InputError unless an autoencoder's scale and shift of latents are valid."""
     for name, fine, expected in (  # NaN is not fine
         ("scaling_factor", 1e-6 <= config.scaling_factor <= 1e6, "a number above 0"),
         ("shift_factor", abs(config.shift_factor or 0) <= 1e6, "a number"),

@@ -1,4 +1,4 @@
-"""Embeddings of the timestep, diffusers `models/embeddings.py`, and tables of embeddings."""
+"""Embeddings of the timestep (diffusers `models/embeddings.py`), and tables of embeddings."""
 
 import math
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 def sinusoidal(
     timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: int | float
 ) -> Float[Array, "b c"]:
-    """Sines and cosines of the timesteps (0 to 1000) at geometric frequencies, in float32."""
+    """Return sines and cosines of timesteps (0 to 1000) at geometric frequencies, float32."""
     half = channels // 2
     exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
@@ -21,7 +21,7 @@ def sinusoidal(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with a SiLU between them, and before them the projection of a condition."""
+    """Apply two linear layers with a SiLU between them; first add a projected condition."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
-    """A table of `count` embeddings, read in its own dtype."""
+    """Return a table of `count` embeddings that is read in its own dtype."""
     table = nnx.Embed(count, width, rngs=rngs)
-    table.dtype = None  # flax would keep to the float32 of construction
+    table.dtype = None  # flax would keep the float32 of construction
     return table

@@ -1,7 +1,7 @@
-"""flax's norms, with the variance as PyTorch takes it: the mean of (x - mean)^2.
+"""flax's norms, with PyTorch's formula of the variance: the mean of (x - mean)^2.
 
-flax's default, mean(x^2) - mean(x)^2, subtracts nearly equal numbers where the mean is large: at a
-mean of 10 standard deviations a GroupNorm loses two more of float32's seven digits.
+flax's default is mean(x^2) - mean(x)^2. It subtracts nearly equal numbers where the mean is large:
+at a mean of 10 standard deviations a GroupNorm loses two more of float32's seven digits.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """CLIP under OpenAI's names, which open_clip keeps: `open_clip/model.py`, `transformer.py`.
 
-HPS, the OpenCLIP checkpoints and the image half of the original Chinese-CLIP files are of this
-form. Attention's three projections stay one matrix, in torch's (out, in) layout, as in the file.
+HPS, the OpenCLIP checkpoints and the image half of the original Chinese-CLIP files have this form.
+Attention's three projections stay one matrix, in torch's (out, in) layout, as in the file.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class VisionCfg:
-    """Fields and defaults of open_clip's `CLIPVisionCfg`."""
+    """Mirror the fields and defaults of open_clip's `CLIPVisionCfg`."""
 
     layers: int = 12
     width: int = 768
@@ -42,7 +42,7 @@ class VisionCfg:
 
 @dataclasses.dataclass(frozen=True)
 class TextCfg:
-    """Fields and defaults of open_clip's `CLIPTextCfg`."""
+    """Mirror the fields and defaults of open_clip's `CLIPTextCfg`."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -54,7 +54,7 @@ class TextCfg:
 
 @dataclasses.dataclass(frozen=True)
 class OpenCLIPConfig:
-    """The `model_cfg` of an `open_clip_config.json`."""
+    """Hold the `model_cfg` of an `open_clip_config.json`."""
 
     embed_dim: int
     vision_cfg: VisionCfg
@@ -63,7 +63,7 @@ class OpenCLIPConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "OpenCLIPConfig":
-        """Parses a published model config; InputError names a field that is not supported."""
+        """Parse a published model config; raise InputError for a field that is not supported."""
         for name in ("embed_dim", "vision_cfg", "text_cfg"):
             if name not in fields:
                 raise InputError(
@@ -94,7 +94,7 @@ class OpenCLIPConfig:
         return "quick_gelu" if self.quick_gelu else "gelu"
 
 
-# Published architectures, by open_clip's names: what a checkpoint without a config needs.
+# Published architectures, by open_clip's names, for checkpoints without a config.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ViT-L-14": {
         "embed_dim": 768,
@@ -122,7 +122,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class Attention(nnx.Module):
-    """torch's `MultiheadAttention`, self-attention over its own names."""
+    """Apply self-attention under the names of torch's `MultiheadAttention`."""
 
     def __init__(self, width: int, heads: int, *, is_causal: bool, rngs: nnx.Rngs):
         self.heads, self.is_causal = heads, is_causal
@@ -207,7 +207,7 @@ class VisionTransformer(nnx.Module):
         self.ln_post = LayerNorm(width, epsilon=_EPS, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """The class token, normed and projected."""
+        """Return the class token, normed and projected."""
         patches = self.conv1(images)
         b, h, w, c = patches.shape
         token = jnp.broadcast_to(self.class_embedding.get_value()[None, None], (b, 1, c))
@@ -217,7 +217,7 @@ class VisionTransformer(nnx.Module):
 
 
 class OpenCLIP(nnx.Module):
-    """Both towers and the temperature."""
+    """Hold both towers and the temperature."""
 
     # What only `text_features` needs.
     text_parts = (
@@ -242,14 +242,17 @@ class OpenCLIP(nnx.Module):
         self.ln_final = LayerNorm(width, epsilon=_EPS, rngs=rngs)
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        """Projected features of the end-of-text token, which has the highest id; not normalized."""
+        """Return projected features of the end-of-text token, not normalized.
+
+        That token has the highest id.
+        """
         x = self.token_embedding(input_ids) + self.positional_embedding.get_value()[None]
         x = self.ln_final(self.transformer(x))
         end = jnp.argmax(input_ids, axis=-1)[:, None, None]
         return jnp.take_along_axis(x, end, axis=1)[:, 0] @ self.text_projection.get_value()
 
     def image_features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Projected features of preprocessed images; not normalized."""
+        """Return projected features of preprocessed images, not normalized."""
         return self.visual(images)
 
 

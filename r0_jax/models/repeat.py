@@ -1,10 +1,10 @@
-"""Blocks one after the other: how they are compiled, and what of them is kept for the gradient.
+"""Blocks one after the other: how they compile, and what they keep for the gradient.
 
-Identical blocks (SDXL's ten at a level, SD3's 23, a ViT's 32) can be written into the program once
-and looped over, which compiles several times faster; their parameters, which are stored one by one,
-are stacked where the loop begins. And each block can keep nothing but its input for the backward
-pass, which then computes the block a second time. The choice belongs to the program that is being
-traced: the training step and sampling each make theirs (`use`).
+Identical blocks (SDXL's ten at a level, SD3's 23, a ViT's 32) can be one loop of the program, which
+compiles several times faster. Their parameters are stored one by one and stacked where the loop
+begins. Each block can also keep only its input for the backward pass, which then computes the block
+again. The choice belongs to the traced program: the training step and sampling each make their own
+(`use`).
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from r0_jax.models.choice import Choice
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
-    """The choice.
+    """Say how blocks compile.
 
     Attributes:
-      scan: identical neighbours become one loop.
-      remat: the backward pass computes each block again from its input.
-      gathered: where a block's parameters are brought before it computes, of parameters that are
-        split over devices ("fsdp"): left to itself the compiler splits the block's computation
-        instead, and sends activations.
+      scan: whether identical neighbours become one loop.
+      remat: whether the backward pass computes each block again from its input.
+      gathered: the sharding that a block's parameters get before it computes, where they are split
+        over devices ("fsdp"). Without it the compiler splits the block's computation instead, and
+        sends activations.
     """
 
     scan: bool = False
@@ -41,11 +41,11 @@ class Repeat:
 
 PLAIN = Repeat()
 _chosen = Choice("repeat", PLAIN)
-use = _chosen.use  # makes a choice that of every `repeat` that is traced meanwhile
+use = _chosen.use  # sets the choice of every `repeat` that is traced meanwhile
 
 
 def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any], x: Any) -> Any:
-    """call(blocks[-1], ... call(blocks[0], x)): `x` is what one block hands to the next."""
+    """Return call(blocks[-1], ... call(blocks[0], x)); one block hands `x` to the next."""
     choice = _chosen.get()
     if choice == PLAIN:
         for block in blocks:
@@ -60,7 +60,7 @@ def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any],
                 state = jax.tree.map(lambda leaf: _gather(leaf, choice.gathered), state)
             return call(nnx.merge(graphdef, state), x)
 
-        if choice.remat:  # a loop's body needs no guard against being merged with the forward pass
+        if choice.remat:  # a loop's body cannot be merged with the forward pass
             one = jax.checkpoint(one, prevent_cse=not choice.scan or len(states) == 1)
         if choice.scan and len(states) > 1:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -76,5 +76,5 @@ def _gather(x: jax.Array, sharding: Sharding) -> jax.Array:
     return lax.with_sharding_constraint(x, sharding)
 
 
-# The gradient is free to be split again at once, as the parameter is.
+# The gradient can be split again at once, as the parameter is.
 _gather.defvjp(lambda x, sharding: (_gather(x, sharding), None), lambda sharding, _, grad: (grad,))

@@ -1,4 +1,4 @@
-"""Convolutional blocks that the UNet and the VAE share: diffusers `models/resnet.py` and kin."""
+"""Convolutional blocks that the UNet and the VAE share (diffusers `models/resnet.py`)."""
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ def conv3x3(
 
 
 class ResnetBlock2D(nnx.Module):
-    """GroupNorm-SiLU-conv twice, the time embedding added in between, and a residual.
+    """Apply GroupNorm-SiLU-conv twice, with the time embedding added in between, and a residual.
 
-    With `time_scale_shift` the time scales and shifts what comes out of the second norm instead.
+    With `time_scale_shift` the time scales and shifts the output of the second norm instead.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ResnetBlock2D(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """A convolution of stride 2; `padding` 0 stands for a row and column at the end (the VAE)."""
+    """Apply a convolution of stride 2; `padding` 0 adds a row and column at the end (the VAE)."""
 
     def __init__(self, channels: int, *, padding: int, rngs: nnx.Rngs):
         self.conv = conv3x3(
@@ -87,7 +87,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest upsampling to twice the size, or to `size` as a skip connection asks, and a conv."""
+    """Upsample by nearest pixels to twice the size, or to `size`, and apply a convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The MLP that ends the LAION aesthetic predictor and ImageReward: features -> one number."""
+"""The MLP at the end of the LAION aesthetic predictor and ImageReward: features -> one number."""
 
 import itertools
 
@@ -11,8 +11,10 @@ WIDTHS = (1024, 128, 64, 16, 1)
 
 
 class ScoreMLP(nnx.Module):
-    """Linear layers with dropout between them and no activation, as published
-    (improved-aesthetic-predictor, `MLP`; ImageReward, `MLP`)."""
+    """Apply linear layers with dropout between them and no activation, as published.
+
+    It mirrors the `MLP` of improved-aesthetic-predictor and of ImageReward.
+    """
 
     def __init__(self, inputs: int, *, rngs: nnx.Rngs):
         self.config = {"inputs": inputs}

@@ -17,13 +17,13 @@ from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
 from r0_jax.models.repeat import repeat
 
-# Another type has other biases (umt5: one table a layer); a decoder's look back only.
+# Other types have other biases (umt5: one table a layer); those of a decoder look back only.
 _ONLY = {"model_type": ("t5",), "is_decoder": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Fields and defaults of transformers' `T5Config`."""
+    """Mirror the fields and defaults of transformers' `T5Config`."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -38,9 +38,9 @@ class T5Config:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "T5Config":
-        """Parses a published `config.json`; InputError names what is not supported."""
+        """Parse a published `config.json`; raise InputError for what is not supported."""
         config = configs.parse_transformers(cls, fields, only=_ONLY)
-        # A direction's buckets: half of all, and half of those for single distances.
+        # A direction has half of the buckets, and half of those are for single distances.
         configs.check_least(config, 4, "relative_attention_num_buckets")
         configs.check_least(
             config,
@@ -60,7 +60,7 @@ class T5Config:
 
     @property
     def activation(self) -> str:
-        # transformers' exception, for v1.1, whose files say gelu and mean its approximation.
+        # An exception of transformers for v1.1, whose files say gelu and mean its approximation.
         name = self.feed_forward_proj.removeprefix("gated-")
         return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
 
@@ -68,14 +68,17 @@ class T5Config:
 def relative_position_buckets(
     length: int, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "t t"]:
-    """The bucket of each (query, key): one a distance while near, then ever wider ones, the last
-    from `max_distance` on; the keys after the query have the upper half."""
+    """Return the bucket of each (query, key).
+
+    Near keys have one bucket a distance; then buckets become wider, and the last one begins at
+    `max_distance`. Keys after the query have the upper half of the buckets.
+    """
     key_is_after = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(key_is_after)
     half = num_buckets // 2
     near = half // 2
     share = np.log(np.maximum(distance, 1) / near) / math.log(max_distance / near)
-    # 1e-9: a distance on the edge of two buckets belongs to the wider one, however log rounds.
+    # 1e-9: a distance on the edge of two buckets belongs to the wider one, also if log rounds down.
     far = near + np.floor(share * (half - near) + 1e-9)
     bucket = np.where(distance < near, distance, np.minimum(far, half - 1))
     return (bucket + half * (key_is_after > 0)).astype(np.int32)
@@ -90,7 +93,7 @@ def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class T5Attention(nnx.Module):
-    """Attention whose scores are not scaled; a bias says how far apart the tokens are."""
+    """Attend without scaling the scores; a bias says how far apart the tokens are."""
 
     def __init__(self, config: T5Config, *, has_relative_attention_bias: bool, rngs: nnx.Rngs):
         self.heads = config.num_heads
@@ -127,7 +130,7 @@ class T5LayerSelfAttention(nnx.Module):
 
 
 class T5Dense(nnx.Module):
-    """transformers' `T5DenseActDense` and `T5DenseGatedActDense`."""
+    """Mirror transformers' `T5DenseActDense` and `T5DenseGatedActDense`."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.activation, self.is_gated = ACTIVATIONS[config.activation], config.is_gated
@@ -181,14 +184,14 @@ class T5Stack(nnx.Module):
         self, x: Float[Array, "b t c"], attention_mask: Int[Array, "b t"] | None
     ) -> Float[Array, "b t c"]:
         mask = None if attention_mask is None else attention_mask != 0
-        # The first block's, for all of them.
+        # The bias of the first block serves all of them.
         bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
         x = repeat(self.block, lambda block, x: block(x, bias, mask), x)
         return self.final_layer_norm(x)
 
 
 class T5EncoderModel(nnx.Module):
-    """The third text encoder of Stable Diffusion 3."""
+    """Encode text, as the third text encoder of Stable Diffusion 3."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -198,5 +201,8 @@ class T5EncoderModel(nnx.Module):
     def __call__(
         self, input_ids: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b t c"]:
-        """The last hidden state; without a mask (0 at pads) pads are attended to, as SD 3 does."""
+        """Return the last hidden state; the mask is 0 at pads.
+
+        Without a mask tokens attend to pads as well, as in SD 3.
+        """
         return self.encoder(self.shared(input_ids), attention_mask)

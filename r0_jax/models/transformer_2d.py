@@ -1,4 +1,4 @@
-"""Spatial transformer of the UNet: diffusers `models/transformers/transformer_2d.py`."""
+"""The UNet's spatial transformer: diffusers `models/transformers/transformer_2d.py`."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -9,9 +9,9 @@ from r0_jax.models.repeat import repeat
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; pre-norm residuals.
+    """Apply self-attention, cross-attention to the prompt and a feed-forward, with residuals.
 
-    With `only_cross_attention` the first attention is to the prompt as well.
+    Each follows a norm. With `only_cross_attention` the first one attends to the prompt as well.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """`depth` transformer blocks over the pixels of a feature map, with a residual around them."""
+    """Apply `depth` transformer blocks to the pixels of a feature map, and add a residual."""
 
     def __init__(
         self,

@@ -17,18 +17,18 @@ from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
 _EPS = 1e-6  # of every norm
-_SINUSOIDS = 256  # channels of the timestep's
+_SINUSOIDS = 256  # channels of the timestep's sines and cosines
 
 
 @dataclasses.dataclass(frozen=True)
 class SD3Transformer2DConfig:
-    """Fields and defaults of diffusers' `SD3Transformer2DModel`."""
+    """Mirror the fields and defaults of diffusers' `SD3Transformer2DModel`."""
 
     sample_size: int = 128
     patch_size: int = 2
     in_channels: int = 16
     num_layers: int = 18
-    attention_head_dim: int = 64  # unlike the UNet's, what its name says
+    attention_head_dim: int = 64  # here the name is right, unlike in the UNet
     num_attention_heads: int = 18
     joint_attention_dim: int = 4096
     caption_projection_dim: int = 1152
@@ -40,7 +40,7 @@ class SD3Transformer2DConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "SD3Transformer2DConfig":
-        """Parses a published `transformer/config.json`; InputError names what is not supported."""
+        """Parse a `transformer/config.json`; raise InputError for what is not supported."""
         config = configs.parse(cls, fields)
         configs.check_least(
             config, 1, *(field.name for field in dataclasses.fields(cls) if field.type is int)
@@ -75,12 +75,12 @@ class SD3Transformer2DConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return self.attention_head_dim * self.num_attention_heads
 
 
 class PatchEmbed(nnx.Module):
-    """Latents -> one token a patch, with the sines and cosines of its column and row added."""
+    """Map latents to one token a patch, and add the sines and cosines of its column and row."""
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         patch, self.table_size = config.patch_size, config.pos_embed_max_size
@@ -92,7 +92,7 @@ class PatchEmbed(nnx.Module):
             padding="VALID",
             rngs=rngs,
         )
-        # Fixed, and yet the file holds it: as a parameter it is read and written like the rest.
+        # It is fixed, but the file holds it. As a parameter it is read and written like the rest.
         self.pos_embed = nnx.Param(
             _positions(self.table_size, config.sample_size // patch, config.width)
         )
@@ -112,7 +112,7 @@ class PatchEmbed(nnx.Module):
 
 
 def _positions(size: int, base_size: int, channels: int) -> Float[Array, "1 t c"]:
-    """The table of size x size patches, which span what base_size did when training began."""
+    """Return the table of size x size patches, which span what base_size x base_size did first."""
     places = jnp.arange(size, dtype=jnp.float32) * base_size / size
     axis = sinusoidal(places, channels // 2, flip_sin_to_cos=False, freq_shift=0)  # [size, C / 2]
     columns = jnp.broadcast_to(axis[None], (size, *axis.shape))
@@ -121,11 +121,11 @@ def _positions(size: int, base_size: int, channels: int) -> Float[Array, "1 t c"
 
 
 class CombinedTimestepTextProjEmbeddings(nnx.Module):
-    """What every block is told of the timestep and the prompt as a whole."""
+    """Embed the timestep and the whole prompt into the vector that every block gets."""
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         self.timestep_embedder = TimestepEmbedding(_SINUSOIDS, config.width, rngs=rngs)
-        # The same two layers, of the pooled text.
+        # The same two layers, for the pooled text.
         self.text_embedder = TimestepEmbedding(
             config.pooled_projection_dim, config.width, rngs=rngs
         )
@@ -146,10 +146,10 @@ def _modulate(x, shift, scale):
 
 
 class AdaLayerNorm(nnx.Module):
-    """A LayerNorm without weights, and `vectors` to shift, scale and gate by.
+    """Apply a LayerNorm without weights, and give `vectors` to shift, scale and gate by.
 
-    diffusers' `AdaLayerNormZero` (6 vectors), `SD35AdaLayerNormZeroX` (9) and
-    `AdaLayerNormContinuous` (2, whose order is scale, shift).
+    It mirrors diffusers' `AdaLayerNormZero` (6 vectors), `SD35AdaLayerNormZeroX` (9) and
+    `AdaLayerNormContinuous` (2, in the order scale, shift).
     """
 
     def __init__(self, channels: int, vectors: int, *, rngs: nnx.Rngs):
@@ -165,7 +165,7 @@ class AdaLayerNorm(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Attention among the image's tokens; queries and keys are normalized where SD3.5 does."""
+    """Attend among the image's tokens; queries and keys are normalized as in SD3.5."""
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
@@ -190,7 +190,7 @@ class SelfAttention(nnx.Module):
 
 
 class JointAttention(SelfAttention):
-    """Attention among the tokens of image and text, each with projections of its own."""
+    """Attend among the tokens of image and text, each with projections of its own."""
 
     def __init__(self, config: SD3Transformer2DConfig, *, context_pre_only: bool, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -231,10 +231,10 @@ def _rms_norm(config: SD3Transformer2DConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class JointTransformerBlock(nnx.Module):
-    """Attention over image and text together, then a feed-forward for each.
+    """Attend over image and text together, then apply a feed-forward to each.
 
-    With `context_pre_only` (the last block) the text is only looked at; with `dual_attention`
-    the image also attends to itself alone.
+    With `context_pre_only` (the last block) the text is read but not changed. With
+    `dual_attention` the image also attends to itself alone.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class JointTransformerBlock(nnx.Module):
 
 
 class SD3Transformer2DModel(nnx.Module):
-    """Predicts the velocity noise - image (in latents) from noisy latents."""
+    """Predict the velocity noise - image (in latents) from noisy latents."""
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -319,9 +319,9 @@ class SD3Transformer2DModel(nnx.Module):
         prompt_embeds: Float[Array, "b s e"],
         pooled_prompt_embeds: Float[Array, "b p"],
     ) -> Float[Array, "b h2 w2 out"]:
-        """The prediction at `timesteps` (0 to 1000: sigma times 1000) given the prompt.
+        """Return the prediction at `timesteps` (0 to 1000: sigma times 1000) given the prompt.
 
-        A row or column of latents that does not fill a patch is left out of it, as in diffusers.
+        It drops rows and columns of latents that do not fill a patch, as diffusers does.
         """
         tokens, conditioning = self._transform(
             latents, timesteps, prompt_embeds, pooled_prompt_embeds, self.config.num_layers
@@ -339,7 +339,7 @@ class SD3Transformer2DModel(nnx.Module):
         prompt_embeds: Float[Array, "b s e"],
         pooled_prompt_embeds: Float[Array, "b p"],
     ) -> Float[Array, "b hm wm cm"]:
-        """The image's tokens after half of the blocks, as a map: the network's own features."""
+        """Return the image's tokens after half of the blocks, as a map of features."""
         return self._transform(
             latents,
             timesteps,

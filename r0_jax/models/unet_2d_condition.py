@@ -21,7 +21,7 @@ from r0_jax.models.transformer_2d import Transformer2DModel
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """Fields and defaults of diffusers' `UNet2DConditionModel`."""
+    """Mirror the fields and defaults of diffusers' `UNet2DConditionModel`."""
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
@@ -53,7 +53,7 @@ class UNet2DConditionConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "UNet2DConditionConfig":
-        """Parses a published `unet/config.json`; InputError names what is not supported."""
+        """Parse a published `unet/config.json`; raise InputError for what is not supported."""
         config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED)
         configs.check_least(config, 1, "in_channels", "out_channels", "cross_attention_dim")
         if config.sample_size is not None:
@@ -108,17 +108,17 @@ class UNet2DConditionConfig:
         return config
 
     def per_level(self, name: str) -> tuple[Any, ...]:
-        """A field that is one number or one a resolution level, as one a level."""
+        """Return a field that is one value, or one a resolution level, as one a level."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
     def time_embed_dim(self) -> int:
-        """Of the embedding that the blocks are told: the time, and a class beside or within it."""
+        """Return the width of the embedding that the blocks get: time, and perhaps a class."""
         return 4 * self.block_out_channels[0] * (1 + self.class_embeddings_concat)
 
     def depths(self, level: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Transformer blocks behind each resnet of a level: on the way down, on the way up."""
+        """Return the transformer blocks behind each resnet of a level, on the way down and up."""
         layers = self.per_level("layers_per_block")[level]
         down = up = self.per_level("transformer_layers_per_block")[level]
         if self.reverse_transformer_layers_per_block is not None:
@@ -192,8 +192,8 @@ _ONLY = {
     "attention_type": ("default",),
     "cross_attention_norm": (None,),
 }
-# Fields without an effect on the output: softmax is float32 here whatever upcast_attention says,
-# and the rest only matter together with a value above that is refused.
+# Fields without an effect on the output. Softmax is float32 here whatever upcast_attention says;
+# the others only matter together with a value above that is an error.
 _UNUSED = frozenset(
     {
         "upcast_attention",
@@ -205,7 +205,7 @@ _UNUSED = frozenset(
 
 
 class _Block(nnx.Module):
-    """Resnets, each followed by a transformer where the level attends to the prompt."""
+    """Apply resnets, each followed by a transformer where the level attends to the prompt."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class _Block(nnx.Module):
         )
         self.attends = attends
         if attends:
-            # As many as there are depths: behind a mid-block's last resnet there is none.
+            # There are as many as depths: none behind a mid-block's last resnet.
             self.attentions = nnx.List(
                 [
                     Transformer2DModel(
@@ -257,7 +257,7 @@ class _Block(nnx.Module):
 
 
 class DownBlock(_Block):
-    """`DownBlock2D` and `CrossAttnDownBlock2D`."""
+    """Mirror `DownBlock2D` and `CrossAttnDownBlock2D`."""
 
     def __init__(self, widths, *, downsamples: bool, config: UNet2DConditionConfig, rngs, **kwargs):
         super().__init__(widths, config=config, rngs=rngs, **kwargs)
@@ -279,7 +279,7 @@ class DownBlock(_Block):
 
 
 class UpBlock(_Block):
-    """`UpBlock2D` and `CrossAttnUpBlock2D`."""
+    """Mirror `UpBlock2D` and `CrossAttnUpBlock2D`."""
 
     def __init__(self, widths, *, upsamples: bool, config: UNet2DConditionConfig, rngs, **kwargs):
         super().__init__(widths, config=config, rngs=rngs, **kwargs)
@@ -299,7 +299,7 @@ class UpBlock(_Block):
 
 
 class MidBlock(_Block):
-    """`UNetMidBlock2DCrossAttn`: resnet, transformer, resnet; `UNetMidBlock2D`: a resnet."""
+    """Mirror `UNetMidBlock2DCrossAttn` (resnet, transformer, resnet) and `UNetMidBlock2D`."""
 
     def __init__(self, channels: int, *, heads: int, depth: int, config, rngs):
         attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -334,7 +334,7 @@ def _class_embedding(config: UNet2DConditionConfig, rngs: nnx.Rngs) -> nnx.Modul
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Predicts noise (or what the scheduler's `prediction_type` says) from noisy latents."""
+    """Predict noise (or what the scheduler's `prediction_type` says) from noisy latents."""
 
     def __init__(self, config: UNet2DConditionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -419,12 +419,12 @@ class UNet2DConditionModel(nnx.Module):
         class_labels: Float[Array, "b *k"] | Int[Array, " b"] | None = None,
         timestep_cond: Float[Array, "b q"] | None = None,
     ) -> Float[Array, "b h w out"]:
-        """The prediction at `timesteps` (0 to 1000) given the prompt.
+        """Return the prediction at `timesteps` (0 to 1000) given the prompt.
 
         Args:
           pooled_prompt_embeds, add_time_ids: of an `addition_embed_type` "text_time" (SDXL).
           class_labels: of a `class_embed_type` or `num_class_embeds`.
-          timestep_cond: of a `time_cond_proj_dim` (LCM's embedded guidance); None leaves it out.
+          timestep_cond: of a `time_cond_proj_dim` (LCM's embedded guidance); None skips it.
         """
         x, skips, time_embedding = self._encode(
             latents,
@@ -446,9 +446,9 @@ class UNet2DConditionModel(nnx.Module):
         prompt_embeds: Float[Array, "b s d"],
         **conditions: Array | None,
     ) -> Float[Array, "b hm wm cm"]:
-        """The mid-block's output: the network's own perceptual features, at half of its cost.
+        """Return the mid-block's output, perceptual features at half of the network's cost.
 
-        `conditions` are the further arguments of `__call__`, by name.
+        `conditions` are the other arguments of `__call__`, by name.
         """
         return self._encode(latents, timesteps, prompt_embeds, **conditions)[0]
 
@@ -461,7 +461,7 @@ class UNet2DConditionModel(nnx.Module):
         class_labels=None,
         timestep_cond=None,
     ) -> Float[Array, "b t"]:
-        """The time, and whatever else the network is told in the same place."""
+        """Return the embedding of the time and of the conditions that are added to it."""
         config, channels = self.config, self.config.block_out_channels[0]
         sinusoids = functools.partial(
             sinusoidal, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift

@@ -1,9 +1,9 @@
 """Checkpoint files <-> flat parameters: one rule, both ways.
 
-A module's attributes carry exactly the names of the checkpoint file, so that
+A module's attributes have exactly the names of the checkpoint file. The rule is
   key   = dotted path with the last name `kernel | scale | embedding` -> `weight`
   value = `kernel` with its (in, out) axes moved from the last two places to (1, 0)
-and everything else unchanged. Import walks the network's parameters and asks the file for each key;
+and nothing else changes. Import walks the network's parameters and asks the file for each key;
 export is the same walk. Both read and write one tensor at a time.
 """
 
@@ -33,15 +33,15 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-MAX_SHARD_SIZE = 10 * 10**9  # bytes, of diffusers' `save_pretrained`
+MAX_SHARD_SIZE = 10 * 10**9  # bytes, as diffusers' `save_pretrained` has it
 _PIECE = 2**18  # numbers read at once by each thread
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold too many pieces
-_OWN_PAGES = 2**17  # bytes
-_NAME = 255  # bytes of a file's name, at most, on any system
+_OWN_PAGES = 2**17  # bytes from which an array gets pages of its own
+_NAME = 255  # bytes of the longest file name on any system
 
-# Buffers that older files hold and no network has.
+# Buffers that old files hold and that no network has.
 _BUFFERS = ("position_ids",)
-# T5's encoder reads its tokens from the table shared with the decoder: files hold one or both.
+# T5's encoder shares its table of tokens with the decoder: files hold one name or both.
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # Old VAE files name the mid-block attention after its first implementation.
 _OLD_NAMES = {
@@ -53,39 +53,39 @@ _OLD_NAMES = {
 
 
 def to_key(name: str) -> str:
-    """The checkpoint file's key of a parameter."""
+    """Return the checkpoint file's key of a parameter."""
     head, _, last = name.rpartition(".")
     last = "weight" if last in ("kernel", "scale", "embedding") else last
     return f"{head}.{last}" if head else last
 
 
 def to_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
-    """A parameter in the file's layout: (..., in, out) kernels become (out, in, ...)."""
+    """Return a parameter in the file's layout: (..., in, out) kernels become (out, in, ...)."""
     return np.moveaxis(value, (-2, -1), (1, 0)) if name.endswith("kernel") else value
 
 
 def from_checkpoint(name: str, value: np.ndarray) -> np.ndarray:
-    """The inverse of `to_checkpoint`."""
+    """Undo `to_checkpoint`."""
     return np.moveaxis(value, (1, 0), (-2, -1)) if name.endswith("kernel") else value
 
 
 def file_shape(name: str, shape: tuple) -> tuple:
-    """The shape that the file has where the parameter has `shape`; or, of an index, the index."""
+    """Return the file's shape of a parameter of this shape; or, of an index, the file's index."""
     return (shape[-1], shape[-2], *shape[:-2]) if name.endswith("kernel") else tuple(shape)
 
 
 def find_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one network in a diffusers or transformers folder.
+    """Return the safetensors files of one network in a diffusers or transformers folder.
 
-    A single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with a
-    variant (`stem.fp16.safetensors`): the first of these of which every file is there.
+    They are a single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with
+    a variant (`stem.fp16.safetensors`): the first of these whose files are all there.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
     return _files(find_weights(folder, stem))
 
 
 def find_weights(folder: Path, stem: str) -> Path:
-    """What `find_files` goes by: the single safetensors file, or the index of the shards."""
+    """Return the single safetensors file, or the index of the shards, as `find_files` does."""
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
     # Indexes first: the names of their shards may look like those of single files.
     variants = [
@@ -97,14 +97,14 @@ def find_weights(folder: Path, stem: str) -> Path:
         for path in [folder / single, folder / index, *variants]
         if path.is_file() and "-of-" not in path.name
     ]
-    for path in found:  # who downloads a variant alone has the other's index too
+    for path in found:  # a download of one variant brings the other's index too
         try:
             _files(path)
         except InputError:
             continue
         return path
     if found:
-        return found[0]  # of which `find_files` says what it lacks
+        return found[0]  # `find_files` says what it lacks
     if pickles(folder):
         library = "diffusers" if stem.startswith("diffusion") else "transformers"
         raise InputError(
@@ -116,7 +116,7 @@ def find_weights(folder: Path, stem: str) -> Path:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of what `find_weights` finds; InputError unless all are there."""
+    """Return the files of a file or index; raise InputError unless all are there."""
     return [path] if path.suffix == ".safetensors" else _shards(path)
 
 
@@ -134,7 +134,7 @@ def _shards(index: Path) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        # Names only, that a file may have: an index never reads a file outside of its folder.
+        # Only valid names of files: an index never leads out of its folder.
         if index and all(
             isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
             for v in index.values()
@@ -148,13 +148,14 @@ def _read_index(path: Path) -> dict[str, str]:
 def open_params(
     files: list[Path], network: Network, dtype: str = "float32", left_out: tuple[str, ...] = ()
 ) -> dict[str, Lazy]:
-    """Parameters of `network` that stay in their safetensors files until they are read, as `dtype`.
+    """Return the parameters of `network`, in their safetensors files until they are read.
 
-    `left_out` are parts of the model ("text_model") that the network does without.
+    They are read as `dtype`. `left_out` are parts of the model ("text_model") that the network
+    does not have.
 
     Raises:
       InputError: a key is missing, unexpected or mis-shaped; the message names it and both shapes.
-        Reading raises it for a tensor that holds NaN or infinities, too.
+        Reading also raises it for a tensor that holds NaN or infinities.
     """
     source = files[0].parent if len(files) > 1 else files[0]
     where = {
@@ -178,7 +179,7 @@ def open_params(
 
 
 def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """All that `open_params` opens, on the host; for networks that are small."""
+    """Read all that `open_params` opens to the host; for small networks."""
     return {name: np.asarray(leaf) for name, leaf in open_params(files, network, dtype).items()}
 
 
@@ -194,13 +195,15 @@ def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: 
 
 
 def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """`np.empty` whose memory goes back to the system when it is freed; malloc would keep some of
-    it, between shards that were allocated in the meantime."""
+    """Return `np.empty` whose memory goes back to the system when it is freed.
+
+    malloc would keep some of it, between shards that were allocated in the meantime.
+    """
     count = math.prod(shape)
     if count * dtype.itemsize < _OWN_PAGES:
         return np.empty(shape, dtype)
-    # Aligned as malloc does it: what is aligned better, a CPU device keeps as one of its shards
-    # instead of a copy, and with it, where there are several, the memory of all.
+    # Aligned as malloc aligns. A CPU device keeps what is aligned better, as one of its shards
+    # instead of a copy; where there are several, it keeps the memory of all.
     pages = mmap.mmap(-1, count * dtype.itemsize + 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype, count, offset=16).reshape(shape)
 
@@ -208,8 +211,10 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
 def _fill(
     target: np.ndarray, file: TensorFile, key: str, shape: tuple[int, ...], index: Index
 ) -> None:
-    """target[...] = tensor[index], by pieces that the processor's cache holds; `shape` is the
-    tensor's, but for axes of length 1."""
+    """Do target[...] = tensor[index], by pieces that the processor's cache holds.
+
+    `shape` is the tensor's, apart from axes of length 1.
+    """
     if not target.size:
         return
     while shape and shape[0] == 1:  # or one row could be all of it
@@ -222,7 +227,7 @@ def _fill(
     threads = min(_THREADS, len(starts))  # NumPy lets go of the interpreter while it copies
 
     def work(thread: int) -> None:
-        # Made once: arrays that a thread makes and frees, malloc keeps.
+        # Made once: malloc keeps arrays that a thread makes and frees.
         stored = _empty([count, *shape[1:]], file.dtype(key))
         bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
         rounded, spare = (
@@ -232,7 +237,7 @@ def _fill(
             last = min(first + count, rows.stop)
             piece, result, tested = (x[: last - first] for x in (stored, rounded, spare))
             file.read_into(piece, key, first * row)
-            with np.errstate(all="ignore"):  # what it would warn of is told below
+            with np.errstate(all="ignore"):  # the check below tells what it would warn of
                 # Rounded first: rounding while axes move is slower.
                 np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
             if not _finite(result, tested):
@@ -248,7 +253,10 @@ def _fill(
 
 
 def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
-    """Whether all of `x` is; `spare`, bool or of two bytes as `x` is, is overwritten."""
+    """Return whether all of `x` is finite.
+
+    It overwrites `spare`, of bool or, for `x` of two bytes, of two bytes too.
+    """
     if x.dtype.itemsize != 2:
         return bool(np.isfinite(x, out=spare).all())
     exponent = np.uint16(0x7C00 if x.dtype == np.float16 else 0x7F80)  # NumPy is slow at this
@@ -256,9 +264,9 @@ def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
 
 
 def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, str]:
-    """{parameter: key} of a file's keys and shapes, for every parameter of `network`.
+    """Return {parameter: key} for every parameter of `network`, by a file's keys and shapes.
 
-    Raises InputError as `open_params` does; `source` is what the message calls the file.
+    Raises InputError as `open_params` does; its message calls the file `source`.
     """
     keys = {}
     for name, struct in network.shapes.items():
@@ -268,7 +276,7 @@ def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path)
             raise InputError(
                 f"{source}: the key {to_key(name)} is missing; expected shape {expected}"
             )
-        # Older still than those names: attention by 1x1 convolutions.
+        # Even older files have attention by 1x1 convolutions.
         ones = (1, 1) if any(p in to_key(name) for p in _OLD_NAMES) else ()
         if shapes[key] not in (expected, (*expected, *ones)):
             raise InputError(
@@ -295,7 +303,7 @@ def _possible_keys(name: str) -> Iterator[str]:
     if "attentions" in key:
         yield from (key.replace(new, old) for new, old in _OLD_NAMES.items() if new in key)
     yield from (tied for tied, shared in _TIED.items() if key == shared)
-    # transformers >= 5.6 writes a CLIPTextModel without the prefix that the hub's files have.
+    # transformers >= 5.6 writes a CLIPTextModel without the prefix of the hub's files.
     if key.startswith("text_model."):
         yield key.removeprefix("text_model.")
 
@@ -303,12 +311,12 @@ def _possible_keys(name: str) -> Iterator[str]:
 def save(
     params: Params, path: Path, dtype: str = "float32", metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes parameters as one safetensors file, atomically and one at a time."""
+    """Write parameters as one safetensors file, atomically and one at a time."""
     tensor_file.write(path, _tensors(params, dtype), metadata)
 
 
 def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32") -> None:
-    """Writes parameters as diffusers does: one file, or, over 10 GB, shards with an index."""
+    """Write parameters as diffusers does: one file, or above 10 GB shards with an index."""
     shards: list[list[Tensor]] = [[]]
     for tensor in _tensors(params, dtype):
         if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > MAX_SHARD_SIZE:
@@ -341,7 +349,7 @@ def _tensors(params: Params, dtype: str) -> list[Tensor]:
 def save_tensors(
     tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors that already carry the file's names and layout, atomically."""
+    """Write tensors that already have the file's names and layout, atomically."""
     tensor_file.write(
         path,
         [

@@ -1,7 +1,7 @@
 """Tensors that stay in their files until they are placed, one at a time, on their devices.
 
-What loads a pipeline or a reward returns a tree of `Lazy` leaves; what computes with it calls
-`place`. So a host never holds more than one whole tensor besides the shards of its own devices.
+Loading a pipeline or a reward gives a tree of `Lazy` leaves; who computes with it calls `place`.
+So a host never holds more than one whole tensor besides the shards of its own devices.
 """
 
 import functools
@@ -17,10 +17,10 @@ Index = tuple[slice, ...]  # one slice an axis, without steps
 
 
 class Lazy:
-    """Shape and dtype of a tensor, and how to read a part of it.
+    """Hold the shape and dtype of a tensor, and how to read a part of it.
 
-    `leaf[index]` is that part in `dtype`; `np.asarray(leaf)` is the whole. `jax.jit` does not take
-    it: place it first.
+    `leaf[index]` is that part in `dtype`; `np.asarray(leaf)` is the whole. `jax.jit` does not
+    accept it: place it first.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Lazy:
         return f"Lazy({self.dtype}{list(self.shape)})"
 
     def astype(self, dtype: Any) -> "Lazy":
-        """The same tensor, rounded to `dtype` when it is read."""
+        """Return the same tensor, rounded to `dtype` when it is read."""
         return Lazy(self.shape, dtype, self._read)
 
 
 def computed(shape: tuple[int, ...], dtype: Any, value: Callable[[], np.ndarray]) -> Lazy:
-    """A leaf that is computed as a whole whenever a part of it is read."""
+    """Return a leaf that is computed as a whole whenever a part of it is read."""
     return Lazy(shape, dtype, lambda index, dtype: np.asarray(value()[index], dtype))
 
 
@@ -58,12 +58,12 @@ def place(
     dtype: Any = None,
     placed: Callable[[], None] = lambda: None,
 ) -> Any:
-    """`tree` as jax Arrays in `dtype` (by default their own).
+    """Return `tree` as jax Arrays in `dtype` (by default their own).
 
-    `sharding` is one for all or a tree of them, by default that of this process's first device,
-    to which arrays that are on devices already are not moved. A leaf is on its devices before the
-    next one is read, of which every process reads what its own devices need. `placed` is called
-    after each leaf, which may take minutes.
+    `sharding` is one for all leaves or a tree of them. By default leaves go to this process's
+    first device, but arrays that are on devices already stay there. A leaf is on its devices
+    before the next one is read, and every process reads what its own devices need. `placed` is
+    called after each leaf, which may take minutes.
 
     Raises InputError for a file that is damaged or holds NaN or infinities.
     """
@@ -87,7 +87,7 @@ def _place(
     ]
     first = [min(start for start, _, _ in axis) for axis in zip(*here, strict=True)]
     last = [max(stop for _, stop, _ in axis) for axis in zip(*here, strict=True)]
-    # Read once, for devices that need the same or interleaved bytes of the file.
+    # Read once, since devices need the same or interleaved bytes of the file.
     read = leaf[tuple(map(slice, first, last))]
 
     def shard(index: Index) -> np.ndarray:
@@ -95,9 +95,9 @@ def _place(
         part = tuple(
             slice(a - start, b - start) for (a, b, _), start in zip(bounds, first, strict=True)
         )
-        return np.asarray(read[part])  # of a scalar NumPy makes something else
+        return np.asarray(read[part])  # NumPy makes something else of a scalar
 
-    # Waits: transfers that lag behind would keep what they copy from.
+    # Wait: transfers that are late would keep what they copy from.
     array = jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
     placed()
     return array

@@ -1,9 +1,9 @@
 """An nnx.Module as a pure function over a flat dict of parameters.
 
-Everything outside `models/` sees a network as `network(params, *args)`, where `params` is a flat
-`dict[str, Array]` keyed by the dotted names of the checkpoint file
-("down_blocks.0.resnets.1.conv1.kernel"). Sharding rules, LoRA, EMA, weight penalties, checkpoints
-and export all speak that one language.
+Everything outside `models/` sees a network as `network(params, *args)`. `params` is a flat
+`dict[str, Array]` with the dotted names of the checkpoint file
+("down_blocks.0.resnets.1.conv1.kernel") as keys. Sharding rules, LoRA, EMA, weight penalties,
+checkpoints and export all speak that one language.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """The graph of a module without its arrays.
+    """Hold the graph of a module without its arrays.
 
     Attributes:
-      graphdef: the module's structure; static, may be closed over by jitted functions.
+      graphdef: the module's structure; static, so jitted functions may close over it.
       shapes: shape and dtype of every parameter, keyed by dotted name in JAX layout.
       config: the parsed config that the module was built from.
       attention: what computes its attention.
-      heads: of each module that attends, by its dotted name.
+      heads: number of heads of each module that attends, by its dotted name.
     """
 
     graphdef: nnx.GraphDef
@@ -44,7 +44,7 @@ class Network:
 
     @classmethod
     def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
-        """Builds the graph without allocating a single weight."""
+        """Build the graph without allocating a weight."""
         module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
         graphdef, state = nnx.split(module)
         shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
@@ -56,11 +56,11 @@ class Network:
         return cls(graphdef, shapes, module.config, heads=heads)
 
     def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
-        """Applies the module's `__call__`."""
+        """Apply the module's `__call__`."""
         return self.apply(params, "__call__", *args, **kwargs)
 
     def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
-        """Applies any method of the module; computes in the dtype of the parameters."""
+        """Apply any method of the module; it computes in the dtype of the parameters."""
         if params.keys() != self.shapes.keys():  # nnx.merge would pair them by position
             wrong = sorted(params.keys() ^ self.shapes.keys())
             raise ValueError(f"missing or left over parameters: {', '.join(wrong[:4])}")
@@ -70,16 +70,16 @@ class Network:
 
 
 def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
-    """Freshly initialized parameters of a module, flat."""
+    """Return freshly initialized parameters of a module, flat."""
     # Not jitted: one program of some hundred random draws takes XLA minutes to compile.
     state = nnx.state(constructor(_Rngs(key)))
     return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 class _Rngs(nnx.Rngs):
-    """The keys of `nnx.Rngs(key)`, counted in Python.
+    """Give the keys of `nnx.Rngs(key)`, counted in Python.
 
-    nnx counts in a traced array, and each count searches all that was traced before it: building
+    nnx counts in a traced array, and each count searches all that was traced before it. So building
     SDXL's UNet would take a minute.
     """
 
@@ -93,11 +93,11 @@ class _Rngs(nnx.Rngs):
 
 
 def fingerprint(params: Params) -> str:
-    """Of weights, 16 hexadecimal digits: the same in float32, float16 and bfloat16."""
+    """Return 16 hexadecimal digits of weights, the same in float32, float16 and bfloat16."""
     digest = hashlib.sha256()
     for name in sorted(params):
         values = np.asarray(params[name])
-        some = values.reshape(-1)[:: max(1, values.size // 256)]  # of gigabytes, some will do
+        some = values.reshape(-1)[:: max(1, values.size // 256)]  # some of the gigabytes are enough
         digest.update(f"{name} {values.shape}".encode())
         digest.update(some.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:16]
@@ -108,7 +108,7 @@ def _name(path: tuple) -> str:
 
 
 def _path(name: str) -> tuple:
-    # List indices are integers in nnx paths, and no attribute of a module is a number.
+    # List indices are integers in nnx paths, and no attribute of a module is called by a number.
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 

@@ -1,7 +1,7 @@
 """safetensors files, read in pieces and written one tensor at a time.
 
-The safetensors library checks a file's header; its own readers hand out whole copies, and its
-writer wants all tensors at once, which for a full-size network is more than a host has.
+The safetensors library checks a file's header. But its readers return whole copies, and its writer
+needs all tensors at once. Those of a full-size network are more than a host has.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from r0_jax.errors import InputError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Code in the header -> dtype, of those that NumPy has.
+# Code in the header -> dtype, for those that NumPy has.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -42,7 +42,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies. `dtype` is its name, as in float8_e4m3fn, which NumPy may not know."""
+    """Say where a tensor lies; NumPy may not know its `dtype`, a name such as float8_e4m3fn."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,10 +50,10 @@ class Stored(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file; its `tensors` by their keys.
+    """Hold an open safetensors file, its `tensors` by their keys.
 
-    It is read by position and not mapped: pages of a mapping count as memory of the process for as
-    long as it lasts, and a file that is cut short under it kills the process.
+    It is read by position and not mapped. The pages of a mapping count as memory of the process
+    for as long as it lasts. A mapped file that is cut short kills the process.
     Raises InputError for a file that is missing, cut short, or something else.
     """
 
@@ -79,13 +79,13 @@ class TensorFile:
         }
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor as it is stored; InputError where NumPy lacks its dtype."""
+        """Return a tensor as it is stored; raise InputError where NumPy lacks its dtype."""
         result = np.empty(self.tensors[key].shape, self.dtype(key))
         self.read_into(result, key)
         return result
 
     def dtype(self, key: str) -> np.dtype:
-        """InputError where NumPy lacks it."""
+        """Return a tensor's dtype; raise InputError where NumPy lacks it."""
         name = self.tensors[key].dtype
         try:
             return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
@@ -93,8 +93,10 @@ class TensorFile:
             raise InputError(f"{self.path}: {key} holds {name}, which is not supported") from None
 
     def read_into(self, out: Shaped[np.ndarray, "..."], key: str, first: int = 0) -> None:
-        """Fills `out`, contiguous and of the tensor's dtype, with its elements from `first` on, as
-        they are counted in row-major order."""
+        """Fill `out` with a tensor's elements from number `first` on, in row-major order.
+
+        `out` is contiguous and has the tensor's dtype.
+        """
         self._read_bytes(
             out.reshape(-1).view(np.uint8), self.tensors[key].start + first * out.dtype.itemsize
         )
@@ -118,7 +120,7 @@ class TensorFile:
 
 
 def _name(code: str) -> str:
-    """ "float16" for F16, "float8_e4m3fn" for F8_E4M3."""
+    """Return the dtype of a code: "float16" for F16, "float8_e4m3fn" for F8_E4M3."""
     if code in _DTYPES:
         return _DTYPES[code].name
     name = code.lower().replace("f", "float", 1)
@@ -126,8 +128,10 @@ def _name(code: str) -> str:
 
 
 class Tensor(NamedTuple):
-    """What is to be written: `value` makes the array of that shape and dtype when it is due; None
-    stands for zeros, which then take no room on disk."""
+    """Describe a tensor to write; `value` makes its array, of this shape and dtype, when it is due.
+
+    None stands for zeros, which take no room on disk.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -136,15 +140,15 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Return its bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically, one tensor at a time, in the order that they come in
-    (the widest dtype first, which keeps all of them aligned).
+    """Write a safetensors file atomically, one tensor at a time, in the order of `tensors`.
 
-    Raises InputError where the disk refuses.
+    The widest dtype comes first, which keeps all of them aligned. Raises InputError where the disk
+    has no room or cannot be written to.
     """
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
