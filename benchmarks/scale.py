@@ -85,21 +85,23 @@ def main(argv: list[str]) -> None:
     del argv
     out, only = flags.FLAGS.out, flags.FLAGS.only
     kept = Kept.of(measure.read_section(out, _HEADING) if out else "")
+    stored = {row.name for row in rows() if _read(row)}
+    done = stored if only else stored | kept.rows
+    wanted = [row for row in rows() if only in row.name and row.name not in done]
+    if (wanted or stored) and importlib.util.find_spec("libtpu") is None:
+        raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
     failed = []
-    for row in rows():
-        if only in row.name and not _read(row) and (only or row.name not in kept.rows):
-            if importlib.util.find_spec("libtpu") is None:
-                raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
-            print(row.name, flush=True)
-            ended = subprocess.run(
-                [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
-                stdout=subprocess.PIPE,
-                check=False,
-            )
-            if ended.returncode == 0:
-                write_bytes(_path(row), ended.stdout)
-            else:
-                failed.append(row.name)
+    for row in wanted:
+        print(row.name, flush=True)
+        ended = subprocess.run(
+            [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        if ended.returncode == 0:
+            write_bytes(_path(row), ended.stdout)
+        else:
+            failed.append(row.name)
     measure.publish(out, _HEADING, document(kept))
     if failed:
         raise InputError(f"these rows failed to compile, see above: {', '.join(failed)}")
