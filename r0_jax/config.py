@@ -200,6 +200,9 @@ def get_config() -> ConfigDict:
     # Training ends after so many evaluations in a row without a new best; 0: never before `steps`.
     config.early_stop = 0
     config.tensorboard = True
+    # Steps that are traced for TensorBoard's profiler, after the first step of each start, which is
+    # compiled; 0 traces none. The trace lies in the workdir, in tensorboard/plugins/profile.
+    config.profile = 0
     # Also log to Weights & Biases (needs the wandb package).
     config.wandb = False
     # Folder of compiled programs, shared by runs; "" is the user's cache folder.

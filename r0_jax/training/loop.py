@@ -1,5 +1,6 @@
 """The loop of the training: a batch, a step, the log of the step before, a save, a measurement."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -7,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from r0_jax.console import console
 from r0_jax.evaluation.validation import Validation
 from r0_jax.method.train_state import TrainState
-from r0_jax.parallel import heartbeat, replicas
+from r0_jax.parallel import heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import host_memory
 from r0_jax.training.early_stop import EarlyStop
+from r0_jax.training.profile import Profile
 from r0_jax.training.program import Program
 from r0_jax.training.step_log import StepLog
 from r0_jax.workdir.checkpoint import Checkpoints
@@ -64,7 +67,7 @@ class Loop:
         self.state = start.state
         self.step = self.first = int(start.state.step)
         self.compiled: Callable[..., tuple[TrainState, Metrics]] | None = None
-        self.key = jax.random.key(self.config.seed)
+        self.key = _key(self.config.seed, job.program.mesh)
         # An evaluation that is missing in its checkpoint is made again.
         known = self.first if start.measured else self.first - 1
         self.early = EarlyStop(
@@ -76,12 +79,13 @@ class Loop:
         self.log = StepLog(
             self.config, job.folder, self.first if start.resumed else None, start.measured
         )
+        self.profile = Profile(self.config.profile, job.folder, self.first)
 
     def run(self) -> bool:
         """Run the remaining steps; return False if a SIGTERM ended them."""
         if self.start.resumed:
             console.print(f"continues from step {self.first}", highlight=False)
-        with self.log:
+        with self.log, self.profile:
             self._save_and_measure_the_start()
             batches = self.job.batches_from(self.first)
             previous = None  # metrics of the step before, fetched while this one runs
@@ -123,8 +127,13 @@ class Loop:
         if self.compiled is None:
             self.compiled = self._compile(batch)
         heartbeat.beat(f"the batch of step {self.step + 1}")
-        self.state, metrics = self.compiled(self.state, self.job.frozen, batch, self.key)
+        with (
+            self._transfers_guarded(),
+            jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1),
+        ):
+            self.state, metrics = self.compiled(self.state, self.job.frozen, batch, self.key)
         self.step += 1
+        self.profile.note(self.step, metrics)
         if self.step == self.first + 1:
             self._check_copies({"training state": self.state, "frozen weights": self.job.frozen})
         return metrics
@@ -134,6 +143,16 @@ class Loop:
         compiled = lowered.compile()
         host_memory.give_back()  # before the step allocates its own
         return compiled
+
+    def _transfers_guarded(self) -> contextlib.AbstractContextManager[None]:
+        """Make it an error if a step's arguments are not where it reads them: moving delays it."""
+        # Only around the step itself: batches are put on the devices before it, metrics are fetched
+        # after it, and saves and evaluations wait for the devices anyway. Not where a reward is a
+        # user's function: it may call back into Python. JAX runs the callback in this thread on
+        # CPUs and single GPUs, and there the guard would forbid what the user does in it.
+        if any(entry.function for entry in self.config.rewards.values()):
+            return contextlib.nullcontext()
+        return jax.transfer_guard("disallow")
 
     def _log(self, step: int, metrics: Metrics) -> None:
         """Fetch and log the metrics of a step; wait for it where it still runs."""
@@ -178,3 +197,9 @@ class Loop:
         self.job.checkpoints.wait()
         console.print(f"stopped at step {self.step}, which is saved: the same command continues")
         return False
+
+
+def _key(seed: int, mesh: Mesh) -> jax.Array:
+    """Return the key of a seed on all devices, where the step reads it."""
+    make = jax.jit(lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh))
+    return make()

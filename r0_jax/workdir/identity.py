@@ -29,6 +29,7 @@ HARMLESS = frozenset(
         "log_every",
         "wandb",
         "tensorboard",
+        "profile",
         "workdir",
         "mesh",
         "device_batch",
