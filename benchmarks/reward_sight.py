@@ -123,12 +123,11 @@ def implicit_reward(
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    workdir = LocalWorkdir(Path(given.workdir))
-    opened = run.open_run(workdir)
+    opened = run.open_run(LocalWorkdir(Path(given.workdir)))
     config, pipeline = opened.config, opened.pipeline
     if config.test.world != "shapes":
         raise InputError(f"{given.workdir} is not a run on the embedded world: there is no judge")
-    weights = opened.weights(opened.params(run.choose_step(workdir, given.step)))
+    weights = opened.weights(opened.params(opened.choose_step(given.step)))
 
     distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts :]
     shape = (len(distinct), given.samples_per_prompt)

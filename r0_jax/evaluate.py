@@ -70,8 +70,8 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
                 "--out and --overwrite go with --pipeline, not with --workdir: "
                 "the folder of the run gets the table"
             )
-        folder, config = workdir.path, run.read_config(workdir.path)
-        pretrained = str(run.find_pretrained(folder, config, fields.pretrained))
+        opened = run.open_run(workdir, fields.pretrained)
+        folder, config, pretrained = workdir.path, opened.config, str(opened.pretrained)
     else:
         from configs import shapes_r0
 
@@ -102,7 +102,7 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         except InputError as problem:  # it was trained on another machine
             warnings.warn(f"attention is computed by 'xla': {problem}", stacklevel=1)
             config.attention = "xla"
-        table = evaluate_run(workdir, config, fields.step)
+        table = evaluate_run(opened, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
         scheduler = grid.of_folder(pipeline.scheduler_config, fields.num_inference_steps)

@@ -114,7 +114,7 @@ def measured(workdir: Workdir, config: ConfigDict) -> bool:
     return evaluation.get("test") == config.test.to_dict() and (
         evaluation.get("seed"),
         evaluation.get("checkpoint"),
-    ) == (config.seed, f"step {run.choose_step(workdir)}")
+    ) == (config.seed, f"step {run.open_run(workdir).choose_step()}")
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:

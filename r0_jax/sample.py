@@ -38,7 +38,7 @@ from r0_jax.prompts.text import TextPrompts
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir import mirror
-from r0_jax.workdir.run import choose_step, open_run, read_config
+from r0_jax.workdir.run import open_run
 from r0_jax.workdir.workdir import Workdir
 
 _TEXT = TextPrompts()
@@ -133,15 +133,16 @@ def from_run(
     pretrained: str | Path | None = None,
     prompts: PromptSource = _TEXT,
 ) -> Source:
-    """Load the EMA generator of a run, in float32, on its grid; `step` as for `run.choose_step`.
+    """Load the EMA generator of a run, in float32, on its grid; `step` as for `Run.choose_step`.
 
     For encoded `prompts` its pipeline needs no text encoders.
     """
-    chosen = choose_step(workdir, step)
+    run = open_run(workdir, pretrained, text=prompts.text)
+    chosen = run.choose_step(step)
     try:
-        run = open_run(workdir, pretrained, text=prompts.text)
+        pipeline = run.pipeline
     except InputError as problem:
-        if prompts.text and (folder := read_config(workdir.path).data.encoded):
+        if prompts.text and (folder := run.config.data.encoded):
             raise InputError(
                 f"{problem} (the run was trained without text encoders: "
                 f"sample it so too, with --encoded={folder})"
@@ -149,10 +150,10 @@ def from_run(
         raise
     weights = run.weights(run.params(chosen), "float32")
     scheduler = grid.grid(
-        run.pipeline.scheduler_config, num_inference_steps or run.config.sampler.num_steps
+        pipeline.scheduler_config, num_inference_steps or run.config.sampler.num_steps
     )
-    params = run.pipeline.params | {run.pipeline.generator_part: weights}
-    return Source(prompts.attach(run.pipeline), params, scheduler)
+    params = pipeline.params | {pipeline.generator_part: weights}
+    return Source(prompts.attach(pipeline), params, scheduler)
 
 
 def draw(

@@ -136,7 +136,7 @@ def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys
     monkeypatch.setattr(evaluate.run, "read_config", lambda workdir: config)
     monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields))
     monkeypatch.setattr(
-        evaluate, "evaluate_run", lambda workdir, config, step: seen.append(config.attention)
+        evaluate, "evaluate_run", lambda opened, step: seen.append(opened.config.attention)
     )
     monkeypatch.setattr(evaluate.report, "print_table", lambda table: None)
     monkeypatch.setattr(evaluate.report, "write_report", lambda folder: "anew")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from unittest import mock
 
 import numpy as np
@@ -56,7 +57,8 @@ def run(tmp_path, monkeypatch):
     """A folder of a finished run, and its config."""
     monkeypatch.setattr(checkpoint, "steps", lambda workdir: [4])
     monkeypatch.setattr(identity, "check_same_run", lambda workdir, config: "")
-    monkeypatch.setattr(results.run, "choose_step", lambda workdir: 4)
+    opened = types.SimpleNamespace(choose_step=lambda: 4)
+    monkeypatch.setattr(results.run, "open_run", lambda workdir: opened)
     return LocalWorkdir(tmp_path), ConfigDict({"steps": 4, "seed": 0, "test": {"num_prompts": 2}})
 
 

@@ -30,8 +30,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.rewards.tower import normalize
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
-from r0_jax.workdir import run
-from r0_jax.workdir.workdir import Workdir
+from r0_jax.workdir.run import Run
 
 SHOWN = 12  # prompts; the report shows their images
 
@@ -194,16 +193,15 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
     return lambda x: score(encode, params, x, None, batch_size)
 
 
-def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[str, Any]:
+def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
     """Measure a finished run: the base with guidance, the base in few steps, and R0.
 
     All processes do it together; process 0 writes eval.json and samples/eval/.
     """
-    source = prompts.of(config)
-    opened = run.open_run(workdir, config.pretrained, source.text)
-    chosen = distributed.of_first(lambda: run.choose_step(workdir, step))
-    pipeline = source.attach(opened.pipeline)
-    weights = opened.weights(opened.params(chosen))
+    config = run.config
+    chosen = distributed.of_first(lambda: run.choose_step(step))
+    pipeline = prompts.of(config).attach(run.pipeline)
+    weights = run.weights(run.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
     mesh = sharding.global_mesh()
@@ -219,7 +217,7 @@ def evaluate_run(workdir: Workdir, config: ConfigDict, step: str = "") -> dict[s
         f"r0_{k}": Model(few, trained),
     }
     return evaluate_models(
-        Testbed.build(config, pipeline), models, workdir.path, {"checkpoint": f"step {chosen}"}
+        Testbed.build(config, pipeline), models, run.workdir.path, {"checkpoint": f"step {chosen}"}
     )
 
 

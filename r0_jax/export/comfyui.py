@@ -18,7 +18,6 @@ from jaxtyping import Float
 
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.noise_schedule import FlowMatching
-from r0_jax.pipelines.folder import read_index
 from r0_jax.workdir.run import Run
 
 FILE = "comfyui_workflow.json"
@@ -168,7 +167,7 @@ def _parts(run: Run) -> dict[str, str]:
     """Return {part: class} of the pretrained pipeline, including text encoders not loaded."""
     return {
         name: entry[-1]
-        for name, entry in read_index(run.pretrained).items()
+        for name, entry in run.index.items()
         if isinstance(entry, list) and entry and entry[-1] is not None
     }
 

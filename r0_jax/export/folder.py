@@ -10,9 +10,9 @@ from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
 from r0_jax.files import pickles, read_json
 from r0_jax.method import lora
-from r0_jax.pipelines.folder import mend_sample_size, read_index
+from r0_jax.pipelines.folder import mend_sample_size
 from r0_jax.weights import convert
-from r0_jax.workdir.run import HostParams, Run, choose_step, find_pretrained, open_run, read_config
+from r0_jax.workdir.run import HostParams, Run, open_run
 from r0_jax.workdir.workdir import Workdir
 
 Format = Literal["diffusers", "peft", "kohya"]
@@ -37,22 +37,18 @@ def export(
     does not support `form`. Also raise it if `out` holds files that must not be replaced.
     """
     _check_out(out, overwrite)
-    config, name = read_config(workdir.path), out.resolve().name
-    if form != "diffusers" and not config.lora.rank:
+    run, name = open_run(workdir, pretrained), out.resolve().name
+    if form != "diffusers" and not run.config.lora.rank:
         raise InputError(
             f"{workdir.path} trained all weights, so there are no adapters to write: use "
             "--format=diffusers"
         )
+    chosen = run.choose_step(step)
     if form == "kohya":
-        kohya.check_family(
-            read_index(find_pretrained(workdir.path, config, pretrained))["_class_name"]
-        )
-    chosen = choose_step(workdir, step)
+        kohya.check_family(run.index["_class_name"])
     building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
     try:
         _make_folder(building)
-        # A run on encoded prompts may have no text encoders.
-        run = open_run(workdir, pretrained, text=not config.data.encoded)
         _check_apart(out, run)
         params = run.params(chosen, ema)
         base_model = base_model or model_card.base_model(run)
@@ -86,8 +82,8 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     pickles, such as an old safety checker. Correct the sample_size of an old generator config.
     """
     part, source = run.pipeline.generator_part, run.pretrained
-    index = read_json(source / "model_index.json")
-    for name, kind in index.items():
+    index = dict(run.index)
+    for name, kind in run.index.items():
         if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
             if name in run.left_out or not _copy_part(source / name, folder / name):
                 index[name] = [None, None]

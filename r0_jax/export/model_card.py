@@ -11,8 +11,6 @@ from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
-from r0_jax.files import read_json
-from r0_jax.workdir.checkpoint import read_metadata
 from r0_jax.workdir.run import Run
 
 MADE_WITH = "Written by `python -m r0_jax.export"  # marks an export: --overwrite looks for it
@@ -80,7 +78,7 @@ correct: the text encoder was not trained.
 
 
 def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str:
-    pipeline = read_json(run.pretrained / "model_index.json")["_class_name"]
+    pipeline = run.index["_class_name"]
     scheduler = run.scheduler_config.class_name
     # Needed for float32 too: transformers would keep the dtype of the text encoders' files.
     lines, options = ["import torch"], f", dtype=torch.{dtype}"
@@ -146,7 +144,7 @@ def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object
     if config.lora.rank:
         trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     eta = "drawn from [0, 1] at each step" if config.sampler.random_eta else config.sampler.eta
-    scores = read_metadata(run.workdir, step)["metrics"]
+    scores = run.metrics(step)
     return {
         "pretrained pipeline": base_model,
         "method": config.objective.method,

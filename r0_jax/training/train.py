@@ -27,6 +27,7 @@ from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 from r0_jax.workdir import checkpoint, identity
 from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.run import Run
 from r0_jax.workdir.workdir import Workdir
 
 # (batch size, seed, step, parts, of how many) -> this process's parts of the batches.
@@ -43,7 +44,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir, stop: StopSignal) -
         if not _train(config, workdir, stop, held):
             return False
         # Here the devices hold nothing of the training any more.
-        table = testbed.evaluate_run(workdir, config) if config.test.prompts else None
+        table = testbed.evaluate_run(Run(workdir, config)) if config.test.prompts else None
         if jax.process_index() == 0:
             if table is not None:
                 report.print_table(table)

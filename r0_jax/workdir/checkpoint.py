@@ -239,10 +239,15 @@ def find_step(workdir: Workdir, step: int | Literal["best"] | None = None) -> in
                 f"no checkpoint of {workdir.path} was saved with a held-out metric; leave the step "
                 "out to take the newest"
             )
-        return max(measured, key=lambda step: (measured[step], step))
+        return best(measured)
     if step is not None and step not in there:
         raise InputError(f"{workdir.path} has no checkpoint of step {step}; it has {there}")
     return there[-1] if step is None else step
+
+
+def best(scores: Mapping[int, float]) -> int:
+    """Return the step of the highest score, the last one of equals."""
+    return max(scores, key=lambda step: (scores[step], step))
 
 
 def scores(workdir: Workdir) -> dict[int, float]:

@@ -17,9 +17,9 @@ from r0_jax import remote
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
+from r0_jax.pipelines.folder import read_index
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
@@ -53,36 +53,102 @@ _NEEDED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished or running workdir.
+    """A workdir of a run, finished or not; its models are read when they are first asked for.
 
     Attributes:
       config: the resolved one, as it was saved.
-      pretrained: the folder that `pipeline` was loaded from.
-      pipeline: in float32, so that adapters are merged in float32 whatever the run computed in.
-      generator: as it was trained, computing in config.dtype.
-      scheduler_config: for stock pipelines: `config.sampler.num_steps` steps of it visit the
-        trained grid.
+      given_pretrained: the folder of the pretrained pipeline, where the config's has moved.
+      text: whether the pipeline is read with its text encoders; None is as the run did.
     """
 
     workdir: Workdir
     config: ConfigDict
-    pretrained: Path
-    pipeline: Pipeline
-    generator: Generator
-    scheduler_config: SchedulerConfig
+    given_pretrained: str | os.PathLike | None = None
+    text: bool | None = None
+    _metadata: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def pretrained(self) -> Path:
+        """The folder of the pretrained pipeline; InputError if the config's has moved."""
+        folder = remote.local(self.given_pretrained or self.config.pretrained)
+        if not folder.is_dir() and not self.given_pretrained:
+            raise InputError(
+                f"{folder}, the pretrained pipeline of {self.workdir.path}, is not there; say "
+                "where it is now with --pretrained=DIR"
+            )
+        return folder
+
+    @functools.cached_property
+    def index(self) -> dict[str, Any]:
+        """The model_index.json of the pretrained pipeline; InputError if it is missing or broken.
+
+        It is quick to read: nothing else of the pipeline is.
+        """
+        return read_index(self.pretrained)
+
+    @functools.cached_property
+    def pipeline(self) -> Pipeline:
+        """The pretrained pipeline; InputError if it is missing or broken.
+
+        It computes in float32, so that adapters are merged in float32 whatever the run did.
+        """
+        # What was trained on encoded prompts may never have had text encoders beside it.
+        text = not self.config.data.encoded if self.text is None else self.text
+        return families.load(self.pretrained, text=text)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """The network as it was trained, which computes in config.dtype."""
+        adapter = self.config.lora
+        return Generator(
+            adapter.rank, adapter.alpha, adapter.targets, self.config.dtype, self.pipeline.fixed
+        )
+
+    @functools.cached_property
+    def scheduler_config(self) -> SchedulerConfig:
+        """For stock pipelines: `config.sampler.num_steps` steps of it visit the trained grid."""
+        return grid.exported(self.pipeline.scheduler_config, self.config.sampler.num_steps)
 
     @property
     def left_out(self) -> list[str]:
-        """Text encoders and tokenizers that the folder's index may name and the run did without:
-        a stock pipeline has to be told that they are None."""
+        """Text encoders and tokenizers that the folder's index may name and the run did without.
+
+        A stock pipeline has to be told that they are None.
+        """
         there = self.pipeline.networks.keys() | self.pipeline.tokenizers.keys()
         if not self.pipeline.tokenizers:  # they were not asked for
             there |= {path.name for path in self.pretrained.iterdir() if path.is_dir()}
         return [
             name
-            for name in read_json(self.pretrained / "model_index.json")
+            for name in self.index
             if name.startswith(("text_encoder", "tokenizer")) and name not in there
         ]
+
+    def choose_step(self, step: str = "") -> int:
+        """Return the step that a --step flag means: a number, "best", "latest", or "".
+
+        Best is by the held-out reward; "" is the best where that was measured after training
+        began, else the latest. Raises InputError where there is no checkpoint, or not this one.
+        """
+        if not checkpoint.steps(self.workdir):
+            raise InputError(
+                f"{self.workdir.path} has no checkpoint yet; wait for the first one of its run"
+            )
+        if step in ("best", "latest"):
+            return checkpoint.find_step(self.workdir, "best" if step == "best" else None)
+        if step:
+            if not step.isdecimal():
+                raise InputError(f"--step={step}: expected the number of a step, best or latest")
+            return checkpoint.find_step(self.workdir, int(step))
+        scores = checkpoint.scores(self.workdir)
+        # Step 0, the best of one, would be the base again.
+        return checkpoint.best(scores) if any(scores) else checkpoint.find_step(self.workdir)
+
+    def metrics(self, step: int) -> dict[str, float | None]:
+        """Return what an evaluation measured of a checkpoint; {} if none did."""
+        if step not in self._metadata:
+            self._metadata[step] = checkpoint.read_metadata(self.workdir, step)
+        return self._metadata[step]["metrics"]
 
     def params(self, step: int, ema: bool = True) -> HostParams:
         """The trainable parameters (adapters or all weights) of a checkpoint, in float32.
@@ -91,7 +157,7 @@ class Run:
         """
         field = "ema_params" if ema else "params"
         read = checkpoint.load_params if self.generator.rank else checkpoint.open_params
-        params, _ = read(self.workdir, field, step)
+        params, self._metadata[step] = read(self.workdir, field, step)
         shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
         expected = jax.eval_shape(
             lambda base: self.generator.init(jax.random.key(0), base, shapes), shapes
@@ -131,41 +197,18 @@ class Run:
 
 
 def open_run(
-    workdir: Workdir, pretrained: str | os.PathLike | None = None, text: bool = True
+    workdir: Workdir, pretrained: str | os.PathLike | None = None, text: bool | None = None
 ) -> Run:
-    """The run of a workdir.
+    """Open the run of a workdir; raise InputError for a folder that is not one.
 
-    `pretrained` takes the place of the config's folder, where that one has moved; without `text`
-    its text encoders need not be there. Raises
-    InputError for a folder that is no workdir and for a pretrained pipeline that is not there or
-    broken; `choose_step`, which is quick, says whether there is a checkpoint.
+    `pretrained` takes the place of the config's folder, where that one has moved. `text` says
+    whether its text encoders are read; None is as the run did.
     """
-    config = read_config(workdir.path)
-    folder = find_pretrained(workdir.path, config, pretrained)
-    pipeline = families.load(folder, text=text)
-    scheduler_config = grid.exported(pipeline.scheduler_config, config.sampler.num_steps)
-    adapter = config.lora
-    generator = Generator(
-        adapter.rank, adapter.alpha, adapter.targets, config.dtype, pipeline.fixed
-    )
-    return Run(workdir, config, folder, pipeline, generator, scheduler_config)
-
-
-def find_pretrained(
-    workdir: Path, config: ConfigDict, pretrained: str | os.PathLike | None = None
-) -> Path:
-    """The folder of the pretrained pipeline; InputError if the config's has moved."""
-    folder = remote.local(pretrained or config.pretrained)
-    if not folder.is_dir() and not pretrained:
-        raise InputError(
-            f"{folder}, the pretrained pipeline of {workdir}, is not there; say where "
-            "it is now with --pretrained=DIR"
-        )
-    return folder
+    return Run(workdir, read_config(workdir.path), pretrained, text)
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The resolved config of a run; InputError for a folder that is no workdir."""
+    """Read the resolved config of a run; raise InputError for a folder that is not a workdir."""
     path = workdir / "config.json"
     if not workdir.is_dir():
         raise InputError(f"{workdir} is not a folder; give the --workdir of a run")
@@ -190,24 +233,3 @@ def read_config(workdir: Path) -> ConfigDict:
                 "the original back"
             )
     return config
-
-
-def choose_step(workdir: Workdir, step: str = "") -> int:
-    """The step that a --step flag means: a number, "best", "latest", or "".
-
-    Best is by the held-out reward; "" is the best where that was measured after training began,
-    else the latest.
-    Raises InputError for a folder without checkpoints and for a step that is not there.
-    """
-    read_config(workdir.path)
-    if not checkpoint.steps(workdir):
-        raise InputError(f"{workdir.path} has no checkpoint yet; wait for the first one of its run")
-    if step in ("best", "latest"):
-        return checkpoint.find_step(workdir, "best" if step == "best" else None)
-    if step:
-        if not step.isdecimal():
-            raise InputError(f"--step={step}: expected the number of a step, best or latest")
-        return checkpoint.find_step(workdir, int(step))
-    # Step 0, the best of one, would be the base again.
-    trained = any(checkpoint.scores(workdir))
-    return checkpoint.find_step(workdir, "best" if trained else None)

@@ -37,7 +37,7 @@ from r0_jax.export import folder as export
 from r0_jax.method import lora
 from r0_jax.pipelines import stable_diffusion
 from r0_jax.weights import convert, lazy
-from r0_jax.workdir.run import choose_step, open_run
+from r0_jax.workdir.run import open_run
 from r0_jax.workdir.workdir import LocalWorkdir
 
 # --- tiny folders ------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_which_parameters_and_dtype(runs, tmp_path):
         assert f", dtype=torch.{dtype})" in card(out)[1]
         seen.append(chosen)
     assert seen == [10, 20, 10, 10]  # step 10 has the better held-out score
-    assert choose_step(LocalWorkdir(runs / "full")) == 20  # none was measured
+    assert open_run(LocalWorkdir(runs / "full")).choose_step() == 20  # none was measured
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_which_parameters_and_dtype(runs, tmp_path):
 )
 def test_the_step_that_is_taken_by_default(pretrained, tmp_path, scores, chosen):
     write_run(tmp_path / "run", pretrained, RANK, scores)
-    assert choose_step(LocalWorkdir(tmp_path / "run")) == chosen
+    assert open_run(LocalWorkdir(tmp_path / "run")).choose_step() == chosen
 
 
 @pytest.mark.parametrize("name", ["lora", "peft"])
