@@ -1,5 +1,7 @@
-"""Checksums of arrays, which orbax does not have: it protects its indices but not the array data,
-where a flipped bit is read as a number."""
+"""Checksums of arrays, for checkpoints.
+
+Orbax protects its indices but not the array data, where it reads a flipped bit as a number.
+"""
 
 import zlib
 from collections.abc import Mapping
@@ -11,13 +13,13 @@ from jaxtyping import Array, Shaped, UInt32
 
 
 def of_fields(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """{field of TrainState: a number that any changed bit changes}, the same on every mesh.
+    """Return {field of TrainState: a number that any changed bit changes}, the same on every mesh.
 
-    `arrays` are keyed by dotted names that begin with the field.
+    `arrays` has dotted names that begin with the field.
     """
     totals: dict[str, int] = {}
     for name, x in arrays.items():
-        # Waits for each: of thousands in the queue, sums over many fake devices of few processors
+        # Wait for each: with thousands in the queue, sums over many fake devices on few processors
         # block each other for ever.
         value = int(of_array(x)) * (zlib.crc32(name.encode()) | 1)
         field = name.split(".")[0]
@@ -27,9 +29,9 @@ def of_fields(arrays: Mapping[str, Any]) -> dict[str, int]:
 
 @jax.jit
 def of_array(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """A number that any changed bit changes, the same on every mesh."""
-    # Integer sums are exact in any order, so each device sums what it has. Odd weights that
-    # differ by position: a flipped bit and a swapped pair both show.
+    """Return a number that any changed bit changes, the same on every mesh."""
+    # Integer sums are exact in any order, so each device sums what it has. The weights are odd and
+    # differ by position, so that a flipped bit and a swapped pair both show.
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)

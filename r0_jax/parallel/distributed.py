@@ -1,8 +1,8 @@
-"""One process of many: found from the environment, joined, and left together.
+"""One process of many: it finds the others in the environment, joins them and leaves with them.
 
-Cloud TPU, GKE, SLURM, Open MPI and Kubernetes say in environment variables who is there, mostly by
-JAX's own detection; `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it
-anywhere. With none of them a process is alone, and nothing here does anything.
+Cloud TPU, GKE, SLURM, Open MPI and Kubernetes name the processes in environment variables, most of
+which JAX detects. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name them
+anywhere. Without any of these a process is alone, and this module does nothing.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ T = TypeVar("T")
 ADDRESS, PORT = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT"
 PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PORT = "8476"  # where only a host is named
-_WEEK = 7 * 24 * 3600 * 1000  # milliseconds: who waits for so long is ended by the watch
-# What a collective says whose other end is gone; of anything else a process is guilty itself.
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds; the watch ends a process long before
+# What a collective says when its other end is gone; any other error is this process's own.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|socket closed|unavailable|coordination"
     r"|deadline.exceeded|barrier|heartbeat",
@@ -48,17 +48,20 @@ _calls = itertools.count()
 
 
 class ApartError(Exception):
-    """The others did not come. Not this process's mistake: a restart may do, so status 1, not 2."""
+    """The other processes did not come.
+
+    It is not this process's mistake and a restart may help, so its status is 1, not 2.
+    """
 
 
 class Place(NamedTuple):
-    """Where a process stands among many; what is None is asked of the machine by JAX.
+    """The place of a process among many; JAX asks the machine for what is None.
 
     Attributes:
       address: host:port of process 0.
       processes: how many there are.
       process: which one this is.
-      devices: which of the machine's GPUs are its own; None: all, or those that
+      devices: which of the machine's GPUs are its own; None is all, or those that
         JAX_LOCAL_DEVICE_IDS names.
     """
 
@@ -72,9 +75,10 @@ class Place(NamedTuple):
 
 
 def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
-    """What the environment says; None where a process is alone. `tpu`: the machine has some.
+    """Return the place that the environment names; None for a process that is alone.
 
-    Raises InputError for variables that do not fit together.
+    `tpu` says whether the machine has TPUs. Raises InputError for variables that do not fit each
+    other.
     """
     scheduled = _slurm(env) or _open_mpi(env) or (_tpu(env) if tpu else None)
     given = {name: env[name] for name in (ADDRESS, PROCESSES, PROCESS) if env.get(name)}
@@ -129,7 +133,10 @@ def _address(env: Mapping[str, str]) -> str | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:
-    """Of the tasks of one `srun`; in a batch script or a shell of salloc a process is alone."""
+    """Return the place among the tasks of one `srun`.
+
+    In a batch script or a shell of salloc a process is alone.
+    """
     tasks = _number(env, "SLURM_STEP_NUM_TASKS")
     tasks = _number(env, "SLURM_NTASKS") if tasks is None else tasks
     if "SLURM_JOB_ID" not in env or "SLURM_STEP_NODELIST" not in env or (tasks or 1) == 1:
@@ -142,7 +149,7 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
 
 
 def _slurm_gpus(env: Mapping[str, str]) -> tuple[int, ...] | None:
-    """One a task, except for a task that is alone on its node, or that SLURM lets see one only."""
+    """Return one GPU a task; all that it sees for a task alone on its node or with one GPU."""
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None
     visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -178,7 +185,7 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
 
 
 def _tpu(env: Mapping[str, str]) -> Place | None:
-    """JAX asks GKE's variables or the metadata server of a TPU VM for all of it."""
+    """Return the place on a TPU, which JAX reads from GKE's variables or a VM's metadata server."""
     platforms = env.get("JAX_PLATFORMS", "")
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
     slices = _number(env, "MEGASCALE_NUM_SLICES") or 1
@@ -200,7 +207,7 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 @contextlib.contextmanager
 def _environment(env: Mapping[str, str]) -> Iterator[None]:
-    """What JAX's detection reads is os.environ."""
+    """Put `env` into os.environ, which JAX's detection reads."""
     before = dict(os.environ)
     os.environ.update(env)
     try:
@@ -220,11 +227,10 @@ def _has_tpu() -> bool:
 
 @contextlib.contextmanager
 def joined(config: ConfigDict) -> Iterator[None]:
-    """Joins the other processes, before anything touches a device; leaves with them at the end.
+    """Join the other processes, before anything touches a device; leave with them at the end.
 
-    An error inside is told here and to the others, and ends all of them at once: a process that
-    went on alone would wait for ever. A process that is lost or hangs ends the others too (see
-    `Watch`).
+    An error inside is told here and to the others, and ends all of them at once: one that continued
+    alone would wait for ever. A process that is lost or hangs ends the others, too (see `Watch`).
     """
     place = find(os.environ, _has_tpu())
     if place is None:
@@ -246,7 +252,7 @@ def joined(config: ConfigDict) -> Iterator[None]:
     )
     watch.start()
     try:
-        if jax.process_index() != 0:  # it says the same as process 0
+        if jax.process_index() != 0:  # it would say the same as process 0
             warnings.simplefilter("ignore")
             logging.set_verbosity(logging.ERROR)
             console.quiet = True
@@ -267,8 +273,10 @@ def joined(config: ConfigDict) -> Iterator[None]:
 
 
 def of_first(make: Callable[[], T]) -> T:
-    """What `make` returns in process 0, which alone calls it while the others wait, as JSON has it.
-    All processes come here in the same order."""
+    """Return what `make` returns in process 0, which alone calls it, as JSON has it.
+
+    The others wait. All processes call this in the same order.
+    """
     if _client() is None:
         return make()
     key = f"r0_jax/first/{next(_calls)}"
@@ -278,8 +286,10 @@ def of_first(make: Callable[[], T]) -> T:
 
 
 def of_all(value: Any) -> list[Any]:
-    """The values of all processes, in their order, as JSON has them. All come here in the same
-    order."""
+    """Return the values of all processes, in their order, as JSON has them.
+
+    All processes call this in the same order.
+    """
     if _client() is None:
         return [value]
     folder = f"r0_jax/all/{next(_calls)}/"
@@ -293,14 +303,17 @@ def of_all(value: Any) -> list[Any]:
 
 
 def together() -> None:
-    """Returns when all processes are here."""
+    """Return when all processes are here."""
     if _client() is not None:
         _client().wait_at_barrier(f"r0_jax/together/{next(_calls)}", _WEEK)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
-    """`together` as orbax asks for it; not for a process whose save has failed, for which nobody
-    will come: it would wait, and then say that instead of why."""
+    """Wait as `together` does, in the form that orbax asks for.
+
+    A process whose save has failed does not wait: nobody would come, and it would say that instead
+    of why.
+    """
     if sys.exc_info()[1] is None:
         _client().wait_at_barrier(key, timeout_ms)
 
@@ -310,7 +323,7 @@ def _client() -> Any:
 
 
 def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
-    """False where JAX finds that this process is alone."""
+    """Join the other processes; return False where JAX finds that this one is alone."""
     if place.address is not None and place.process:
         _await(place.address, start_timeout)
     # JAX's own notice of SIGTERM would take it from `StopSignal`.
@@ -327,7 +340,7 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
         ),
     )
     late.daemon = True
-    late.start()  # JAX ends the process itself when its time is over, with a stack trace
+    late.start()  # before JAX's own timeout, which ends the process with a stack trace
     try:
         jax.distributed.initialize(
             place.address,
@@ -336,7 +349,7 @@ def _initialize(place: Place, start_timeout: int, lost_timeout: int) -> bool:
             place.devices,
             cluster_detection_method="deactivate" if None not in place[:3] else None,
             initialization_timeout=start_timeout + 30,
-            # JAX's own end of a process whose neighbour is lost: where the watch's comes not to it.
+            # JAX ends a process whose neighbour is lost, if the watch could not.
             heartbeat_timeout_seconds=2 * lost_timeout + 10,
             shutdown_timeout_seconds=60,
         )

@@ -1,7 +1,7 @@
-"""Signs that a run makes progress: whoever finishes something says so, and a watch may listen.
+"""Signs of progress: whoever finishes something says so, and a watch may listen.
 
 A run of many processes ends when none of them has finished anything for a long time
-(`parallel.watch`). The modules that do the work speak to whoever listens in this context.
+(`parallel.watch`). The modules that do the work speak to the listener of this context.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ _listener: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.Co
 
 
 def beat(done: str) -> None:
-    """Says that something came to its end, such as "step 12"."""
+    """Say that something is done, such as "step 12"."""
     if (listener := _listener.get()) is not None:
         listener(done)
 
 
 @contextlib.contextmanager
 def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
-    """Makes `listener` hear every `beat` inside, of this thread."""
+    """Let `listener` hear every `beat` of this thread inside."""
     token = _listener.set(listener)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether what should be equal on several devices is: a sum over every device's own copy."""
+"""Checks that copies of the same numbers are equal on all devices, by sums over each copy."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from jaxtyping import UInt32
 from r0_jax.errors import InputError
 from r0_jax.parallel import checksum
 
-# A set of devices that hold the same shards: of a replicated array all, of a split one those that
-# differ in no axis that splits it.
+# Sets of devices that hold the same shards: all devices for a replicated array, those that differ
+# in no axis that splits it for another.
 Groups = tuple[tuple[int, ...], ...]
 
 
 def check(trees: Mapping[str, Any], step: int) -> None:
-    """InputError, in all processes, where copies of the same numbers differ; it names the processes
-    whose copy is not that of most devices, and which of `trees` (of global arrays) it is in.
+    """Raise InputError, in all processes, where copies of the same numbers differ.
 
-    Such a difference never goes away again and is never seen in the loss: a defect of memory or of
-    a link, weights that are not the same file everywhere.
+    It names the processes whose copy differs from that of most devices, and the one of `trees`
+    (of global arrays) that it is in. Such a difference never goes away and never shows in the
+    loss. It comes from a defect of memory or of a link, or from weights that differ by machine.
     """
     totals: dict[tuple[str, Groups], dict[int, int]] = {}
     for what, tree in trees.items():
@@ -52,7 +52,7 @@ def check(trees: Mapping[str, Any], step: int) -> None:
 
 
 def _outliers(copies: Sequence[tuple[int, int]]) -> list[int]:
-    """The processes of (process, sum) that are not with most; all where there is no such most."""
+    """Return the processes of (process, sum) outside the majority; all of them if there is none."""
     sums = [value for _, value in copies]
     if len(set(sums)) == 1:
         return []

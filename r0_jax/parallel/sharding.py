@@ -1,8 +1,7 @@
-"""Where arrays live: a mesh of ('data', 'fsdp', 'tensor'), and rules on dotted names that are
-config data.
+"""Places arrays on a mesh of ('data', 'fsdp', 'tensor'), by the config's rules on dotted names.
 
-The same code runs on one chip, eight or a pod; only the mesh of the config changes. Axes are
-`AxisType.Auto` on purpose (`jax.make_mesh` defaults to Explicit since jax 0.9): the compiler
+The same code runs on one chip, on eight and on a pod: only the mesh of the config changes. Axes
+are `AxisType.Auto` on purpose (`jax.make_mesh` defaults to Explicit since jax 0.9): the compiler
 propagates shardings through the networks, whose code does not mention them.
 """
 
@@ -30,13 +29,14 @@ _MIN_BYTES = 4 * 2**20
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; -1 stands for the rest, a missing axis for 1.
+    """Make a mesh over all devices; -1 stands for the rest, a missing axis for 1.
 
     Neighbours of an axis are near each other, those of the last one nearest. TPUs of several
     slices follow each other on the data axis, the only one whose traffic (a sum of gradients a
     step) suits the data center's network.
 
     `devices` replaces `jax.devices()`, e.g. by those of a topology that is only compiled for.
+    Raises InputError for sizes that do not fit the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if unknown := sorted(set(shape) - set(AXES)):
@@ -58,7 +58,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
-    """The devices as an array of `sizes`, as near to each other as the hardware allows."""
+    """Return the devices as an array of `sizes`, as near to each other as the hardware allows."""
     # GPUs number what NVLink joins as slices too, but any axis may go from host to host there.
     slices = (
         {getattr(device, "slice_index", 0) for device in devices}
@@ -82,17 +82,17 @@ def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
 
 
 def global_mesh() -> Mesh:
-    """All devices of all processes, for what has no mesh of its own in the config."""
+    """Make a mesh of all devices of all processes, for work without a mesh in the config."""
     return make_mesh({"data": -1})
 
 
 def local_mesh() -> Mesh:
-    """All devices of this process, for work that each process does by itself."""
+    """Make a mesh of all devices of this process, for work that each process does by itself."""
     return make_mesh({"data": -1}, jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -102,15 +102,18 @@ def param_sharding(
     rules: Sequence[Any],
     heads: Mapping[str, int] | None = None,
 ) -> dict[str, NamedSharding]:
-    """Where each parameter lives, by the first rule whose regex is its whole dotted name.
+    """Return where each parameter lives, by the first rule whose regex is its whole dotted name.
 
-    A rule is (regex, strategy). 'fsdp' splits the largest axis that the fsdp axis of the mesh
-    divides, of anything over 4 MB, and replicates the rest. 'column' splits a layer's outputs over
-    the tensor axis, 'row' its inputs, and either splits another axis as 'fsdp' does; where tensor
-    does not divide the outputs or inputs, or the heads of the attention that the layer belongs to
-    (`heads`, as `Network` has them), they are 'fsdp'. Whole names, as `re.fullmatch` has it: a
-    regex that is too narrow then fails as an uncovered name, while one that matched any part would
-    silently take too much.
+    A rule is (regex, strategy):
+      fsdp: of anything over 4 MB, split the largest axis that the mesh's fsdp axis divides.
+      replicate: split nothing.
+      column: split a layer's outputs over the tensor axis, and another axis as fsdp does.
+      row: the same with its inputs.
+    column and row are fsdp where the tensor axis does not divide the outputs or inputs. They also
+    are where it does not divide the heads of the layer's attention (`heads`, as in `Network`).
+
+    A regex matches whole names: one that is too narrow then fails as an uncovered name, while one
+    that matched any part would silently take too much. Raises InputError for such a name.
     """
     compiled = [(_compile(regex), _known(strategy)) for regex, strategy in map(_pair, rules)]
 
@@ -133,10 +136,10 @@ def follow_params(
     rules: Sequence[Any],
     heads: Mapping[str, int] | None = None,
 ) -> Any:
-    """The sharding of every leaf of a tree of shapes that belongs to parameters, a training state.
+    """Return the sharding of every leaf of a training state, a tree of shapes.
 
-    EMA and optimizer moments follow their parameter, found by the dotted name that ends their
-    path; counters are replicated. `rules` and `heads` are those of `param_sharding`.
+    EMA and optimizer moments follow their parameter, which the dotted name at the end of their
+    path names; counters are replicated. `rules` and `heads` are those of `param_sharding`.
     """
     found = param_sharding(params, mesh, rules, heads)
 
@@ -150,26 +153,31 @@ def follow_params(
 
 
 def with_sharding(shapes: Any, sharding: Any) -> Any:
-    """`shapes` (a tree of ShapeDtypeStruct) that know where they are to live."""
+    """Return `shapes` (a tree of ShapeDtypeStruct) with their sharding."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis of a batch over all devices but those of one `tensor`, which compute the
-    same samples together."""
+    """Return the sharding of a batch: its leading axis is split over all devices.
+
+    The devices of one `tensor` hold the same samples, which they compute together.
+    """
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts `batch_sharding` splits a batch."""
+    """Return into how many parts `batch_sharding` splits a batch."""
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
-    """Into how many microbatches a global batch is cut, of which a device computes `device_batch`
-    samples at once (0: all of its share). InputError where it does not come out even."""
+    """Return into how many microbatches a global batch is cut.
+
+    A device computes `device_batch` samples of it at once, 0 all of its share. Raises InputError
+    where the batch does not split evenly.
+    """
     if batch_size < 1 or device_batch < 0:
         raise InputError(
             f"batch_size={batch_size} must be at least 1, and device_batch="
@@ -193,12 +201,12 @@ def microbatches(batch_size: int, device_batch: int, mesh: Mesh) -> int:
 
 
 def microbatch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch cut into microbatches, [count, samples, ...]: each split as `batch_sharding`."""
+    """Return the sharding of microbatches [count, samples, ...]: each as `batch_sharding`."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def local_parts(split: NamedSharding) -> tuple[list[int], int]:
-    """Which of how many equal parts of a batch the devices of this process hold, in order.
+    """Return which parts of a batch this process's devices hold, in order, and how many there are.
 
     Another process holds the same where an axis that does not split the batch lies across both.
     """
@@ -209,8 +217,10 @@ def local_parts(split: NamedSharding) -> tuple[list[int], int]:
 
 
 def put_batch(batch: Any, split: NamedSharding) -> Any:
-    """This process's parts (a tree of numpy arrays, as `local_parts` counts them) as its share of
-    the global batch."""
+    """Put this process's share of the global batch on its devices.
+
+    `batch` is a tree of numpy arrays: the parts that `local_parts` names.
+    """
     parts, count = local_parts(split)
 
     def put(x: np.ndarray) -> jax.Array:
@@ -226,8 +236,10 @@ def put_batch(batch: Any, split: NamedSharding) -> Any:
 
 
 def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """jit of function(params, *batch) whose result every process sees whole; the rows of the batch
-    are split over `mesh` where its parts of a batch divide them (see `divisible`)."""
+    """Return the jit of function(params, *batch), whose result every process sees whole.
+
+    The rows of the batch are split over `mesh` where it divides them (see `divisible`).
+    """
 
     @jax.jit
     def run(params: Any, *batch: Any) -> Any:
@@ -239,13 +251,13 @@ def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def divisible(size: int, mesh: Mesh) -> int:
-    """`size` rows, and as many more as let the devices split them."""
+    """Return the least number of rows from `size` on that the devices can split."""
     parts = batch_parts(mesh)
     return -(-size // parts) * parts
 
 
 def any_process(flag: bool) -> jax.Array:
-    """Whether any process calls this with True, which all do; not waited for."""
+    """Return whether any process passes True, without waiting for it. All processes call it."""
     mesh = global_mesh()
     here = np.full(jax.local_device_count(), flag)
     flags = jax.make_array_from_process_local_data(batch_sharding(mesh), here)
@@ -281,7 +293,7 @@ def _known(strategy: str) -> str:
 
 
 def _heads_of(name: str, heads: Mapping[str, int]) -> int:
-    """Heads of the attention that a parameter is part of, 0 for none."""
+    """Return the heads of the attention that a parameter is part of, 0 for none."""
     parts = name.split(".")
     return next(
         (heads[module] for i in range(len(parts)) if (module := ".".join(parts[:i])) in heads), 0
@@ -296,8 +308,8 @@ def _spec(
     spec: list[str | None] = [None] * len(array.shape)
     size = array.size * array.dtype.itemsize
 
-    # The last axis of a kernel, a bias or an embedding is what comes out, the one before it of a
-    # kernel what goes in. However small: it is the work that is split.
+    # The last axis of a kernel, a bias or an embedding is the output. The axis before it is the
+    # input of a kernel. Small ones are split too: it is the work that is split.
     of_tensor = {"column": axes[-1:], "row": axes[-2:-1]}.get(strategy, [])
     tensor = mesh.shape["tensor"]
     for axis in of_tensor:

@@ -1,4 +1,4 @@
-"""SIGTERM, which is how machines are taken back: what was trained is saved first."""
+"""SIGTERM, by which machines are taken back: the run saves what it trained first."""
 
 import contextlib
 import os
@@ -15,16 +15,18 @@ from r0_jax.parallel import sharding
 
 
 class Stopped(BaseException):
-    """A SIGTERM came while nothing was to be saved: what was trained is saved already.
+    """A SIGTERM came while there was nothing to save.
 
-    As KeyboardInterrupt is, no Exception: it may come inside of any call, and whoever asks there
-    what is wrong with a file or a reward would take it for the answer.
+    Like KeyboardInterrupt it is not an Exception: it may come inside any call, where code that
+    catches what is wrong with a file or a reward would catch it, too.
     """
 
 
 class StopSignal:
-    """What a SIGTERM does: raise Stopped at once, or, inside `deferred`, make `requested` true on
-    all processes at the same step. A context manager.
+    """Handles SIGTERM; a context manager.
+
+    It raises Stopped at once or, inside `deferred`, makes `requested` true on all processes at the
+    same step.
 
     Attributes:
       came: whether one came to this process.
@@ -32,7 +34,7 @@ class StopSignal:
 
     def __init__(self):
         self.came = self._deferred = False
-        self._asked: jax.Array | None = None  # the answer of all processes, of the last time
+        self._asked: jax.Array | None = None  # the last answer of all processes
 
     def __enter__(self) -> "StopSignal":
         self._before = signal.signal(signal.SIGTERM, self._note)
@@ -45,7 +47,7 @@ class StopSignal:
             sys.unraisablehook = self._unraisable
 
     def _again(self, event: Any) -> None:
-        """A signal that comes within a callback, of the garbage collector say, is lost there."""
+        """Send the signal again if a callback swallowed it, say of the garbage collector."""
         if isinstance(event.exc_value, Stopped):
             self.came = False
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -55,15 +57,18 @@ class StopSignal:
     def _note(self, number: int, frame: object) -> None:
         del number, frame
         again, self.came = self.came, True
-        if not self._deferred and not again:  # what the first one began is not broken off
+        if (
+            not self._deferred and not again
+        ):  # a second one does not break off what the first one began
             raise Stopped
 
     def defer(self) -> None:
-        """From here on a SIGTERM is only noted."""
+        """Only note a SIGTERM from here on."""
         self._deferred = True
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
+        """Only note a SIGTERM inside."""
         self._deferred = True
         try:
             yield
@@ -71,14 +76,16 @@ class StopSignal:
             self._deferred = False
 
     def check(self) -> None:
-        """Raises Stopped where one is requested; within `deferred`, for what may stay undone."""
+        """Raise Stopped if a SIGTERM came; inside `deferred`, where work may stay undone."""
         if self.requested():
             raise Stopped
 
     def requested(self) -> bool:
-        """With many processes whether one was asked before the last call: the answer travels
-        behind the step that is being computed, which nobody waits for here. All call it equally
-        often."""
+        """Return whether a SIGTERM came, with many processes whether one came before the last call.
+
+        The answer travels behind the step that is being computed, for which this does not wait.
+        All processes call it equally often.
+        """
         if jax.process_count() == 1:
             return self.came
         # Preemption may reach one host first: stop together, or collectives wait for ever.

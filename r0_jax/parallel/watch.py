@@ -1,4 +1,4 @@
-"""Whether the other processes are still there and go on: a run of many ends as one."""
+"""Watches the other processes of a run: it ends as one."""
 
 import json
 import os
@@ -15,12 +15,14 @@ _CONTINUE = "start the same command again to continue"
 class Watch:
     """Ends this process, with one line on stderr, when another one fails, is lost, or hangs.
 
-    Collectives wait for ever for a process that does not come. So each gives a sign of life to
-    process 0 by the coordination service of jax.distributed, in a thread that lives while programs
-    are compiled and files are read. Process 0 judges, and its verdict is a key of the service, for
-    which all others wait. Whose sign has not changed for `lost_timeout` seconds is lost, and so is
-    process 0 when its service has not answered for so long; and when process 0 has finished nothing
-    for `hang_timeout` seconds, those who are behind the others hang.
+    Collectives wait for ever for a process that does not come. So each process sends signs of life
+    to process 0, by the coordination service of jax.distributed. It does so in a thread, which
+    lives while programs are compiled and files are read. Process 0 judges. Its verdict is a key of
+    the service, for which all others wait.
+
+    A process is lost when its sign has not changed for `lost_timeout` seconds. Process 0 is lost
+    when its service has not answered for so long. When process 0 has finished nothing for
+    `hang_timeout` seconds, the processes that are behind the others hang.
     """
 
     def __init__(
@@ -29,42 +31,45 @@ class Watch:
         self._client, self._process, self._processes = client, process, processes
         self._lost, self._hang = lost_timeout, hang_timeout
         self._every = min(5.0, lost_timeout / 8)
-        self._leaving = threading.Lock()  # whoever has it says why, and nobody else
+        self._leaving = threading.Lock()  # its holder alone says why
         self._stopped = False
         self._threads: list[threading.Thread] = []
-        # Seconds that this process was awake for: what it cannot have seen it does not miss.
+        # Seconds that this process was awake: it misses nothing that it could not see.
         self._clock = 0.0
         self._count, self._done, self._moved = 0, "the start", 0.0
         self._answered = 0.0
-        # Of each process: its last sign of life, and when it changed.
+        # {process: its last sign of life, and when it changed}.
         self._signs: dict[int, tuple[list, float]] = {
             i: ([0, 0, ""], 0.0) for i in range(processes)
         }
 
     def start(self) -> None:
+        """Start the threads."""
         for task in (self._listen, self._judge):
             thread = threading.Thread(target=task, name=f"r0_jax{task.__name__}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def stop(self) -> None:
-        """From here on nobody is missed. Waits for the threads: one that is within JAX's service
-        when Python ends aborts the process."""
+        """Miss nobody from here on, and wait for the threads.
+
+        A thread that is inside JAX's service when Python ends aborts the process.
+        """
         self._stopped = True
         for thread in self._threads:
             thread.join(self._every + 2)
 
     def progress(self, done: str) -> None:
-        """Something came to its end here, such as "step 12". It is missed if nothing more does."""
+        """Note that something is done here, such as "step 12"; no more of it is a hang."""
         self._count, self._done, self._moved = self._count + 1, done, self._clock
 
     def fail(self, status: int, message: str) -> None:
-        """Ends the others with this status and message; returns when they can know."""
+        """End the others with this status and message; return when they can know."""
         self._take()
         self._say(status, f"process {self._process} of {self._processes}: {message}")
 
     def wait_for_verdict(self) -> None:
-        """Gives the watch time to end this process; returns if nobody is lost."""
+        """Give the watch time to end this process; return if nobody is lost."""
         time.sleep(self._lost + 4 * self._every + 2)
 
     def _listen(self) -> None:
@@ -93,7 +98,7 @@ class Watch:
                 self._end(*json.loads(failed))
 
     def _wait(self) -> str | None:
-        """The verdict, if it comes before the next sign of life is due."""
+        """Return the verdict, if it comes before the next sign of life is due."""
         try:
             return self._client.blocking_key_value_get(_FAILED, int(1000 * min(self._every, 1)))
         except Exception as error:
@@ -156,7 +161,7 @@ class Watch:
         try:
             self._client.key_value_set(_FAILED, json.dumps([status, message]))
         except Exception:
-            return  # somebody was first, or nobody hears it any more
+            return  # another process was first, or nobody listens any more
         if self._process == 0:  # the service ends with it
             time.sleep(1)
 
@@ -166,7 +171,7 @@ class Watch:
 
     def _quit(self, status: int, message: str) -> NoReturn:
         kind = "" if status == STOPPED else "error: "
-        os.write(2, f"{kind}{message}\n".encode())  # no lock of a thread that may be frozen
+        os.write(2, f"{kind}{message}\n".encode())  # takes no lock that a frozen thread may hold
         if self._process == 0:
             time.sleep(1)
         os._exit(status)

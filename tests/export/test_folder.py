@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import jax
@@ -35,7 +36,7 @@ from r0_jax.errors import InputError
 from r0_jax.export import comfyui
 from r0_jax.export import folder as export
 from r0_jax.method import lora
-from r0_jax.pipelines import stable_diffusion
+from r0_jax.pipelines import families, stable_diffusion
 from r0_jax.weights import convert, lazy
 from r0_jax.workdir.run import open_run
 from r0_jax.workdir.workdir import LocalWorkdir
@@ -256,6 +257,29 @@ def test_which_parameters_and_dtype(runs, tmp_path):
         seen.append(chosen)
     assert seen == [10, 20, 10, 10]  # step 10 has the better held-out score
     assert open_run(LocalWorkdir(runs / "full")).choose_step() == 20  # none was measured
+
+
+def test_a_run_is_read_once(runs, tmp_path, monkeypatch):
+    run, read, read_text = runs / "lora", [], Path.read_text
+
+    def noted(path, *args, **options):
+        read.append(path)
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", noted)
+    export.export(LocalWorkdir(run), tmp_path / "out", "peft", step="20")
+    assert read.count(run / "config.json") == 1
+    assert read.count(run / "checkpoints" / "20" / "metrics" / "metrics") == 1
+
+
+def test_what_is_quick_to_see_is_said_before_the_pipeline_is_read(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "load", lambda *args, **options: pytest.fail("it was read"))
+    with pytest.raises(InputError, match="no checkpoint of step 7"):
+        export.export(LocalWorkdir(runs / "lora"), tmp_path / "out", "diffusers", step="7")
+    with pytest.raises(InputError, match="no adapters to write"):
+        export.export(LocalWorkdir(runs / "full"), tmp_path / "out", "kohya")
+    with pytest.raises(pytest.fail.Exception, match="it was read"):
+        export.export(LocalWorkdir(runs / "lora"), tmp_path / "out", "diffusers")
 
 
 @pytest.mark.parametrize(
