@@ -1,6 +1,6 @@
 """Trains a few-step generator: python -m r0_jax.main --config=configs/X.py --workdir=W.
 
-Everything that can be imported and tested is in train.py and what it calls.
+Here are only its flags and its exit status; the rest is in training/train.py.
 """
 
 from pathlib import Path
@@ -36,11 +36,11 @@ def main(argv: list[str]) -> int:
             train.enable_compilation_cache(config)
             with mirror.workdir(asked, training=True) as workdir:
                 ended = train.train_and_evaluate(config, workdir, stop)
-                stop.defer()  # what the store has not got yet
+                stop.defer()  # the store may still miss something
     except Stopped:
         console.print("stopped; what was trained is saved: the same command continues")
         ended = False
-    # What starts runs again (Kubernetes, SLURM) would take 0 for the end of the training.
+    # Kubernetes and SLURM, which start runs again, would take 0 for the end of the training.
     return 0 if ended else STOPPED
 
 

@@ -109,7 +109,7 @@ def measured(workdir: Workdir, config: ConfigDict) -> bool:
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
         report.rows(evaluation)
-    except (ValueError, InputError):  # broken: measured anew
+    except (ValueError, InputError):  # broken: it is measured again
         return False
     return evaluation.get("test") == config.test.to_dict() and (
         evaluation.get("seed"),
@@ -118,9 +118,11 @@ def measured(workdir: Workdir, config: ConfigDict) -> bool:
 
 
 def pool(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One eval.json of several: means over the seeds, whose intervals are joined, not narrowed,
-    since the seeds share their prompts. What is null for one seed, being not finite, is so for
-    all."""
+    """Return one eval.json of several: means over the seeds.
+
+    Intervals are joined, not narrowed, since the seeds share their prompts. A value that is null
+    for one seed, since it is not finite, is null for all.
+    """
     models: dict[str, Any] = {}
     for name, metrics in evaluations[0]["models"].items():
         models[name] = {}
@@ -174,7 +176,7 @@ Rows: {", ".join(report.label(name) for name in names)}. Each column has one pro
 
 
 def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """A Markdown table of _TARGETS: the ratio of the last model's value to the first's."""
+    """Return a Markdown table of _TARGETS: the ratio of the last model's value to the first's."""
     lines = ["| target | ratio | by seed | reached |", "|---|---:|---:|---|"]
     for what, metric, low, high in _TARGETS:
         if metric not in evaluations[0]["models"][names[0]]:
@@ -196,7 +198,10 @@ def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def write_picture(folder: Path, path: Path) -> list[str]:
-    """Writes rows of models and columns of prompts, from a run's samples/eval; the prompts."""
+    """Write a picture of a run's samples/eval, a row a model and a column a prompt.
+
+    Returns the prompts.
+    """
     lines = (folder / "samples" / "eval" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines[:_COLUMNS]]
     drawn = [
@@ -209,7 +214,7 @@ def write_picture(folder: Path, path: Path) -> list[str]:
 
 
 def versions() -> str:
-    """One line: packages and hardware."""
+    """Return one line about packages and hardware."""
     packages = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy")
     )

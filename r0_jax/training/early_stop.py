@@ -1,4 +1,4 @@
-"""Training that ends when what it is judged by no longer grows."""
+"""Ends a training when its best metric no longer grows."""
 
 import math
 from pathlib import Path
@@ -9,13 +9,15 @@ from r0_jax.evaluation import curves
 class EarlyStop:
     """Counts evaluations since the highest value of a metric.
 
-    A run that continues goes by what its metrics.jsonl says up to the step that it continues from,
-    so that it ends where it would have ended undisturbed.
+    A resumed run reads its metrics.jsonl up to the step that it resumes from, so that it ends
+    where it would have ended undisturbed.
     """
 
     def __init__(self, metric: str, patience: int, folder: Path, step: int):
-        """With a `patience` of 0 it never ends; else after so many evaluations without a new
-        highest value. `step`: of the checkpoint that `folder`'s run continues from."""
+        """Read the values of the run in `folder` up to `step`, from which it resumes.
+
+        `patience`: the evaluations without a new highest value that end it; 0 never ends it.
+        """
         self.metric, self.patience = metric, patience
         self.best, self.since = -math.inf, 0
         path = folder / "metrics.jsonl"
@@ -26,7 +28,7 @@ class EarlyStop:
                     self.add(value)
 
     def add(self, value: float) -> None:
-        """The metric at the next evaluation; NaN is no new highest value."""
+        """Add the metric of the next evaluation; NaN never is a new highest value."""
         if value > self.best:
             self.best, self.since = value, 0
         else:
@@ -34,5 +36,5 @@ class EarlyStop:
 
     @property
     def due(self) -> bool:
-        """Whether training is to end here."""
+        """Whether the training is to end here."""
         return 0 < self.patience <= self.since

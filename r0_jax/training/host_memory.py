@@ -1,12 +1,15 @@
-"""Memory of the host that nobody uses any more."""
+"""Gives freed memory of the host back to the system."""
 
 import ctypes
 import sys
 
 
 def give_back() -> None:
-    """Returns to the system what was freed. glibc keeps it, spread over its arenas: compiling the
-    embedded world's train step leaves more than 1 GB that way. Elsewhere nothing happens."""
+    """Return freed memory to the system, which glibc keeps, spread over its arenas.
+
+    Compiling the embedded world's train step leaves more than 1 GB that way. Without glibc this
+    does nothing.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:

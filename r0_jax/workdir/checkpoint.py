@@ -3,9 +3,9 @@
     W/checkpoints/<step>/state      the TrainState as one flat dict of dotted names (orbax)
     W/checkpoints/<step>/metrics    JSON: step, config digest, held-out metrics, checksums
 
-A folder gets its name <step> by a rename when all of it is written, or, in gs://, where nothing is
-renamed, orbax's mark, so that what a killed run leaves behind is never taken for a checkpoint.
-Nothing is pickled.
+A folder is renamed to <step> when all of it is written. In gs://, where nothing is renamed, orbax
+marks it instead. So what a killed run leaves behind never counts as a checkpoint. Nothing is
+pickled.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from r0_jax.workdir.workdir import AnyPath, Workdir
 T = TypeVar("T")
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_NONE = "no checkpoint in {} can be read: bring one back, or give another --workdir"
-_GROUP_BYTES = 128 * 2**20  # read at once by who reads one array after the other
+_NONE = "no checkpoint in {} can be read: restore one from a copy, or give another --workdir"
+_GROUP_BYTES = 128 * 2**20  # read at once where arrays are read one after the other
 
 
 class DamagedError(Exception):
@@ -46,9 +46,9 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a run that is training: the newest `keep`, and the best one.
 
-    Best is the highest `best_metric` among those that got it.
-    To be used by one run at a time, as a context manager or with `close()`, which wait for the
-    save in progress. Readers of a run that may be going on use `load_params`.
+    Best is the highest `best_metric` among those that it was measured of. One run at a time uses
+    it, as a context manager or with `close()`: both wait for the save in progress. Readers of a run
+    that may still be training use `load_params`.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep), best]
             ),
-            # Otherwise a folder that cannot be made leaves a thread waiting for it: the error
-            # comes late and the process does not end.
+            # Otherwise a thread waits for a folder that cannot be made: the error comes late and
+            # the process does not end.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False,
                 barrier_sync_fn=distributed.barrier if jax.process_count() > 1 else None,
@@ -83,16 +83,16 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState) -> bool:
-        """Starts writing `state`; False if its step is there already.
+        """Start to write `state`; return False if its step is there already.
 
         Returns when the arrays are copied off the devices, so that they may be donated next.
-        Raises InputError when this or the previous save cannot be written; what is there stays.
+        Raises InputError when this or the previous save cannot be written; older ones stay.
         """
         import orbax.checkpoint as ocp
 
         arrays = _flatten(state)
         step = int(state.step)
-        # Of one process: the others may see a shared folder as it was a moment ago.
+        # One process looks: the others may see a shared folder as it was a moment ago.
         if distributed.of_first(lambda: step in self._manager.all_steps()):
             return False
         metadata = sealed_json.seal(
@@ -104,7 +104,7 @@ class Checkpoints:
                 "checksums": checksum.of_fields(arrays),
             }
         )
-        self._workdir.push()  # what was measured is there before its checkpoint
+        self._workdir.push()  # metrics are there before their checkpoint
         with orbax_errors.one_line(self.folder):
             self._manager.save(
                 step,
@@ -116,12 +116,12 @@ class Checkpoints:
         return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """What was measured of a checkpoint since it was begun, by which it may be the best one.
+        """Add what was measured of a checkpoint after it was begun; it may then be the best one.
 
         Waits for the save in progress. All processes call it.
         """
         self.wait()
-        self._workdir.push()  # a store has what was measured before it counts as such
+        self._workdir.push()  # the store has the metrics before they count
         metrics = {name: float(value) for name, value in metrics.items()}
         distributed.of_first(functools.partial(self._write_metrics, step, metrics))
         with orbax_errors.one_line(self.folder):
@@ -145,22 +145,23 @@ class Checkpoints:
                 path.write_text(text)
 
     def wait(self) -> None:
-        """Returns when the save in progress is on disk; raises InputError if it failed."""
+        """Return when the save in progress is on disk; raise InputError if it failed."""
         with orbax_errors.one_line(self.folder):
             self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
+        """Return the newest step, None if there is none."""
         return self._manager.latest_step()
 
     def restore(
         self, target: TrainState, step: int | Literal["best"] | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state as `target` (ShapeDtypeStruct with sharding) has it, and its metadata.
+        """Return the state as `target` (ShapeDtypeStruct with sharding) has it, and its metadata.
 
         The sharding that it was saved with plays no part. Without `step` it is the newest one
-        that can be read: a damaged one is renamed to <step>.damaged, with a warning. A damaged
-        `step` that was asked for, no checkpoint at all, and names, shapes or dtypes that do not
-        fit are InputErrors.
+        that can be read: a damaged one is renamed to <step>.damaged, with a warning. Raises
+        InputError if the given `step` is damaged, if there is no checkpoint, and for names, shapes
+        or dtypes that do not fit.
         """
         if step is not None:
             return _restore(self.folder, find_step(self._workdir, step), target)
@@ -169,20 +170,20 @@ class Checkpoints:
             try:
                 return _read_state(folder, target)
             except DamagedError as error:
-                damage = str(error)  # of which `error` is gone below
+                damage = str(error)  # Python unsets `error` below
             distributed.of_first(functools.partial(_set_aside, folder, damage))
             self._manager.reload()
         raise InputError(_NONE.format(self.folder))
 
     def _set_aside_unreadable(self) -> None:
-        for step in steps(self._workdir):  # orbax would stop at a file of its own that is no JSON
+        for step in steps(self._workdir):  # orbax would fail at metadata that is not JSON
             try:
                 read_metadata(self._workdir, step)
             except DamagedError as error:
                 _set_aside(self.folder / str(step), str(error))
 
     def close(self) -> None:
-        """Waits for the save in progress; raises InputError if it failed. May be called again."""
+        """Wait for the save in progress; raise InputError if it failed. It may be called again."""
         with orbax_errors.one_line(self.folder):
             self._manager.close()
 
@@ -197,12 +198,12 @@ class Checkpoints:
         except InputError as failed:
             if error is None:
                 raise
-            if not isinstance(error, InputError):  # which says the same, or has to be seen first
+            if not isinstance(error, InputError):  # else it says the same, or matters more
                 logging.warning("%s", failed)
 
 
 def steps(workdir: Workdir) -> list[int]:
-    """The steps of a workdir's checkpoints, in order; whatever else lies there is no checkpoint."""
+    """Return the steps of a workdir's checkpoints, in order; ignore whatever else lies there."""
     import orbax.checkpoint as ocp
 
     folder = workdir.checkpoints
@@ -218,7 +219,7 @@ def steps(workdir: Workdir) -> list[int]:
 
 
 def is_begun(workdir: Workdir) -> bool:
-    """Whether a run has left checkpoints there; InputError where all that it left are damaged."""
+    """Return whether a run has left checkpoints there; raise InputError if all are damaged."""
     if steps(workdir):
         return True
     folder = workdir.checkpoints
@@ -228,7 +229,7 @@ def is_begun(workdir: Workdir) -> bool:
 
 
 def find_step(workdir: Workdir, step: int | Literal["best"] | None = None) -> int:
-    """The step asked for, the newest one by default; InputError where there is none."""
+    """Return the step asked for, the newest one by default; raise InputError if there is none."""
     there = steps(workdir)
     if not there:
         raise InputError(f"{workdir.checkpoints} holds no checkpoint; check --workdir")
@@ -251,13 +252,13 @@ def best(scores: Mapping[int, float]) -> int:
 
 
 def scores(workdir: Workdir) -> dict[int, float]:
-    """The held-out metric of the checkpoints that it was measured of, by step."""
+    """Return {step: held-out metric} of the checkpoints that it was measured of."""
     found = {step: _metadata_or_nothing(workdir, step).get("score") for step in steps(workdir)}
     return {step: score for step, score in found.items() if score is not None}
 
 
 def read_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
-    """{"step", "config_digest", "metrics": {name: value or None}, ...} of one checkpoint.
+    """Return {"step", "config_digest", "metrics": {name: value or None}, ...} of a checkpoint.
 
     Raises DamagedError.
     """
@@ -290,7 +291,7 @@ def load_params(
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
-    """All that `open_params` opens, on the host."""
+    """Return all that `open_params` opens, on the host."""
     params, metadata = open_params(workdir, field, step)
     return {name: np.asarray(x) for name, x in params.items()}, metadata
 
@@ -300,12 +301,12 @@ def open_params(
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
 ) -> tuple[dict[str, Lazy], dict[str, Any]]:
-    """One field of a checkpoint, in its own dtypes by dotted name, and the metadata.
+    """Return one field of a checkpoint, by dotted name in its own dtypes, and the metadata.
 
-    All of it is read once here, to be checked, and a second time where a leaf is read, which is
-    fastest in the order of the names; a few tensors are held at a time. Reads nothing else and
-    writes nothing: any machine will do, also while the run goes on.
-    Raises InputError where the checkpoint is missing or damaged.
+    It reads all of the field once, to check it. A leaf is read again when it is asked for, fastest
+    in the order of the names; a few tensors are held at a time. It reads nothing else and writes
+    nothing: any machine will do, also while the run is training. Raises InputError where the
+    checkpoint is missing or damaged.
     """
     step = find_step(workdir, step)
     workdir.pull_checkpoint(step)
@@ -333,8 +334,11 @@ def open_params(
 
 
 class _Reader(Mapping[str, np.ndarray]):
-    """Some arrays of a checkpoint, in the order of their names and read by groups when they are
-    looked up: a call of orbax opens all of its indices. Looking up raises DamagedError."""
+    """Some arrays of a checkpoint, in the order of their names.
+
+    Looking one up reads its group, since each call of orbax opens all indices. It raises
+    DamagedError.
+    """
 
     def __init__(self, folder: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]):
         self._folder = folder
@@ -362,7 +366,7 @@ class _Reader(Mapping[str, np.ndarray]):
 
 
 def _flatten(state: TrainState) -> dict[str, Any]:
-    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": no optax class is named.
+    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": without optax's classes.
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
@@ -393,8 +397,10 @@ def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[s
 
 
 def _agreed(read: Callable[[], T]) -> T:
-    """What `read` returns; DamagedError in all processes where it is one in any, for what comes
-    next they do together."""
+    """Return what `read` returns; raise DamagedError in all processes if it does in any.
+
+    What comes next they do together.
+    """
     found, damage = None, None
     try:
         found = read()
@@ -440,7 +446,7 @@ def _stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """jax Arrays where a target has a sharding, numpy arrays where it has none."""
+    """Read jax Arrays where a target has a sharding, numpy arrays where it has none."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.PyTreeRestore(
@@ -453,7 +459,7 @@ def _read(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str
         # Not by a Checkpointer, in which all processes wait for each other.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             return handler.restore(folder / "state", args=args)
-    except jax.errors.JaxRuntimeError:  # out of memory, say: not the file's fault
+    except jax.errors.JaxRuntimeError:  # out of memory, say: the file may be whole
         raise
     except Exception as error:
         raise _unreadable(folder, error) from None
@@ -463,10 +469,10 @@ def _unreadable(folder: AnyPath, error: Exception) -> Exception:
     said = f"{type(error).__name__}: {error}"
     if isinstance(folder, Path) and not orbax_errors.says_nothing_of_files(error):
         return DamagedError(said)
-    # A store has objects whole or not at all, so it is the network: nothing is moved away for that.
+    # A store has objects whole or not at all, so it is the network: no checkpoint is set aside.
     return InputError(
         f"checkpoint {folder} cannot be read ({said.splitlines()[0][:200]}): try "
-        "again, or remove it to go on from the one before"
+        "again, or remove it to resume from the one before"
     )
 
 
@@ -491,5 +497,7 @@ def _set_aside(folder: AnyPath, damage: str) -> None:
             f"{_damaged(folder, damage)} and cannot be moved away: {failed.strerror}"
         ) from None
     logging.warning(
-        "%s; it is now %s, and the newest of the others is used", _damaged(folder, damage), aside
+        "%s; it is renamed to %s, and the newest of the others is used",
+        _damaged(folder, damage),
+        aside,
     )

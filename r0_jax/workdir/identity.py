@@ -1,4 +1,4 @@
-"""A run's folder belongs to one config: config.json, and the refusal to mix two runs."""
+"""A run's folder belongs to one config, config.json: two runs cannot mix."""
 
 import contextlib
 import fcntl
@@ -18,9 +18,9 @@ from r0_jax.parallel import distributed
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import Workdir
 
-# Fields that may change when a run is continued: they decide how long it goes on, how often
-# something is written and where it is computed, not what is. `steps` counts as one of them only
-# without a decay of the learning rate towards it.
+# Fields that may change when a run is resumed. They decide how long it trains, how often it writes
+# and where it computes, not what it computes. `steps` is one of them only where the learning rate
+# does not decay towards it.
 HARMLESS = frozenset(
     {
         "steps",
@@ -50,10 +50,10 @@ _SEEN = 60.0  # seconds after which a file of one machine is seen by all others 
 
 
 def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
-    """Writes `workdir`/config.json; refuses to continue a run under another config.
+    """Write `workdir`/config.json; raise InputError where a run has another config.
 
-    A run is continued where there is a checkpoint; its config may then differ in the HARMLESS
-    fields only. Returns the digest of all others. Raises InputError that names what differs.
+    With a checkpoint there, the config may differ in the HARMLESS fields only; the error names
+    what differs. Returns the digest of all other fields.
     """
     path = workdir.path / "config.json"
     new = json.loads(json.dumps(config.to_dict()))  # as it comes back: tuples are lists
@@ -79,7 +79,7 @@ def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
 
 
 def check_same_everywhere(config: ConfigDict) -> None:
-    """InputError in a process whose config is not that of process 0."""
+    """Raise InputError in a process whose config is not that of process 0."""
     here = dict(_fields(json.loads(json.dumps(config.to_dict()))))
     there = dict(_fields(distributed.of_first(config.to_dict)))
     for name in sorted(here.keys() | there.keys()):
@@ -118,8 +118,10 @@ def check_shared(workdir: Workdir) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, as far as its file system can; a killed run holds nothing.
-    InputError where another one is at work in it."""
+    """Keep other runs out of a folder, as far as its file system can.
+
+    Raises InputError where another run is training in it. A killed run holds nothing.
+    """
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,11 +149,11 @@ def _read(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         reason = "is a folder"
     except (ValueError, RecursionError):
-        reason = "is no JSON"
+        reason = "is not JSON"
     else:
         if isinstance(config, dict):
             return config
-        reason = "is no JSON object"
+        reason = "is not a JSON object"
     raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
 
 

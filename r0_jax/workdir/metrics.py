@@ -1,4 +1,4 @@
-"""Numbers of a run on disk: metrics.jsonl always, TensorBoard and W&B if asked; and its pace."""
+"""Writes the numbers of a run: metrics.jsonl, and TensorBoard and W&B on request; its pace."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from r0_jax.files import write_bytes
 class MetricWriter:
     """Appends to `workdir`/metrics.jsonl, one strict JSON object a line with its `step`.
 
-    A number that is not finite is written as null. Only process 0 writes.
+    It writes null for a number that is not finite. Only process 0 writes.
 
     Attributes:
       path: the file.
@@ -38,11 +38,11 @@ class MetricWriter:
         resume_step: int | None = None,
         evaluated: bool = True,
     ):
-        """Opens the files for appending.
+        """Open the files for appending.
 
-        With `resume_step` everything a former run wrote after that step is dropped first (-1: the
-        run starts anew), so that nothing is there twice; where that step is not `evaluated`, what
-        an evaluation of it wrote, too. Half a line, left by a kill, goes as well.
+        With `resume_step` it drops what a former run wrote after that step (-1: all of it), so that
+        nothing is there twice. Where that step is not `evaluated`, it drops what an evaluation of
+        it wrote, too. It also drops half a line, which a kill leaves.
         """
         self.path = Path(workdir) / "metrics.jsonl"
         self._file = self._events = self._wandb = None
@@ -58,7 +58,7 @@ class MetricWriter:
                 self._events = _TensorBoard(self.path.parent / "tensorboard", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """One line, on disk when this returns. Several lines may share a step."""
+        """Write one line, which is on disk when this returns. Several lines may share a step."""
         if self._file is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
@@ -72,7 +72,7 @@ class MetricWriter:
             self._wandb.log(values, step=step)
 
     def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w c"]]) -> None:
-        """Image grids, for TensorBoard and W&B only: files are the caller's business."""
+        """Log image grids to TensorBoard and W&B only; the caller writes image files."""
         if self._events:
             with _writing(self.path):
                 self._events.images(step, images)
@@ -82,7 +82,7 @@ class MetricWriter:
             self._wandb.log({n: wandb.Image(image) for n, image in images.items()}, step=step)
 
     def close(self) -> None:
-        """Closes the files; may be called again."""
+        """Close the files; it may be called again."""
         with _writing(self.path):
             for file in (self._file, self._events):
                 if file:
@@ -101,7 +101,7 @@ class MetricWriter:
 
 
 class Throughput:
-    """Images per second and the time left, from when the steps were done."""
+    """Images per second and the time left, from the times when steps were done."""
 
     def __init__(
         self,
@@ -110,16 +110,15 @@ class Throughput:
         start_step: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """`steps` is the last step of the run; `images_per_step` the global batch."""
+        """Start the clock; `steps` is the last step, `images_per_step` the global batch."""
         self._steps, self._images, self._clock = steps, images_per_step, clock
         self._first = self._last = (start_step, clock())
         self._compiled = False
 
     def update(self, step: int) -> dict[str, float]:
-        """perf/images_per_sec since the last update and perf/seconds_left, after `step`.
+        """Return perf/images_per_sec since the last update and perf/seconds_left, after `step`.
 
-        The time up to the first update is mostly compilation: only that update's own speed and
-        forecast include it.
+        The time up to the first update is mostly compilation: only that update includes it.
         """
         now = self._clock()
         (last_step, last), (first_step, first) = self._last, self._first
@@ -135,7 +134,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (evaluation, a blocking save) does not count as training."""
+        """Leave the time inside out of the training (evaluation, a blocking save)."""
         start = self._clock()
         try:
             yield
@@ -146,10 +145,10 @@ class Throughput:
 
 
 class _TensorBoard:
-    """An event file, written in this thread with tensorboardX's parts.
+    """An event file, written in this thread with parts of tensorboardX.
 
-    Its SummaryWriter hands events to a thread through a bounded queue: when the disk is full that
-    thread dies, and the training blocks for ever as soon as the queue is full too.
+    Its SummaryWriter hands events to a thread through a bounded queue. When the disk is full that
+    thread dies, and the training blocks for ever once the queue is full, too.
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
@@ -186,8 +185,11 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Hides torch: tensorboardX imports it wherever it is installed, for seconds and a gigabyte
-    of memory, and does without it otherwise."""
+    """Hide torch from tensorboardX.
+
+    It imports torch wherever it is installed, for seconds and a gigabyte of memory, and does
+    without it otherwise.
+    """
     before = sys.modules.get("torch")
     sys.modules["torch"] = None
     try:
@@ -203,7 +205,7 @@ def _start_wandb(workdir: Path) -> Any:
         import wandb
     except ImportError:
         raise InputError("wandb is not installed: pip install wandb, or set wandb=False") from None
-    # The id lives in the workdir, so that a resumed run goes on in the same W&B run.
+    # The id lives in the workdir, so that a resumed run continues the same W&B run.
     path = workdir / "wandb_id"
     if not path.exists():
         write_bytes(path, os.urandom(8).hex().encode())
@@ -212,7 +214,7 @@ def _start_wandb(workdir: Path) -> Any:
         return wandb.init(
             project="r0_jax", name=workdir.name, dir=str(workdir), id=run, resume="allow"
         )
-    except Exception as error:  # whatever its service or its settings are about
+    except Exception as error:  # of its service or its settings
         raise InputError(
             f"wandb does not start ({' '.join(str(error).split())}): run `wandb login`"
             ", or set WANDB_MODE=offline or wandb=False"
@@ -220,7 +222,7 @@ def _start_wandb(workdir: Path) -> Any:
 
 
 def _open(path: Path) -> io.FileIO:
-    # Unbuffered: nothing is left in memory for a kill to lose or a full disk to trip over again.
+    # Unbuffered: memory holds nothing that a kill would lose or a full disk would reject again.
     return path.open("ab", buffering=0)
 
 
@@ -231,8 +233,10 @@ def _append(file: io.FileIO, data: bytes) -> None:
 
 
 def _repair(path: Path, last_step: float, evaluated: bool) -> None:
-    """Drops lines after `last_step` and what is not a whole line, all or nothing; also of
-    `last_step` the lines of an evaluation, unless it is `evaluated`."""
+    """Drop lines after `last_step` and what is not a whole line, all or nothing.
+
+    Unless `last_step` is `evaluated`, drop also the lines of its evaluation.
+    """
     if not path.exists():
         return
 
@@ -251,7 +255,7 @@ def _repair(path: Path, last_step: float, evaluated: bool) -> None:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; NaN, which is not <= anything, where the line is not whole."""
+    """Return the step of a line; NaN, which is not <= anything, where the line is not whole."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):

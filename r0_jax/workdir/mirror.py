@@ -33,11 +33,11 @@ from r0_jax.remote import Stamp
 from r0_jax.workdir.workdir import AnyPath, LocalWorkdir, Workdir
 
 _STEP = re.compile(r"checkpoints/\d+/")
-# What who only reads a run does without, until an array is asked for.
+# A reader of a run does without these, until it asks for an array.
 _LEFT_OUT = re.compile(r"checkpoints/\d+/state/|prompts/|tensorboard/")
-# Of a checkpoint: written last and removed first, so that a step without it is none.
+# Of a checkpoint: written last and removed first, so that a step without it does not count.
 _COMMIT = re.compile(r"checkpoints/\d+/metrics/metrics")
-_MADE_ANEW = ("prompts.tmp", "prompts.removed")  # what a kill leaves
+_MADE_ANEW = ("prompts.tmp", "prompts.removed")  # a kill leaves them
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ class MirroredWorkdir(Workdir):
             )
 
     def pull(self) -> None:
-        """The mirror becomes what the store holds."""
+        """Make the mirror what the store holds."""
         there = {
             name: x for name, x in remote.list_files(self.url).items() if self._is_mirrored(name)
         }
@@ -140,16 +140,16 @@ class MirroredWorkdir(Workdir):
                 else {name: x for name, x in wanted.items() if not _LEFT_OUT.match(name)},
                 self.path,
             )
-        # Who only reads changes nothing of what is there.
+        # A reader changes none of the files that are in the store.
         left = there.keys() - wanted.keys()
         self.same = {**wanted, **dict.fromkeys(left)} if self.training else {**there}
 
     def push(self) -> None:
-        """The store becomes what the mirror holds."""
+        """Make the store what the mirror holds; process 0 does it."""
         if jax.process_index() != 0:
             return
         with self._pushing, remote.told(self.url):
-            # Not rglob: orbax removes folders meanwhile, over which that stumbles.
+            # Not rglob, which fails where orbax removes a folder meanwhile.
             here = {
                 name
                 for parent, _, files in os.walk(self.path)
@@ -157,7 +157,7 @@ class MirroredWorkdir(Workdir):
                 if self._is_mirrored(name := Path(parent, file).relative_to(self.path).as_posix())
             }
             gone = self.same.keys() - here if self.training else set()
-            # A checkpoint goes as one: of what is just being deleted some files are there still.
+            # A checkpoint is removed as one, though some files of it may still be there.
             steps = {_step(name) for name in gone if self.same[name]} - {None}
             gone |= {name for name in self.same if _step(name) in steps}
             changed = {
@@ -173,8 +173,11 @@ class MirroredWorkdir(Workdir):
                 self._note_times({name: changed[name] for name in there})
 
     def _upload(self, names: Mapping[str, Stamp]) -> set[str]:
-        """The names of what was still there. First goes what is no checkpoint, so that none is
-        there before what was measured up to it; then checkpoints; then what makes them such."""
+        """Upload files; return the names of those that were still there.
+
+        First those outside of checkpoints, so that metrics come before their checkpoint; then
+        checkpoints; then what makes them count.
+        """
         done = set()
 
         def put(name: str) -> None:
@@ -200,19 +203,21 @@ class MirroredWorkdir(Workdir):
             remote.in_parallel(remove, [name for name in names if _kind(name) == kind])
 
     def _note_times(self, pushed: Mapping[str, Stamp]) -> None:
-        """Files that were pushed get the store's time, by which a later pull knows them."""
+        """Give files that were pushed the store's time, by which a later pull knows them."""
         there = remote.list_files(self.url)
         for name, stamp in pushed.items():
             path = self.path / name
-            self.same[name] = stamp  # what was appended meanwhile makes it another
+            self.same[name] = stamp  # another one if something was appended meanwhile
             if name in there and there[name][0] == stamp[0] and remote.stamp_of(path) == stamp:
                 os.utime(path, ns=(there[name][1] * 1000,) * 2)
                 self.same[name] = there[name]
 
     def _push_when_whole(self, step: int) -> None:
-        """Pushes when the checkpoint is there, unless another one is awaited by then."""
+        """Push when the checkpoint is there, unless another one is awaited by then."""
         while self.awaited == step:
-            if (self.path / "checkpoints" / str(step)).is_dir():  # gets this name when whole
+            if (
+                self.path / "checkpoints" / str(step)
+            ).is_dir():  # it has this name once it is whole
                 try:
                     self.push()
                 except InputError as error:  # the next push tries again, and stops the run
@@ -243,7 +248,7 @@ def _kind(name: str) -> int:
 
 
 def _try_writing(url: str) -> None:
-    """InputError where the store refuses it, before anything is computed."""
+    """Raise InputError where the store cannot be written to, before anything is computed."""
     with remote.told(url):
         remote.store(url).pipe_file(f"{url}/.r0_jax", b"")
         remote.store(url).rm_file(f"{url}/.r0_jax")
@@ -252,7 +257,7 @@ def _try_writing(url: str) -> None:
 
 
 def _check_machines(url: str) -> None:
-    """InputError for several machines that would write parts of one checkpoint to mirrors."""
+    """Raise InputError for several machines that would each mirror a part of a checkpoint."""
     if jax.process_count() > 1 and not remote.orbax_reaches(url):
         name = np.asarray(zlib.crc32(socket.gethostname().encode()), np.uint32)
         if len(np.unique(multihost_utils.process_allgather(name))) > 1:
@@ -263,7 +268,7 @@ def _check_machines(url: str) -> None:
 
 
 def _in_turn(do: Callable[[], None], what: str) -> None:
-    """Process 0 first, then the others: some may share its folder."""
+    """Call `do` in process 0 first, then in the others: some may share its folder."""
     if jax.process_index() == 0:
         do()
     if jax.process_count() > 1:

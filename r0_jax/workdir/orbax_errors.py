@@ -1,4 +1,4 @@
-"""What orbax says when the disk refuses: one line for a user instead of a page of tracebacks."""
+"""Errors of orbax when the disk or a store fails: one line instead of a page of tracebacks."""
 
 import contextlib
 import errno
@@ -31,8 +31,7 @@ _PASSING = {
 
 @contextlib.contextmanager
 def one_line(folder: AnyPath) -> Iterator[None]:
-    """Turns what the disk or the store refuses while a checkpoint is written to `folder` into
-    InputError."""
+    """Turn errors of the disk or the store, while a checkpoint is written, into InputError."""
     try:
         with reached(folder):
             yield
@@ -42,35 +41,35 @@ def one_line(folder: AnyPath) -> Iterator[None]:
         if (code := _code(error)) is None:
             raise
         raise InputError(
-            f"cannot write a checkpoint to {folder}: {os.strerror(code).lower()}; those that are "
-            "there are untouched; free space or give another --workdir"
+            f"cannot write a checkpoint to {folder}: {os.strerror(code).lower()}; older "
+            "checkpoints are untouched; free space or give another --workdir"
         ) from None
 
 
 def reached(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
-    """Turns what a store refuses into InputError; of a folder of this machine, nothing."""
+    """Turn errors of a store into InputError; leave those of a folder of this machine."""
     url = remote.url_of(folder)
     return remote.told(url) if url else contextlib.nullcontext()
 
 
 def says_nothing_of_files(error: Exception) -> bool:
-    """Whether a read failed for who asked or when, and may do another time."""
+    """Return whether a read failed for reasons outside the files, and may work another time."""
     return isinstance(error, MemoryError) or _code(error) in _PASSING
 
 
 def _code(error: Exception) -> int | None:
-    """The system's number of an error, which tensorstore says only in the text of a ValueError."""
+    """Return the system's number of an error; tensorstore only names it in a ValueError's text."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return int(found[1]) if found else getattr(error, "errno", None)
 
 
 @functools.cache
 def tell_once() -> None:
-    """From here on orbax prints no traceback of an error that it raises as well.
+    """Hide the tracebacks that orbax prints of errors that it also raises.
 
-    One failed read or write is told again by the log of each thread that it passes through, by
-    the futures and coroutines that it leaves half done, and by tensorstore's own threads, up to
-    the end of the process: so these hooks stay. They drop nothing but that.
+    Each thread that a failed read or write passes through logs it again. So do the futures and
+    coroutines that it leaves half done, and tensorstore's own threads, up to the end of the
+    process. So these hooks stay. They drop nothing else.
     """
     logging.get_absl_logger().addFilter(_is_news)
     python_logging.getLogger("asyncio").addFilter(_is_news)
@@ -105,7 +104,7 @@ def _is_news(record: python_logging.LogRecord) -> bool:
 
 
 def _is_late(error: BaseException | None) -> bool:
-    # A read or write of tensorstore's that ends after orbax has given up and closed its loop.
+    # A read or write of tensorstore that ends after orbax has given up and closed its loop.
     return (
         isinstance(error, RuntimeError)
         and str(error) == "Event loop is closed"

@@ -1,4 +1,4 @@
-"""A workdir read back: its config, its pipeline, and the generator that it trained."""
+"""Reads a workdir: its config, its pipeline, and the generator that it trained."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ from r0_jax.weights.lazy import Lazy
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import Workdir
 
-# Flat, by dotted name: adapters in NumPy, whole weights in the files of their checkpoint.
+# Flat, by dotted name: adapters in NumPy; whole weights stay in the files of their checkpoint.
 HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
 
-# What readers of a run ask of its config.
+# Fields that readers of a run need in its config.
 _NEEDED = (
     "pretrained",
     "dtype",
@@ -151,7 +151,7 @@ class Run:
         return self._metadata[step]["metrics"]
 
     def params(self, step: int, ema: bool = True) -> HostParams:
-        """The trainable parameters (adapters or all weights) of a checkpoint, in float32.
+        """Return the trained parameters (adapters or all weights) of a checkpoint, in float32.
 
         Raises InputError where they are damaged or do not fit the pretrained pipeline.
         """
@@ -173,8 +173,10 @@ class Run:
         return params
 
     def weights(self, params: HostParams, dtype: str | None = None) -> dict[str, Lazy]:
-        """The network's weights in `dtype`, by default the config's; adapters are merged in
-        float32, each when it is read."""
+        """Return the network's weights in `dtype`, by default the config's.
+
+        Adapters are merged in float32, each when it is read.
+        """
         generator = dataclasses.replace(self.generator, dtype="float32")
         base = self.pipeline.params[self.pipeline.generator_part]
 
@@ -183,7 +185,7 @@ class Run:
             own = (name, f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
             trained = {n: jnp.asarray(params[n]) for n in own if n in params}
             start = {} if name in trained else {name: jnp.asarray(base[name])}
-            # Accelerators would round factors to bf16.
+            # Accelerators would round the factors to bf16.
             with jax.default_matmul_precision("highest"):
                 return np.asarray(generator.weights(trained, start)[name])
 
@@ -215,7 +217,7 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run")
     try:
-        # dict() is not for its copy: it refuses a list or a number.
+        # dict() fails for a list or a number.
         config = ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path} is not the config of a run: bring the original back") from None

@@ -1,4 +1,4 @@
-"""JSON with a checksum of itself: a flipped bit may leave it JSON, with another number."""
+"""JSON with a checksum of itself: with a flipped bit it may still be JSON, of another number."""
 
 import json
 import zlib
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` with its checksum in the field "seal"."""
+    """Return `value` with its checksum in the field "seal"."""
     return value | {"seal": _checksum(value)}
 
 
 def loads(text: str) -> dict[str, Any]:
-    """What was sealed, from its JSON; ValueError if that is broken or not what was written."""
+    """Return what was sealed, from its JSON; raise ValueError if it is broken or was changed."""
     value = json.loads(text)
     if not isinstance(value, dict) or value.pop("seal", None) != _checksum(value):
         raise ValueError("it is not what was written (checksums differ)")

@@ -330,7 +330,7 @@ def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
         with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
             checkpoints.restore(target(1))
     assert checkpoint.steps(LocalWorkdir(copied)) == []
-    with pytest.raises(InputError, match=r"no checkpoint in .* can be read: bring one back"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read: restore one from"):
         checkpoint.is_begun(LocalWorkdir(copied))  # which another start would not begin anew
 
 
@@ -440,7 +440,7 @@ def test_what_the_disk_refuses_is_one_line():
             ("fuller", "file too large"),
         ]:
             where = folder / how / "checkpoints"
-            said = f"{how} cannot write a checkpoint to {where}: {reason}; those that are there "
+            said = f"{how} cannot write a checkpoint to {where}: {reason}; older checkpoints "
             assert lines.pop(0).startswith(said), err
             os.chmod(where, 0o755)
             assert checkpoint.steps(LocalWorkdir(folder / how)) == [1]

@@ -99,7 +99,7 @@ def test_a_config_that_cannot_be_read(tmp_path, text):
         path.unlink()
     else:
         path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"config\.json is (no JSON|missing)"):
+    with pytest.raises(InputError, match=r"config\.json is (not JSON|missing)"):
         identity.check_same_run(LocalWorkdir(tmp_path), config())
 
 
@@ -130,7 +130,7 @@ def test_processes_with_other_flags_or_another_disk_are_told(tmp_path, monkeypat
 def test_a_config_that_is_a_folder_or_too_deep_is_named(tmp_path):
     path = begun(tmp_path) / "config.json"
     path.write_text("[" * 100_000, "utf-8")
-    with pytest.raises(InputError, match="is no JSON; bring it back"):
+    with pytest.raises(InputError, match="is not JSON; bring it back"):
         identity.check_same_run(LocalWorkdir(tmp_path), config())
     path.unlink()
     path.mkdir()
