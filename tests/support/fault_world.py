@@ -17,6 +17,7 @@ import numpy as np
 
 from r0_jax.stand_ins import miniature
 from r0_jax.workdir import checkpoint
+from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parents[2]
 INTERVAL = 2  # steps between checkpoints
@@ -25,7 +26,6 @@ GRACE = 30.0  # seconds between SIGTERM and SIGKILL, Kubernetes' default
 
 RECIPE = """
 from r0_jax import config as base
-from r0_jax.workdir.workdir import LocalWorkdir
 
 def get_config():
     config = base.get_config()
