@@ -416,7 +416,7 @@ class UNet2DConditionModel(nnx.Module):
         prompt_embeds: Float[Array, "b s d"],
         pooled_prompt_embeds: Float[Array, "b p"] | None = None,
         add_time_ids: Float[Array, "b n"] | Int[Array, "b n"] | None = None,
-        class_labels: Float[Array, "b *k"] | Int[Array, " b"] | None = None,
+        class_labels: Float[Array, " b *k"] | Int[Array, " b"] | None = None,
         timestep_cond: Float[Array, "b q"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """Return the prediction at `timesteps` (0 to 1000) given the prompt.

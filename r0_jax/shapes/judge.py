@@ -48,12 +48,12 @@ CHUNK = 64  # images analysed at a time, to bound memory
 class Verdict(NamedTuple):
     """Verdicts per image. All are False where `presence` is; `relation` is True for one object."""
 
-    presence: Bool[np.ndarray, "b"]  # the caption's number of objects, and nothing else
-    colour: Bool[np.ndarray, "b"]
-    shape: Bool[np.ndarray, "b"]
-    size: Bool[np.ndarray, "b"]
-    relation: Bool[np.ndarray, "b"]
-    correct: Bool[np.ndarray, "b"]  # all of the above, for the same matching of objects to words
+    presence: Bool[np.ndarray, " b"]  # the caption's number of objects, and nothing else
+    colour: Bool[np.ndarray, " b"]
+    shape: Bool[np.ndarray, " b"]
+    size: Bool[np.ndarray, " b"]
+    relation: Bool[np.ndarray, " b"]
+    correct: Bool[np.ndarray, " b"]  # all of the above, for the same matching of objects to words
 
 
 class Objects(NamedTuple):
