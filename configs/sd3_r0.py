@@ -32,16 +32,16 @@ Grid:      sigmas 1, .75, .5, .25 before the folder's shift of 3, i.e. 1, .9, .7
 
 from ml_collections import ConfigDict
 
-from configs import sd15_r0
-from r0_jax import config as base
+from r0_jax import published
+from r0_jax.variants import apply_variants
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = sd15_r0.get_config()
+    config = published.get_config()
     config.family = "StableDiffusion3Pipeline"
     config.device_batch = 2
     # All projections of the joint attention, of image and text.
     config.lora.targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     config.test.base_steps, config.test.guidance_scale = 28, 7.0
     config.test.batch_size = 4
-    return base.apply_variants(config, variants, "StableDiffusion3Pipeline")
+    return apply_variants(config, variants, "StableDiffusion3Pipeline")

@@ -30,14 +30,14 @@ Numbers:   none measured here yet, and the paper has none of SDXL. Weights of re
 
 from ml_collections import ConfigDict
 
-from configs import sd15_r0
-from r0_jax import config as base
+from r0_jax import published
+from r0_jax.variants import apply_variants
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = sd15_r0.get_config()
+    config = published.get_config()
     config.family = "StableDiffusionXLPipeline"
     config.device_batch = 2
     config.test.guidance_scale = 5.0
     config.test.batch_size = 4
-    return base.apply_variants(config, variants, "StableDiffusionXLPipeline")
+    return apply_variants(config, variants, "StableDiffusionXLPipeline")

@@ -26,25 +26,26 @@ Numbers:   none measured here, and the paper has none. English rewards cannot ju
 
 from ml_collections import ConfigDict
 
-from configs import sd15_r0
-from r0_jax import config as base
+from r0_jax import published
+from r0_jax.config import reward_entry
+from r0_jax.variants import apply_variants
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = sd15_r0.get_config()
+    config = published.get_config()
+    config.family = "StableDiffusionPipeline"
     with config.unlocked():
         config.rewards = ConfigDict(
             {
-                "chinese_clip": base.reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
-                "aesthetic": base.reward_entry("aesthetic", path="models/clip-vit-large-patch14"),
+                "chinese_clip": reward_entry("chinese_clip", path="models/clip_cn_vit-l-14"),
+                "aesthetic": reward_entry("aesthetic", path="models/clip-vit-large-patch14"),
             }
         )
         config.heldout_rewards = ConfigDict(
-            {
-                "heldout_chinese_clip": base.reward_entry(
-                    "chinese_clip", path="models/clip_cn_vit-h-14"
-                )
-            }
+            {"heldout_chinese_clip": reward_entry("chinese_clip", path="models/clip_cn_vit-h-14")}
         )
     config.best_metric = "heldout/heldout_chinese_clip"
-    return base.apply_variants(config, variants, "Taiyi")
+    config.device_batch = 4
+    config.test.guidance_scale = 7.5
+    config.test.batch_size = 8
+    return apply_variants(config, variants, "Taiyi")

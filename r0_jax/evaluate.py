@@ -23,6 +23,7 @@ from r0_jax.files import check_writable
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
+from r0_jax.shapes.measures import set_measures
 from r0_jax.workdir import mirror, run
 from r0_jax.workdir.workdir import Workdir
 
@@ -73,14 +74,12 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         opened = run.open_run(workdir, fields.pretrained)
         folder, config, pretrained = workdir.path, opened.config, str(opened.pretrained)
     else:
-        from configs import shapes_r0
-
         if fields.step or fields.pretrained:
             raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
         if not fields.out:
             raise InputError("--pipeline needs --out=DIR for eval.json and the images")
-        folder, config = remote.output(fields.out), shapes_r0.get_config()
-        pretrained = config.pretrained
+        folder, config, pretrained = remote.output(fields.out), base.get_config(), ""
+        set_measures(config)
         _check_free(folder, fields.overwrite)
     if not isinstance(config.get("test"), ConfigDict):
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")

@@ -1,0 +1,51 @@
+"""Variants of a recipe: what stands after the colon of --config=FILE.py:r0plus,full,dryrun."""
+
+from ml_collections import ConfigDict
+
+from r0_jax.errors import InputError
+from r0_jax.stand_ins import miniature as miniatures
+
+VARIANTS = ("r0plus", "full", "dryrun")
+
+
+def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigDict:
+    """Change a recipe's config to the variants of its command line, and return it.
+
+    Args:
+      variants: any of `VARIANTS` with commas between. r0plus: reward the prediction of a random
+        step; full: train all weights instead of adapters; dryrun: a few quick steps on a pipeline
+        in miniature, made on the spot.
+      miniature: the name of that pipeline in r0_jax/stand_ins/miniature.py.
+    Raises:
+      InputError: a variant is unknown.
+    """
+    chosen = variants.split(",") if variants else []
+    for name in chosen:
+        if name not in VARIANTS:
+            raise InputError(f"variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
+    if "r0plus" in chosen:
+        config.objective.method = "r0plus"
+    if "full" in chosen:
+        config.lora.rank = 0
+        config.optimizer.learning_rate = 4e-6  # of TDM's full fine-tuning, by the same first author
+    if "dryrun" in chosen:
+        dry_run(config, miniature)
+    return config
+
+
+def dry_run(config: ConfigDict, miniature: str) -> None:
+    """Make the whole main job of a recipe take seconds; its images are nothing to look at."""
+    folder = miniatures.kept(miniature)
+    config.pretrained = str(folder / "pipeline")
+    config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
+    config.dtype = "float32"
+    config.steps, config.batch_size, config.device_batch = 4, 4, 2
+    config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
+    config.eval.num_prompts, config.eval.grid = 4, 4
+    config.test.num_prompts, config.test.batch_size, config.test.base_steps = 4, 4, 3
+    config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
+    for seed, section in enumerate((config.rewards, config.heldout_rewards)):
+        for entry in section.values():  # each of the type that the recipe trains on
+            entry.path, entry.head = str(miniatures.kept_reward(entry.type, seed)), ""
+    if config.lora.rank:  # the scale stays
+        config.lora.alpha, config.lora.rank = 4 * config.lora.alpha / config.lora.rank, 4
