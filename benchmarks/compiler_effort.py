@@ -82,7 +82,7 @@ def row(name: str, part: Part, effort: float) -> tuple[str, ...]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
+    cli.define_path("out", None, "Markdown file for the section; printed by default")
     flags.DEFINE_string("topology", "v5e-1", "a TPU with one chip")
     flags.DEFINE_integer("size", 512, "side of the decoder's image in pixels", lower_bound=64)
     flags.DEFINE_integer("blocks", 4, "blocks of Stable Diffusion 3's transformer", lower_bound=1)

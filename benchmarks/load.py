@@ -58,9 +58,9 @@ GB = 1e9
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("folder", tempfile.gettempdir(), "folder for temporary files")
-    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
-    flags.DEFINE_string(
+    cli.define_path("folder", tempfile.gettempdir(), "folder for temporary files")
+    cli.define_path("out", None, "Markdown file for the section; printed by default")
+    cli.define_path(
         "config",
         str(ROOT / "r0_jax/stand_ins/published/stable_diffusion_xl/unet/config.json"),
         "of the UNet",

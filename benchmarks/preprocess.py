@@ -49,7 +49,7 @@ HEADINGS = "## Preprocessing against PIL", "## Coming down from 1024 px"
 def define_flags() -> None:
     flags.DEFINE_integer("images", 64, "number of scenes to score", lower_bound=2)
     flags.DEFINE_integer("repeats", 7, "timed calls after one warm-up call", lower_bound=1)
-    flags.DEFINE_string("out", None, "document for the two sections; printed by default")
+    cli.define_path("out", None, "document for the two sections; printed by default")
 
 
 def official(image: Image.Image, prepare: Preprocess) -> Float[np.ndarray, "s s 3"]:

@@ -37,8 +37,8 @@ _SIGNS = ("saturation", "contrast", "grid_energy_6")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", "runs/reward_options", "folder of the runs")
-    flags.DEFINE_string("out", None, "document for the section; printed by default")
+    cli.define_path("workdir", "runs/reward_options", "folder of the runs")
+    cli.define_path("out", None, "document for the section; printed by default")
     flags.DEFINE_integer("steps", 100, "of each run", lower_bound=1)
     flags.DEFINE_integer("num_prompts", 300, "number of validation prompts to judge", lower_bound=2)
 

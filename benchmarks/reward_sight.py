@@ -44,7 +44,7 @@ _BATCH = 40
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "folder of a run on the embedded world", required=True)
+    cli.define_path("workdir", None, "folder of a run on the embedded world", required=True)
     flags.DEFINE_string("step", "", "checkpoint: its step, best or latest")
     flags.DEFINE_integer("num_prompts", 100, "use the last prompts of eval.prompts", lower_bound=1)
     flags.DEFINE_integer("samples_per_prompt", 8, "images per prompt", lower_bound=2)

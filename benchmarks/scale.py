@@ -77,7 +77,7 @@ def rows() -> list[Row]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("out", None, "Markdown file for the section; printed by default")
+    cli.define_path("out", None, "Markdown file for the section; printed by default")
     flags.DEFINE_string("only", "", "compile only rows with this text in their name")
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 import sys
 import traceback
@@ -14,6 +15,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
+from r0_jax import paths
+from r0_jax.config import make_paths_absolute
 from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain
 
 FLAGS = flags.FLAGS
@@ -21,6 +24,7 @@ flags.disclaim_key_flags()  # --help then lists --config under the program that 
 
 # absl describes other types itself (`syntactic_help`).
 _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
+_PACKAGE = Path(__file__).parent
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -53,12 +57,25 @@ def _show_warning(message: Warning | str, *where: object) -> None:
 def define_config() -> flags.FlagHolder[ConfigDict]:
     """Define the required flag `--config=FILE.py[:argument]` and overrides `--config.field=value`.
 
-    Its value is the result of the file's `get_config([argument])`, with overrides and locked.
+    Its value is the result of the file's `get_config([argument])`, with overrides, with absolute
+    paths, and locked. If configs/NAME.py does not exist, it is the package's own recipe.
     """
     holder = config_flags.DEFINE_config_file("config", help_string="config file: FILE.py")
     FLAGS["config"].parser = _ConfigFile()
     flags.mark_flag_as_required("config")
     return holder
+
+
+def define_path(
+    name: str, default: str | None, help: str, required: bool = False
+) -> flags.FlagHolder[str]:
+    """Define a flag that holds a path, in which a leading `~` is expanded."""
+    return flags.DEFINE(_Path(), name, default, help, required=required)
+
+
+def define_named_paths(name: str, help: str) -> flags.FlagHolder[list[str]]:
+    """Define a flag that holds NAME=PATH,NAME=PATH,... as a list; `~` is expanded in each path."""
+    return flags.DEFINE(_NamedPaths(), name, None, help, serializer=flags.CsvListSerializer(","))
 
 
 def config_name() -> str:
@@ -87,6 +104,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise InputError(f"--{name} is empty")  # often an unset shell variable
         if isinstance(flag.value, float) and math.isnan(flag.value):
             raise InputError(f"--{name}=nan is not a number")
+        if isinstance(flag.value, ConfigDict):
+            make_paths_absolute(flag.value)
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = logging.WARNING  # orbax logs dozens of INFO lines per checkpoint
     return arguments
@@ -122,11 +141,17 @@ class _ConfigFile(flags.ArgumentParser):
     """
 
     def parse(self, argument: str) -> ConfigDict:
-        path, *arguments = argument.split(":", 1)
+        name, *arguments = argument.split(":", 1)
+        path = _find_config(name)
         try:
             source = Path(path).read_bytes()
         except OSError as error:
-            raise InputError(f"config file {path}: {error.strerror.lower()}") from None
+            known = ", ".join(f"configs/{recipe}" for recipe in sorted(_recipes()))
+            raise InputError(
+                f"config file {path}: {error.strerror.lower()}; r0_jax comes with {known}"
+            ) from None
+        if (folder := os.path.dirname(os.path.abspath(path))) not in sys.path:
+            sys.path.append(folder)  # a recipe may import a module that lies beside it
         module = {"__name__": "config", "__file__": path}
         try:
             exec(compile(source, path, "exec"), module)
@@ -149,6 +174,37 @@ class _ConfigFile(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return "config file"
+
+
+class _Path(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return paths.expand(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+class _NamedPaths(flags.ListParser):
+    def parse(self, argument: str | list[str]) -> list[str]:
+        pairs = [item.partition("=") for item in super().parse(argument)]
+        return [f"{name}{equals}{paths.expand(path)}" for name, equals, path in pairs]
+
+
+def _find_config(name: str) -> str:
+    """Return the config file of a name; without configs/X.py, that of the package."""
+    path = paths.expand(name)
+    folder, file = os.path.split(os.path.normpath(path))
+    return path if folder != "configs" or os.path.exists(path) else _recipes().get(file, path)
+
+
+def _recipes() -> dict[str, str]:
+    """Return the files of the package's recipes by their names.
+
+    A wheel has them in the package; in a checkout they lie beside it.
+    """
+    inside = _PACKAGE / "recipes"
+    folder = inside if inside.is_dir() else _PACKAGE.parent / "configs"
+    return {path.name: str(path) for path in folder.glob("[!_]*.py")}
 
 
 def _config_problem(path: str, error: Exception) -> str:

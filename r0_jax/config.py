@@ -1,10 +1,13 @@
 """The one base of all recipes: every field, explained. Recipes are small overrides of it.
 
-Fields are changed on the command line as `--config.field=value`; an unknown one is refused. Paths
-may also be in gs:// or s3:// (docs/remote_paths.md).
+Fields are changed on the command line as `--config.field=value`; an unknown one is an error. A
+relative path begins in the folder where the command runs, and `~` is the home folder. Paths may
+also be in gs:// or s3:// (docs/remote_paths.md).
 """
 
 from ml_collections import ConfigDict
+
+from r0_jax import paths
 
 # A layer that is split by its outputs (queries, keys, values; the first of a feed-forward) is
 # followed by one that is split by its inputs: what is between them never leaves its device. Of
@@ -23,6 +26,16 @@ TENSOR_PARALLEL = (
     (r"transformer_blocks\..*\.attn2?\.(to_out\.0|to_add_out)(\.lora_A)?\.kernel", "row"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.0\.proj(\.lora_B)?\.(kernel|bias)", "column"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.2(\.lora_A)?\.kernel", "row"),
+)
+# Fields that hold a path, besides `path` and `head` of each reward's entry.
+PATHS = (
+    "pretrained",
+    "data.prompts",
+    "data.encoded",
+    "objective.decoder",
+    "compilation_cache",
+    "eval.prompts",
+    "test.prompts",
 )
 
 
@@ -233,6 +246,26 @@ def get_config() -> ConfigDict:
     config.test.world = ""
 
     return config.lock()
+
+
+def is_path(field: str) -> bool:
+    """Return whether a field, by its dotted name, holds a path."""
+    parts = field.split(".")
+    is_entry = parts[0] in ("rewards", "heldout_rewards")
+    return field in PATHS or (is_entry and parts[-1] in ("path", "head"))
+
+
+def make_paths_absolute(config: ConfigDict, section: str = "") -> None:
+    """Make every path in a config absolute, so that it means the same file from any folder.
+
+    Relative ones begin in the current folder, and `~` is expanded. "" and URLs stay. `section` is
+    the dotted name of what `config` is a part of, with a dot at its end.
+    """
+    for name, value in list(config.items()):
+        if isinstance(value, ConfigDict):
+            make_paths_absolute(value, f"{section}{name}.")
+        elif isinstance(value, str) and is_path(section + name):
+            config[name] = paths.absolute(value)
 
 
 def reward_entry(

@@ -178,20 +178,20 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     flags.DEFINE_enum("reward", None, list(REWARDS), "what the checkpoint is", required=True)
-    flags.DEFINE_string("checkpoint", None, "the published file", required=True)
-    flags.DEFINE_string(
+    cli.define_path("checkpoint", None, "the published file", required=True)
+    cli.define_path(
         "out",
         None,
         "the folder to write; for aesthetic, the CLIP folder that gets the head",
         required=True,
     )
-    flags.DEFINE_string(
+    cli.define_path(
         "tokenizer",
         None,
         "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with such a tokenizer",
     )
     flags.DEFINE_string("architecture", None, "name of the architecture, if there are several")
-    flags.DEFINE_string("architecture_config", None, "JSON file with fields of the architecture")
+    cli.define_path("architecture_config", None, "JSON file with fields of the architecture")
 
 
 def convert_reward(

@@ -67,9 +67,9 @@ _LEFT_OUT = {
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string("checkpoint", None, "the .safetensors file", required=True)
-    flags.DEFINE_string("out", None, "the diffusers folder to write", required=True)
-    flags.DEFINE_string(
+    cli.define_path("checkpoint", None, "the .safetensors file", required=True)
+    cli.define_path("out", None, "the diffusers folder to write", required=True)
+    cli.define_path(
         "config",
         None,
         "a diffusers folder of the family, for its configs and "

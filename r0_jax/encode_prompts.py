@@ -46,7 +46,7 @@ console = Console(stderr=True)
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string("out", None, "folder of the dataset", required=True)
+    cli.define_path("out", None, "folder of the dataset", required=True)
     flags.DEFINE_enum("dtype", "bfloat16", list(encoded_writer.DTYPES), "dtype of floats on disk")
     flags.DEFINE_integer("batch_size", 32, "prompts encoded at once", lower_bound=1)
     flags.DEFINE_integer(

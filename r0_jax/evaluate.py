@@ -30,11 +30,11 @@ from r0_jax.workdir.workdir import Workdir
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string("workdir", None, "folder of a run: measures base and generator")
-    flags.DEFINE_string("pipeline", None, "diffusers folder: measures it alone")
-    flags.DEFINE_string("out", None, "with --pipeline: folder for eval.json and images")
+    cli.define_path("workdir", None, "folder of a run: measures base and generator")
+    cli.define_path("pipeline", None, "diffusers folder: measures it alone")
+    cli.define_path("out", None, "with --pipeline: folder for eval.json and images")
     flags.DEFINE_bool("overwrite", False, "with --pipeline: replace the eval.json in --out")
-    flags.DEFINE_string("prompts", None, "file of test prompts; default: the recipe's")
+    cli.define_path("prompts", None, "file of test prompts; default: the recipe's")
     flags.DEFINE_integer(
         "num_prompts", None, "how many of them; default: the recipe's", lower_bound=2
     )
@@ -43,7 +43,7 @@ def define_flags() -> None:
         "seed", None, "of the noise; default: the recipe's", lower_bound=0, upper_bound=2**32 - 2
     )
     flags.DEFINE_string("step", "", "with --workdir: a step, best or latest")
-    flags.DEFINE_string(
+    cli.define_path(
         "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
     flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)

@@ -19,7 +19,7 @@ from r0_jax.workdir import mirror
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     cli.define_config()
-    flags.DEFINE_string(
+    cli.define_path(
         "workdir",
         None,
         "folder of this run, also in gs:// or s3://; by "

@@ -45,8 +45,8 @@ console = Console(stderr=True)
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "folder of the runs, one a seed", required=True)
-    flags.DEFINE_string("out", None, "Markdown file; its picture lies beside it", required=True)
+    cli.define_path("workdir", None, "folder of the runs, one a seed", required=True)
+    cli.define_path("out", None, "Markdown file; its picture lies beside it", required=True)
     flags.DEFINE_multi_integer("seed", [0, 1, 2], "of training and noise; may be repeated")
     flags.DEFINE_integer("num_prompts", 1000, "of test.prompts", lower_bound=2)
 

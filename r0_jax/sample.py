@@ -55,16 +55,14 @@ class Source(NamedTuple):
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string("pipeline", None, "diffusers folder; its own scheduler is used")
-    flags.DEFINE_string(
+    cli.define_path("pipeline", None, "diffusers folder; its own scheduler is used")
+    cli.define_path(
         "workdir", None, "or the folder of a run: its generator (EMA) on the grid it was trained on"
     )
-    flags.DEFINE_string(
+    cli.define_path(
         "prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder", required=True
     )
-    flags.DEFINE_string(
-        "out", None, "folder for 00000.png, ... and contact_sheet.png", required=True
-    )
+    cli.define_path("out", None, "folder for 00000.png, ... and contact_sheet.png", required=True)
     flags.DEFINE_integer(
         "num_inference_steps", None, "default: 4, or as many as the run trained", lower_bound=1
     )
@@ -90,7 +88,7 @@ def define_flags() -> None:
         lower_bound=0,
         upper_bound=2**32 - 1,
     )
-    flags.DEFINE_string("latents", None, ".npy with the noise itself: [prompts, h, w, c], N(0, 1)")
+    cli.define_path("latents", None, ".npy with the noise itself: [prompts, h, w, c], N(0, 1)")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
     flags.DEFINE_string(
         "step",
@@ -98,10 +96,10 @@ def define_flags() -> None:
         "with --workdir: a step, best (by the held-out reward) or latest; "
         "default: best if it was measured, else latest",
     )
-    flags.DEFINE_string(
+    cli.define_path(
         "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
-    flags.DEFINE_string(
+    cli.define_path(
         "encoded",
         None,
         "folder of encoded prompts (docs/prompts.md): take the embeddings from its evaluation "

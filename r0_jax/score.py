@@ -48,18 +48,18 @@ class Item(NamedTuple):
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string(
+    cli.define_path(
         "images",
         None,
         f"folder of images ({', '.join(_SUFFIXES)}): named by the "
         "number of their prompt, from 0, or as many as there are prompts, in the "
         "order of their names: img_2 before img_10",
     )
-    flags.DEFINE_string("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
-    flags.DEFINE_list(
-        "rewards", None, "type=folder, ..., or name:type=folder; types: " + ", ".join(rewards.TYPES)
+    cli.define_path("prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder")
+    cli.define_named_paths(
+        "rewards", "type=folder, ..., or name:type=folder; types: " + ", ".join(rewards.TYPES)
     )
-    flags.DEFINE_string("out", None, "file to write: one JSON object an image")
+    cli.define_path("out", None, "file to write: one JSON object an image")
     flags.DEFINE_string("check", None, "module:function of your own reward, to check")
     flags.DEFINE_integer("batch_size", 16, "images scored at once", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")

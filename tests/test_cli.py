@@ -15,7 +15,8 @@ from r0_jax import cli
 from r0_jax.errors import InputError
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string("out", None, "where to write")
+OUT = cli.define_path("out", None, "where to write")
+PARTS = cli.define_named_paths("parts", "what of")
 COUNT = flags.DEFINE_integer("count", 1, "how many")
 SCALE = flags.DEFINE_float("scale", 1.0, "how much")
 EMA = flags.DEFINE_bool("ema", True, "whether")
@@ -52,7 +53,11 @@ def main(argv):
         logging.warning("careful")
     if FAIL.value == "name":
         return print(cli.config_name())
+    if FAIL.value == "steps":
+        return print(CONFIG.value.steps, CONFIG.value.lora.rank)
     config = CONFIG.value
+    if FAIL.value == "paths":
+        return print(OUT.value, PARTS.value, config.pretrained, *config.rewards.a.values())
     print(config.steps, config.lora.rank, config.mesh, config.ema, COUNT.value)
 
 cli.run(main)
@@ -69,6 +74,14 @@ def get_config(variants=""):
     return config.lock()
 """
 
+PATHS = """
+from ml_collections import ConfigDict
+
+def get_config():
+    entry = {"path": "models/a", "head": "", "type": "clip_score"}
+    return ConfigDict({"pretrained": "~/base", "rewards": {"a": entry}})
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -78,12 +91,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def call(folder: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
     root = Path(__file__).parent.parent
     return subprocess.run(
         [sys.executable, "program.py", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), **(env or {})},
         capture_output=True,
         text=True,
         timeout=60,
@@ -116,6 +129,50 @@ def test_good_flags_and_overrides_reach_main(folder):
 def test_a_config_has_a_name(folder, config, name):
     result = call(folder, f"--config={config}", "--out=o", "--fail=name")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{name}\n")
+
+
+def test_a_home_folder_is_expanded_in_flags(folder, tmp_path):
+    flags = ["--config=~/own.py", "--out=~/o", "--parts=a=~/x,b:c=y,d=e:f", "--fail=paths"]
+    (tmp_path / "own.py").write_text(PATHS, encoding="utf-8")
+    result = call(folder, *flags, env={"HOME": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, "")
+    home = tmp_path
+    assert result.stdout.startswith(f"{home}/o ['a={home}/x', 'b:c=y', 'd=e:f'] {home}/base ")
+    assert error_line(call(folder, "--config=base.py", "--out=")) == "--out is empty"
+
+
+def test_paths_of_a_config_are_absolute_and_other_fields_stay(folder, tmp_path):
+    (folder / "own.py").write_text(PATHS, encoding="utf-8")
+    flags = ["--config=own.py", "--out=o", "--config.pretrained=gs://b/x", "--fail=paths"]
+    result = call(folder, *flags, "--config.rewards.a.head=~/h", env={"HOME": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"o None gs://b/x {tmp_path}/h {folder}/models/a clip_score\n"
+
+
+def test_a_recipe_imports_what_lies_beside_it(folder, tmp_path):
+    (tmp_path / "beside_the_recipe.py").write_text(BASE, encoding="utf-8")
+    source = "from beside_the_recipe import get_config\n"
+    (tmp_path / "recipe.py").write_text(source, encoding="utf-8")
+    result = call(folder, f"--config={tmp_path / 'recipe.py'}", "--out=o")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "10 4 (1, 8) True 1\n"
+
+
+def test_recipes_of_the_package_are_found_from_any_folder(folder, tmp_path):
+    flags = ["--out=o", "--fail=steps"]
+    result = call(folder, "--config=configs/sdxl_r0.py:full", *flags)
+    assert (result.returncode, result.stdout) == (0, "1000 0\n"), result.stderr
+    result = call(folder, "--config=./configs/sdxl_r0.py:full", *flags)
+    assert (result.returncode, result.stdout) == (0, "1000 0\n"), result.stderr
+    # What lies in the current folder comes first.
+    (folder / "configs").mkdir()
+    (folder / "configs" / "sdxl_r0.py").write_text(BASE, encoding="utf-8")
+    result = call(folder, "--config=configs/sdxl_r0.py:full", *flags)
+    assert (result.returncode, result.stdout) == (0, "10 4\n"), result.stderr
+    for missing in ("configs/sdxl.py", "sdxl_r0.py", "other/configs/sdxl_r0.py"):
+        line = error_line(call(folder, f"--config={missing}", *flags))
+        assert line.startswith(f"config file {missing}: no such file or directory; r0_jax comes ")
+        assert "configs/sdxl_r0.py" in line and "__init__" not in line
 
 
 def test_help_prints_usage_and_succeeds(folder):

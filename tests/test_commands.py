@@ -35,3 +35,39 @@ def test_importing_the_training_command_leaves_slow_packages_alone():
     program = f"import sys, r0_jax.main; print(*{slow} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+# Flags of text that hold no path; every other one is made by `cli.define_path`, for its `~`.
+TEXTS = {
+    "architecture",
+    "base_model",
+    "check",
+    "only",
+    "step",
+    "task",
+    "topology",
+}
+
+
+def test_every_flag_that_holds_a_path_knows_the_home_folder():
+    program = f"""
+import importlib
+from absl import flags
+paths = set()
+for name in {COMMANDS}:
+    if name.startswith("r0_jax."):
+        module, before = importlib.import_module(name), set(flags.FLAGS)
+        module.define_flags()
+        new = set(flags.FLAGS) - before
+        text = {{n for n in new if type(flags.FLAGS[n].parser) is flags.ArgumentParser}}
+        assert text <= {TEXTS}, (name, text - {TEXTS})
+        paths |= {{n for n in new if flags.FLAGS[n].parser.flag_type() == "path"}}
+        for n in new:
+            delattr(flags.FLAGS, n)
+print(*sorted(paths))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert {"workdir", "out", "prompts", "pretrained", "images", "tokenizer"} <= {
+        *done.stdout.split()
+    }

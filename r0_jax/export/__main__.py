@@ -17,8 +17,8 @@ from r0_jax.workdir import mirror
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
-    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    flags.DEFINE_string("out", None, "folder to write", required=True)
+    cli.define_path("workdir", None, "folder of the run", required=True)
+    cli.define_path("out", None, "folder to write", required=True)
     flags.DEFINE_enum(
         "format",
         None,
@@ -38,7 +38,7 @@ def define_flags() -> None:
         "dtype", "float32", list(convert.DTYPES), "dtype of the trained weights on disk"
     )
     flags.DEFINE_bool("overwrite", False, "replace an earlier export in --out")
-    flags.DEFINE_string("pretrained", None, "the pretrained pipeline, if it has moved")
+    cli.define_path("pretrained", None, "the pretrained pipeline, if it has moved")
     flags.DEFINE_string(
         "base_model",
         None,

@@ -13,7 +13,7 @@ from r0_jax.shapes import CHECKPOINTS
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     cli.define_config()
-    flags.DEFINE_string("out", str(CHECKPOINTS), "folder of the results of all stages")
+    cli.define_path("out", str(CHECKPOINTS), "folder of the results of all stages")
 
 
 def main(argv: list[str]) -> None:

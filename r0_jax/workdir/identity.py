@@ -12,6 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from r0_jax import config as base
+from r0_jax import paths
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
@@ -60,10 +62,11 @@ def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
     here = dict(_fields(new))
     if checkpoint.steps(workdir):
         there = dict(_fields(_read(path)))
+        one, other = _one_spelling(here), _one_spelling(there)
         differs = [
             f"{name} is {_show(there, name)} there and {_show(here, name)} here"
             for name in sorted(here.keys() | there.keys())
-            if _show(here, name) != _show(there, name) and _matters(name, here)
+            if _show(one, name) != _show(other, name) and _matters(name, here)
         ]
         if differs:
             more = f" (and {len(differs) - 3} more)" if len(differs) > 3 else ""
@@ -74,7 +77,7 @@ def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
     elif path.exists() and "rewards" not in _read(path):
         raise InputError(f"{path} is not the config of a run: give another --workdir")
     write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
-    matters = {name: value for name, value in here.items() if _matters(name, here)}
+    matters = {k: value for k, value in _one_spelling(here).items() if _matters(k, here)}
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -163,6 +166,14 @@ def _fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields(value, f"{name}.{key}" if name else key)
     else:
         yield name, config
+
+
+def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with equal paths where the files are the same, however they are spelled."""
+    return {
+        name: paths.real(value) if isinstance(value, str) and base.is_path(name) else value
+        for name, value in fields.items()
+    }
 
 
 def _matters(name: str, config: Mapping[str, Any]) -> bool:

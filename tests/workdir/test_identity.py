@@ -76,6 +76,21 @@ def test_other_fields_may_not(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
+    """As a run of r0_jax 0.1 has it, which kept paths as they were typed."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "run", pretrained="models/a")
+    digests = {
+        identity.check_same_run(tmp_path / "run", config(pretrained=path))
+        for path in (f"{tmp_path}/models/a", "./models/a", f"{tmp_path}/link/a")
+    }
+    assert len(digests) == 1
+    with pytest.raises(InputError, match=f"pretrained is .*link/a.* there and .*{tmp_path}/b"):
+        identity.check_same_run(tmp_path / "run", config(pretrained=f"{tmp_path}/b"))
+
+
 def test_steps_matter_where_the_learning_rate_decays_towards_them(tmp_path):
     begun(tmp_path, optimizer__schedule="cosine")
     with pytest.raises(InputError, match="steps is 100 there and 200 here"):
