@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,13 +18,14 @@ from r0_jax.evaluation import report, testbed
 from r0_jax.evaluation.validation import Validation
 from r0_jax.parallel import distributed, heartbeat, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
+from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import prepared
 from r0_jax.training import pretrained, program
 from r0_jax.training.loop import Batch, Job, Loop, Start
 from r0_jax.training.pretrained import Pretrained
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
-from r0_jax.workdir import checkpoint, identity
+from r0_jax.workdir import checkpoint, identity, origin
 from r0_jax.workdir.checkpoint import Checkpoints
 from r0_jax.workdir.run import Run
 from r0_jax.workdir.workdir import Workdir
@@ -59,7 +59,9 @@ def _train(
     mesh = check(config)
     models = pretrained.load(config)
     built = program.build(config, mesh, models.pipeline, models.rewards, models.prompts)
-    begun, digest = distributed.of_first(lambda: take_workdir(config, workdir, held))
+    begun, digest = distributed.of_first(
+        lambda: take_workdir(config, workdir, models.pipeline, held)
+    )
     identity.check_shared(workdir)
     read = prepare_prompts(config, workdir, models)
     workdir.share()
@@ -103,12 +105,13 @@ def check(config: ConfigDict) -> Mesh:
 
 
 def take_workdir(
-    config: ConfigDict, workdir: Workdir, held: contextlib.ExitStack
+    config: ConfigDict, workdir: Workdir, pipeline: Pipeline, held: contextlib.ExitStack
 ) -> tuple[bool, str]:
     """Make the folder this run's own; one process does it for all.
 
     Returns whether it holds the run's checkpoints, and the digest of the config. Raises InputError
-    for the folder of another run. `held` keeps other processes out of it.
+    for the folder of another run, or of one that began with other pretrained weights. `held` keeps
+    other processes out of it.
     """
     held.enter_context(identity.alone(workdir.path))
     if (done := max(checkpoint.steps(workdir), default=0)) > config.steps:
@@ -121,6 +124,10 @@ def take_workdir(
     if not begun:  # prompts there may be those of another config
         prepared.remove(workdir.path / "prompts")
         (workdir.path / "eval_prompts.json").unlink(missing_ok=True)
+    if begun and origin.is_kept(workdir.path):
+        origin.check(workdir.path, pipeline, "bring the original back, give another --workdir")
+    else:
+        origin.keep(workdir.path, pipeline)
     return begun, digest
 
 
@@ -170,7 +177,5 @@ def device_batches(read: ReadBatches, config: ConfigDict, mesh: Mesh, step: int)
 
 def enable_compilation_cache(config: ConfigDict) -> None:
     """Keep compiled programs on disk: a resumed run starts in seconds."""
-    asked = config.compilation_cache
-    if asked and not remote.url_of(asked):  # JAX reaches stores by itself
-        asked = os.path.expanduser(asked)
-    jax.config.update("jax_compilation_cache_dir", asked or str(remote.cache()))
+    folder = config.compilation_cache or str(remote.cache())
+    jax.config.update("jax_compilation_cache_dir", folder)

@@ -24,7 +24,7 @@ from r0_jax.pipelines.folder import read_index
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
-from r0_jax.workdir import checkpoint
+from r0_jax.workdir import checkpoint, origin
 from r0_jax.workdir.workdir import Workdir
 
 # Flat, by dotted name: adapters in NumPy; whole weights stay in the files of their checkpoint.
@@ -89,13 +89,15 @@ class Run:
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The pretrained pipeline; InputError if it is missing or broken.
+        """The pretrained pipeline; InputError if it is missing, broken or not what it was.
 
         It computes in float32, so that adapters are merged in float32 whatever the run did.
         """
         # What was trained on encoded prompts may never have had text encoders beside it.
         text = not self.config.data.encoded if self.text is None else self.text
-        return families.load(self.pretrained, text=text)
+        pipeline = families.load(self.pretrained, text=text)
+        origin.check(self.workdir.path, pipeline, "give the original with --pretrained=DIR")
+        return pipeline
 
     @functools.cached_property
     def generator(self) -> Generator:

@@ -83,12 +83,12 @@ def test_a_path_may_be_spelled_in_another_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begun(tmp_path / "run", pretrained="models/a")
     digests = {
-        identity.check_same_run(tmp_path / "run", config(pretrained=path))
+        identity.check_same_run(LocalWorkdir(tmp_path / "run"), config(pretrained=path))
         for path in (f"{tmp_path}/models/a", "./models/a", f"{tmp_path}/link/a")
     }
     assert len(digests) == 1
     with pytest.raises(InputError, match=f"pretrained is .*link/a.* there and .*{tmp_path}/b"):
-        identity.check_same_run(tmp_path / "run", config(pretrained=f"{tmp_path}/b"))
+        identity.check_same_run(LocalWorkdir(tmp_path / "run"), config(pretrained=f"{tmp_path}/b"))
 
 
 def test_steps_matter_where_the_learning_rate_decays_towards_them(tmp_path):
