@@ -9,15 +9,15 @@ BIN := .venv/bin
 install: .venv/installed
 install-dev: .venv/installed-dev
 
-.venv/installed: requirements.txt
+.venv/installed: pyproject.toml setup.py requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: requirements-convert.txt requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 # A device a core is faster; the rest keeps memory down.
@@ -57,4 +57,5 @@ docs:
 	$(PYTHON) docs/make_api.py
 
 wheel:
+	rm -rf build  # where files of an earlier wheel would lie
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir=dist .

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     done = stored if only else stored | kept.rows
     wanted = [row for row in rows() if only in row.name and row.name not in done]
     if (wanted or stored) and importlib.util.find_spec("libtpu") is None:
-        raise InputError("the TPU compiler is missing: pip install -r requirements-tpu.txt")
+        raise InputError("the TPU compiler is missing: pip install 'r0_jax[tpu]'")
     failed = []
     for row in wanted:
         print(row.name, flush=True)

@@ -2,5 +2,7 @@
 
 import os
 
+__version__ = "0.1.0"
+
 # transformers, here for its tokenizers alone, would tell every user that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

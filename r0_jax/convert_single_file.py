@@ -3,9 +3,9 @@
     python -m r0_jax.convert_single_file --checkpoint=sd_xl_base_1.0.safetensors \\
         --config=stable-diffusion-xl-base-1.0 --out=pipelines/sdxl
 
-Needs torch and diffusers (`make install-dev`); reading the result does not. A checkpoint holds
-neither configs nor tokenizers. They come from a diffusers folder of the same family, which needs
-no weights. Nothing is downloaded.
+Needs torch and diffusers (`pip install 'r0_jax[convert]'`); reading the result does not. A
+checkpoint holds neither configs nor tokenizers. They come from a diffusers folder of the same
+family, which needs no weights. Nothing is downloaded.
 """
 
 import contextlib
@@ -232,7 +232,7 @@ def _import():
     except ImportError as error:
         raise InputError(
             f"reading single files needs diffusers and torch, and {error.name} is not "
-            "installed: make install-dev"
+            "installed: pip install 'r0_jax[convert]'"
         ) from None
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()

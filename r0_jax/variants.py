@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
-from r0_jax.stand_ins import miniature as miniatures
 
 VARIANTS = ("r0plus", "full", "dryrun")
 
@@ -35,6 +34,8 @@ def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigD
 
 def dry_run(config: ConfigDict, miniature: str) -> None:
     """Make the whole main job of a recipe take seconds; its images are nothing to look at."""
+    from r0_jax.stand_ins import miniature as miniatures  # slow to import, for dry runs alone
+
     folder = miniatures.kept(miniature)
     config.pretrained = str(folder / "pipeline")
     config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")

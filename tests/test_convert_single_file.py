@@ -374,7 +374,7 @@ def test_bad_input_is_one_line(world, tmp_path):
             (call(good, world / "sdxl" / "config"), "give the configs of the same family"),
             (call(good, tmp_path / "none"), "none is not a folder"),
             (call(good, out="full"), "full exists already"),
-            (call(good), "diffusers and torch, and diffusers is not installed: make install-dev"),
+            (call(good), "diffusers and torch, and diffusers is not installed: .*\\[convert\\]"),
             (["--checkpoint", good, "--out", tmp_path / "out"], "give --config=DIR, .*v1-5"),
             (call(good, tmp_path / "untold"), "untold/tokenizer/vocab.json is missing"),
         ],

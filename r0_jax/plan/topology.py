@@ -108,5 +108,5 @@ def _devices(chip: Chip, shape: str, slices: int) -> Sequence[Any]:
     except (jax.errors.JaxRuntimeError, RuntimeError, ImportError) as error:
         said = str(error).splitlines()[0][:200]
         raise InputError(
-            f"the TPU compiler cannot be used: pip install -r requirements-tpu.txt ({said})"
+            f"the TPU compiler cannot be used: pip install 'r0_jax[tpu]' ({said})"
         ) from None

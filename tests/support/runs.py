@@ -3,13 +3,10 @@
 import contextlib
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import fast_xla
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,33 +28,6 @@ LATENTS = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4), np.f
 TARGETS = r".*\.(to_q|to_v|to_out\.0|proj_in|conv1)|time_embedding\.linear_1"
 RANK, ALPHA = 3, 6.0
 CLOSE = 2 / 255
-
-# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in a fork each: importing JAX anew
-# for each would take most of a test's time. PyTorch and its friends cannot be imported.
-COMMANDS = """
-import importlib, json, os, runpy, sys, tempfile
-for name in ("torch", "diffusers", "peft", "accelerate"):
-    sys.modules[name] = None
-module, calls = sys.argv[1], json.loads(sys.argv[2])
-importlib.import_module(module)
-del sys.modules[module]
-results = []
-for arguments in calls:
-    files = [tempfile.TemporaryFile() for _ in range(2)]
-    if not (child := os.fork()):
-        for i, file in enumerate(files):
-            os.dup2(file.fileno(), i + 1)
-        if arguments[0].startswith("limit="):
-            import resource
-            limit = int(arguments.pop(0).removeprefix("limit="))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [file.seek(0) or file.read().decode() for file in files]
-    results.append([status, *texts])
-print(json.dumps(results))
-"""
 
 
 def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
@@ -155,16 +125,7 @@ def card(folder):
 
 def commands(module, calls):
     """[(exit status, stdout, stderr)] of one command with each of several lists of arguments."""
-    result = subprocess.run(
-        [sys.executable, "-c", COMMANDS, module, json.dumps([[str(x) for x in c] for c in calls])],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": fast_xla.FLAGS},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return forks.run([(module, arguments) for arguments in calls])
 
 
 def check_refusals(module, cases):

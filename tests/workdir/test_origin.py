@@ -24,6 +24,10 @@ def world(tmp_path):
     return tmp_path
 
 
+def read(workdir, pretrained=None):
+    assert open_run(LocalWorkdir(workdir), pretrained).pipeline
+
+
 def change(base, key="", by=0.1, dtype=np.float32):
     tensors = load_file(base / WEIGHTS)
     changed = {k: (v + by if k.startswith(key) else v).astype(dtype) for k, v in tensors.items()}
@@ -35,16 +39,16 @@ def test_weights_that_changed_are_an_error_for_readers(world):
     origin.keep(world / "run", families.load(world / "base"))
     facts = json.loads((world / "run" / "pretrained.json").read_text("utf-8"))
     assert facts["part"] == "unet" and facts["folder"] == str(world / "base")
-    open_run(LocalWorkdir(world / "run")).pipeline
+    read(world / "run")
     change(world / "base")
     with pytest.raises(
         InputError,
         match=r"base does not hold the weights .*run was trained on: "
         r"its unet has changed; .*--pretrained=DIR, or delete .*pretrained\.json",
     ):
-        open_run(LocalWorkdir(world / "run")).pipeline
+        read(world / "run")
     tiny.stable_diffusion(world / "moved")
-    open_run(LocalWorkdir(world / "run"), world / "moved").pipeline
+    read(world / "run", world / "moved")
 
 
 def test_one_tensor_that_changed_is_enough(world):
@@ -65,4 +69,4 @@ def test_the_same_weights_are_known_in_any_dtype(world):
 def test_a_run_without_a_fingerprint_is_read_as_before(world):
     assert not origin.is_kept(world / "run")
     change(world / "base")
-    open_run(LocalWorkdir(world / "run")).pipeline
+    read(world / "run")
