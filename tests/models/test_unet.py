@@ -19,7 +19,7 @@ from flax import nnx
 from parity import normal
 
 from r0_jax.errors import InputError
-from r0_jax.models import unet_2d_condition
+from r0_jax.models import unet_2d_blocks
 from r0_jax.models.attention import GEGLU, Attention, FeedForward
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
@@ -333,7 +333,7 @@ def test_down_block(attends, downsamples):
     context = torch.tensor(CONTEXT)
     check(
         module,
-        lambda rngs: unet_2d_condition.DownBlock(
+        lambda rngs: unet_2d_blocks.DownBlock(
             [(8, 16), (16, 16)],
             depths=(2, 1),
             downsamples=downsamples,
@@ -366,7 +366,7 @@ def test_up_block(attends, size):
     below = [] if size is None else [jnp.zeros((2, *size, 8))]
     check(
         module,
-        lambda rngs: unet_2d_condition.UpBlock(
+        lambda rngs: unet_2d_blocks.UpBlock(
             [(12 + 16, 16), (16 + 8, 16)],
             depths=(1, 1),
             upsamples=size is not None,
@@ -390,7 +390,7 @@ def test_mid_block():
         torch_blocks.UNetMidBlock2DCrossAttn(
             16, 32, resnet_eps=1e-5, resnet_groups=4, **TORCH_ATTENDS
         ),
-        lambda rngs: unet_2d_condition.MidBlock(16, depth=1, rngs=rngs, **COMMON),
+        lambda rngs: unet_2d_blocks.MidBlock(16, depth=1, rngs=rngs, **COMMON),
         normal(0, 2, 3, 4, 16),
         TIME,
         CONTEXT,
