@@ -35,6 +35,7 @@ def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigD
 def dry_run(config: ConfigDict, miniature: str) -> None:
     """Make the whole main job of a recipe take seconds; its images are nothing to look at."""
     from r0_jax.stand_ins import miniature as miniatures  # slow to import, for dry runs alone
+    from r0_jax.stand_ins import miniature_reward
 
     folder = miniatures.kept(miniature)
     config.pretrained = str(folder / "pipeline")
@@ -47,6 +48,6 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
     for seed, section in enumerate((config.rewards, config.heldout_rewards)):
         for entry in section.values():  # each of the type that the recipe trains on
-            entry.path, entry.head = str(miniatures.kept_reward(entry.type, seed)), ""
+            entry.path, entry.head = str(miniature_reward.kept_reward(entry.type, seed)), ""
     if config.lora.rank:  # the scale stays
         config.lora.alpha, config.lora.rank = 4 * config.lora.alpha / config.lora.rank, 4

@@ -16,7 +16,7 @@ from r0_jax.method import lora
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature_files
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network
 
@@ -103,7 +103,7 @@ def tiny_decoder(folder):
     config = AutoencoderTinyConfig.from_json(fields)
     network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
     convert.save(
-        miniature.random_params(network, 0), folder / "diffusion_pytorch_model.safetensors"
+        miniature_files.random_params(network, 0), folder / "diffusion_pytorch_model.safetensors"
     )
 
 

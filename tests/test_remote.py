@@ -27,7 +27,7 @@ from r0_jax.errors import InputError, explain
 from r0_jax.export import model_card
 from r0_jax.method import train_state
 from r0_jax.pipelines import families
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_reward
 from r0_jax.workdir import checkpoint, mirror
 from r0_jax.workdir.run import Run
 
@@ -443,7 +443,7 @@ def wait_for(condition, process: subprocess.Popen | None = None) -> None:
 def test_a_run_killed_and_continued_on_another_machine(tmp_path):
     bucket = tmp_path / "store" / "bucket"
     miniature.write(bucket / "sd", "StableDiffusionPipeline")
-    miniature.write_reward(bucket / "clip", "clip_score", 0)
+    miniature_reward.write_reward(bucket / "clip", "clip_score", 0)
     (bucket / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(9)))
     (tmp_path / "recipe.py").write_text(RECIPE.format(folder=str(tmp_path)))
 

@@ -22,7 +22,7 @@ from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.rewards import aesthetic, image_reward, tower
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature_tokenizer
 from r0_jax.weights import convert, tensor_file
 from r0_jax.weights.network import Network
 
@@ -78,7 +78,7 @@ def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
             )
         elif kind == "BertTokenizer":
             fields = _read(folder / "text_encoder" / "config.json")
-            miniature.write_tokenizer(
+            miniature_tokenizer.write_tokenizer(
                 folder / part,
                 kind,
                 "[PAD]",
@@ -86,8 +86,8 @@ def write_pipeline(folder: Path, family: str, chinese: bool = False) -> str:
                 fields["vocab_size"],
             )
         elif library == "transformers" and part.startswith("tokenizer"):
-            pad = "<pad>" if kind.startswith("T5") else miniature.EOS
-            miniature.write_tokenizer(folder / part, kind, pad, length=77)
+            pad = "<pad>" if kind.startswith("T5") else miniature_tokenizer.EOS
+            miniature_tokenizer.write_tokenizer(folder / part, kind, pad, length=77)
     return name
 
 
@@ -103,9 +103,9 @@ def write_reward(folder: Path, kind: str) -> str:
     if kind in ("chinese_clip", "image_reward"):
         words = network.config.text_config.vocab_size
         added = len(image_reward.SPECIAL) if kind == "image_reward" else 0
-        miniature.write_tokenizer(folder, "BertTokenizer", "[PAD]", 77, words - added)
+        miniature_tokenizer.write_tokenizer(folder, "BertTokenizer", "[PAD]", 77, words - added)
     else:
-        miniature.write_tokenizer(folder, "CLIPTokenizer", miniature.EOS, 77)
+        miniature_tokenizer.write_tokenizer(folder, "CLIPTokenizer", miniature_tokenizer.EOS, 77)
     stem = "open_clip_model" if (folder / tower.OPEN_CLIP_CONFIG).is_file() else "model"
     _write_zeros(folder / f"{stem}.safetensors", network)
     if kind == "aesthetic":

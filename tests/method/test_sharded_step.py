@@ -16,7 +16,7 @@ from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.prompts import prepared
 from r0_jax.prompts.text import TextPrompts
-from r0_jax.stand_ins.miniature import PROMPTS
+from r0_jax.stand_ins.miniature_tokenizer import PROMPTS
 from r0_jax.training import pretrained, program
 from r0_jax.weights import lazy
 

@@ -14,7 +14,7 @@ from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.parallel import sharding
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_files
 from r0_jax.weights.network import Network
 
 
@@ -162,7 +162,7 @@ def normal(key: jax.Array, *shape: int) -> jax.Array:
 def test_networks_are_the_same_as_loops(name):
     constructor, inputs, method = NETWORKS[name]
     network = Network.abstract(constructor)
-    params = miniature.random_params(network, 0)
+    params = miniature_files.random_params(network, 0)
 
     def loss(params, choice, *inputs):
         with repeat.use(choice):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax.evaluation import validation
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_tokenizer
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import LocalWorkdir
@@ -30,7 +30,7 @@ def config_in(folder) -> ConfigDict:
             "up_block_types": ["UpDecoderBlock2D"],
         },
     )
-    (folder / "prompts.txt").write_text("\n".join(miniature.PROMPTS), encoding="utf-8")
+    (folder / "prompts.txt").write_text("\n".join(miniature_tokenizer.PROMPTS), encoding="utf-8")
     config = base.get_config()
     config.pretrained, config.data.prompts = str(folder / "pipeline"), str(folder / "prompts.txt")
     with config.unlocked():

@@ -19,7 +19,7 @@ from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.method.generator import Generator
 from r0_jax.models.attention_backend import Backend
 from r0_jax.pipelines import families, stable_diffusion_xl
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_tokenizer
 from r0_jax.weights import lazy
 
 # diffusers 0.42's Euler under numpy 2: np.array(torch tensor).
@@ -137,7 +137,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
         else:
             parity.assert_close(which[key], value.numpy(), parity.OUTPUT)
     if name.startswith("sd3"):
-        assert positive["prompt_embeds"].shape[1] == miniature.TOKENS + 256
+        assert positive["prompt_embeds"].shape[1] == miniature_tokenizer.TOKENS + 256
 
 
 @pytest.mark.parametrize(

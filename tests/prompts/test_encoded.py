@@ -28,7 +28,7 @@ from r0_jax.pipelines import families
 from r0_jax.plan import weightless
 from r0_jax.prompts import dataset, encoded, encoded_writer, prepared, shards
 from r0_jax.prompts.files import read_prompts
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_reward, miniature_tokenizer
 from r0_jax.weights import lazy
 
 RECIPES = {
@@ -134,7 +134,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
 def test_the_whole_job_runs_without_text_encoders(tmp_path):
     """Training, sample grid, the table with its guided base, resume, export."""
     config = own_copy("sdxl", tmp_path)
-    (tmp_path / "two.txt").write_text("\n".join(miniature.PROMPTS[:2]), "utf-8")
+    (tmp_path / "two.txt").write_text("\n".join(miniature_tokenizer.PROMPTS[:2]), "utf-8")
     flags = [
         "--config=configs/sdxl_r0.py:dryrun",
         f"--config.pretrained={config.pretrained}",
@@ -335,7 +335,7 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         found["prompt_embeds"], np.load("evaluation.npy").astype("bfloat16")
     )
-    reward = rewards.load("clip_score", miniature.kept_reward("clip_score", 0))
+    reward = rewards.load("clip_score", miniature_reward.kept_reward("clip_score", 0))
     np.testing.assert_allclose(
         found["features/clip_score"],
         reward.text_features(lazy.place(reward.params), found["prompt"].tolist()),

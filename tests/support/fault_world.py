@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_tokenizer
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import LocalWorkdir
 
@@ -75,7 +75,7 @@ class World:
                 "up_block_types": ["UpDecoderBlock2D"],
             },
         )
-        prompts = miniature.PROMPTS + [f"{number} stars" for number in range(11)]
+        prompts = miniature_tokenizer.PROMPTS + [f"{number} stars" for number in range(11)]
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         (folder / "recipe.py").write_text(
             RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL, evaluated=EVALUATED),

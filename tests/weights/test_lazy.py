@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
-from r0_jax.stand_ins import miniature
+from r0_jax.stand_ins import miniature, miniature_files
 from r0_jax.weights import convert, lazy
 from r0_jax.weights.network import Network
 
@@ -130,7 +130,7 @@ def test_shards_of_a_file_and_the_whole_are_the_same(stored, network, tmp_path, 
 
 
 def test_leaves_stay_true_to_the_file_that_was_opened(network, tmp_path):
-    params = miniature.random_params(network, seed=1)
+    params = miniature_files.random_params(network, seed=1)
     path = tmp_path / "model.safetensors"
     convert.save(params, path)
     leaves = convert.open_params([path], network)
@@ -151,7 +151,7 @@ def test_leaves_stay_true_to_the_file_that_was_opened(network, tmp_path):
     ],
 )
 def test_weights_that_are_no_numbers_are_refused(network, tmp_path, value, stored_as, dtype):
-    params = miniature.random_params(network, seed=1)
+    params = miniature_files.random_params(network, seed=1)
     params["tall.kernel"][1503, 1023] = value
     path = tmp_path / "model.safetensors"
     with np.errstate(all="ignore"):
@@ -166,7 +166,7 @@ def test_weights_that_are_no_numbers_are_refused(network, tmp_path, value, store
 
 def test_a_file_cut_short_after_it_was_opened(network, tmp_path):
     path = tmp_path / "model.safetensors"
-    convert.save(miniature.random_params(network, seed=1), path)
+    convert.save(miniature_files.random_params(network, seed=1), path)
     leaves = convert.open_params([path], network)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(InputError, match=r"not a complete safetensors file \(it ends too early"):

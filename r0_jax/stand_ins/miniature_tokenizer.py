@@ -1,0 +1,96 @@
+"""The prompts of the miniatures, and tokenizers that know their words."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from r0_jax.stand_ins.miniature_files import write_json
+
+PROMPTS = [
+    "a red circle",
+    "a blue square above a green star",
+    "a green star",
+    "红色的圆在左边",
+    "a star left of a red square",
+    "a blue circle",
+    "绿色的方",
+    "a red star of a circle",
+]
+TOKENS = 24  # tokens per prompt, for CLIP and BERT
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+_WORDS = sorted({word for prompt in PROMPTS for word in prompt.split() if word.isascii()})
+_CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()})
+
+
+def write_tokenizer(
+    folder: Path, kind: str, pad: str, length: int = TOKENS, words: int = 0
+) -> None:
+    """Write a tokenizer that knows the words of `PROMPTS` and reads any text.
+
+    It pads to `length` tokens (T5: 512). BERT's vocabulary is filled up to `words` entries.
+    """
+    special = {"pad_token": pad, "model_max_length": length, "tokenizer_class": kind}
+    if kind == "CLIPTokenizer":
+        vocab, merges = _clip_vocabulary()
+        write_json(folder / "vocab.json", vocab)
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+        special |= {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    elif kind == "BertTokenizer":
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS, *_CHARACTERS]
+        tokens += [f"[unused{i}]" for i in range(len(tokens), words)]
+        (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
+        special |= {
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+            "do_lower_case": True,
+        }
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _t5_tokenizer().save(str(folder / "tokenizer.json"))
+        special |= {
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "extra_ids": 0,
+            "model_max_length": 512,
+        }
+    write_json(folder / "tokenizer_config.json", special)
+
+
+def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" is the first
+    merges = {}  # an ordered set; merges go from left to right
+    for word in _WORDS:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(symbols)):
+            merges["".join(symbols[:i]), symbols[i]] = None
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BOS, EOS]
+    return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
+
+
+def _t5_tokenizer() -> Tokenizer:
+    words = [(f"▁{word}", -2.0) for word in _WORDS]
+    letters = [(c, -6.0) for c in [*map(chr, range(33, 127)), *_CHARACTERS]]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *words, *letters]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+def vocabulary_size(kind: str) -> int:
+    """Return the size of the vocabulary for a text encoder of a class: T5's, BERT's or a CLIP's."""
+    if kind == "T5EncoderModel":
+        return _t5_tokenizer().get_vocab_size()
+    if kind == "BertModel":
+        return 5 + len(_WORDS) + len(_CHARACTERS)
+    return len(_clip_vocabulary()[0])
