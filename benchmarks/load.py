@@ -45,7 +45,7 @@ from r0_jax.weights import convert, lazy
 from r0_jax.weights.lazy import Lazy
 from r0_jax.weights.network import Network, Shapes
 from r0_jax.weights.tensor_file import Tensor, write
-from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ from r0_jax.export import model_card
 from r0_jax.method import train_state
 from r0_jax.pipelines import families
 from r0_jax.stand_ins import miniature, miniature_reward
-from r0_jax.workdir import checkpoint, mirror
+from r0_jax.workdir import checkpoint, checkpoint_manager, mirror
 from r0_jax.workdir.run import Run
 
 STORE = str(Path(__file__).parent / "support" / "object_store.py")
@@ -363,16 +363,18 @@ def small_state(step: int):
 def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypatch, url):  # noqa: F811
     """gs:// by orbax and tensorstore themselves, s3:// by way of the mirror."""
     there = store / "bucket/runs/w"
-    write_metrics = checkpoint.Checkpoints._write_metrics
+    write_metrics = checkpoint_manager.Checkpoints._write_metrics
 
     def after_its_row(checkpoints, step, metrics):
         # A checkpoint that counts as measured is not measured again: the row must be there.
         assert (there / "metrics.jsonl").read_text() == f"{step} measured\n"
         write_metrics(checkpoints, step, metrics)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "_write_metrics", after_its_row)
+    monkeypatch.setattr(checkpoint_manager.Checkpoints, "_write_metrics", after_its_row)
     with mirror.workdir(url, training=True) as workdir:
-        with checkpoint.Checkpoints(workdir, keep=1, best_metric="heldout/x") as checkpoints:
+        with checkpoint_manager.Checkpoints(
+            workdir, keep=1, best_metric="heldout/x"
+        ) as checkpoints:
             for step in (1, 2, 3):
                 write(workdir.path, **{"metrics.jsonl": f"{step}\n"})
                 checkpoints.save(small_state(step))
@@ -397,7 +399,7 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(lambda: small_state(0)),
         )
-        with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
+        with checkpoint_manager.Checkpoints(workdir, keep=1) as checkpoints:
             state, _ = checkpoints.restore(target)
         jax.tree.map(np.testing.assert_array_equal, state, small_state(3))
     with mirror.workdir(url) as workdir:

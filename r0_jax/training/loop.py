@@ -20,7 +20,7 @@ from r0_jax.training.early_stop import EarlyStop
 from r0_jax.training.profile import Profile
 from r0_jax.training.program import Program
 from r0_jax.training.step_log import StepLog
-from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

@@ -26,7 +26,7 @@ from r0_jax.training.pretrained import Pretrained
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 from r0_jax.workdir import checkpoint, identity, origin
-from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.run import Run
 from r0_jax.workdir.workdir import Workdir
 

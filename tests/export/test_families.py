@@ -118,8 +118,8 @@ def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path,
         calls.append(sorted(targets))
         return read_group(folder, targets)
 
-    read_group = checkpoint._read
-    monkeypatch.setattr(checkpoint, "_read", read)
+    read_group = checkpoint.read_arrays
+    monkeypatch.setattr(checkpoint, "read_arrays", read)
     monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
     monkeypatch.setattr(convert, "MAX_SHARD_SIZE", 30_000)
     export.export(LocalWorkdir(world / name / "full"), tmp_path / "out", "diffusers")

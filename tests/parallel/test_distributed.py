@@ -12,7 +12,7 @@ import pytest
 from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.parallel import distributed, heartbeat
-from r0_jax.parallel.distributed import Place, find
+from r0_jax.parallel.place import ADDRESS, PROCESS, PROCESSES, Place, find
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -132,7 +132,7 @@ def test_variables_that_do_not_fit_together(env, said):
 
 def test_alone_nothing_happens(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("initialized"))
-    for name in (distributed.ADDRESS, distributed.PROCESSES, distributed.PROCESS):
+    for name in (ADDRESS, PROCESSES, PROCESS):
         monkeypatch.delenv(name, raising=False)
     with distributed.joined(base.get_config()):
         heartbeat.beat("step 1")

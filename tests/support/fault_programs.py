@@ -53,10 +53,10 @@ def train() -> None:
 def restore() -> None:
     """The main job up to its first step: prints what it was about to train on instead."""
     from r0_jax.training import loop
-    from r0_jax.workdir import checkpoint
+    from r0_jax.workdir import checkpoint_manager
 
     def run(self):
-        arrays = checkpoint._flatten(self.state)
+        arrays = checkpoint_manager._flatten(self.state)
         split = [name for name, x in arrays.items() if x.addressable_shards[0].data.size < x.size]
         print(
             json.dumps(
@@ -80,7 +80,7 @@ def damage(workdir: str, count: str, seed: str) -> None:
     from r0_jax.errors import InputError
     from r0_jax.method import optim, train_state
     from r0_jax.parallel import sharding
-    from r0_jax.workdir import checkpoint
+    from r0_jax.workdir import checkpoint, checkpoint_manager
     from r0_jax.workdir.workdir import LocalWorkdir
 
     workdir = Path(workdir)
@@ -88,9 +88,9 @@ def damage(workdir: str, count: str, seed: str) -> None:
     whole = {}
     for step in (older, newest):
         folder = workdir / "checkpoints" / str(step)
-        shapes = checkpoint._stored_shapes(folder)
+        shapes = checkpoint.stored_shapes(folder)
         whole[step] = (
-            {name: digest(x) for name, x in checkpoint._read(folder, shapes).items()},
+            {name: digest(x) for name, x in checkpoint.read_arrays(folder, shapes).items()},
             checkpoint.read_metadata(LocalWorkdir(workdir), step),
         )
     config = ConfigDict(json.loads((workdir / "config.json").read_text("utf-8")))
@@ -123,12 +123,12 @@ def damage(workdir: str, count: str, seed: str) -> None:
             )
         except InputError:
             reader = "refused"
-        with checkpoint.Checkpoints(
+        with checkpoint_manager.Checkpoints(
             LocalWorkdir(copy), best_metric=config.best_metric
         ) as checkpoints:
             restored, metadata = checkpoints.restore(target)
         step = metadata["step"]
-        found = {name: digest(x) for name, x in checkpoint._flatten(restored).items()}
+        found = {name: digest(x) for name, x in checkpoint_manager._flatten(restored).items()}
         aside = [path.name for path in (copy / "checkpoints").iterdir() if "damaged" in path.name]
         if (found, metadata) != whole.get(step) or "WRONG" in reader:
             return f"WRONG NUMBERS, at step {step}; the reader: {reader}"

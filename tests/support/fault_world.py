@@ -276,7 +276,7 @@ def measured(workdir: Path) -> list[dict]:
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint: parameters, their average, the optimizer's state, counters."""
     folder = workdir.resolve() / "checkpoints" / str(step)
-    return checkpoint._read(folder, checkpoint._stored_shapes(folder))
+    return checkpoint.read_arrays(folder, checkpoint.stored_shapes(folder))
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

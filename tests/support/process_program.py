@@ -21,7 +21,7 @@ from r0_jax.method import train_state
 from r0_jax.parallel import distributed, heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.prompts import dataset
-from r0_jax.workdir import checkpoint
+from r0_jax.workdir import checkpoint, checkpoint_manager
 from r0_jax.workdir.workdir import LocalWorkdir
 
 STEPS, TROUBLED = 6, 3
@@ -79,7 +79,7 @@ def save_and_restore(trouble: str, folder: Path) -> None:
         lambda step: train_state.init(params, optax.sgd(1.0))._replace(step=step),
         out_shardings=where,
     )
-    with checkpoint.Checkpoints(LocalWorkdir(folder)) as checkpoints:
+    with checkpoint_manager.Checkpoints(LocalWorkdir(folder)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(start(jnp.int32(step)))
         checkpoints.wait()
@@ -88,14 +88,15 @@ def save_and_restore(trouble: str, folder: Path) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             checkpoints.save(start(jnp.int32(3)))
             checkpoints.wait()
-        read, failures = checkpoint._read, iter([trouble == "unread" and jax.process_index() == 1])
+        read = checkpoint.read_arrays
+        failures = iter([trouble == "unread" and jax.process_index() == 1])
 
         def once(folder: Path, wanted: dict) -> dict:
             if all(x.sharding for x in wanted.values()) and next(failures, False):
                 raise checkpoint._unreadable(folder, ValueError("[os_error_code='5']"))
             return read(folder, wanted)
 
-        checkpoint._read = once
+        checkpoint.read_arrays = once
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(start, jnp.int32(0)),

@@ -18,7 +18,7 @@ from r0_jax import sample
 from r0_jax.method import train_state
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
-from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from r0_jax.parallel import sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training.loop import Job, Loop, Start
 from r0_jax.training.program import Program
-from r0_jax.workdir.checkpoint import Checkpoints
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 
 
 class World:

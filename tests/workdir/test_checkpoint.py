@@ -22,7 +22,8 @@ from r0_jax.method import train_state
 from r0_jax.parallel import checksum, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.workdir import checkpoint
-from r0_jax.workdir.checkpoint import Checkpoints, load_params
+from r0_jax.workdir.checkpoint import load_params
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.workdir import LocalWorkdir
 
 ROOT = Path(__file__).parents[2]
