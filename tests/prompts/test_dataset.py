@@ -89,7 +89,7 @@ def test_killed_prepare_is_not_taken_for_a_finished_one(tmp_path, moment):
     script = f"""
 import os
 import numpy as np
-from r0_jax import data
+from r0_jax.prompts import dataset
 class Killing(np.ndarray):
     def __iter__(self):
         yield self[0]
@@ -99,7 +99,7 @@ if {moment!r} == "rows":
     column = column.view(Killing)
 else:
     os.replace = lambda *names: os._exit(9)
-data.prepare({{"prompt": ["first", "second"], "column": column}}, {str(folder)!r})
+dataset.prepare({{"prompt": ["first", "second"], "column": column}}, {str(folder)!r})
 """
     assert run_python(script).returncode == 9
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.tmp"]

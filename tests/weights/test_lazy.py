@@ -200,7 +200,8 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from flax import nnx
-from r0_jax import convert, lazy, sharding
+from r0_jax.parallel import sharding
+from r0_jax.weights import convert, lazy
 from r0_jax.weights.network import Network
 from r0_jax.weights.tensor_file import Tensor, write
 
