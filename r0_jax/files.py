@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from r0_jax.errors import InputError
+
+Json = dict[str, object]  # an object of a JSON file
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 A_PICKLE = "a pickle, which is never read, since reading it can run any program"
@@ -62,7 +63,7 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> Json:
     """Read the object in a JSON file; raise InputError if it is missing or invalid."""
     path = Path(path)
     try:

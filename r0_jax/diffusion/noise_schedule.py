@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 
@@ -44,7 +45,7 @@ class VariancePreserving:
         _check_betas(betas, "trained_betas")
 
     @functools.cached_property
-    def alphas_cumprod(self) -> Float[np.ndarray, " num_train_timesteps"]:
+    def alphas_cumprod(self) -> Float[NDArray[np.float64], " num_train_timesteps"]:
         """Return alpha_t^2 of each timestep, read-only float64 of the float32 values of diffusers.
 
         With `rescale_betas_zero_snr` the last is 0.
@@ -54,11 +55,11 @@ class VariancePreserving:
         products = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
         if self.rescale_betas_zero_snr:
             products = _rescale_zero_terminal_snr(products)
-        products = products.astype(np.float64)
-        products.setflags(write=False)
-        return products
+        exact = products.astype(np.float64)
+        exact.setflags(write=False)
+        return exact
 
-    def _betas(self) -> np.ndarray:
+    def _betas(self) -> NDArray[np.float32]:
         """Return [num_train_timesteps] float32: the variances before any rescaling."""
         steps = self.num_train_timesteps
         if self.trained_betas is not None:
@@ -95,8 +96,8 @@ def x0_and_epsilon(
     prediction_type: str,
     model_output: Latents,
     latents: Latents,
-    alpha: Float[ArrayLike, "..."],
-    sigma: Float[ArrayLike, "..."],
+    alpha: Float[Array, "..."],
+    sigma: Float[Array, "..."],
 ) -> tuple[Latents, Latents]:
     """Return the clean latents and the noise that a network's output stands for.
 
@@ -116,13 +117,13 @@ def x0_and_epsilon(
     raise ValueError(prediction_type)
 
 
-def _check_betas(betas: Sequence[Any], name: str) -> None:
+def _check_betas(betas: Sequence[object], name: str) -> None:
     wrong = [b for b in betas if not (isinstance(b, int | float) and 0 <= b <= 1)]  # NaN is wrong
     if wrong:
         raise InputError(f"{name}: variances are numbers from 0 to 1, found {wrong[0]!r}")
 
 
-def _rescale_zero_terminal_snr(products: np.ndarray) -> np.ndarray:
+def _rescale_zero_terminal_snr(products: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return alphas_cumprod shifted and scaled so that the last is 0.
 
     This is algorithm 1 of Lin et al. 2305.08891, in float32 and by way of betas: diffusers rounds

@@ -88,7 +88,9 @@ def rollout(
     batch, *shape = noise.shape
     eta_keys, noise_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (0, 1))
 
-    def advance(denoise, latents, i):
+    def advance(
+        denoise: Denoise, latents: Float[Array, "b h w c"], i: Index
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         timesteps = jnp.full(batch, jnp.asarray(grid.timesteps, jnp.float32)[i])
         model_output = denoise(grid.scale_model_input(latents, i), timesteps)
         etas = uniform(eta_keys, i) if random_eta else jnp.full(batch, eta, jnp.float32)
@@ -102,7 +104,9 @@ def rollout(
         lax.stop_gradient(noise * grid.init_noise_sigma),
     )
 
-    def graded(latents, i):
+    def graded(
+        latents: Float[Array, "b h w c"], i: Index
+    ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]:
         after, x0 = advance(denoise, latents, i)
         return after, (latents, x0)
 

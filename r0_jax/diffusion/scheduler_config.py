@@ -7,22 +7,24 @@ A folder opens whatever its scheduler is. Only the use of a part that is not sup
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import TypedDict, TypeVar, cast
 
 from r0_jax.diffusion.noise_schedule import FlowMatching, NoiseSchedule, VariancePreserving
 from r0_jax.errors import InputError
+from r0_jax.files import Json
 
 FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
 
 # Field of scheduler_config.json -> (default of the diffusers class, what we support). What we
 # support is a tuple of values, or a type. Files hold fields of other classes too (SD 1.5's PNDM
 # file has `clip_sample`); diffusers does not read those and neither do we.
-_Fields = Mapping[str, tuple[Any, Any]]
+_Known = dict[str, tuple[object, tuple[object, ...] | type | UnionType]]
 _NUMBER = int | float
 
 # Class -> the fields that define its noise. All schedulers of diffusers for variance-preserving
 # networks share them, however they sample.
-_BETAS: _Fields = {
+_BETAS: _Known = {
     "num_train_timesteps": (1000, int),
     "beta_start": (0.0001, _NUMBER),
     "beta_end": (0.02, _NUMBER),
@@ -32,10 +34,10 @@ _BETAS: _Fields = {
 }
 _RESCALED = _BETAS | {"rescale_betas_zero_snr": (False, (False, True))}
 # These classes can sample flow matching too, which has no betas.
-_NO_FLOW: _Fields = {"use_flow_sigmas": (False, (False, None))}
-_STABLE_DIFFUSION: _Fields = {"beta_start": (0.00085, _NUMBER), "beta_end": (0.012, _NUMBER)}
-_SCALED_LINEAR: _Fields = {"beta_schedule": ("scaled_linear", _BETAS["beta_schedule"][1])}
-_NOISE: dict[str, _Fields] = {
+_NO_FLOW: _Known = {"use_flow_sigmas": (False, (False, None))}
+_STABLE_DIFFUSION: _Known = {"beta_start": (0.00085, _NUMBER), "beta_end": (0.012, _NUMBER)}
+_SCALED_LINEAR: _Known = {"beta_schedule": ("scaled_linear", _BETAS["beta_schedule"][1])}
+_NOISE: dict[str, _Known] = {
     "DDIMScheduler": _RESCALED,
     "DDPMScheduler": _RESCALED,
     "DEISMultistepScheduler": _BETAS | _NO_FLOW,
@@ -54,11 +56,11 @@ _NOISE: dict[str, _Fields] = {
 }
 
 # Class -> the fields that define how it samples, for the samplers of schedulers.py.
-_SPACED: _Fields = {
+_SPACED: _Known = {
     "timestep_spacing": ("leading", ("leading", "trailing", "linspace")),
     "steps_offset": (0, int),
 }
-_SAMPLING: dict[str, _Fields] = {
+_SAMPLING: dict[str, _Known] = {
     "DDIMScheduler": _SPACED
     | {
         "set_alpha_to_one": (True, (False, True)),
@@ -105,7 +107,33 @@ class Unsupported:
     problem: str
 
 
-Sampling = Mapping[str, Any]  # fields of the class, defaults filled in
+class Fields(TypedDict, total=False):
+    """Fields of a class that were checked, defaults filled in. Each class has some of them."""
+
+    num_train_timesteps: int
+    # Of the noise.
+    beta_start: float | int
+    beta_end: float | int
+    beta_schedule: str
+    trained_betas: list | tuple | None
+    prediction_type: str
+    rescale_betas_zero_snr: bool
+    # Of the sampling.
+    timestep_spacing: str
+    steps_offset: int
+    set_alpha_to_one: bool
+    clip_sample: bool
+    clip_sample_range: float | int
+    timestep_type: str
+    use_karras_sigmas: bool | None
+    sigma_min: float | int | None
+    sigma_max: float | int | None
+    final_sigmas_type: str
+    shift: float | int
+    shift_terminal: float | int | None
+    stochastic_sampling: bool
+
+
 _T = TypeVar("_T")
 
 
@@ -121,12 +149,12 @@ class SchedulerConfig:
     """
 
     class_name: str
-    fields: dict[str, Any]
+    fields: Json
     trained: NoiseSchedule | Unsupported
-    sampled: Sampling | Unsupported
+    sampled: Fields | Unsupported
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "SchedulerConfig":
+    def from_json(cls, fields: Mapping[str, object]) -> "SchedulerConfig":
         """Parse the contents of a scheduler_config.json."""
         name = fields.get("_class_name")
         noise = _flow_noise if name == FLOW_MATCHING else _betas
@@ -140,12 +168,16 @@ class SchedulerConfig:
     @property
     def noise(self) -> NoiseSchedule:
         """Return the noise of training; InputError names the class or field not supported."""
-        return _supported(self.trained)
+        if isinstance(self.trained, Unsupported):
+            raise InputError(self.trained.problem)
+        return self.trained
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> Fields:
         """Return the fields by which the class samples; InputError names what is not supported."""
-        return _supported(self.sampled)
+        if isinstance(self.sampled, Unsupported):
+            raise InputError(self.sampled.problem)
+        return self.sampled
 
     def trailing_ddim(self) -> "SchedulerConfig":
         """Return DDIM on the same noise: trailing timesteps, and the clean image at the end.
@@ -167,7 +199,7 @@ class SchedulerConfig:
 
 
 def _attempt(
-    parse: Callable[[Mapping[str, Any]], _T], fields: Mapping[str, Any]
+    parse: Callable[[Mapping[str, object]], _T], fields: Mapping[str, object]
 ) -> _T | Unsupported:
     try:
         return parse(fields)
@@ -175,13 +207,7 @@ def _attempt(
         return Unsupported(str(error))
 
 
-def _supported(part: _T | Unsupported) -> _T:
-    if isinstance(part, Unsupported):
-        raise InputError(part.problem)
-    return part
-
-
-def _betas(fields: Mapping[str, Any]) -> VariancePreserving:
+def _betas(fields: Mapping[str, object]) -> VariancePreserving:
     name = fields.get("_class_name")
     if not isinstance(name, str) or name not in _NOISE:
         raise InputError(
@@ -192,11 +218,18 @@ def _betas(fields: Mapping[str, Any]) -> VariancePreserving:
         raise InputError(
             f"{name} with num_train_timesteps={read['num_train_timesteps']}: at least 1 is expected"
         )
-    read.pop("use_flow_sigmas", None)
-    return VariancePreserving(**read)
+    return VariancePreserving(
+        read["num_train_timesteps"],
+        read["beta_start"],
+        read["beta_end"],
+        read["beta_schedule"],
+        read["trained_betas"],
+        read["prediction_type"],
+        read.get("rescale_betas_zero_snr", False),
+    )
 
 
-def _sampling(fields: Mapping[str, Any]) -> Sampling:
+def _sampling(fields: Mapping[str, object]) -> Fields:
     name = fields.get("_class_name")
     if not isinstance(name, str) or name not in _SAMPLING:
         raise InputError(f"scheduler {name!r} is not supported; supported: {', '.join(_SAMPLING)}")
@@ -206,41 +239,42 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
     return _read(fields, _SAMPLING[name])
 
 
-def _read(fields: Mapping[str, Any], supported: _Fields) -> dict[str, Any]:
+def _read(fields: Mapping[str, object], supported: _Known) -> Fields:
     """Return these fields, defaults filled in; InputError names one not supported."""
     name = fields["_class_name"]
     read = {field: fields.get(field, default) for field, (default, _) in supported.items()}
     for field, value in read.items():
         values = supported[field][1]
-        listed = isinstance(values, tuple)
-        if not (value in values if listed else isinstance(value, values)):
-            raise InputError(
-                f"{name} with {field}={value!r} is not supported; supported:"
-                f" {', '.join(map(repr, values)) if listed else values}"
-            )
-    return read
+        if isinstance(values, tuple):
+            fine, known = value in values, ", ".join(map(repr, values))
+        else:
+            fine, known = isinstance(value, values), str(values)
+        if not fine:
+            raise InputError(f"{name} with {field}={value!r} is not supported; supported: {known}")
+    return cast(Fields, read)  # each value was checked
 
 
-def _flow_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _flow_fields(fields: Mapping[str, object]) -> Fields:
     read = _read(fields, _SAMPLING[FLOW_MATCHING])
-    terminal = read["shift_terminal"]
-    for name, fine, expected in (  # NaN is not fine
-        ("num_train_timesteps", read["num_train_timesteps"] >= 2, "at least 2 is"),
-        ("shift", 1e-3 <= read["shift"] <= 1e3, "a number from 0.001 to 1000 is"),
+    total, shift, terminal = read["num_train_timesteps"], read["shift"], read["shift_terminal"]
+    for name, value, fine, expected in (  # NaN is not fine
+        ("num_train_timesteps", total, total >= 2, "at least 2 is"),
+        ("shift", shift, 1e-3 <= shift <= 1e3, "a number from 0.001 to 1000 is"),
         (
             "shift_terminal",
+            terminal,
             terminal is None or 0 <= terminal < 1,
             "null, or a number from 0 to below 1, is",
         ),
     ):
         if not fine:
             raise InputError(
-                f"{FLOW_MATCHING} with {name}={read[name]!r} is not supported: {expected} expected"
+                f"{FLOW_MATCHING} with {name}={value!r} is not supported: {expected} expected"
             )
     return read
 
 
-def _flow_noise(fields: Mapping[str, Any]) -> FlowMatching:
+def _flow_noise(fields: Mapping[str, object]) -> FlowMatching:
     read = _flow_fields(fields)
     noise = FlowMatching(read["num_train_timesteps"], _trained_shift(read))
     if read["stochastic_sampling"]:
@@ -251,7 +285,7 @@ def _flow_noise(fields: Mapping[str, Any]) -> FlowMatching:
     return noise
 
 
-def _trained_shift(read: dict[str, Any]) -> float:
+def _trained_shift(read: Fields) -> float:
     """Return the shift of training.
 
     An export of ours holds another shift and a terminal, which `grid.exported` computes from it.

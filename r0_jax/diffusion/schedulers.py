@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpy.typing import NDArray
 
 from r0_jax.diffusion.noise_schedule import (
     FlowMatching,
@@ -25,7 +26,7 @@ from r0_jax.diffusion.noise_schedule import (
     VariancePreserving,
     x0_and_epsilon,
 )
-from r0_jax.diffusion.scheduler_config import FLOW_MATCHING, Sampling, SchedulerConfig
+from r0_jax.diffusion.scheduler_config import FLOW_MATCHING, Fields, SchedulerConfig
 from r0_jax.errors import InputError
 
 Index = int | Int[Array, ""]  # counts network calls; may be traced
@@ -36,18 +37,18 @@ State = tuple[Array, ...]
 class Scheduler:
     """A sampler of a chosen number of steps: tables with one row a network call."""
 
-    timesteps: np.ndarray  # fed to the network; int32 (DDIM, PNDM) or float32
+    timesteps: NDArray  # fed to the network; int32 (DDIM, PNDM) or float32
     init_noise_sigma: float  # sampling starts at N(0, I) times this
     prediction_type: str
-    input_scales: np.ndarray
-    alphas: np.ndarray
-    sigmas: np.ndarray
-    next_alphas: np.ndarray
-    next_sigmas: np.ndarray
-    noise_stds: np.ndarray | None = None  # s of the formula at eta = 1
+    input_scales: NDArray
+    alphas: NDArray
+    sigmas: NDArray
+    next_alphas: NDArray
+    next_sigmas: NDArray
+    noise_stds: NDArray | None = None  # s of the formula at eta = 1
     eta: float | None = 0.0  # None: the caller of `step` chooses
     clip_range: float | None = None  # x0 is clipped to +- this
-    multistep_weights: np.ndarray | None = None  # [n, 4], of the last outputs, newest first
+    multistep_weights: NDArray | None = None  # [n, 4], of the last outputs, newest first
 
     def needs_noise(self, eta: float = 0.0) -> bool:
         """Return whether steps with this `eta` read `noise`.
@@ -113,7 +114,9 @@ class Scheduler:
         alpha, sigma = scale * jnp.asarray(self.alphas)[i], scale * jnp.asarray(self.sigmas)[i]
         return x0_and_epsilon(self.prediction_type, model_output, scale * latents, alpha, sigma)
 
-    def _multistep(self, model_output, latents, i, state):
+    def _multistep(
+        self, model_output: Latents, latents: Latents, i: Index, state: State
+    ) -> tuple[Latents, Latents, State]:
         """Return the output that the formula takes, its latents and the next state.
 
         This is PLMS (Liu et al. 2022): Adams-Bashforth on the outputs, with the first step made
@@ -123,7 +126,7 @@ class Scheduler:
         start, history = state
         outputs = jnp.concatenate([model_output[None], history])  # [4, b, *dims]
         weights = jnp.asarray(self.multistep_weights)[i]
-        combined = sum(weights[k] * outputs[k] for k in range(4))
+        combined = sum((weights[k] * outputs[k] for k in range(4)), start=jnp.float32(0))
         latents = jnp.where(i == 1, start, latents)
         history = jnp.where(i == 1, history, outputs[:3])
         return combined, latents, (start, history)
@@ -154,6 +157,7 @@ def from_config(
     if sigmas is not None:
         raise InputError(f"sigmas are for {FLOW_MATCHING}, the folder has {config.class_name}")
     noise = config.noise
+    assert isinstance(noise, VariancePreserving)  # since it is not flow matching
     if n > noise.num_train_timesteps:
         raise InputError(
             f"num_inference_steps={n} is more than the"
@@ -204,37 +208,38 @@ def flow_matching(
     """
     _check_positive(n)
 
-    def shifted(sigmas):
+    def shifted(sigmas: NDArray) -> NDArray:
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
     if sigmas is None:
         # diffusers spaces between extremes already shifted and shifts again: at shift 3 the last
         # of four steps starts at 0.009. That is what stock pipelines do.
         ends = shifted(np.asarray([1, 1 / total], np.float32))
-        sigmas = np.linspace(*(ends.astype(np.float64) * total), n) / total
+        start, end = ends.astype(np.float64) * total
+        spaced = np.linspace(start, end, n) / total
     elif len(sigmas) != n:
         raise InputError(f"{len(sigmas)} sigmas given for num_inference_steps={n}: give one a step")
     else:
-        sigmas = np.asarray(sigmas, np.float32)
-    sigmas = shifted(sigmas)
+        spaced = np.asarray(sigmas, np.float32)
+    levels = shifted(spaced)
     if terminal:
         if n == 1:
             raise InputError(
                 "shift_terminal is where the last of several steps starts: a single "
                 "step cannot be stretched to it"
             )
-        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
-    sigmas = np.append(sigmas, 0).astype(np.float32)
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    levels = np.append(levels, 0).astype(np.float32)
     return Scheduler(
-        timesteps=sigmas[:-1] * np.float32(total),
+        timesteps=levels[:-1] * np.float32(total),
         init_noise_sigma=1.0,
         prediction_type=FlowMatching.prediction_type,
         input_scales=np.ones(n, np.float32),
-        alphas=1 - sigmas[:-1],
-        sigmas=sigmas[:-1],
-        next_alphas=1 - sigmas[1:],
-        next_sigmas=sigmas[1:],
-        noise_stds=sigmas[1:],
+        alphas=1 - levels[:-1],
+        sigmas=levels[:-1],
+        next_alphas=1 - levels[1:],
+        next_sigmas=levels[1:],
+        noise_stds=levels[1:],
         eta=1.0 if stochastic else 0.0,
     )
 
@@ -244,7 +249,7 @@ def _check_positive(num_inference_steps: int) -> None:
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
 
 
-def _spaced_timesteps(total: int, fields: Sampling, n: int) -> np.ndarray:
+def _spaced_timesteps(total: int, fields: Fields, n: int) -> NDArray:
     """Return [n] float64, descending, whole but for linspace: table 2 of Lin et al. 2305.08891."""
     if fields["timestep_spacing"] == "linspace":
         return np.linspace(0, total - 1, n)[::-1]
@@ -256,7 +261,15 @@ def _spaced_timesteps(total: int, fields: Sampling, n: int) -> np.ndarray:
 
 
 def _variance_preserving(
-    noise: VariancePreserving, fields: Sampling, timesteps, here, there, **others
+    noise: VariancePreserving,
+    fields: Fields,
+    timesteps: NDArray[np.int64],
+    here: NDArray[np.int64],
+    there: NDArray[np.int64],
+    *,
+    eta: float | None = 0.0,
+    clip_range: float | None = None,
+    multistep_weights: NDArray | None = None,
 ) -> Scheduler:
     """Return steps from timesteps `here` to `there`; below timestep 0 lies the final alpha."""
     products = noise.alphas_cumprod
@@ -266,8 +279,8 @@ def _variance_preserving(
             f" network was trained on 0 to {len(products) - 1}: take fewer steps"
         )
     final = 1.0 if fields["set_alpha_to_one"] else products[0]
-    here, there = products[here], np.where(there >= 0, products[there], final)
-    if noise.prediction_type == "epsilon" and here.min() == 0:
+    now, after = products[here], np.where(there >= 0, products[there], final)
+    if noise.prediction_type == "epsilon" and now.min() == 0:
         raise InputError(
             "rescale_betas_zero_snr=True with prediction_type='epsilon' starts at pure noise, whose"
             " epsilon tells nothing of the image: use timestep_spacing='leading'"
@@ -277,17 +290,19 @@ def _variance_preserving(
         init_noise_sigma=1.0,
         prediction_type=noise.prediction_type,
         input_scales=np.ones(len(timesteps), np.float32),
-        alphas=np.sqrt(here).astype(np.float32),
-        sigmas=np.sqrt(1 - here).astype(np.float32),
-        next_alphas=np.sqrt(there).astype(np.float32),
-        next_sigmas=np.sqrt(1 - there).astype(np.float32),
+        alphas=np.sqrt(now).astype(np.float32),
+        sigmas=np.sqrt(1 - now).astype(np.float32),
+        next_alphas=np.sqrt(after).astype(np.float32),
+        next_sigmas=np.sqrt(1 - after).astype(np.float32),
         # DDIM, equation 16: at eta = 1 the posterior of DDPM.
-        noise_stds=np.sqrt((1 - there) / (1 - here) * (1 - here / there)).astype(np.float32),
-        **others,
+        noise_stds=np.sqrt((1 - after) / (1 - now) * (1 - now / after)).astype(np.float32),
+        eta=eta,
+        clip_range=clip_range,
+        multistep_weights=multistep_weights,
     )
 
 
-def _ddim(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+def _ddim(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:
     timesteps = np.round(_spaced_timesteps(noise.num_train_timesteps, fields, n)).astype(int)
     # diffusers steps down by the mean spacing, whatever timestep is visited next.
     there = timesteps - noise.num_train_timesteps // n
@@ -297,21 +312,22 @@ def _ddim(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
     )
 
 
-def _pndm(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+def _pndm(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:
     """Return n + 1 network calls for n > 1: call 1 redoes step 0."""
     spacing = noise.num_train_timesteps // n
     timesteps = np.round(_spaced_timesteps(noise.num_train_timesteps, fields, n)).astype(int)
     # Calls 1 and 2 are at the second timestep. Call 1 starts one spacing before it and ends there.
     timesteps = np.insert(timesteps, 1, timesteps[1:2])
     here = timesteps + spacing * (np.arange(len(timesteps)) == 1)
-    weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
-    weights = np.asarray((weights + [[55, -59, 37, -9]] * n)[: len(timesteps)], np.float32) / 24
+    first = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
+    rows = first + [[55, -59, 37, -9]] * n
+    weights = np.asarray(rows[: len(timesteps)], np.float32) / 24
     return _variance_preserving(
         noise, fields, timesteps, here, here - spacing, multistep_weights=weights
     )
 
 
-def _euler(noise: VariancePreserving, fields: Sampling, n: int) -> Scheduler:
+def _euler(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:
     timesteps = _spaced_timesteps(noise.num_train_timesteps, fields, n).astype(np.float32)
     products = noise.alphas_cumprod.astype(np.float32)
     if noise.rescale_betas_zero_snr:
