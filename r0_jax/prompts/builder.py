@@ -1,26 +1,31 @@
 """The tfds builder of a run's prepared prompts; tfds takes seconds to import: import this late."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
+from numpy.typing import NDArray
 
+from r0_jax.files import Json
 from r0_jax.prompts.dataset import NAME, SPLIT, digest
 
 
-class PromptsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class PromptsBuilder(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]  # tfds does not declare it
+):
     """Write one split of examples, given as columns."""
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None  # without it tfds imports a package that it does not declare
 
-    def __init__(self, examples: Mapping[str, np.ndarray | list[str]], **kwargs):
+    def __init__(self, examples: Mapping[str, NDArray | list[str]], **kwargs: str | Path) -> None:
         self._examples = examples
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {}
+        features: dict[str, tfds.features.FeatureConnector] = {}
         for name, values in self._examples.items():
             if isinstance(values, list):
                 features[name] = tfds.features.Text()
@@ -40,9 +45,9 @@ class PromptsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,  # grain shuffles on reading
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, Json]]]:
         return {SPLIT: self._generate_examples()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> Iterator[tuple[int, Json]]:
         for i, row in enumerate(zip(*self._examples.values(), strict=True)):
             yield i, dict(zip(self._examples, row, strict=True))

@@ -7,13 +7,19 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
+else:  # tfds takes seconds to import
+    DatasetBuilder = DatasetInfo = object
 
 NAME, SPLIT = "prompts", "train"  # of the dataset
 
@@ -30,12 +36,12 @@ class Summary(NamedTuple):
     digest: str
 
 
-def digest(prompts: Sequence[str]) -> str:
+def digest(prompts: Iterable[str]) -> str:
     """Return 16 characters that differ between different prompts and between different orders."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
-def prepare(examples: Mapping[str, np.ndarray | list[str]], folder: str | Path) -> None:
+def prepare(examples: Mapping[str, NDArray | list[str]], folder: str | Path) -> None:
     """Write columns, one of them "prompt", as a tfds dataset in array_record files.
 
     A list becomes Text. An array [N, ...] becomes Tensor with the shape and dtype of its rows.
@@ -81,7 +87,7 @@ def describe(folder: str | Path) -> Summary:
     )
 
 
-def open_info(folder: str | Path) -> Any:
+def open_info(folder: str | Path) -> DatasetInfo:
     """Return the tfds DatasetInfo of a finished folder; InputError if it cannot be read."""
     return open_builder(folder).info
 
@@ -99,7 +105,7 @@ def check_shards(folder: str | Path) -> None:
                 source[end - 1]
 
 
-def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
+def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, NDArray]:
     """Return some rows of a split, {column: array}; text as arrays of str."""
     with reading(folder):
         return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows))
@@ -112,7 +118,7 @@ def load(
     step: int = 0,
     parts: Sequence[int] = (0,),
     of: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, NDArray]]:
     """Return this process's rows of the batches `step`, `step + 1`, ..., forever.
 
     The global batch of `batch_size` rows depends on (seed, step) alone. It falls into `of` equal,
@@ -135,7 +141,7 @@ def load(
         .batch(batch_size // of)
     )
 
-    def read(step: int) -> dict[str, np.ndarray]:
+    def read(step: int) -> dict[str, NDArray]:
         # Batch indices, not records: array_record reads a batch at once several times faster.
         return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
 
@@ -145,7 +151,15 @@ def load(
     return iter(steps.to_iter_dataset(ahead))
 
 
-def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np.ndarray]:
+@runtime_checkable
+class _Source(Protocol):
+    """Records with random access."""
+
+    def __getitems__(self, rows: Sequence[int]) -> Sequence[dict]:
+        """Return some records: for each column text as bytes, or an array."""
+
+
+def _read(source: _Source, rows: NDArray) -> dict[str, NDArray]:
     records = source.__getitems__(rows.tolist())
     columns = {name: [record[name] for record in records] for name in records[0]}
     return {
@@ -156,7 +170,7 @@ def _read(source: Sequence[Mapping[str, Any]], rows: np.ndarray) -> dict[str, np
     }
 
 
-def open_builder(folder: str | Path) -> Any:
+def open_builder(folder: str | Path) -> DatasetBuilder:
     """Return the tfds builder of a finished folder; InputError if it cannot be read."""
     if not is_prepared(folder):
         raise InputError(f"{folder} is not a prepared dataset: it has no dataset_info.json")

@@ -8,15 +8,16 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import columns, dataset, files, provenance, shards
 from r0_jax.prompts.columns import PROMPT
@@ -41,11 +42,11 @@ class EncodedPrompts:
 
     folder: Path
     rows: dict[str, int]
-    schema: dict[str, tuple[tuple[int, ...], np.dtype]]
-    metadata: dict[str, Any]
+    schema: dict[str, shards.Kind]
+    metadata: Json
     text: bool = dataclasses.field(default=False, init=False)
 
-    def read(self, split: str, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def read(self, split: str, rows: Sequence[int]) -> dict[str, NDArray]:
         """Return some rows of a split, {column: array}; "prompt" is an array of str."""
         return _named(dataset.read(self.folder, split, rows))
 
@@ -123,7 +124,7 @@ class EncodedPrompts:
                 f"{reward.name} takes {_show((reward.width,))}"
             )
 
-    def check_reward(self, reward: Reward, entry: Any) -> None:
+    def check_reward(self, reward: Reward, entry: ConfigDict) -> None:
         """Raise InputError if a reward's features are missing or were made by other weights."""
         if reward.text_features is None:
             return
@@ -147,7 +148,7 @@ class EncodedPrompts:
                 "--config.data.prompts="
             )
 
-    def examples(self, reward: Reward, entry: Any) -> np.ndarray | None:
+    def examples(self, reward: Reward, entry: ConfigDict) -> NDArray | None:
         """Return a reward's features [2, D] of the first and the last training prompt.
 
         None where the reward does not read prompts. Raises InputError where the features are
@@ -188,7 +189,7 @@ class EncodedPrompts:
         step: int,
         parts: Sequence[int],
         of: int,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of the columns that a pipeline and rewards read."""
         names = columns.encoded(pipeline, rewards)
         for batch in dataset.load(self.folder, batch_size, seed, step, parts, of):
@@ -225,14 +226,16 @@ class EncodedPrompts:
         Raises InputError for a prompt that is not there.
         """
         prompts = files.read_prompts(path)[:count]
-        rows = [self._evaluation_rows.get(prompt) for prompt in prompts]
-        if None in rows:
-            lost = prompts[rows.index(None)]
-            raise InputError(
-                f"{lost!r} of {path} is not among the evaluation prompts in "
-                f"{self.folder}: encode again with this file in eval.prompts or "
-                "test.prompts, and as many of its prompts"
-            )
+        rows = []
+        for prompt in prompts:
+            row = self._evaluation_rows.get(prompt)
+            if row is None:
+                raise InputError(
+                    f"{prompt!r} of {path} is not among the evaluation prompts in "
+                    f"{self.folder}: encode again with this file in eval.prompts or "
+                    "test.prompts, and as many of its prompts"
+                )
+            rows.append(row)
         return rows
 
     @functools.cached_property
@@ -244,7 +247,7 @@ class EncodedPrompts:
                 rows.setdefault(str(prompt).strip(), i)
         return rows
 
-    def _facts(self, name: str) -> dict[str, Any]:
+    def _facts(self, name: str) -> Json:
         found = self.metadata.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -270,7 +273,7 @@ def open_folder(folder: str | Path) -> EncodedPrompts:
     features = columns.from_disk(dict(info.features))
     if not isinstance(features.pop(PROMPT, None), tfds.features.Text):
         raise InputError(f"{folder} has no text feature 'prompt'; {HELP}")
-    schema = {}
+    schema: dict[str, shards.Kind] = {}
     for name, feature in features.items():
         if type(feature) is not tfds.features.Tensor or None in feature.shape:
             raise InputError(f"{folder}: {name} is not a Tensor of a fixed shape; {HELP}")
@@ -281,12 +284,12 @@ def open_folder(folder: str | Path) -> EncodedPrompts:
     return EncodedPrompts(folder, rows, schema, read_json(metadata) if metadata.is_file() else {})
 
 
-def is_float(dtype: np.dtype) -> bool:
+def is_float(dtype: DTypeLike) -> bool:
     """Return whether a dtype, bfloat16 too, is of floating-point numbers."""
     return dtype in _FLOATS
 
 
-def check_dtype(name: str, dtype: np.dtype) -> None:
+def check_dtype(name: str, dtype: DTypeLike) -> None:
     """Raise InputError unless a column may hold this dtype: embeddings are floats."""
     if not is_float(dtype) and (
         name.endswith("prompt_embeds") or not np.issubdtype(dtype, np.integer)
@@ -294,7 +297,7 @@ def check_dtype(name: str, dtype: np.dtype) -> None:
         raise InputError(f"{name} holds {dtype}, not floating-point numbers; {HELP}")
 
 
-def _named(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _named(found: Mapping[str, NDArray]) -> dict[str, NDArray]:
     """Return columns under their own names; features in float32, as rewards take them."""
     return {
         name: value.astype(_dtype_as_read(name, value.dtype), copy=False)
@@ -302,7 +305,7 @@ def _named(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _dtype_as_read(name: str, dtype: np.dtype) -> np.dtype:
+def _dtype_as_read(name: str, dtype: DTypeLike) -> DTypeLike:
     is_wide = columns.is_features(name) and is_float(dtype)
     return np.dtype(np.float32) if is_wide else dtype
 

@@ -1,11 +1,12 @@
 """Writes encoded prompts: from arrays of your own, or shard by shard as they are computed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.prompts import provenance, shards
@@ -18,14 +19,15 @@ DTYPES = ("bfloat16", "float32")  # of embeddings and features on disk
 SHARD_PROMPTS = 256  # in a file: so many may be encoded anew after a kill
 _AT_ONCE = 64  # prompts written at once
 
-Source = Callable[[Shard], Iterator[Columns]]  # a shard's columns, in parts
+Column = NDArray | jax.Array | Sequence  # of arrays of your own, or of lists
+Source = Callable[[Shard], Iterator[Mapping[str, Column]]]  # a shard's columns, in parts
 
 
 def write(
     folder: str | Path,
-    train: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None = None,
-    negative: Mapping[str, Any] | None = None,
+    train: Mapping[str, Column],
+    evaluation: Mapping[str, Column] | None = None,
+    negative: Mapping[str, Column] | None = None,
     dtype: str = "bfloat16",
     shard_prompts: int = SHARD_PROMPTS,
 ) -> None:
@@ -51,12 +53,12 @@ def write(
     if NEGATIVE in splits:
         columns = splits[NEGATIVE] = {PROMPT: [""]} | splits[NEGATIVE]
         for name, kind in schema.items():
-            if is_features(name):
+            if kind is not None and is_features(name):
                 columns.setdefault(name, np.zeros((1, *kind[0]), kind[1]))
     for split, columns in splits.items():
         _check_columns(split, columns, schema)
 
-    def source(shard: Shard) -> Iterator[Columns]:
+    def source(shard: Shard) -> Iterator[Mapping[str, Column]]:
         for start in range(shard.start, shard.stop, _AT_ONCE):
             stop = min(start + _AT_ONCE, shard.stop)
             yield {name: splits[shard.split][name][start:stop] for name in schema}
@@ -90,7 +92,7 @@ def write_shards(
     folder: Path,
     rows: Mapping[str, int],
     schema: Schema,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
     source: Source,
     shard_prompts: int,
     process: int = 0,
@@ -113,7 +115,7 @@ def write_shards(
     return True
 
 
-def schema_of(columns: Mapping[str, Any], dtype: str) -> Schema:
+def schema_of(columns: Mapping[str, Column], dtype: str) -> Schema:
     """Return how columns are stored: floats as `dtype`, integers (token ids) as int32."""
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} is unknown; use {' or '.join(map(repr, DTYPES))}")
@@ -133,7 +135,7 @@ def schema_of(columns: Mapping[str, Any], dtype: str) -> Schema:
     return schema
 
 
-def _check_columns(split: str, columns: Mapping[str, Any], schema: Schema) -> None:
+def _check_columns(split: str, columns: Mapping[str, Column], schema: Schema) -> None:
     if columns.keys() != schema.keys():
         wrong = min(columns.keys() ^ schema.keys())
         raise InputError(f"{split} and {TRAIN} have different columns: {wrong} is in one only")
@@ -142,17 +144,14 @@ def _check_columns(split: str, columns: Mapping[str, Any], schema: Schema) -> No
         raise InputError(f"{split} has no prompts")
     for name, kind in schema.items():
         shape = tuple(np.shape(columns[name]))
-        if name == PROMPT:
-            if not all(isinstance(text, str) for text in columns[name]):
-                raise InputError(f"{split}: prompts should be texts")
-            kind = ((), None)
-        if shape != (count, *kind[0]):
-            raise InputError(
-                f"{split}: {name} has shape {list(shape)}; expected {[count, *kind[0]]}"
-            )
+        if kind is None and not all(isinstance(text, str) for text in columns[name]):
+            raise InputError(f"{split}: prompts should be texts")
+        expected = (count, *(kind[0] if kind else ()))
+        if shape != expected:
+            raise InputError(f"{split}: {name} has shape {list(shape)}; expected {list(expected)}")
 
 
-def _cast(columns: Columns, schema: Schema, shard: Shard) -> Columns:
+def _cast(columns: Mapping[str, Column], schema: Schema, shard: Shard) -> Columns:
     cast: Columns = {}
     for name, kind in schema.items():
         if kind is None:

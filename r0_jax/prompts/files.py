@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from r0_jax import remote
 from r0_jax.errors import InputError
@@ -132,7 +131,7 @@ def _read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parse_json(text: str, path: Path, line: int) -> Any:
+def _parse_json(text: str, path: Path, line: int) -> object:
     """Parse text that starts at that line of the file."""
     try:
         return json.loads(text)
@@ -143,7 +142,7 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         raise InputError(f"{path}, line {line}: {error}") from None
 
 
-def _prompt_of(item: Any, where: str) -> str:
+def _prompt_of(item: object, where: str) -> str:
     if isinstance(item, dict):
         name = _pick_name(item, where, "fields")
         item = item[name]
@@ -156,7 +155,7 @@ def _prompt_of(item: Any, where: str) -> str:
     return item
 
 
-def _pick_name(names: Sequence[str] | Mapping[str, Any], where: Any, kind: str) -> str:
+def _pick_name(names: Sequence[str] | Mapping[str, object], where: object, kind: str) -> str:
     for name in TEXT_NAMES:
         if name in names:
             return name

@@ -2,10 +2,11 @@
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.parallel import heartbeat
@@ -17,7 +18,7 @@ from r0_jax.rewards.reward import Reward
 _AT_ONCE = 8192  # prompts between two signs of life
 
 
-def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
+def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, NDArray]:
     """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read prompts."""
     found = {}
     distinct = list(dict.fromkeys(prompts))
@@ -47,12 +48,12 @@ def prepare(
     Warns of rewards, also held-out ones, that cut off the end of some prompts. Warns if the prompts
     changed since the dataset was made: a run keeps the prompts that it began with.
     """
-    there = dataset.is_prepared(folder)
-    prompts = read(path, there)
-    if there:
-        if prompts is None or dataset.digest(prompts) != dataset.describe(folder).digest:
+    if dataset.is_prepared(folder):
+        kept = read(path, may_be_gone=True)
+        if kept is None or dataset.digest(kept) != dataset.describe(folder).digest:
             warn_of_others(path)
     else:
+        prompts = files.read_prompts(path)
         for reward in (*rewards, *heldout):
             if share := reward.truncated_share(prompts):
                 warnings.warn(
@@ -60,7 +61,8 @@ def prepare(
                     "the prompts: they are too long for it",
                     stacklevel=2,
                 )
-        columns = pipeline.tokenize(prompts) | features(prompts, rewards)
+        tokens = {name: np.asarray(ids) for name, ids in pipeline.tokenize(prompts).items()}
+        columns = tokens | features(prompts, rewards)
         dataset.prepare({PROMPT: prompts, **to_disk(columns)}, folder)
     return dataset.describe(folder)
 
@@ -98,7 +100,9 @@ def remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
 
 
-def batches(folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int], of: int):
+def batches(
+    folder: Path, batch_size: int, seed: int, step: int, parts: Sequence[int], of: int
+) -> Iterator[dict[str, NDArray]]:
     """Yield the batches of `dataset.load`, without the prompts' text."""
     for batch in dataset.load(folder, batch_size, seed, step, parts, of):
         del batch[PROMPT]

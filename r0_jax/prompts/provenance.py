@@ -2,17 +2,18 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from r0_jax.files import read_json
+from ml_collections import ConfigDict
+
+from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts.shards import Schema
 from r0_jax.rewards.reward import Reward
 
 
 def describe(
-    schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]
-) -> dict[str, Any]:
+    schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, object]
+) -> Json:
     """Return the dataset's metadata: its columns, its prompts by their digest, and more facts."""
     columns = {
         name: {"shape": list(kind[0]), "dtype": kind[1].name}
@@ -26,13 +27,13 @@ def describe(
     }
 
 
-def describe_prompts(prompts: Sequence[str]) -> dict[str, Any]:
+def describe_prompts(prompts: Sequence[str]) -> Json:
     """Return how many prompts there are, how many distinct ones, and a digest of all in order."""
     digest = hashlib.sha256("\0".join(prompts).encode("utf-8")).hexdigest()
     return {"rows": len(prompts), "distinct": len(set(prompts)), "sha256": digest}
 
 
-def describe_pipeline(pipeline: Pipeline) -> dict[str, str]:
+def describe_pipeline(pipeline: Pipeline) -> Json:
     """Return the family of a pipeline and the classes of its text encoders.
 
     They are read from model_index.json, so that pipelines can be compared without the encoders.
@@ -46,6 +47,6 @@ def describe_pipeline(pipeline: Pipeline) -> dict[str, str]:
     return {"family": index["_class_name"], **{k: v for k, v in entries.items() if v}}
 
 
-def describe_reward(reward: Reward, entry: Any) -> dict[str, str]:
+def describe_reward(reward: Reward, entry: ConfigDict) -> dict[str, str]:
     """Return what identifies a reward: its weights, or the user's own function."""
     return {"weights": reward.fingerprint(), "function": entry.function}

@@ -12,19 +12,26 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
-from r0_jax.files import write_bytes
+from r0_jax.files import Json, write_bytes
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.features import FeaturesDict
+else:  # tfds takes seconds to import
+    FeaturesDict = object
 
 NAME = "encoded_prompts"  # of the dataset; its files begin with it
 _INFO, _METADATA = "dataset_info.json", "metadata.json"
 
-# Column -> (shape of a row, dtype); None is text.
-Schema = dict[str, tuple[tuple[int, ...], np.dtype] | None]
-Columns = dict[str, np.ndarray | list[str]]  # of some rows
+# The shape of a row of a column, and its dtype.
+Kind = tuple[tuple[int, ...], np.dtype]  # type: ignore[explicit-any]  # by default in numpy
+Schema = dict[str, Kind | None]  # of each column; None is text
+Columns = dict[str, NDArray | list[str]]  # of some rows
 
 
 class Shard(NamedTuple):
@@ -32,7 +39,7 @@ class Shard(NamedTuple):
 
     split: str
     number: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples
     start: int
     stop: int
 
@@ -54,7 +61,7 @@ def plan(rows: Mapping[str, int], shard_rows: int) -> list[Shard]:
     ]
 
 
-def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
+def begin(folder: Path, metadata: Mapping[str, object]) -> bool:
     """Claim the folder for the dataset that `metadata` (JSON) describes.
 
     Returns whether the dataset is complete. Raises InputError, which names the difference, if the
@@ -81,7 +88,7 @@ def begin(folder: Path, metadata: Mapping[str, Any]) -> bool:
     return False
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> Json:
     """Return the metadata of a dataset that `begin` has begun; {} for anything else."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -157,7 +164,7 @@ def finish(folder: Path, shards: Sequence[Shard], schema: Schema) -> None:
         path.unlink(missing_ok=True)
 
 
-def _features(schema: Schema) -> Any:
+def _features(schema: Schema) -> FeaturesDict:
     """Return a schema as tfds features."""
     import tensorflow_datasets as tfds
 
@@ -172,6 +179,6 @@ def _features(schema: Schema) -> Any:
     )
 
 
-def _shortly(value: Any) -> str:
+def _shortly(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

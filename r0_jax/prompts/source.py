@@ -5,15 +5,16 @@ Everything that depends on which of the two it is stands in `TextPrompts` and `E
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.rewards.reward import Reward
 
-Columns = Mapping[str, tuple[tuple[int, ...], Any]]  # name -> shape of a row, dtype
+Columns = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name -> shape of a row, dtype
 
 
 class Evaluation(NamedTuple):
@@ -26,18 +27,16 @@ class Evaluation(NamedTuple):
 
     prompts: list[str]
     tokens: Tokens
-    features: dict[str, np.ndarray]
+    features: dict[str, NDArray]
 
 
 @runtime_checkable
 class PromptSource(Protocol):
-    """Prompts of one kind, text or encoded.
+    """Prompts of one kind, text or encoded."""
 
-    Attributes:
-      text: whether text encoders and the text towers of rewards are needed.
-    """
-
-    text: bool
+    @property
+    def text(self) -> bool:
+        """Return whether text encoders and the text towers of rewards are needed."""
 
     def attach(self, pipeline: Pipeline) -> Pipeline:
         """Return a pipeline, loaded with or without `text`, that is complete for these prompts.
@@ -51,7 +50,7 @@ class PromptSource(Protocol):
     def check_guidance(self, needed_by: str) -> None:
         """Raise InputError where guidance has no empty prompt to lead away from."""
 
-    def examples(self, reward: Reward, entry: Any) -> np.ndarray | None:
+    def examples(self, reward: Reward, entry: ConfigDict) -> NDArray | None:
         """Return a reward's features [2, D] of two prompts; None where it computes its own.
 
         Raises InputError where there are none of this reward, of `entry` in the config.
@@ -82,7 +81,7 @@ class PromptSource(Protocol):
         step: int,
         parts: Sequence[int],
         of: int,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of the batches `step`, `step` + 1, ..., as of `dataset.load`, forever."""
 
     def evaluation(

@@ -4,10 +4,10 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
 from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
@@ -38,13 +38,15 @@ class TextPrompts:
     def check_guidance(self, needed_by: str) -> None:
         """Do nothing: text encoders encode the empty prompt."""
 
-    def examples(self, reward: Reward, entry: Any) -> None:
+    def examples(self, reward: Reward, entry: ConfigDict) -> None:
         """Return None: a reward computes its own features."""
 
     def columns(self, pipeline: Pipeline, rewards: Sequence[Reward]) -> Columns:
         """Return shape and dtype of a row of the token ids and of the rewards' features."""
         tokens = pipeline.tokenize([""])
-        found: dict[str, Any] = {name: (ids.shape[1:], ids.dtype) for name, ids in tokens.items()}
+        found: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+            name: (ids.shape[1:], ids.dtype) for name, ids in tokens.items()
+        }
         for reward in rewards:
             if reward.text_features is not None:
                 width = reward.width or reward.text_features(reward.params, [""]).shape[1]
@@ -72,7 +74,7 @@ class TextPrompts:
         step: int,
         parts: Sequence[int],
         of: int,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of what `prepare` wrote, which was for these rewards."""
         return prepared.batches(folder, batch_size, seed, step, parts, of)
 
@@ -87,17 +89,19 @@ class TextPrompts:
         """Return the first `count` prompts of a file, tokenized, and the rewards' features."""
         path = path or self.path
         prompts = prepared.read(path, kept is not None and kept.is_file())
-        prompts = prompts and prompts[:count]
+        prompts = prompts and prompts[:count]  # None only where `kept` is there
         if kept:
             first = distributed.of_first(lambda: _as_kept(prompts, kept))
             if first != prompts and path != self.path:  # `prepare` warned of the training prompts
                 prepared.warn_of_others(path)
             prompts = first
+        assert prompts is not None
         return Evaluation(prompts, pipeline.tokenize(prompts), prepared.features(prompts, rewards))
 
 
 def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
     if kept.is_file():
         return files.read_prompts(kept)
+    assert prompts is not None
     write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
     return prompts
