@@ -5,14 +5,14 @@ Orbax protects its indices but not the array data, where it reads a flipped bit 
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
+from numpy.typing import NDArray
 
 
-def of_fields(arrays: Mapping[str, Any]) -> dict[str, int]:
+def of_fields(arrays: Mapping[str, Array | NDArray]) -> dict[str, int]:
     """Return {field of TrainState: a number that any changed bit changes}, the same on every mesh.
 
     `arrays` has dotted names that begin with the field.

@@ -26,7 +26,7 @@ from r0_jax.errors import BUG, INTERRUPTED, STOPPED, InputError, explain
 from r0_jax.parallel import heartbeat
 from r0_jax.parallel.place import ADDRESS, Place, find, has_tpu
 from r0_jax.parallel.stop_signal import Stopped
-from r0_jax.parallel.watch import Watch
+from r0_jax.parallel.watch import Service, Watch
 
 T = TypeVar("T")
 
@@ -67,11 +67,12 @@ def joined(config: ConfigDict) -> Iterator[None]:
     except ApartError as error:
         _exit(BUG, str(error))
     known = jax._src.distributed.global_state  # without asking a device, which may not start
-    if alone or known.num_processes == 1:
+    client = _client()
+    if alone or client is None or known.num_processes == 1:
         yield
         return
     watch = Watch(
-        _client(), known.process_id, known.num_processes, fields.lost_timeout, fields.hang_timeout
+        client, known.process_id, known.num_processes, fields.lost_timeout, fields.hang_timeout
     )
     watch.start()
     try:
@@ -100,35 +101,35 @@ def of_first(make: Callable[[], T]) -> T:
 
     The others wait. All processes call this in the same order.
     """
-    if _client() is None:
+    if (client := _client()) is None:
         return make()
     key = f"r0_jax/first/{next(_calls)}"
     if jax.process_index() == 0:
-        _client().key_value_set(key, json.dumps(make()))
-    return json.loads(_client().blocking_key_value_get(key, _WEEK))
+        client.key_value_set(key, json.dumps(make()))
+    return json.loads(client.blocking_key_value_get(key, _WEEK))
 
 
-def of_all(value: Any) -> list[Any]:
+def of_all(value: T) -> list[T]:
     """Return the values of all processes, in their order, as JSON has them.
 
     All processes call this in the same order.
     """
-    if _client() is None:
+    if (client := _client()) is None:
         return [value]
     folder = f"r0_jax/all/{next(_calls)}/"
-    _client().key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
+    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(value))
     together()
     found = {
         int(key.rsplit("/", 1)[1]): json.loads(text)
-        for key, text in _client().key_value_dir_get(folder)
+        for key, text in client.key_value_dir_get(folder)
     }
     return [found[process] for process in sorted(found)]
 
 
 def together() -> None:
     """Return when all processes are here."""
-    if _client() is not None:
-        _client().wait_at_barrier(f"r0_jax/together/{next(_calls)}", _WEEK)
+    if (client := _client()) is not None:
+        client.wait_at_barrier(f"r0_jax/together/{next(_calls)}", _WEEK)
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
@@ -137,11 +138,11 @@ def barrier(*, key: str, timeout_ms: int) -> None:
     A process whose save has failed does not wait: nobody would come, and it would say that instead
     of why.
     """
-    if sys.exc_info()[1] is None:
-        _client().wait_at_barrier(key, timeout_ms)
+    if sys.exc_info()[1] is None and (client := _client()) is not None:
+        client.wait_at_barrier(key, timeout_ms)
 
 
-def _client() -> Any:
+def _client() -> Service | None:
     return jax._src.distributed.global_state.client  # orbax reads it too: there is no public way
 
 

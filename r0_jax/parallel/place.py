@@ -61,13 +61,14 @@ def find(env: Mapping[str, str], tpu: bool = False) -> Place | None:
     )
     if scheduled == Place():  # a TPU, which knows the rest
         return place
-    names = {ADDRESS: place.address, PROCESSES: place.processes, PROCESS: place.process}
-    if missing := [name for name, value in names.items() if value is None]:
+    if place.address is None or place.processes is None or place.process is None:
         if not given:
             raise InputError(
                 f"this is one of {place.processes} processes of mpirun, which does "
                 f"not say where process 0 is: set {ADDRESS}=HOST:PORT for all"
             )
+        names = {ADDRESS: place.address, PROCESSES: place.processes, PROCESS: place.process}
+        missing = [name for name, value in names.items() if value is None]
         raise InputError(
             f"{' and '.join(given)} set, but not {' nor '.join(missing)}: set all of "
             f"{ADDRESS}, {PROCESSES} and {PROCESS}, or none to run one process"

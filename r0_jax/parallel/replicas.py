@@ -2,12 +2,12 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import UInt32
+from jaxtyping import PyTree, UInt32
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.parallel import checksum
@@ -17,7 +17,7 @@ from r0_jax.parallel import checksum
 Groups = tuple[tuple[int, ...], ...]
 
 
-def check(trees: Mapping[str, Any], step: int) -> None:
+def check(trees: Mapping[str, PyTree], step: int) -> None:
     """Raise InputError, in all processes, where copies of the same numbers differ.
 
     It names the processes whose copy differs from that of most devices, and the one of `trees`
@@ -65,9 +65,9 @@ def _groups(array: jax.Array) -> Groups:
     holders: dict[tuple, list[int]] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         key = tuple((part.start, part.stop) for part in index)
-        holders.setdefault(key, []).append(device.id)
+        holders.setdefault(key, []).append(device.id)  # type: ignore[attr-defined]  # jaxlib has no stubs
     return tuple(tuple(sorted(ids)) for ids in sorted(holders.values()))
 
 
-def _gather(values: UInt32[np.ndarray, "..."]) -> UInt32[np.ndarray, "p ..."]:
+def _gather(values: UInt32[NDArray[np.uint32], "..."]) -> UInt32[NDArray[np.uint32], "p ..."]:
     return np.asarray(multihost_utils.process_allgather(values)).reshape(-1, *values.shape)

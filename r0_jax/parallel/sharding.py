@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 
@@ -28,7 +30,16 @@ STRATEGIES = ("fsdp", "replicate", "column", "row")
 _MIN_BYTES = 4 * 2**20
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+@runtime_checkable
+class Device(Protocol):
+    """A jax.Device, or one that stands for it; of a TPU it also has a `slice_index`."""
+
+    @property
+    def platform(self) -> str:
+        """Return its kind: "cpu", "gpu" or "tpu"."""
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Make a mesh over all devices; -1 stands for the rest, a missing axis for 1.
 
     Neighbours of an axis are near each other, those of the last one nearest. TPUs of several
@@ -57,7 +68,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(_arranged(devices, sizes, wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arranged(devices: list[Any], sizes: list[int], wanted: str) -> np.ndarray:
+def _arranged(devices: list[Device], sizes: list[int], wanted: str) -> NDArray:
     """Return the devices as an array of `sizes`, as near to each other as the hardware allows."""
     # GPUs number what NVLink joins as slices too, but any axis may go from host to host there.
     slices = (
@@ -99,7 +110,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_sharding(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
-    rules: Sequence[Any],
+    rules: Sequence[object],
     heads: Mapping[str, int] | None = None,
 ) -> dict[str, NamedSharding]:
     """Return where each parameter lives, by the first rule whose regex is its whole dotted name.
@@ -130,12 +141,12 @@ def param_sharding(
 
 
 def follow_params(
-    tree: Any,
+    tree: PyTree,
     params: Mapping[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
-    rules: Sequence[Any],
+    rules: Sequence[object],
     heads: Mapping[str, int] | None = None,
-) -> Any:
+) -> PyTree:
     """Return the sharding of every leaf of a training state, a tree of shapes.
 
     EMA and optimizer moments follow their parameter, which the dotted name at the end of their
@@ -152,7 +163,7 @@ def follow_params(
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
-def with_sharding(shapes: Any, sharding: Any) -> Any:
+def with_sharding(shapes: PyTree, sharding: PyTree) -> PyTree:
     """Return `shapes` (a tree of ShapeDtypeStruct) with their sharding."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
@@ -213,20 +224,22 @@ def local_parts(split: NamedSharding) -> tuple[list[int], int]:
     rows = split.mesh.size  # any number that splits
     size = split.shard_shape((rows,))[0]
     held = split.addressable_devices_indices_map((rows,)).values()
-    return sorted({part.indices(rows)[0] // size for (part,) in held}), rows // size
+    starts = {index[0].indices(rows)[0] // size for index in held if index is not None}
+    return sorted(starts), rows // size
 
 
-def put_batch(batch: Any, split: NamedSharding) -> Any:
+def put_batch(batch: PyTree, split: NamedSharding) -> PyTree:
     """Put this process's share of the global batch on its devices.
 
     `batch` is a tree of numpy arrays: the parts that `local_parts` names.
     """
     parts, count = local_parts(split)
 
-    def put(x: np.ndarray) -> jax.Array:
+    def put(x: NDArray) -> jax.Array:
         size = len(x) // len(parts)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple | None) -> NDArray:
+            assert index is not None  # each device has a part
             start = parts.index(index[0].indices(size * count)[0] // size) * size
             return x[start : start + size]
 
@@ -235,14 +248,14 @@ def put_batch(batch: Any, split: NamedSharding) -> Any:
     return jax.tree.map(put, batch)
 
 
-def spread(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def spread(function: Callable, mesh: Mesh) -> Callable:
     """Return the jit of function(params, *batch), whose result every process sees whole.
 
     The rows of the batch are split over `mesh` where it divides them (see `divisible`).
     """
 
     @jax.jit
-    def run(params: Any, *batch: Any) -> Any:
+    def run(params: PyTree, *batch: PyTree) -> PyTree:
         if len(jax.tree.leaves(batch)[0]) % batch_parts(mesh) == 0:
             batch = lax.with_sharding_constraint(batch, batch_sharding(mesh))
         return lax.with_sharding_constraint(function(params, *batch), replicated(mesh))
@@ -269,7 +282,7 @@ def _any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
-def _pair(rule: Any) -> tuple[str, str]:
+def _pair(rule: object) -> tuple[str, str]:
     match rule:
         case [str(regex), str(strategy)]:
             return regex, strategy

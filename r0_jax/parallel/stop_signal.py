@@ -6,12 +6,17 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from r0_jax.parallel import sharding
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+else:  # Python keeps the class to itself
+    UnraisableHookArgs = object
 
 
 class Stopped(BaseException):
@@ -32,7 +37,7 @@ class StopSignal:
       came: whether one came to this process.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.came = self._deferred = False
         self._asked: jax.Array | None = None  # the last answer of all processes
 
@@ -46,7 +51,7 @@ class StopSignal:
         if sys.unraisablehook == self._again:
             sys.unraisablehook = self._unraisable
 
-    def _again(self, event: Any) -> None:
+    def _again(self, event: UnraisableHookArgs) -> None:
         """Send the signal again if a callback swallowed it, say of the garbage collector."""
         if isinstance(event.exc_value, Stopped):
             self.came = False

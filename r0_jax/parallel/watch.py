@@ -4,12 +4,29 @@ import json
 import os
 import threading
 import time
-from typing import Any, NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 from r0_jax.errors import STOPPED
 
 _FAILED, _ALIVE = "r0_jax/failed", "r0_jax/alive/"
 _CONTINUE = "start the same command again to continue"
+
+
+@runtime_checkable
+class Service(Protocol):
+    """A client of the coordination service of jax.distributed: what r0_jax uses of it."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Set a key; raise an error if it is set already and may not be overwritten."""
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """Return the value of a key as soon as it is set."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Return all keys that begin with this one, and their values."""
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
+        """Return when all processes wait here."""
 
 
 class Watch:
@@ -26,7 +43,12 @@ class Watch:
     """
 
     def __init__(
-        self, client: Any, process: int, processes: int, lost_timeout: float, hang_timeout: float
+        self,
+        client: Service,
+        process: int,
+        processes: int,
+        lost_timeout: float,
+        hang_timeout: float,
     ):
         self._client, self._process, self._processes = client, process, processes
         self._lost, self._hang = lost_timeout, hang_timeout
