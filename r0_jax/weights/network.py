@@ -103,7 +103,7 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()[:16]
 
 
-def row_fingerprint(params: Mapping[str, Lazy]) -> str:
+def row_fingerprint(params: Params) -> str:
     """Return 16 hexadecimal digits of weights in files, of which little is read.
 
     It covers all names and shapes, and of each tensor one row in the middle, in bfloat16: any

@@ -12,11 +12,12 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 import jax
 import numpy as np
 from jaxtyping import Shaped
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.parallel import checksum
@@ -29,9 +30,27 @@ _STEP = re.compile(r"0|[1-9][0-9]*")
 NO_READABLE = "no checkpoint in {} can be read: restore one from a copy, or give another --workdir"
 _GROUP_BYTES = 128 * 2**20  # read at once where arrays are read one after the other
 
+Leaf = jax.Array | jax.ShapeDtypeStruct  # what is to be read, and where it is to live
+
 
 class DamagedError(Exception):
     """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Metadata(TypedDict):
+    """Facts that are stored beside the arrays of a checkpoint.
+
+    Attributes:
+      metrics: what an evaluation measured; None is not a finite number.
+      score: the held-out metric, of which the best checkpoint has the highest.
+      checksums: of each field of the TrainState.
+    """
+
+    step: int
+    config_digest: str
+    metrics: dict[str, float | None]
+    score: float | None
+    checksums: dict[str, int]
 
 
 def steps(workdir: Workdir) -> list[int]:
@@ -85,19 +104,20 @@ def best(scores: Mapping[int, float]) -> int:
 
 def scores(workdir: Workdir) -> dict[int, float]:
     """Return {step: held-out metric} of the checkpoints that it was measured of."""
-    found = {step: _metadata_or_nothing(workdir, step).get("score") for step in steps(workdir)}
-    return {step: score for step, score in found.items() if score is not None}
+    found = {}
+    for step in steps(workdir):
+        with contextlib.suppress(DamagedError):
+            if (score := read_metadata(workdir, step)["score"]) is not None:
+                found[step] = score
+    return found
 
 
-def read_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
-    """Return {"step", "config_digest", "metrics": {name: value or None}, ...} of a checkpoint.
-
-    Raises DamagedError.
-    """
+def read_metadata(workdir: Workdir, step: int) -> Metadata:
+    """Return the metadata of a checkpoint; raise DamagedError."""
     return read_metadata_of(workdir.checkpoints / str(step))
 
 
-def read_metadata_of(folder: AnyPath) -> dict[str, Any]:
+def read_metadata_of(folder: AnyPath) -> Metadata:
     """Return the metadata in a checkpoint's folder; raise DamagedError."""
     path = metadata_file(folder)
     try:
@@ -112,7 +132,7 @@ def read_metadata_of(folder: AnyPath) -> dict[str, Any]:
         RecursionError,
     ) as error:
         raise DamagedError(f"{path}: {error}") from None
-    return metadata
+    return cast(Metadata, metadata)  # sealed, so they are what was written
 
 
 def metadata_file(folder: AnyPath) -> AnyPath:
@@ -124,7 +144,7 @@ def load_params(
     workdir: Workdir,
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
-) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, Any]]:
+) -> tuple[dict[str, Shaped[NDArray, "..."]], Metadata]:
     """Return all that `open_params` opens, on the host."""
     params, metadata = open_params(workdir, field, step)
     return {name: np.asarray(x) for name, x in params.items()}, metadata
@@ -134,7 +154,7 @@ def open_params(
     workdir: Workdir,
     field: Literal["ema_params", "params"] = "ema_params",
     step: int | Literal["best"] | None = None,
-) -> tuple[dict[str, Lazy], dict[str, Any]]:
+) -> tuple[dict[str, Lazy], Metadata]:
     """Return one field of a checkpoint, by dotted name in its own dtypes, and the metadata.
 
     It reads all of the field once, to check it. A leaf is read again when it is asked for, fastest
@@ -156,7 +176,7 @@ def open_params(
         raise InputError(damage_line(folder, str(error)) + "; name another step") from None
 
     def leaf(name: str) -> Lazy:
-        def value() -> np.ndarray:
+        def value() -> NDArray:
             try:
                 return reader[name]
             except DamagedError as error:  # since it was checked
@@ -167,7 +187,7 @@ def open_params(
     return {name.removeprefix(field + "."): leaf(name) for name in reader}, metadata
 
 
-class _Reader(Mapping[str, np.ndarray]):
+class _Reader(Mapping[str, NDArray]):
     """Some arrays of a checkpoint, in the order of their names.
 
     Looking one up reads its group, since each call of orbax opens all indices. It raises
@@ -177,8 +197,9 @@ class _Reader(Mapping[str, np.ndarray]):
     def __init__(self, folder: AnyPath, shapes: Mapping[str, jax.ShapeDtypeStruct]):
         self._folder = folder
         self._group_of: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-        self._held: dict[str, np.ndarray] = {}
-        group, size = {}, 0
+        self._held: dict[str, NDArray] = {}
+        group: dict[str, jax.ShapeDtypeStruct] = {}
+        size = 0
         for name in sorted(shapes):
             size += shapes[name].size * shapes[name].dtype.itemsize
             if size > _GROUP_BYTES:
@@ -186,10 +207,11 @@ class _Reader(Mapping[str, np.ndarray]):
             group[name] = shapes[name]
             self._group_of[name] = group
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> NDArray:
         if name not in self._held:
             self._held = {}
-            self._held = read_arrays(self._folder, self._group_of[name])
+            read = read_arrays(self._folder, self._group_of[name])
+            self._held = {name: np.asarray(x) for name, x in read.items()}
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -197,13 +219,6 @@ class _Reader(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._group_of)
-
-
-def _metadata_or_nothing(workdir: Workdir, step: int) -> dict[str, Any]:
-    try:
-        return read_metadata(workdir, step)
-    except DamagedError:
-        return {}
 
 
 def stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
@@ -217,7 +232,7 @@ def stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
         raise _unreadable(folder, error) from None
 
 
-def read_arrays(folder: AnyPath, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def read_arrays(folder: AnyPath, targets: Mapping[str, Leaf]) -> dict[str, jax.Array | NDArray]:
     """Read jax Arrays where a target has a sharding, numpy arrays where it has none."""
     import orbax.checkpoint as ocp
 
@@ -248,7 +263,7 @@ def _unreadable(folder: AnyPath, error: Exception) -> Exception:
     )
 
 
-def verify(checksums: Mapping[str, int], metadata: Mapping[str, Any]) -> None:
+def verify(checksums: Mapping[str, int], metadata: Metadata) -> None:
     """Raise DamagedError if checksums are not those in the metadata."""
     for field, found in checksums.items():
         if found != metadata["checksums"].get(field):

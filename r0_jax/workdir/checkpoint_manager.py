@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, SupportsFloat, TypeVar
+from typing import Literal, SupportsFloat, TypeVar
 
 import jax
 from absl import logging
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import checksum, distributed
 from r0_jax.workdir import checkpoint, orbax_errors, sealed_json
+from r0_jax.workdir.checkpoint import Leaf, Metadata
 from r0_jax.workdir.workdir import AnyPath, Workdir
 
 T = TypeVar("T")
@@ -100,8 +102,8 @@ class Checkpoints:
         """
         self.wait()
         self._workdir.push()  # the store has the metrics before they count
-        metrics = {name: float(value) for name, value in metrics.items()}
-        distributed.of_first(functools.partial(self._write_metrics, step, metrics))
+        values = {name: float(value) for name, value in metrics.items()}
+        distributed.of_first(functools.partial(self._write_metrics, step, values))
         with orbax_errors.one_line(self.folder):
             self._manager.reload()
         self._workdir.push()
@@ -112,7 +114,8 @@ class Checkpoints:
             metadata = checkpoint.read_metadata_of(folder)
         except checkpoint.DamagedError as error:  # since it was written
             raise InputError(checkpoint.damage_line(folder, str(error))) from None
-        value = metrics.get(self._best_metric, math.nan)
+        best = self._best_metric
+        value = math.nan if best is None else metrics.get(best, math.nan)
         metadata["metrics"] = {n: x if math.isfinite(x) else None for n, x in metrics.items()}
         metadata["score"] = value if math.isfinite(value) else None
         path, text = checkpoint.metadata_file(folder), json.dumps(sealed_json.seal(metadata))
@@ -133,7 +136,7 @@ class Checkpoints:
 
     def restore(
         self, target: TrainState, step: int | Literal["best"] | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+    ) -> tuple[TrainState, Metadata]:
         """Return the state as `target` (ShapeDtypeStruct with sharding) has it, and its metadata.
 
         The sharding that it was saved with plays no part. Without `step` it is the newest one
@@ -181,17 +184,26 @@ class Checkpoints:
                 logging.warning("%s", failed)
 
 
-def _flatten(state: TrainState) -> dict[str, Any]:
-    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": without optax's classes.
+def _flatten(state: TrainState) -> dict[str, jax.Array | NDArray]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    return {_name(path): x for path, x in leaves}
 
 
-def _score(metadata: Mapping[str, Any]) -> float:
+def _targets(target: TrainState) -> dict[str, Leaf]:
+    leaves = jax.tree_util.tree_leaves_with_path(target)
+    return {_name(path): x for path, x in leaves}
+
+
+def _name(path: tuple) -> str:
+    # "params.conv_in.kernel", "opt_state.1.0.mu.conv_in.kernel", "step": without optax's classes.
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _score(metadata: Metadata) -> float:
     return -math.inf if metadata["score"] is None else metadata["score"]
 
 
-def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState, Metadata]:
     try:
         return _read_state(folder / str(step), target)
     except checkpoint.DamagedError as error:
@@ -200,10 +212,10 @@ def _restore(folder: AnyPath, step: int, target: TrainState) -> tuple[TrainState
         ) from None
 
 
-def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _read_state(folder: AnyPath, target: TrainState) -> tuple[TrainState, Metadata]:
     arrays, metadata = _agreed(lambda: _read_fitting(folder, target))
     _agreed(lambda: checkpoint.verify(checksum.of_fields(arrays), metadata))
-    leaves = [arrays[name] for name in _flatten(target)]
+    leaves = [arrays[name] for name in _targets(target)]
     return jax.tree.unflatten(jax.tree.structure(target), leaves), metadata
 
 
@@ -212,18 +224,21 @@ def _agreed(read: Callable[[], T]) -> T:
 
     What comes next they do together.
     """
-    found, damage = None, None
+    found: list[T] = []
+    damage: str | None = None
     try:
-        found = read()
+        found.append(read())
     except checkpoint.DamagedError as error:
         damage = str(error)
     if told := [said for said in distributed.of_all(damage) if said is not None]:
         raise checkpoint.DamagedError(told[0])
-    return found
+    return found[0]
 
 
-def _read_fitting(folder: AnyPath, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    wanted = _flatten(target)
+def _read_fitting(
+    folder: AnyPath, target: TrainState
+) -> tuple[dict[str, jax.Array | NDArray], Metadata]:
+    wanted = _targets(target)
     if any(x.sharding is None for x in wanted.values()):
         raise ValueError("every leaf of the target needs a sharding")  # or orbax takes the file's
     metadata = checkpoint.read_metadata_of(folder)
@@ -242,7 +257,7 @@ def _read_fitting(folder: AnyPath, target: TrainState) -> tuple[dict[str, Any], 
     return checkpoint.read_arrays(folder, wanted), metadata
 
 
-def _describe(array: jax.ShapeDtypeStruct | None) -> str:
+def _describe(array: Leaf | None) -> str:
     return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 

@@ -8,14 +8,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from r0_jax import config as base
 from r0_jax import paths
 from r0_jax.errors import InputError
-from r0_jax.files import write_bytes
+from r0_jax.files import Json, write_bytes
 from r0_jax.parallel import distributed
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import Workdir
@@ -144,7 +143,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
 
 
-def _fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(config: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(config, dict) and config:
         for key, value in config.items():
             yield from _fields(value, f"{name}.{key}" if name else key)
@@ -168,7 +167,7 @@ def _fields(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, config
 
 
-def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _one_spelling(fields: Mapping[str, object]) -> Json:
     """Return the fields with equal paths where the files are the same, however they are spelled."""
     return {
         name: paths.real(value) if isinstance(value, str) and base.is_path(name) else value
@@ -176,11 +175,11 @@ def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _matters(name: str, config: Mapping[str, Any]) -> bool:
+def _matters(name: str, config: Mapping[str, object]) -> bool:
     if name == "steps" and config.get("optimizer.schedule", "constant") != "constant":
         return True  # the learning rate of every step depends on the last one
     return name.split(".")[0] not in HARMLESS
 
 
-def _show(config: Mapping[str, Any], name: str) -> str:
+def _show(config: Mapping[str, object], name: str) -> str:
     return json.dumps(config[name], ensure_ascii=False) if name in config else "absent"

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import Protocol, SupportsFloat, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
@@ -71,7 +72,9 @@ class MetricWriter:
         if self._wandb:
             self._wandb.log(values, step=step)
 
-    def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w c"]]) -> None:
+    def write_images(
+        self, step: int, images: Mapping[str, UInt8[NDArray[np.uint8], "h w c"]]
+    ) -> None:
         """Log image grids to TensorBoard and W&B only; the caller writes image files."""
         if self._events:
             with _writing(self.path):
@@ -169,14 +172,14 @@ class _TensorBoard:
         for name, value in values.items():
             self._write(step=step, summary=self._summary.scalar(name, value))
 
-    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def images(self, step: int, images: Mapping[str, NDArray]) -> None:
         for name, image in images.items():
             self._write(step=step, summary=self._summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, **content: Any) -> None:
+    def _write(self, **content: object) -> None:
         data = self._event.Event(wall_time=time.time(), **content).SerializeToString()
         size = struct.pack("<Q", len(data))
         crcs = [struct.pack("<I", self._crc(part)) for part in (size, data)]
@@ -191,7 +194,7 @@ def _without_torch() -> Iterator[None]:
     without it otherwise.
     """
     before = sys.modules.get("torch")
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as importlib documents it
     try:
         yield
     finally:
@@ -200,7 +203,18 @@ def _without_torch() -> Iterator[None]:
             sys.modules["torch"] = before
 
 
-def _start_wandb(workdir: Path) -> Any:
+@runtime_checkable
+class _Wandb(Protocol):
+    """A run of Weights & Biases: what is used of it."""
+
+    def log(self, values: Mapping[str, object], step: int) -> None:
+        """Log the values of a step."""
+
+    def finish(self) -> None:
+        """End the run when all is sent."""
+
+
+def _start_wandb(workdir: Path) -> _Wandb:
     try:
         import wandb
     except ImportError:

@@ -8,13 +8,18 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging
 
 from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.workdir.workdir import AnyPath
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+else:  # Python keeps the class to itself
+    UnraisableHookArgs = object
 
 _PASSING = {
     errno.EACCES,
@@ -74,7 +79,7 @@ def tell_once() -> None:
     logging.get_absl_logger().addFilter(_is_news)
     python_logging.getLogger("asyncio").addFilter(_is_news)
 
-    def unraisable(event: Any) -> None:
+    def unraisable(event: UnraisableHookArgs) -> None:
         coroutine = getattr(event.object, "cr_code", None)
         if not (coroutine and _is_orbax(coroutine.co_filename)) and not _is_late(event.exc_value):
             before(event)

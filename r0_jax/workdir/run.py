@@ -4,31 +4,35 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
 from r0_jax import config as base
 from r0_jax import remote
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
+from r0_jax.files import Json
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
+from r0_jax.weights.network import Params
 from r0_jax.workdir import checkpoint, origin
 from r0_jax.workdir.workdir import Workdir
 
 # Flat, by dotted name: adapters in NumPy; whole weights stay in the files of their checkpoint.
-HostParams = dict[str, Shaped[np.ndarray, "..."] | Lazy]
+HostParams = Mapping[str, Shaped[NDArray, "..."] | Lazy]
 
 # Fields that readers of a run need in its config.
 _NEEDED = (
@@ -66,7 +70,7 @@ class Run:
     config: ConfigDict
     given_pretrained: str | os.PathLike | None = None
     text: bool | None = None
-    _metadata: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
+    _metadata: dict[int, checkpoint.Metadata] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def pretrained(self) -> Path:
@@ -80,7 +84,7 @@ class Run:
         return folder
 
     @functools.cached_property
-    def index(self) -> dict[str, Any]:
+    def index(self) -> Json:
         """The model_index.json of the pretrained pipeline; InputError if it is missing or broken.
 
         It is quick to read: nothing else of the pipeline is.
@@ -158,9 +162,12 @@ class Run:
 
         Raises InputError where they are damaged or do not fit the pretrained pipeline.
         """
-        field = "ema_params" if ema else "params"
-        read = checkpoint.load_params if self.generator.rank else checkpoint.open_params
-        params, self._metadata[step] = read(self.workdir, field, step)
+        field: Literal["ema_params", "params"] = "ema_params" if ema else "params"
+        params: HostParams
+        if self.generator.rank:
+            params, self._metadata[step] = checkpoint.load_params(self.workdir, field, step)
+        else:
+            params, self._metadata[step] = checkpoint.open_params(self.workdir, field, step)
         shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
         expected = jax.eval_shape(
             lambda base: self.generator.init(jax.random.key(0), base, shapes), shapes
@@ -183,11 +190,11 @@ class Run:
         generator = dataclasses.replace(self.generator, dtype="float32")
         base = self.pipeline.params[self.pipeline.generator_part]
 
-        def value(name: str) -> np.ndarray:
+        def value(name: str) -> NDArray:
             module = name.removesuffix(".kernel")
             own = (name, f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
-            trained = {n: jnp.asarray(params[n]) for n in own if n in params}
-            start = {} if name in trained else {name: jnp.asarray(base[name])}
+            trained: Params = {n: jnp.asarray(params[n]) for n in own if n in params}
+            start: Params = {} if name in trained else {name: jnp.asarray(base[name])}
             # Accelerators would round the factors to bf16.
             with jax.default_matmul_precision("highest"):
                 return np.asarray(generator.weights(trained, start)[name])

@@ -2,15 +2,17 @@
 
 import json
 import zlib
-from typing import Any
+from collections.abc import Mapping
+
+from r0_jax.files import Json
 
 
-def seal(value: dict[str, Any]) -> dict[str, Any]:
+def seal(value: Mapping[str, object]) -> Json:
     """Return `value` with its checksum in the field "seal"."""
-    return value | {"seal": _checksum(value)}
+    return {**value, "seal": _checksum(value)}
 
 
-def loads(text: str) -> dict[str, Any]:
+def loads(text: str) -> Json:
     """Return what was sealed, from its JSON; raise ValueError if it is broken or was changed."""
     value = json.loads(text)
     if not isinstance(value, dict) or value.pop("seal", None) != _checksum(value):
@@ -18,5 +20,5 @@ def loads(text: str) -> dict[str, Any]:
     return value
 
 
-def _checksum(value: dict[str, Any]) -> int:
+def _checksum(value: Mapping[str, object]) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
