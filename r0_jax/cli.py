@@ -1,6 +1,7 @@
 """Starts and ends the commands `python -m r0_jax.X`: flags, config file, one-line errors."""
 
 import difflib
+import io
 import math
 import os
 import re
@@ -25,6 +26,13 @@ flags.disclaim_key_flags()  # --help then lists --config under the program that 
 # absl describes other types itself (`syntactic_help`).
 _EXPECTED = {"bool": "true or false", "config_literal": "a Python literal"}
 _PACKAGE = Path(__file__).parent
+# Options of JAX that decide what a seed draws, and dtypes: the program relies on these values.
+_JAX_OPTIONS = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -33,10 +41,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     Errors of users give one line on stderr and exit status 2: invalid flags or configs,
     `InputError`, and a full, read-only or forbidden disk. Ctrl-C gives 130. Any other exception is
     a bug and keeps its traceback. absl logs warnings and errors to stderr (`--verbosity=0` for
-    more).
+    more). What a terminal cannot print is escaped. Options of JAX that change what a seed draws
+    are set back, with a warning.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None or another object in some programs
+            stream.reconfigure(errors="backslashreplace")
     logging.get_absl_logger().addFilter(_is_news)
     warnings.showwarning = _show_warning
+    _set_jax_options()
     try:
         app.run(main, flags_parser=_parse_flags)
     except (Exception, KeyboardInterrupt) as error:
@@ -46,6 +59,25 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         elif status != INTERRUPTED:
             raise
         sys.exit(status)
+
+
+def _set_jax_options() -> None:
+    """Set back the options of JAX that a user's shell has changed; warn of them in one line."""
+    if not any(name.upper() in os.environ for name in _JAX_OPTIONS):
+        return
+    import jax  # slow to import, and it reads the shell's options then
+
+    changed = []
+    for name, value in _JAX_OPTIONS.items():
+        given = os.environ.pop(name.upper(), None)  # nor do programs that this one starts see it
+        if getattr(jax.config, name) != value:
+            changed.append(f"{name.upper()}={given}")
+            jax.config.update(name, value)
+    if changed:
+        warnings.warn(
+            f"ignored, since a seed draws the same images everywhere: {', '.join(changed)}",
+            stacklevel=2,
+        )
 
 
 def _show_warning(message: Warning | str, *where: object) -> None:

@@ -55,6 +55,13 @@ def main(argv):
         return print(cli.config_name())
     if FAIL.value == "steps":
         return print(CONFIG.value.steps, CONFIG.value.lora.rank)
+    if FAIL.value == "draw":
+        import jax
+        return print(jax.random.normal(jax.random.key(3), (3,)))
+    if FAIL.value == "chinese":
+        import rich.console
+        rich.console.Console().print("一只猫")
+        return print(OUT.value)
     config = CONFIG.value
     if FAIL.value == "paths":
         return print(OUT.value, PARTS.value, config.pretrained, *config.rewards.a.values())
@@ -91,10 +98,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def call(folder: Path, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
+def call(
+    folder: Path, *arguments: str, env: dict | None = None, program: str = "program.py"
+) -> subprocess.CompletedProcess:
     root = Path(__file__).parent.parent
     return subprocess.run(
-        [sys.executable, "program.py", *arguments],
+        [sys.executable, program, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(root), **(env or {})},
         capture_output=True,
@@ -173,6 +182,33 @@ def test_recipes_of_the_package_are_found_from_any_folder(folder, tmp_path):
         line = error_line(call(folder, f"--config={missing}", *flags))
         assert line.startswith(f"config file {missing}: no such file or directory; r0_jax comes ")
         assert "configs/sdxl_r0.py" in line and "__init__" not in line
+
+
+@pytest.mark.parametrize("first", ["", "import jax\n"])
+def test_a_seed_draws_the_same_in_every_shell(folder, first):
+    name = f"draws{len(first)}.py"
+    (folder / name).write_text(first + PROGRAM, encoding="utf-8")
+    flags = ["--config=base.py", "--out=o", "--fail=draw"]
+    plain = call(folder, *flags, program=name, env={"JAX_ENABLE_X64": "0"})
+    assert (plain.returncode, plain.stderr) == (0, "")
+    changed = {
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_RANDOM_SEED_OFFSET": "7",
+    }
+    result = call(folder, *flags, program=name, env=changed)
+    assert (result.returncode, result.stdout) == (0, plain.stdout)
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("warning: ")
+    assert all(f"{option}={value}" in result.stderr for option, value in changed.items())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf8_does_not_end_a_command(folder, encoding):
+    flags = ["--config=base.py", "--out=图", "--fail=chinese"]
+    result = call(folder, *flags, env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == r"\u4e00\u53ea\u732b" + "\n" + r"\u56fe" + "\n"
 
 
 def test_help_prints_usage_and_succeeds(folder):
