@@ -14,7 +14,9 @@ import fcntl
 import functools
 import os
 import re
+import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +29,7 @@ from rich.filesize import decimal
 
 from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
-from r0_jax.files import is_pickle
+from r0_jax.files import check_writable, is_pickle
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise etils imports TensorFlow if present
 
@@ -262,11 +264,36 @@ def _refusal(url: str, error: Exception) -> InputError:
 
 
 def cache() -> Path:
-    """Return r0_jax's folder in the user's cache."""
+    """Return r0_jax's folder in the user's cache, or a private one where that is not writable.
+
+    An empty or relative XDG_CACHE_HOME counts as not set.
+    """
+    parent = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(parent):
+        parent = os.path.expanduser("~/.cache")
+    if not os.path.isabs(parent):  # the user has no home, as in some containers
+        return _temporary_cache("there is no home folder")
+    folder = Path(parent, "r0_jax")
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "r0_jax").expanduser()
-    except RuntimeError:  # the user has no home, as in some containers
-        return Path(tempfile.gettempdir(), "r0_jax")
+        check_writable(folder)
+    except InputError:
+        return _temporary_cache(f"{folder} is not writable")
+    return folder
+
+
+def _temporary_cache(reason: str) -> Path:
+    """Return a private folder for temporary files; others could write programs to a shared one."""
+    folder = Path(tempfile.gettempdir(), f"r0_jax-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # not of what a link leads to
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InputError(
+            f"{reason}, and {folder} is not a private folder of this user: set XDG_CACHE_HOME to "
+            "a folder that can be written"
+        )
+    warnings.warn(f"{reason}: the cache is in {folder}; XDG_CACHE_HOME moves it", stacklevel=1)
+    return folder
 
 
 @contextlib.contextmanager

@@ -532,3 +532,39 @@ def test_a_workdir_that_cannot_be_reached_is_one_line(tmp_path):
 
 def test_the_store_of_these_tests_is_not_left_behind():
     assert STORE_ROOT not in os.environ
+
+
+@pytest.mark.parametrize("value", ["", "cache"])
+def test_an_empty_or_relative_cache_counts_as_not_set(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert remote.cache() == tmp_path / ".cache" / "r0_jax"
+
+
+@pytest.mark.parametrize("there", ["nothing", "open to others", "a link", "of another user"])
+def test_a_home_that_cannot_be_written_has_a_private_cache(tmp_path, monkeypatch, there):
+    access, home, user = os.access, tmp_path / "home", os.getuid()
+    home.mkdir()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # The test may run as root, who may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != home and access(path, mode))
+    private = tmp_path / f"r0_jax-{user}"
+    if there == "nothing":
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=f"{home}.* is not writable: the cache is in"):
+                assert remote.cache() == private
+        assert private.stat().st_mode & 0o777 == 0o700
+        return
+    if there == "a link":
+        private.symlink_to(home)
+    elif there == "open to others":
+        private.mkdir()
+        private.chmod(0o777)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        private = tmp_path / f"r0_jax-{user + 1}"
+        private.mkdir(mode=0o700)
+    with pytest.raises(InputError, match="not a private folder of this user: set XDG_CACHE_HOME"):
+        remote.cache()
