@@ -42,7 +42,7 @@ class AutoencoderKLConfig:
         only = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
         # Norms and softmax are float32 here, and nothing runs in float16.
         unused = frozenset({"force_upcast", "down_block_types", "up_block_types"})
-        config = configs.parse(cls, fields, only=only, unused=unused)
+        config = configs.parse(cls, fields, only=only, unused=unused | configs.EMA_FIELDS)
         configs.check_least(
             config, 1, "in_channels", "out_channels", "latent_channels", "layers_per_block"
         )

@@ -39,7 +39,7 @@ class AutoencoderTinyConfig:
         unused = frozenset(
             {"latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"}
         )
-        config = configs.parse(cls, fields, only=only, unused=unused)
+        config = configs.parse(cls, fields, only=only, unused=unused | configs.EMA_FIELDS)
         configs.check_least(
             config,
             1,

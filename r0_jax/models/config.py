@@ -11,6 +11,19 @@ from r0_jax.models.activations import ACTIVATIONS
 
 Config = TypeVar("Config")
 
+# What EMAModel of diffusers adds to the config.json of any network: how the average was made.
+EMA_FIELDS = frozenset(
+    {
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
+
 
 def parse(
     cls: type[Config],

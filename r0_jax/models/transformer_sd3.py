@@ -41,7 +41,7 @@ class SD3Transformer2DConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "SD3Transformer2DConfig":
         """Parse a `transformer/config.json`; raise InputError for what is not supported."""
-        config = configs.parse(cls, fields)
+        config = configs.parse(cls, fields, unused=configs.EMA_FIELDS)
         configs.check_least(
             config, 1, *(field.name for field in dataclasses.fields(cls) if field.type is int)
         )

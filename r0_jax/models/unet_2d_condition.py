@@ -53,7 +53,7 @@ class UNet2DConditionConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "UNet2DConditionConfig":
         """Parse a published `unet/config.json`; raise InputError for what is not supported."""
-        config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED)
+        config = configs.parse(cls, fields, only=_ONLY, unused=_UNUSED | configs.EMA_FIELDS)
         configs.check_least(config, 1, "in_channels", "out_channels", "cross_attention_dim")
         if config.sample_size is not None:
             configs.check_least(config, 1, "sample_size")

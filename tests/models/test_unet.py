@@ -22,11 +22,13 @@ from r0_jax.errors import InputError
 from r0_jax.models import unet_2d_blocks
 from r0_jax.models.attention import GEGLU, Attention, FeedForward
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from r0_jax.models.autoencoder_tiny import AutoencoderTinyConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.embeddings import TimestepEmbedding, sinusoidal
 from r0_jax.models.normalization import GroupNorm, LayerNorm
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from r0_jax.models.transformer_2d import BasicTransformerBlock, Transformer2DModel
+from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.weights.network import Network
 
@@ -478,3 +480,23 @@ def test_what_is_not_supported_is_refused_by_name(change):
     with pytest.raises(InputError, match=next(iter(change))) as error:
         UNet2DConditionConfig.from_json(tiny.UNET | change)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_fields_of_an_average_of_weights_say_nothing_of_the_network():
+    """EMAModel of diffusers writes them into the config.json of unet_ema."""
+    average = {
+        "decay": 0.9999,
+        "inv_gamma": 1.0,
+        "min_decay": 0.0,
+        "optimization_step": 1,
+        "power": 2 / 3,
+        "update_after_step": 0,
+        "use_ema_warmup": False,
+    }
+    for config, fields in (
+        (UNet2DConditionConfig, tiny.UNET),
+        (AutoencoderKLConfig, {}),
+        (AutoencoderTinyConfig, {}),
+        (SD3Transformer2DConfig, {}),
+    ):
+        assert config.from_json(fields | average) == config.from_json(fields)
