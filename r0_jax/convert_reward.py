@@ -26,13 +26,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from r0_jax import cli, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_writable, read_json, write_bytes
+from r0_jax.files import check_not_pointer, check_writable, read_json, write_bytes
 from r0_jax.models import chinese_clip, open_clip
 from r0_jax.models.blip import ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.models.score_mlp import ScoreMLP
+from r0_jax.pipelines.tokenizers import FILES, check_no_pointers
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.aesthetic import HEAD
 from r0_jax.rewards.image_reward import SPECIAL
@@ -234,6 +235,7 @@ def read_checkpoint(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    check_not_pointer(path)
     if path.suffix == ".safetensors":
         file = TensorFile(path)
         state = {key: file.read(key) for key in file.tensors}
@@ -284,20 +286,14 @@ def write_tokenizer(source: Path, out: Path) -> None:
 
     Raise InputError if `source` is none of these.
     """
-    names = (
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "vocab.txt",
-    )
     if not source.exists():
         raise InputError(f"--tokenizer={source}: no such file or folder")
+    check_not_pointer(source)
     if source.is_dir():
-        found = [source / name for name in names if (source / name).is_file()]
+        found = [source / name for name in FILES if (source / name).is_file()]
         if not found:
             raise InputError(f"--tokenizer={source} does not hold a tokenizer")
+        check_no_pointers(source)
         out.mkdir(parents=True, exist_ok=True)
         for path in found:
             if path.resolve() != (out / path.name).resolve():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from r0_jax import cli, remote
 from r0_jax.errors import InputError
-from r0_jax.files import A_PICKLE, check_writable, is_pickle
+from r0_jax.files import A_PICKLE, check_not_pointer, check_writable, is_pickle
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.weights.tensor_file import TensorFile
@@ -173,6 +173,7 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
     """Return shapes by key, and the dtypes of the floating-point tensors."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    check_not_pointer(path)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     if is_zip or is_pickle(path):

@@ -9,6 +9,7 @@ from r0_jax.errors import InputError
 Json = dict[str, object]  # an object of a JSON file
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+_LFS = b"version https://git-lfs.github.com/spec/"
 A_PICKLE = "a pickle, which is never read, since reading it can run any program"
 
 
@@ -25,6 +26,19 @@ def is_pickle(path: str | os.PathLike) -> bool:
 def pickles(folder: Path) -> list[Path]:
     """Return the pickled weights in a folder, in the order of their names."""
     return sorted(filter(is_pickle, folder.glob("*.*")))
+
+
+def check_not_pointer(path: str | os.PathLike) -> None:
+    """Raise InputError if a file is a Git LFS pointer; say nothing of a file that is not there."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS))
+    except OSError:  # the reader of the file has a message for it
+        return
+    if start == _LFS:
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+        )
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -73,6 +87,7 @@ def read_json(path: str | Path) -> Json:
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a JSON file: is the folder complete?") from None
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or very deep nesting
+        check_not_pointer(path)
         raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")

@@ -28,7 +28,7 @@ from r0_jax.evaluation import images
 from r0_jax.evaluation.batches import batches
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import draw_noise
-from r0_jax.files import check_writable
+from r0_jax.files import check_not_pointer, check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
@@ -194,6 +194,7 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, 
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
     except (ValueError, EOFError, zipfile.BadZipFile):  # a zip file only by its first letters
+        check_not_pointer(path)
         raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
     if not isinstance(latents, np.ndarray):
         raise InputError(f"{path} holds several arrays; {expected}")

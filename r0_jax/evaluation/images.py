@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from r0_jax.errors import InputError
-from r0_jax.files import write_bytes
+from r0_jax.files import check_not_pointer, write_bytes
 
 _LABEL_LINES = 3
 _MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
@@ -194,6 +194,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError as error:
+        check_not_pointer(path)
         raise InputError(f"{path} is not an image, or cut short; make it again.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # PIL raises SyntaxError for a broken chunk.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from r0_jax.errors import InputError
+from r0_jax.files import check_not_pointer
 
 # Class in model_index.json -> (name for people, class of transformers, files that it needs).
 _KINDS = {
@@ -17,6 +18,15 @@ _KINDS = {
     "BertTokenizer": ("BERT", "BertTokenizer", ("vocab.txt",)),
     "T5Tokenizer": ("T5", "T5TokenizerFast", ("tokenizer.json",)),
 }
+# Files of a tokenizer's folder.
+FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
 KINDS = tuple(f"{kind}{fast}" for kind in _KINDS for fast in ("", "Fast"))
 
 
@@ -42,6 +52,7 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
         for file in needed:
             if not (folder / file).is_file():
                 raise InputError(f"{folder / file} is missing: is the folder complete?")
+    check_no_pointers(folder)
     try:
         tokenizer = getattr(transformers, cls).from_pretrained(folder)
         tokenizer(["a"])  # only this fails for an empty vocabulary
@@ -61,6 +72,12 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
             "tokens: download it again"
         )
     return tokenizer
+
+
+def check_no_pointers(folder: Path) -> None:
+    """Raise InputError if a file is a Git LFS pointer; a vocab.txt would be read as words."""
+    for name in FILES:
+        check_not_pointer(folder / name)
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b t"]:

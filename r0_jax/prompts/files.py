@@ -6,6 +6,7 @@ from pathlib import Path
 
 from r0_jax import remote
 from r0_jax.errors import InputError
+from r0_jax.files import check_not_pointer
 from r0_jax.prompts import dataset
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
@@ -28,6 +29,7 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
             f"{path}: cannot read prompts from {path.suffix or 'a file without suffix'}; give "
             f"{', '.join(_READERS)} or a tfds folder"
         )
+    check_not_pointer(path)
     try:
         found = (_read_tfds if path.is_dir() else _READERS[path.suffix])(path)
     except OSError as error:

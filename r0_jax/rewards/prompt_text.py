@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from r0_jax.errors import InputError
-from r0_jax.pipelines.tokenizers import Tokenizer, load_tokenizer
+from r0_jax.pipelines.tokenizers import Tokenizer, check_no_pointers, load_tokenizer
 
 
 class Tokens(NamedTuple):
@@ -81,6 +81,7 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> Any:
 
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise InputError(f"{folder / 'vocab.txt'} is missing: put BERT's vocabulary there")
+    check_no_pointers(folder)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(list(added), special_tokens=True)

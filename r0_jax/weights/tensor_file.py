@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from r0_jax.errors import InputError
+from r0_jax.files import check_not_pointer
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Code in the header -> dtype, for those that NumPy has.
@@ -66,6 +67,7 @@ class TensorFile:
         except FileNotFoundError:
             raise InputError(f"{path} is missing") from None
         except (SafetensorError, OSError) as e:
+            check_not_pointer(path)
             raise self._incomplete(str(e)) from None
         weakref.finalize(self, os.close, self._file)
         size = int.from_bytes(self._read_bytes(np.empty(8, np.uint8), 0), "little")

@@ -68,6 +68,9 @@ def test_load_png_says_what_is_wrong(tmp_path):
         (tmp_path / "bad.png").write_bytes(data[:size])
         with pytest.raises(InputError, match=r"bad\.png"):
             images.load_png(tmp_path / "bad.png")
+    (tmp_path / "bad.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"bad\.png is a Git LFS pointer"):
+        images.load_png(tmp_path / "bad.png")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])

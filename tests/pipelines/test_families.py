@@ -349,3 +349,6 @@ def test_a_missing_tokenizer_file_is_named(folders, tmp_path, name, file):
     (folder / file).unlink()
     with pytest.raises(InputError, match=f"{file} is missing"):
         families.load(folder)
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=f"{file} is a Git LFS pointer"):
+        families.load(folder)

@@ -134,6 +134,7 @@ def test_foreign_tfds_folder_without_decoding_its_images(tmp_path):
         ("p.json", '["a", {"id": 1}]', "p.json, item 2: no prompt or caption or text among"),
         ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file: "),
         ("p.csv", "prompt\na\n", "p.csv: cannot read prompts from .csv; give .txt, .jsonl, .json"),
+        ("p.txt", "version https://git-lfs.github.com/spec/v1\n", "p.txt is a Git LFS pointer"),
         ("p", "a\n", "p: cannot read prompts from a file without suffix; give .txt"),
     ],
 )
