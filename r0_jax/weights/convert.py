@@ -11,6 +11,8 @@ import json
 import math
 import mmap
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from r0_jax.errors import InputError
-from r0_jax.files import pickles
+from r0_jax.files import check_not_pointer, pickles
 from r0_jax.weights import tensor_file
 from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
@@ -41,6 +43,8 @@ _NAME = 255  # bytes of the longest file name on any system
 
 # Buffers that old files hold and that no network has.
 _BUFFERS = ("position_ids",)
+# A text encoder's layer in a file of transformers: CLIP's, BERT's, T5's.
+_LAYER = re.compile(r"(?:\w+\.)?encoder\.(?:layers?|block)\.(\d+)\.")
 # T5's encoder shares its table of tokens with the decoder: files hold one name or both.
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 # Old VAE files name the mid-block attention after its first implementation.
@@ -141,7 +145,7 @@ def _read_index(path: Path) -> dict[str, str]:
         ):
             return index
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        pass
+        check_not_pointer(path)
     raise InputError(f"{path} is not a safetensors index: download it again")
 
 
@@ -266,6 +270,7 @@ def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
 def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, str]:
     """Return {parameter: key} for every parameter of `network`, by a file's keys and shapes.
 
+    Skip the layers beyond those of a text encoder's config, with a warning, as transformers does.
     Raises InputError as `open_params` does; its message calls the file `source`.
     """
     keys = {}
@@ -289,12 +294,33 @@ def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path)
         for k in shapes
         if k not in used and _TIED.get(k) not in used and k.split(".")[-1] not in _BUFFERS
     ]
+    beyond = _beyond(network, unexpected)
+    unexpected = [k for k in unexpected if k not in beyond]
     if unexpected:
         raise InputError(
             f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
             f"shape {shapes[unexpected[0]]}: the file belongs to another model"
         )
+    if beyond:
+        warnings.warn(
+            f"{source}: the config has {_depth(network)} layers: those beyond it in the file are "
+            "skipped (clip skip)",
+            stacklevel=2,
+        )
     return keys
+
+
+def _beyond(network: Network, unexpected: list[str]) -> set[str]:
+    """Return a text encoder's keys beyond its last layer."""
+    found = {key: _LAYER.match(key) for key in unexpected}
+    depth = _depth(network)
+    return {key for key, match in found.items() if match and depth and int(match[1]) >= depth}
+
+
+def _depth(network: Network) -> int | None:
+    """Return the number of a text encoder's layers; None for other networks."""
+    config = network.config
+    return getattr(config, "num_hidden_layers", getattr(config, "num_layers", None))
 
 
 def _possible_keys(name: str) -> Iterator[str]:

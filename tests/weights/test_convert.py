@@ -383,16 +383,44 @@ def test_a_truncated_file(folder, vae, size):
 @pytest.mark.parametrize(
     "content",
     [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 334643276\n",
         b"<!DOCTYPE html><html>Sign in</html>",
         pickle.dumps({"a": 1}),
     ],
-    ids=["git-lfs", "html", "pickle"],
+    ids=["html", "pickle"],
 )
 def test_a_foreign_file(folder, vae, content):
     (folder / FILE).write_bytes(content)
     with refused(FILE, "not a complete safetensors file"):
         load(folder, vae)
+
+
+@pytest.mark.parametrize("name", [FILE, f"{FILE}.index.json", "config.json"])
+def test_a_git_lfs_pointer(folder, vae, name):
+    if name != "config.json":
+        (folder / FILE).unlink()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 334643276\n"
+    (folder / name).write_bytes(pointer)
+    with refused(str(folder / name), "Git LFS pointer", "run `git lfs pull`"):
+        load(folder, network_of(folder))
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_beyond_those_of_the_config_are_skipped(originals, tmp_path):
+    """Clip skip as users of transformers write it: the config has one layer less than the file."""
+    folder = pathlib.Path(shutil.copytree(originals / "text_encoder", tmp_path / "text_encoder"))
+    whole = convert.load(convert.find_files(folder, "model"), network_of(folder))
+    fields = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1}))
+    shorter, files = network_of(folder), convert.find_files(folder, "model")
+    with pytest.warns(UserWarning, match=r"has 1 layers: those beyond it .* skipped \(clip skip\)"):
+        params = convert.load(files, shorter)
+    assert params.keys() == {name for name in whole if ".layers.1." not in name}
+    assert all(np.array_equal(params[name], whole[name]) for name in params)
+    tensors = load_file(files[0])
+    first = next(key for key in tensors if ".layers.0." in key)
+    save_file(tensors | {first.replace("layers.0.", "layers.0.own."): torch.zeros(3)}, files[0])
+    with refused("1 unexpected key"):
+        convert.load(files, shorter)
 
 
 def test_a_file_that_is_not_there(tmp_path, vae):
