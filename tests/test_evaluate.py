@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import types
 
 import jax
@@ -103,14 +102,16 @@ def test_scenes_are_square():
         world.check_shape((64, 96, 3))
 
 
-def test_a_user_without_a_home_has_a_cache(monkeypatch):
+def test_a_user_without_a_home_has_a_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     try:
-        train.enable_compilation_cache(base.get_config())
-        assert jax.config.jax_compilation_cache_dir.startswith(tempfile.gettempdir())
+        with pytest.warns(UserWarning, match="there is no home folder: the cache is in"):
+            train.enable_compilation_cache(base.get_config())
+        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
