@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = f"{fast_xla.FLAGS} --xla_force_host_platform_device_co
 
 import jax
 from jaxtyping import install_import_hook
+from vocabularies import bpe, vocab  # noqa: F401 (fixtures)
 
 install_import_hook("r0_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -74,7 +74,13 @@ def test_bad_input_is_one_line(folder, tmp_path):
             (foreign, "config.json has no test, so it is not the config of an R0 run"),
             (older, "config.json has no test.features: it is of an older run"),
             (moved, "gone/away, the pretrained .* say where it is now with --pretrained=DIR"),
-            ([*moved, "--pretrained", tmp_path / "table"], "model_index.json is missing"),
+            (
+                [
+                    *("--workdir", folder / "run", "--prompts=p.txt"),
+                    *("--pretrained", tmp_path / "table"),
+                ],
+                "model_index.json is missing",
+            ),
             ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
             ([*pipeline, *out, "--seed=-1"], "--seed=-1"),
             ([*pipeline, *out, "--seed=4294967295"], "--seed=4294967295"),

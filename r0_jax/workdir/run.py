@@ -51,6 +51,7 @@ _NEEDED = (
     "steps",
     "batch_size",
     "seed",
+    "data.prompts",
     "data.encoded",
     "attention",
 )

@@ -12,7 +12,7 @@ import tiny
 import torch_twins
 from safetensors.torch import save_file
 from torch_preprocess import noise
-from vocabularies import WORDS, bpe, vocab  # noqa: F401 (fixtures)
+from vocabularies import WORDS
 
 from r0_jax import convert_reward, rewards
 
@@ -90,7 +90,7 @@ def folder_of(kind, folder, tokenizer):
 
 
 @pytest.mark.parametrize("kind", [*TWINS, "pickscore", "aesthetic"])
-def test_scores_and_gradients_of_bfloat16_towers(kind, tmp_path, bpe, vocab):  # noqa: F811
+def test_scores_and_gradients_of_bfloat16_towers(kind, tmp_path, bpe, vocab):
     folder = folder_of(kind, tmp_path, vocab if kind in ("chinese_clip", "image_reward") else bpe)
     images, found = np.concatenate([noise(48, 48, seed) for seed in range(4)]), {}
     for dtype in ("float32", "bfloat16"):

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import tiny
 from transformers import BertTokenizer
-from vocabularies import WORDS, vocab  # noqa: F401 (fixture)
+from vocabularies import WORDS
 
 from r0_jax.rewards import image_reward, prompt_text, tower
 
@@ -54,7 +54,7 @@ def padded(ids, length):
 
 
 @pytest.mark.parametrize("length", [52, 35])
-def test_wordpiece_equals_transformers(vocab, length):  # noqa: F811
+def test_wordpiece_equals_transformers(vocab, length):
     reference = BertTokenizer.from_pretrained(vocab.parent)
     tokenize = prompt_text.wordpiece(vocab.parent, length, len(WORDS))
     expected = reference(NASTY, padding="max_length", max_length=length, truncation=True)
@@ -68,7 +68,7 @@ def test_clip_equals_transformers(tmp_path):
     assert tokenize(NASTY).ids.tolist() == expected.input_ids
 
 
-def test_image_reward_has_blips_special_tokens(vocab):  # noqa: F811
+def test_image_reward_has_blips_special_tokens(vocab):
     reference = BertTokenizer.from_pretrained(vocab.parent)  # as BLIP's init_tokenizer makes it
     reference.add_special_tokens({"bos_token": "[DEC]"})
     reference.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
@@ -86,7 +86,7 @@ def test_image_reward_has_blips_special_tokens(vocab):  # noqa: F811
     assert sum(found.truncated) == 2
 
 
-def test_chinese_clip_of_its_authors(vocab):  # noqa: F811
+def test_chinese_clip_of_its_authors(vocab):
     """Written down from cn_clip 1.6.0's own tokenizer on this vocabulary."""
     rows = json.loads((DATA / "cn_clip_tokens.json").read_text("utf-8"))["rows"]
     assert [row["prompt"] for row in rows] == NASTY
@@ -97,7 +97,7 @@ def test_chinese_clip_of_its_authors(vocab):  # noqa: F811
     assert (other.ids != found.ids).any(axis=1).sum() >= 2  # special tokens, long words
 
 
-def test_half_of_a_character_is_none(vocab, tmp_path):  # noqa: F811
+def test_half_of_a_character_is_none(vocab, tmp_path):
     tiny.tokenizer(tmp_path)
     for tokenize in (
         prompt_text.wordpiece(vocab.parent, 8, 99),

@@ -34,7 +34,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
     config = {
         "pretrained": str(pretrained),
-        "data": {"encoded": ""},
+        "data": {"prompts": "prompts.txt", "encoded": ""},
         "dtype": "float32",
         "attention": "xla",
         "steps": 100,
