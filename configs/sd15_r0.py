@@ -43,5 +43,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.family = "StableDiffusionPipeline"
     config.device_batch = 4
     config.test.guidance_scale = 7.5
-    config.test.batch_size = 8
     return apply_variants(config, variants, "StableDiffusionPipeline")

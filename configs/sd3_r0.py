@@ -43,5 +43,4 @@ def get_config(variants: str = "") -> ConfigDict:
     # All projections of the joint attention, of image and text.
     config.lora.targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     config.test.base_steps, config.test.guidance_scale = 28, 7.0
-    config.test.batch_size = 4
     return apply_variants(config, variants, "StableDiffusion3Pipeline")

@@ -39,5 +39,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.family = "StableDiffusionXLPipeline"
     config.device_batch = 2
     config.test.guidance_scale = 5.0
-    config.test.batch_size = 4
     return apply_variants(config, variants, "StableDiffusionXLPipeline")

@@ -47,5 +47,4 @@ def get_config(variants: str = "") -> ConfigDict:
     config.best_metric = "heldout/heldout_chinese_clip"
     config.device_batch = 4
     config.test.guidance_scale = 7.5
-    config.test.batch_size = 8
     return apply_variants(config, variants, "Taiyi")

@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
     # Samples that a device computes at once; 0: all of its share. A larger share is cut into
     # microbatches whose gradients are averaged, which equals the large batch exactly.
     config.device_batch = 0
+    # Images that a device draws and scores at once, in evaluations and for the table; 0: as many as
+    # the training step holds there (device_batch, or its share of batch_size).
+    config.draw_batch = 0
     # Decay of the average of the trained parameters that is evaluated and exported.
     config.ema_decay = 0.99
     # The run stops when this many steps in a row had gradients that are not finite.
@@ -233,8 +236,6 @@ def get_config() -> ConfigDict:
     # Diversity is measured on so many of them, with so many samples each.
     config.test.diversity_prompts = 40
     config.test.samples_per_prompt = 8
-    # Images drawn at once.
-    config.test.batch_size = 50
     # How the base is sampled when it takes its time.
     config.test.base_steps = 25
     config.test.guidance_scale = 7.5

@@ -83,9 +83,10 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         _check_free(folder, fields.overwrite)
     if not isinstance(config.get("test"), ConfigDict):
         raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
-    if missing := sorted(set(base.get_config().test) - set(config.test)):
+    fields_of_test = (f"test.{name}" for name in base.get_config().test if name not in config.test)
+    if missing := [*(name for name in ("draw_batch",) if name not in config), *fields_of_test]:
         raise InputError(
-            f"{folder}/config.json has no test.{missing[0]}: it is of an older run, or cut short"
+            f"{folder}/config.json has no {missing[0]}: it is of an older run, or cut short"
         )
     check_writable(folder / "samples" / "eval")
     with config.unlocked():

@@ -5,11 +5,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
 from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.parallel import heartbeat
+from r0_jax.parallel import heartbeat, sharding
 from r0_jax.pipelines.pipeline import Tokens, take
+
+
+def batch_size(config: ConfigDict, count: int, mesh: Mesh) -> int:
+    """Return how many of `count` images are drawn at once, over all devices of `mesh`.
+
+    A device draws config.draw_batch images, by default as many as the training step holds there. A
+    batch is not larger than what was asked for, up to what the devices can split.
+    """
+    parts = sharding.batch_parts(mesh)
+    share = max(1, config.batch_size // parts)
+    held = min(config.device_batch or share, share)
+    return min((config.draw_batch or held) * parts, sharding.divisible(count, mesh))
 
 
 def fill(count: int, size: int) -> Int[np.ndarray, " size"]:

@@ -17,7 +17,7 @@ from r0_jax.console import console
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, world
-from r0_jax.evaluation.batches import draw, fill, score
+from r0_jax.evaluation.batches import batch_size, draw, fill, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import write_bytes
@@ -50,7 +50,6 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
         ("num_prompts", 2),
         ("diversity_prompts", 1),
         ("samples_per_prompt", 2),
-        ("batch_size", 1),
         ("base_steps", 1),
     ):
         if test[field] < least:
@@ -110,8 +109,8 @@ class Testbed:
         test, shape = self.config.test, self.pipeline.latent_shape
         noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
         mesh = sharding.global_mesh()
-        batch_size = sharding.divisible(test.batch_size, mesh)
-        drawn, seconds = timed_draw(model, self.tokens, noise, keys, batch_size)
+        size = batch_size(self.config, len(self.prompts), mesh)
+        drawn, seconds = timed_draw(model, self.tokens, noise, keys, size)
 
         found: dict[str, Any] = {}
         if test.world == "shapes":
@@ -119,7 +118,7 @@ class Testbed:
         for reward in self.rewards + self.heldout:
             features = self.features.get(reward.column)
             params = lazy.place(reward.scoring_params, sharding.replicated(mesh))
-            scores = score(sharding.spread(reward.score, mesh), params, drawn, features, batch_size)
+            scores = score(sharding.spread(reward.score, mesh), params, drawn, features, size)
             del params
             name = f"reward/{reward.name}"
             if reward.name == test.features:
@@ -128,13 +127,13 @@ class Testbed:
                 name = f"reward/heldout: {reward.name}"
             found[name] = statistics.mean_ci(scores)
         if self.image_features is not None:
-            found |= self._feature_metrics(model, drawn, batch_size)
+            found |= self._feature_metrics(model, drawn, size)
         calls = model.sampler.network_calls
         found["network_calls"] = {"value": calls, "ci95": [calls, calls]}
         found["seconds_per_image"] = statistics.mean_ci(seconds)
         return found, drawn
 
-    def _feature_metrics(self, model: Model, drawn: np.ndarray, batch_size: int) -> dict[str, Any]:
+    def _feature_metrics(self, model: Model, drawn: np.ndarray, size: int) -> dict[str, Any]:
         test = self.config.test
         found = {}
         if test.world == "shapes":
@@ -148,30 +147,26 @@ class Testbed:
         count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
         rows = np.repeat(np.arange(count), each)
         noise, keys = fixed_noise(self.config.seed + 1, len(rows), self.pipeline.latent_shape)
-        several = draw(
-            model.sampler, model.params, take(self.tokens, rows), noise, keys, batch_size
-        )
+        several = draw(model.sampler, model.params, take(self.tokens, rows), noise, keys, size)
         features = self.image_features(several).reshape(count, each, -1)
         found["diversity"] = statistics.mean_ci(statistics.diversity(features))
         return found
 
 
 def timed_draw(
-    model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, batch_size: int
+    model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the images, and the seconds an image of each batch, without compilation."""
-    first = fill(len(noise), batch_size)
+    first = fill(len(noise), size)
     model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
     drawn, seconds = [], []
-    for start in range(0, len(noise), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(noise), size):
+        rows = slice(start, start + size)
         begin = time.perf_counter()
         drawn.append(
-            draw(
-                model.sampler, model.params, take(tokens, rows), noise[rows], keys[rows], batch_size
-            )
+            draw(model.sampler, model.params, take(tokens, rows), noise[rows], keys[rows], size)
         )
-        seconds.append((time.perf_counter() - begin) / batch_size)
+        seconds.append((time.perf_counter() - begin) / size)
     return np.concatenate(drawn), np.asarray(seconds)
 
 
@@ -189,8 +184,7 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
         ),
         mesh,
     )
-    batch_size = sharding.divisible(config.test.batch_size, mesh)
-    return lambda x: score(encode, params, x, None, batch_size)
+    return lambda x: score(encode, params, x, None, batch_size(config, len(x), mesh))
 
 
 def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from r0_jax.diffusion import grid
 from r0_jax.evaluation import hacking, images
-from r0_jax.evaluation.batches import draw, score
+from r0_jax.evaluation.batches import batch_size, draw, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.method.generator import Generator
@@ -22,8 +22,6 @@ from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
-
-_BATCH = 32  # images drawn at once
 
 
 class Validation:
@@ -56,7 +54,8 @@ class Validation:
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
         self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
-        self.batch, self.everywhere = sharding.divisible(_BATCH, mesh), sharding.replicated(mesh)
+        self.batch = batch_size(config, len(self.prompts), mesh)
+        self.everywhere = sharding.replicated(mesh)
         self.base_signs: dict[str, float] | None = None  # of hacking; measured when first needed
 
     def __call__(

@@ -34,6 +34,7 @@ HARMLESS = frozenset(
         "workdir",
         "mesh",
         "device_batch",
+        "draw_batch",
         "sharding",
         "attention",
         "remat",

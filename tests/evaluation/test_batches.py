@@ -1,7 +1,27 @@
 import numpy as np
 import pytest
 
+from r0_jax import config as base
 from r0_jax.evaluation import batches
+from r0_jax.parallel import sharding
+
+
+@pytest.mark.parametrize(
+    ("draw_batch", "device_batch", "count", "size"),
+    [
+        (0, 0, 100, 32),  # what the step holds: its whole batch
+        (0, 1, 100, 4),  # one image a device, as the step computes
+        (0, 99, 100, 32),  # more than a device's share of the batch is never held
+        (3, 1, 100, 12),
+        (3, 1, 5, 8),  # no more than what was asked for, up to what four devices split
+        (50, 0, 1, 4),
+    ],
+)
+def test_as_many_images_are_drawn_at_once_as_the_step_holds(draw_batch, device_batch, count, size):
+    config = base.get_config()
+    config.batch_size, config.device_batch, config.draw_batch = 32, device_batch, draw_batch
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert batches.batch_size(config, count, mesh) == size
 
 
 @pytest.mark.parametrize("count, size", [(7, 3), (6, 3), (2, 5), (1, 1)])
