@@ -23,7 +23,7 @@ from r0_jax.errors import InputError
 from r0_jax.parallel import checksum
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
-from r0_jax.workdir import orbax_errors, sealed_json
+from r0_jax.workdir import orbax_errors, orbax_path, sealed_json
 from r0_jax.workdir.workdir import AnyPath, Workdir
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -226,7 +226,7 @@ def stored_shapes(folder: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
     import orbax.checkpoint as ocp
 
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        tree = ocp.PyTreeCheckpointHandler().metadata(orbax_path.of(folder / "state")).tree
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tree.items()}
     except Exception as error:  # whatever orbax trips over
         raise _unreadable(folder, error) from None
@@ -245,7 +245,7 @@ def read_arrays(folder: AnyPath, targets: Mapping[str, Leaf]) -> dict[str, jax.A
     try:
         # Not by a Checkpointer, in which all processes wait for each other.
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            return handler.restore(folder / "state", args=args)
+            return handler.restore(orbax_path.of(folder / "state"), args=args)
     except jax.errors.JaxRuntimeError:  # out of memory, say: the file may be whole
         raise
     except Exception as error:

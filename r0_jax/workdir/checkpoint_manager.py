@@ -16,7 +16,7 @@ from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import checksum, distributed
-from r0_jax.workdir import checkpoint, orbax_errors, sealed_json
+from r0_jax.workdir import checkpoint, orbax_errors, orbax_path, sealed_json
 from r0_jax.workdir.checkpoint import Leaf, Metadata
 from r0_jax.workdir.workdir import AnyPath, Workdir
 
@@ -60,7 +60,7 @@ class Checkpoints:
             ),
         )
         with orbax_errors.one_line(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(orbax_path.of(self.folder), options=options)
 
     def save(self, state: TrainState) -> bool:
         """Start to write `state`; return False if its step is there already.

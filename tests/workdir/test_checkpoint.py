@@ -21,7 +21,7 @@ from r0_jax.errors import InputError
 from r0_jax.method import train_state
 from r0_jax.parallel import checksum, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
-from r0_jax.workdir import checkpoint
+from r0_jax.workdir import checkpoint, orbax_path
 from r0_jax.workdir.checkpoint import load_params
 from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.workdir import LocalWorkdir
@@ -189,6 +189,27 @@ def test_keeps_the_newest_and_the_best(tmp_path, small):
         assert int(checkpoints.restore(target(1, width=2), "best")[0].step) == 7
     assert checkpoint.steps(LocalWorkdir(tmp_path)) == [7, 8, 9]
     assert load_params(LocalWorkdir(tmp_path), step="best")[1]["step"] == 7
+
+
+def test_a_workdir_whose_name_is_a_pattern(tmp_path, small):
+    for name in ("runs [v2]", "run[0-9]", "a*", "a?", "{b}"):
+        workdir = LocalWorkdir(tmp_path / name / "['aes']")
+        with Checkpoints(workdir) as checkpoints:
+            checkpoints.save(at(small, 3))
+        assert load_params(workdir)[1]["step"] == 3
+        with Checkpoints(workdir) as checkpoints:
+            assert same(checkpoints.restore(target(1, width=2))[0], at(small, 3))
+    assert os.listdir(tmp_path / "a*" / "['aes']" / "checkpoints") == ["3"]
+
+
+def test_orbax_path_escapes_its_own_name_alone(tmp_path):
+    for name in ("a*", "ab", "a[b]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.1").touch()
+    for name in ("a*", "a[b]"):
+        folder = orbax_path.of(tmp_path / name)
+        assert [str(path) for path in folder.glob("x.*")] == [str(tmp_path / name / "x.1")]
+        assert [str(path) for path in (folder / ".").glob("x.*")] == [str(tmp_path / name / "x.1")]
 
 
 def test_the_best_may_be_unknown(saved):
