@@ -1,7 +1,10 @@
-"""Writes files completely or not at all, and reads JSON with readable errors."""
+"""Writes files completely or not at all, and reads files of others with readable errors."""
 
 import json
 import os
+import secrets
+import shutil
+import stat
 from pathlib import Path
 
 from r0_jax.errors import InputError
@@ -41,16 +44,61 @@ def check_not_pointer(path: str | os.PathLike) -> None:
         )
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether a text is the name of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Check that a path in a downloaded folder leads inside it, after all links.
+
+    The cache of the Hugging Face Hub is the exception: there, a file of a snapshot is a link to a
+    blob of the same model. Raise InputError for other links, so that no other file is copied.
+    """
+    target, inside = path.resolve(), [folder.resolve()]
+    for parent in inside[0].parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            inside.append(parent.parent / "blobs")
+    if not any(target.is_relative_to(root) for root in inside):
+        raise InputError(
+            f"{path} is a link that leads out of {folder}: replace it by a copy of its target, "
+            "if you trust the folder"
+        )
+
+
+def copy_file(path: Path, target: Path, folder: Path) -> None:
+    """Copy a file of a downloaded folder; raise InputError for a link that leads out of it."""
+    check_link(path, folder)
+    check_regular(path)
+    shutil.copyfile(path, target)
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise InputError for a pipe, a socket or a device, which may block or never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever opens the file says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a pipe or a device, not a file: give a regular file")
+
+
+def temporary_name(path: Path, ending: str = "tmp") -> Path:
+    """Return a hidden path beside another one, with a name that nobody can guess."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write a file completely or not at all; make its folder.
 
     Raise InputError if the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with open(temporary, "xb") as file:  # never an existing file or link
+            file.write(data)
         os.replace(temporary, path)
     except OSError as error:
         if temporary.is_file():
@@ -80,6 +128,7 @@ def check_writable(folder: Path) -> None:
 def read_json(path: str | Path) -> Json:
     """Read the object in a JSON file; raise InputError if it is missing or invalid."""
     path = Path(path)
+    check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
-from r0_jax.files import pickles, read_json
+from r0_jax.files import copy_file, pickles, read_json, temporary_name
 from r0_jax.method import lora
 from r0_jax.pipelines.folder import mend_sample_size
 from r0_jax.weights import convert
@@ -46,7 +46,7 @@ def export(
     chosen = run.choose_step(step)
     if form == "kohya":
         kohya.check_family(run.index["_class_name"])
-    building = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
+    building = temporary_name(out.resolve())
     try:
         _make_folder(building)
         _check_apart(out, run)
@@ -66,7 +66,7 @@ def export(
             )
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
-                shutil.copyfile(path, building / path.name)
+                copy_file(path, building / path.name, run.pretrained)
         card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
@@ -85,13 +85,13 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     index = dict(run.index)
     for name, kind in run.index.items():
         if isinstance(kind, list) and kind[0] and name not in (part, "scheduler"):
-            if name in run.left_out or not _copy_part(source / name, folder / name):
+            if name in run.left_out or not _copy_part(source, folder, name):
                 index[name] = [None, None]
     index["scheduler"] = ["diffusers", run.scheduler_config.class_name]
     _write_json(folder / "model_index.json", index)
     _write_scheduler(run, folder / "scheduler")
     (folder / part).mkdir()
-    shutil.copyfile(source / part / "config.json", folder / part / "config.json")
+    copy_file(source / part / "config.json", folder / part / "config.json", source)
     fields = read_json(source / part / "config.json")
     if (mended := mend_sample_size(fields)) != fields:
         _write_json(folder / part / "config.json", mended)
@@ -118,8 +118,12 @@ def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
     _write_scheduler(run, folder)
 
 
-def _copy_part(source: Path, target: Path) -> bool:
-    """Copy a part's text files and safetensors; return False if there is nothing to copy."""
+def _copy_part(pretrained: Path, building: Path, part: str) -> bool:
+    """Copy a part's text files and safetensors; return False if there is nothing to copy.
+
+    Raise InputError for a link that leads out of the pretrained folder.
+    """
+    source, target = pretrained / part, building / part
     # Look for an index too: its shards may have any name.
     stem = next(
         (
@@ -140,17 +144,17 @@ def _copy_part(source: Path, target: Path) -> bool:
             and ".index." not in path.name
             and path.is_file()
         ):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name, pretrained)
     if stem is None:
         return True
     # A variant such as model.fp16.safetensors gets the plain name, which loads by default.
     weights = convert.find_weights(source, stem)
     if weights.suffix == ".safetensors":
-        shutil.copyfile(weights, target / f"{stem}.safetensors")
+        copy_file(weights, target / f"{stem}.safetensors", pretrained)
     else:
-        shutil.copyfile(weights, target / f"{stem}.safetensors.index.json")
+        copy_file(weights, target / f"{stem}.safetensors.index.json", pretrained)
         for path in convert.find_files(source, stem):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name, pretrained)
     return True
 
 
@@ -198,7 +202,7 @@ def _make_folder(folder: Path) -> None:
 
 def _move(building: Path, out: Path) -> None:
     """Replace `out` by `building`; delete the old `out` only after success."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    old = temporary_name(out, "old")
     if out.exists():
         os.replace(out, old)
     try:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import is_plain_name, read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -198,7 +198,11 @@ def open_folder(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Return the folder's model_index.json; InputError unless its family is supported."""
+    """Return the folder's model_index.json.
+
+    Raise InputError unless its family is supported and its parts have plain names, which are safe
+    to use as the names of folders.
+    """
     if not path.is_dir():
         raise InputError(
             f"{path} is not a folder: give the diffusers folder of a pretrained "
@@ -211,6 +215,11 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{path} holds a {name}, which is not supported; supported: {', '.join(FAMILIES)}"
         )
     for part, entry in index.items():
+        if not is_plain_name(part):
+            raise InputError(
+                f"{path}/model_index.json: {json.dumps(part)} is not the name of a folder: "
+                "download it again"
+            )
         if isinstance(entry, list):
             _class(path, part, entry)
     return index

@@ -1,18 +1,16 @@
 """Writes the small files of diffusers and transformers folders."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from r0_jax.files import write_bytes
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, in the layout of diffusers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

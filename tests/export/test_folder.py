@@ -387,6 +387,36 @@ def test_nothing_is_left_of_an_export_that_failed(runs, exported, tmp_path, monk
     assert (tmp_path / "out" / "README.md").read_bytes() == before
 
 
+def test_names_and_links_that_lead_out_are_not_followed(pretrained, tmp_path):
+    base, secret = tmp_path / "base", tmp_path / "secret"
+    shutil.copytree(pretrained, base)
+    write_run(tmp_path / "run", base, RANK, {10: None})
+    secret.mkdir()
+    (secret / "token.txt").write_text("hunter2", "utf-8")
+
+    def fails(match):
+        with pytest.raises(InputError, match=match):
+            export.export(LocalWorkdir(tmp_path / "run"), tmp_path / "out" / "new", "diffusers")
+        assert not list((tmp_path / "out").glob("*")) and len(list(secret.iterdir())) == 1
+
+    index = json.loads((base / "model_index.json").read_text("utf-8"))
+    for name in ["../secret", str(secret), "..", "a/b", "a\\b", "", "a\0b"]:
+        changed = json.dumps(index | {name: ["diffusers", "AutoencoderKL"]})
+        (base / "model_index.json").write_text(changed, "utf-8")
+        fails(r"model_index.json: .* is not the name of a folder")
+    (base / "model_index.json").write_text(json.dumps(index), "utf-8")
+    for link, target in [
+        (base / "tokenizer" / "added.json", secret / "token.txt"),
+        (base / "LICENSE.txt", Path("..", "secret", "token.txt")),
+    ]:
+        link.symlink_to(target)
+        fails(rf"{link.name} is a link that leads out of")
+        link.unlink()
+    (base / "LICENSE").symlink_to("tokenizer/vocab.json")  # stays inside
+    export.export(LocalWorkdir(tmp_path / "run"), tmp_path / "out" / "new", "diffusers")
+    assert filecmp.cmp(tmp_path / "out/new/LICENSE", base / "tokenizer/vocab.json", shallow=False)
+
+
 # --- the command -------------------------------------------------------------------------
 
 
