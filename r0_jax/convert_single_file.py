@@ -9,19 +9,30 @@ family, which needs no weights. Nothing is downloaded.
 """
 
 import contextlib
+import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from safetensors import SafetensorError
 
 from r0_jax import cli, remote
+from r0_jax.diffusion.scheduler_config import SCHEDULERS
 from r0_jax.errors import InputError
-from r0_jax.files import A_PICKLE, check_not_pointer, check_writable, is_pickle
+from r0_jax.files import (
+    A_PICKLE,
+    check_link,
+    check_not_pointer,
+    check_regular,
+    check_writable,
+    copy_file,
+    is_pickle,
+    read_json,
+)
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.folder import describe, read_index
 from r0_jax.weights.tensor_file import TensorFile
@@ -63,6 +74,25 @@ _LEFT_OUT = {
     "StableDiffusionXLPipeline": {"feature_extractor": None, "image_encoder": None},
     "StableDiffusion3Pipeline": {"feature_extractor": None, "image_encoder": None},
 }
+# Library -> classes that model_index.json may name. diffusers imports and calls what it names.
+_ALLOWED = {
+    "diffusers": {"AutoencoderKL", "UNet2DConditionModel", "SD3Transformer2DModel", *SCHEDULERS},
+    "transformers": {
+        "BertModel",
+        "CLIPFeatureExtractor",
+        "CLIPImageProcessor",
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "CLIPVisionModelWithProjection",
+        "SiglipImageProcessor",
+        "SiglipVisionModel",
+        "T5EncoderModel",
+        *tokenizers.KINDS,
+    },
+    "stable_diffusion": {"StableDiffusionSafetyChecker"},  # left out, so never imported
+}
+# Fields of config.json for which transformers loads code: of the folder, the Hub or a package.
+_CODE_FIELDS = ("attn_implementation", "auto_map", "custom_pipelines", "quantization_config")
 
 
 def define_flags() -> None:
@@ -98,6 +128,7 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
             f"{describe(found)}: give the configs of the same family"
         )
     left_out = dict(_LEFT_OUT[family])
+    _check_config(config, index)
     if family == "StableDiffusion3Pipeline" and _T5 not in shapes:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
     for name, entry in index.items():  # without files, transformers makes an empty tokenizer
@@ -209,20 +240,63 @@ def _cached_config(family: str) -> Path:
         ) from None
 
 
+def _check_config(config: Path, index: Mapping[str, Any]) -> None:
+    """Check all that the folder names before diffusers reads it; raise InputError that names it."""
+    for part, entry in index.items():
+        if part.startswith("_") and not isinstance(entry, list):
+            continue
+        if entry is None or isinstance(entry, bool | int | float):
+            continue
+        library, name = entry if isinstance(entry, list) else ("", None)
+        if library is not None and name not in _ALLOWED.get(library, ()):
+            raise InputError(
+                f"{config}/model_index.json: {part} is {json.dumps(entry)}, which is not a known "
+                "part of a pipeline; it is not imported"
+            )
+    for path in _config_files(config):
+        check_link(path, config)
+        check_regular(path)
+        if path.name.endswith("config.json") and (field := _find_code(read_json(path))):
+            raise InputError(
+                f"{path}: {field} names code to load, which is never run: remove the field"
+            )
+
+
+def _find_code(value: Any) -> str | None:
+    """Return a field in a JSON value that makes transformers load code, else None."""
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            for field, child in value.items():
+                if child is not None and field.strip("_").removesuffix("_internal") in _CODE_FIELDS:
+                    return field
+            values += value.values()
+    return None
+
+
+def _config_files(folder: Path) -> list[Path]:
+    """Return the files of a diffusers folder and its parts without weights."""
+    parts = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    return sorted(
+        path
+        for part in parts
+        for path in part.iterdir()
+        if path.name.endswith((".json", ".txt", ".model"))
+        and ".index." not in path.name
+        and path.exists()
+        and not path.is_dir()
+    )
+
+
 def _copy_configs(source: Path, target: Path) -> None:
     """Copy a diffusers folder without its weights, which could replace a missing part."""
-
-    def unwanted(folder: str, names: list[str]) -> list[str]:
-        return [
-            name
-            for name in names
-            if not (
-                Path(folder, name).is_dir()
-                or (name.endswith((".json", ".txt", ".model")) and ".index." not in name)
-            )
-        ]
-
-    shutil.copytree(source, target, ignore=unwanted)
+    for path in _config_files(source):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, copied, source)
 
 
 def _import():

@@ -204,6 +204,82 @@ def original(folder, name):
     return found
 
 
+@pytest.fixture
+def bare(tmp_path):
+    """The smallest file of Stable Diffusion 1.x, and an index to change."""
+    first = np.zeros((4, 4, 3, 3), np.float32)
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": first,
+        "cond_stage_model.transformer.x": first,
+        "first_stage_model.x": first,
+    }
+    save_file(tensors, tmp_path / "file.safetensors")
+    folder = tmp_path / "config"
+    (folder / "unet").mkdir(parents=True)
+
+    def convert(**changes):
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.30.0",
+            "requires_safety_checker": True,
+            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index | changes), "utf-8")
+        single.convert_single_file(tmp_path / "file.safetensors", tmp_path / "out", folder)
+
+    return convert
+
+
+def test_no_module_that_a_folder_names_is_imported(bare, tmp_path, monkeypatch):
+    monkeypatch.setattr(single, "_import", lambda: pytest.fail("diffusers was called"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("class X: pass", "utf-8")
+    for entry in [
+        ["evil_module", "X"],
+        ["diffusers", "StableDiffusionPipeline"],
+        ["transformers", "AutoModel"],
+        ["os", "UNet2DConditionModel"],
+        {"evil_module": 1, "X": 2},
+        "ab",
+    ]:
+        with pytest.raises(InputError, match=r"model_index.json: unet is .*not a known part"):
+            bare(unet=entry)
+    with pytest.raises(InputError, match=r"model_index.json: extra is .*antigravity"):
+        bare(extra=["antigravity", "X"])
+    assert not {"evil_module", "antigravity"} & set(sys.modules)
+    with pytest.raises(pytest.fail.Exception, match="diffusers was called"):
+        bare()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"auto_map": {"AutoModel": "evil--x.Y"}},
+        {"text_config": {"_attn_implementation_internal": "owner/kernel"}},
+        {"attn_implementation": "owner/kernel"},
+    ],
+)
+def test_no_code_that_a_config_names_is_loaded(bare, tmp_path, monkeypatch, fields):
+    monkeypatch.setattr(single, "_import", lambda: pytest.fail("diffusers was called"))
+    (tmp_path / "config" / "unet" / "config.json").write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(InputError, match=r"unet/config.json: \w+ names code to load"):
+        bare()
+
+
+def test_links_and_pipes_of_the_configs_are_not_followed(bare, tmp_path, monkeypatch):
+    monkeypatch.setattr(single, "_import", lambda: pytest.fail("diffusers was called"))
+    (tmp_path / "secret.txt").write_text("secret", "utf-8")
+    (tmp_path / "config" / "unet" / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match=r"unet/vocab.txt is a link that leads out of"):
+        bare()
+    (tmp_path / "config" / "unet" / "vocab.txt").unlink()
+    os.mkfifo(tmp_path / "config" / "unet" / "config.json")
+    with pytest.raises(InputError, match=r"unet/config.json is a pipe or a device"):
+        bare()
+
+
 # --- tests -------------------------------------------------------------------------------
 
 

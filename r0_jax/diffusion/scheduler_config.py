@@ -54,6 +54,7 @@ _NOISE: dict[str, _Known] = {
     "TCDScheduler": _RESCALED | _STABLE_DIFFUSION | _SCALED_LINEAR,
     "UniPCMultistepScheduler": _RESCALED | _NO_FLOW,
 }
+SCHEDULERS = (*_NOISE, FLOW_MATCHING)  # classes whose noise is known
 
 # Class -> the fields that define how it samples, for the samplers of schedulers.py.
 _SPACED: _Known = {
