@@ -16,8 +16,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, write_bytes
+from r0_jax.files import check_not_pointer, check_regular, write_bytes
 
+# Formats that PIL decodes by itself: for PostScript it would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _LABEL_LINES = 3
 _MIN_CELL = 128  # pixels; smaller images are enlarged so that a prompt fits under them
 # EXIF's orientation -> what undoes it; then the turns that exchange height and width.
@@ -190,8 +192,9 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     """Open an image file; turn what PIL raises while it is open into an InputError."""
+    check_regular(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:
         check_not_pointer(path)

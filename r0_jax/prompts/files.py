@@ -6,7 +6,7 @@ from pathlib import Path
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer
+from r0_jax.files import check_not_pointer, check_regular
 from r0_jax.prompts import dataset
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
@@ -24,6 +24,7 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     path = remote.local(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
+    check_regular(path)
     if not path.is_dir() and path.suffix not in _READERS:
         raise InputError(
             f"{path}: cannot read prompts from {path.suffix or 'a file without suffix'}; give "

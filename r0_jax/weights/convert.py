@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, pickles
+from r0_jax.files import check_not_pointer, check_regular, pickles
 from r0_jax.weights import tensor_file
 from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
@@ -136,6 +136,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    check_regular(path)
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         # Only valid names of files: an index never leads out of its folder.

@@ -1,6 +1,7 @@
 """PNGs, grids and contact sheets, including prompts that no installed font can draw."""
 
 import os
+import subprocess
 import unicodedata
 
 import jax.numpy as jnp
@@ -89,6 +90,29 @@ def test_a_cameras_image_is_put_upright(tmp_path, suffix):
     assert expected.shape == (48, 32, 3) and expected[-8:, :8].min() > 0.9
     lying.save(path, exif=b"Exif\0\0no EXIF at all")
     assert images.read_shape(path) == images.load_png(path).shape == (32, 48, 3)
+
+
+def test_no_other_program_decodes_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "0.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n", "utf-8"
+    )
+    with Image.open(tmp_path / "0.png") as image:
+        assert image.format == "EPS"  # PIL itself would start Ghostscript
+    for read in (images.load_png, images.read_shape):
+        with pytest.raises(InputError, match=r"0\.png is not an image"):
+            read(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(InputError, match=r"1\.png is a pipe or a device"):
+        images.load_png(tmp_path / "1.png")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_an_image_has_its_format_whatever_its_name(tmp_path, form):
+    Image.new("RGB", (8, 4), (255, 255, 255)).save(tmp_path / "image", form)
+    assert images.load_png(tmp_path / "image").min() > 0.98
+    assert images.read_shape(tmp_path / "image") == (4, 8, 3)
 
 
 def test_a_shape_is_read_without_the_pixels(tmp_path):
