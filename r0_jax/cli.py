@@ -18,7 +18,7 @@ from ml_collections.config_flags import config_path
 
 from r0_jax import paths
 from r0_jax.config import make_paths_absolute
-from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain
+from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain, printable
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help then lists --config under the program that defines it
@@ -83,7 +83,7 @@ def _set_jax_options() -> None:
 def _show_warning(message: Warning | str, *where: object) -> None:
     """Print a warning as one line, without its line of code."""
     del where
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:

@@ -3,12 +3,17 @@
 import errno
 import os
 import re
+import unicodedata
 
 # Exit statuses.
 BUG = 1  # as in Python
 USER_ERROR = 2  # as in argparse and most Unix tools
 INTERRUPTED = 130  # 128 + SIGINT
 STOPPED = 75  # stopped by SIGTERM before the end; sysexits' "try again"
+
+# Characters of a word and of a line that are shown.
+_WORD = 1000
+_LINE = 4000
 
 _DISK_ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",
@@ -38,7 +43,29 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     if line is None:
         return BUG, None
     status = BUG if isinstance(error, UnreachableError) else USER_ERROR
-    return status, " ".join(line.splitlines())
+    return status, printable(line)
+
+
+def printable(text: str) -> str:
+    """Return a text of any origin as one line that is safe to show on a terminal.
+
+    Control characters, which could move the cursor or reverse the text, become escapes such as
+    \\x1b. Very long words and lines are cut in their middle.
+    """
+    line = " ".join(text.splitlines())
+    line = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _cut(word[0], _WORD), line)
+    return "".join(map(_escape, _cut(line, _LINE)))
+
+
+def _escape(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # a kind of space
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _cut(text: str, length: int) -> str:
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
 
 
 def disk_problem(error: BaseException | None) -> str | None:

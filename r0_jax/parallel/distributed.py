@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from r0_jax.console import console
-from r0_jax.errors import BUG, INTERRUPTED, STOPPED, InputError, explain
+from r0_jax.errors import BUG, INTERRUPTED, STOPPED, InputError, explain, printable
 from r0_jax.parallel import heartbeat
 from r0_jax.parallel.place import ADDRESS, Place, find, has_tpu
 from r0_jax.parallel.stop_signal import Stopped
@@ -224,7 +224,7 @@ def _leave(error: BaseException, watch: Watch) -> NoReturn:
 def _exit(status: int, line: str | None) -> NoReturn:
     # Not sys.exit: at the end JAX waits for processes that wait for this one.
     if line is not None:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
