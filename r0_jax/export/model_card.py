@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.diffusion import grid
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, printable
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
 from r0_jax.workdir.run import Run
@@ -35,11 +35,11 @@ def write(
     tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
     listed = "\n".join(f"- {tag}" for tag in tags)
     rows = "\n".join(
-        f"| {name} | {_escape(value)} |"
-        for name, value in _recipe(run, step, ema, base_model).items()
+        f"| {_escape(label)} | {_escape(value)} |"
+        for label, value in _recipe(run, step, ema, base_model).items()
     )
     return f"""---
-base_model: {json.dumps(base_model, ensure_ascii=False)}
+base_model: {_string(base_model)}
 base_model_relation: {"adapter" if is_lora else "finetune"}
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -47,11 +47,11 @@ tags:
 {listed}
 ---
 
-# {base_model.rstrip("/").split("/")[-1]} in {num_steps} steps
+# {_escape(base_model.rstrip("/").split("/")[-1])} in {num_steps} steps
 
-A text-to-image generator that takes {num_steps} steps without guidance, made from `{base_model}`
-by regularized reward maximization (R0) with r0_jax. It is a derivative of that model, whose
-licence applies.
+A text-to-image generator that takes {num_steps} steps without guidance, made from
+{_code(base_model)} by regularized reward maximization (R0) with r0_jax. It is a derivative of that
+model, whose licence applies.
 
 ## Use
 
@@ -82,10 +82,10 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
     scheduler = run.scheduler_config.class_name
     # Needed for float32 too: transformers would keep the dtype of the text encoders' files.
     lines, options = ["import torch"], f", dtype=torch.{dtype}"
-    options += "".join(f", {name}=None" for name in run.left_out)
+    options += "".join(f", {part}=None" for part in run.left_out)
     if form != "diffusers":
-        file = f', weight_name="{name}.safetensors"' if form == "kohya" else ""
-        source = json.dumps(base_model, ensure_ascii=False)
+        file = f", weight_name={_string(f'{name}.safetensors')}" if form == "kohya" else ""
+        source = _string(base_model)
         lines += [
             f"from diffusers import {scheduler}, {pipeline}  # needs peft too",
             "",
@@ -132,8 +132,9 @@ In ComfyUI, which supports the published architectures, drop `{comfyui.FILE}` on
 canvas. Its note says where to put the files.
 """
     if form == "kohya" and 1000 % steps == 0:
+        file, tag = _code(f"{name}.safetensors"), _code(f"<lora:{name}:1>")
         notes += f"""
-In A1111 and Forge, put `{name}.safetensors` into models/Lora and write `<lora:{name}:1>` in the
+In A1111 and Forge, put {file} into models/Lora and write {tag} in the
 prompt. Choose sampler Euler, schedule type Simple, {steps} sampling steps and CFG scale 1.
 """
     return notes
@@ -165,7 +166,24 @@ def _weighted(entries: ConfigDict) -> str:
 
 
 def _escape(value: object) -> str:
-    return str(value).replace("|", "\\|")
+    """Return a value as one line of plain Markdown text, whatever it holds."""
+    text = re.sub(r"([\\`*\[\]<>|~&#$])", r"\\\1", printable(str(value)))
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)
+
+
+def _code(value: object) -> str:
+    """Return a value as Markdown code in one line; backticks in it need a longer fence."""
+    text = printable(str(value))
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
+
+
+def _string(value: str) -> str:
+    """Return a text as a string of JSON, YAML and Python that stays in its line."""
+    literal = json.dumps(value, ensure_ascii=False)
+    return literal if literal.isprintable() else json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def _numbers(path: Path) -> str:
@@ -176,8 +194,8 @@ def _numbers(path: Path) -> str:
     except ValueError as error:
         raise InputError(f"{path} is not readable JSON ({error}); evaluate again") from None
     table = report.markdown_table(evaluation)
-    facts = [f"{evaluation['prompts']} prompts"] if "prompts" in evaluation else []
-    facts += [str(evaluation["checkpoint"])] if "checkpoint" in evaluation else []
+    facts = [f"{_escape(evaluation['prompts'])} prompts"] if "prompts" in evaluation else []
+    facts += [_escape(evaluation["checkpoint"])] if "checkpoint" in evaluation else []
     of = f" ({', '.join(facts)})" if facts else ""
     return f"""## Measured
 
