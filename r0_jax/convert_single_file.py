@@ -17,7 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from absl import flags
+from absl import logging as absl_logging
 from safetensors import SafetensorError
 
 from r0_jax import cli, remote
@@ -33,8 +36,9 @@ from r0_jax.files import (
     is_pickle,
     read_json,
 )
-from r0_jax.pipelines import tokenizers
+from r0_jax.pipelines import prediction, tokenizers
 from r0_jax.pipelines.folder import describe, read_index
+from r0_jax.weights import single_file
 from r0_jax.weights.tensor_file import TensorFile
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -106,20 +110,29 @@ def define_flags() -> None:
         "tokenizers; by default the published one, if the cache of the Hugging "
         "Face Hub has it",
     )
+    flags.DEFINE_bool("ema", False, "take the EMA weights of a file that has both")
 
 
-def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None) -> str:
+def convert_single_file(
+    checkpoint: Path, out: Path, config: Path | None = None, ema: bool = False
+) -> str:
     """Write the folder `out` in the checkpoint's dtype; return the class of its pipeline.
 
     For a checkpoint of several dtypes, use the narrowest dtype that holds all of them. Omit T5 if
-    the checkpoint lacks it. Raise InputError, and write nothing, if the checkpoint is incomplete,
-    its family is not supported, or `config` belongs to another family.
+    the checkpoint lacks it. With `ema`, take the EMA weights of the network. Raise InputError, and
+    write nothing, if the checkpoint is incomplete, its family is not supported, or `config` belongs
+    to another family.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; choose another --out")
     check_writable(out)
-    shapes, dtypes = _read_header(checkpoint)
+    file = _open(checkpoint)
+    shapes, dtypes = _read_header(file)
     family = find_family(shapes, checkpoint)
+    is_rewritten = single_file.needs_rewrite(file) or ema
+    said = None
+    if family != "StableDiffusion3Pipeline":
+        said = prediction.find(shapes, file.metadata, checkpoint)
     config = config or _cached_config(family)
     index = read_index(config)
     if (found := index["_class_name"]) != family:
@@ -140,9 +153,21 @@ def convert_single_file(checkpoint: Path, out: Path, config: Path | None = None)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as building:
         building = Path(building)
         _copy_configs(config, building / "config")
+        if said is not None:
+            prediction.apply(said, building / "config", checkpoint)
+        source = checkpoint
+        if is_rewritten:
+            source = building / "checkpoint.safetensors"
+            dtype = np.dtype(getattr(ml_dtypes, _common(dtypes), None) or _common(dtypes))
+            single_file.rewrite(file, source, dtype, ema)
+        elif single_file.has_ema(file):
+            absl_logging.warning(
+                "%s holds raw and EMA weights: the raw ones are taken; --ema takes the others",
+                checkpoint,
+            )
         with _told(checkpoint, config):
             pipeline = getattr(diffusers, family).from_single_file(
-                str(checkpoint),
+                str(source),
                 config=str(building / "config"),
                 local_files_only=True,
                 torch_dtype=getattr(torch, _common(dtypes)),
@@ -200,8 +225,7 @@ def find_family(shapes: Shapes, path: Path) -> str:
     return family
 
 
-def _read_header(path: Path) -> tuple[Shapes, set[str]]:
-    """Return shapes by key, and the dtypes of the floating-point tensors."""
+def _open(path: Path) -> TensorFile:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     check_not_pointer(path)
@@ -211,10 +235,18 @@ def _read_header(path: Path) -> tuple[Shapes, set[str]]:
         raise InputError(
             f"{path} is {A_PICKLE}: get the checkpoint as .safetensors; most exist in this format"
         )
-    tensors = TensorFile(path).tensors
+    return TensorFile(path)
+
+
+def _read_header(file: TensorFile) -> tuple[Shapes, set[str]]:
+    """Return shapes by key, and the dtypes of the floating-point weights."""
     return (
-        {key: tensor.shape for key, tensor in tensors.items()},
-        {tensor.dtype for tensor in tensors.values() if "float" in tensor.dtype},
+        {key: tensor.shape for key, tensor in file.tensors.items()},
+        {
+            tensor.dtype
+            for key, tensor in file.tensors.items()
+            if "float" in tensor.dtype and single_file.is_weight(key) and tensor.shape != (0,)
+        },
     )
 
 
@@ -361,6 +393,7 @@ def main(argv: list[str]) -> None:
         remote.local(given.checkpoint),
         remote.output(given.out),
         remote.local(given.config) if given.config else None,
+        given.ema,
     )
     print(f"{given.out} is {describe(family)}")
 

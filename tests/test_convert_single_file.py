@@ -12,11 +12,15 @@ import pytest
 import torch
 from runs import ROOT, check_refusals
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 
 from r0_jax import convert_single_file as single
+from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
-from r0_jax.pipelines import families
+from r0_jax.pipelines import families, prediction
 from r0_jax.stand_ins import miniature
+from r0_jax.weights import single_file
+from r0_jax.weights.tensor_file import TensorFile
 
 FAMILIES = {  # name -> (miniature, changes); diffusers gives SD3's CLIP-L an identity projection
     "sd15": ("StableDiffusionPipeline", {}),
@@ -358,6 +362,116 @@ def test_sd3_without_t5_and_in_the_dtype_of_the_file(world, tmp_path):
     weights = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert {value.dtype for value in load_file(weights).values()} == {np.dtype(np.float16)}
     assert "text_encoder_3" not in families.load(tmp_path / "out").networks
+
+
+@pytest.mark.parametrize(
+    ("name", "markers", "metadata", "expected"),
+    [
+        ("sdxl", ["v_pred", "ztsnr"], {}, ("EulerDiscreteScheduler", "v_prediction", True)),
+        ("sdxl", [], {"modelspec.prediction_type": "v"}, (None, "v_prediction", False)),
+        ("sd15", ["v_pred"], {}, (None, "v_prediction", False)),
+    ],
+)
+def test_the_file_says_what_the_network_predicts(
+    world, tmp_path, caplog, name, markers, metadata, expected
+):
+    tensors = load_file(world / name / "file.safetensors")
+    tensors |= {key: np.zeros(0, np.float32) for key in markers}
+    save_file(tensors, tmp_path / "v.safetensors", metadata)
+    single.convert_single_file(
+        tmp_path / "v.safetensors", tmp_path / "out", world / name / "config"
+    )
+    path = tmp_path / "out" / "scheduler" / "scheduler_config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    cls, kind, zero = expected
+    assert fields["prediction_type"] == kind and cls in (None, fields["_class_name"])
+    assert fields.get("rescale_betas_zero_snr", False) is zero
+    assert (fields.get("timestep_spacing") == "trailing") is zero or not zero
+    assert families.load(tmp_path / "out").scheduler_config.noise.prediction_type == kind
+    assert "prediction_type=v_prediction" in caplog.text and "the file wins" in caplog.text
+
+
+def test_scaled_fp8_and_ema_are_rewritten(tmp_path):
+    rng = np.random.default_rng(0)
+    true = {f"model.diffusion_model.{x}.weight": rng.normal(size=(4, 3)) for x in "ab"}
+    a, b = true
+    scale, rows = np.float32(0.01).reshape(1), np.float32([0.1, 0.2, 0.3, 0.01])
+    kinds = {"scale_weight": (a, scale), "weight_scale": (b, rows[:, None])}
+    fp8 = {
+        key: torch.from_numpy(true[key] / by).to(torch.float8_e4m3fn) for key, by in kinds.values()
+    }
+    tensors = fp8 | {
+        key.replace("weight", end): torch.from_numpy(by) for end, (key, by) in kinds.items()
+    }
+    tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    tensors["model.diffusion_model.a.scale_input"] = torch.ones(1)
+    tensors["model_ema.diffusion_modelaweight"] = torch.full((4, 3), 7.0)
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    torch_save(tensors, path)
+    file = TensorFile(path)
+    assert single_file.needs_rewrite(file) and single_file.has_ema(file)
+    single_file.rewrite(file, out, np.dtype(np.float16))
+    found = load_file(out)
+    assert set(found) == {a, b, "model_ema.diffusion_modelaweight"}
+    for key, by in kinds.values():
+        np.testing.assert_array_equal(
+            found[key], (fp8[key].float().numpy() * by).astype(np.float16)
+        )
+        np.testing.assert_allclose(found[key], true[key], rtol=0.07, atol=1e-3)
+    with pytest.raises(InputError, match=r"no EMA weights of model\.diffusion_model\.b\.weight"):
+        single_file.rewrite(file, out, np.dtype(np.float16), ema=True)
+    tensors["model_ema.diffusion_modelbweight"] = torch.full((4, 3), 8.0)
+    torch_save(tensors, path)
+    single_file.rewrite(TensorFile(path), out, np.dtype(np.float16), ema=True)
+    assert {key: value.max() for key, value in load_file(out).items()} == {a: 7, b: 8}
+
+
+def test_scaled_fp8_of_a_whole_pipeline(world, tmp_path):
+    tensors = {}
+    for key, value in load_file(world / "sd3" / "file.safetensors").items():
+        value = torch.from_numpy(value)
+        tensors[key] = value.half()
+        if "mlp.fc1.weight" in key and "diffusion_model" in key:
+            scale = value.abs().max() / 448
+            tensors[key] = (value / scale).to(torch.float8_e4m3fn)
+            tensors[key.replace(".weight", ".scale_weight")] = scale.reshape(1)
+    torch_save(tensors, tmp_path / "fp8.safetensors")
+    single.convert_single_file(
+        tmp_path / "fp8.safetensors", tmp_path / "out", world / "sd3" / "config"
+    )
+    part = "transformer/diffusion_pytorch_model.safetensors"
+    found, true = load_file(tmp_path / "out" / part), load_file(world / "sd3" / "base" / part)
+    for key, value in true.items():
+        assert found[key].dtype == np.float16
+        assert np.linalg.norm(found[key] - value) <= 0.05 * np.linalg.norm(value), key
+
+
+def test_markers_and_metadata_of_the_noise(tmp_path):
+    def find(*keys, **metadata):
+        return tuple(prediction.find(keys, metadata, tmp_path))
+
+    assert find() == (None, False)
+    assert find("v_pred", **{"modelspec.prediction_type": "epsilon"}) == ("v_prediction", False)
+    assert find("ztsnr") == ("v_prediction", True)
+    assert find(**{"modelspec.prediction_type": "epsilon"}) == ("epsilon", False)
+    assert find(ss_zero_terminal_snr="True") == ("v_prediction", True)
+    for key in ("edm_vpred.sigma_max", "edm_mean"):
+        with pytest.raises(InputError, match=r"EDM's noise .* not supported"):
+            find(key, "v_pred")
+    with pytest.raises(InputError, match="prediction_type='flow', which is not supported"):
+        find(**{"modelspec.prediction_type": "flow"})
+
+
+def test_zero_snr_needs_a_scheduler_that_has_it(world, tmp_path):
+    shutil.copytree(world / "sd15" / "config", tmp_path / "config")
+    path = tmp_path / "config" / "scheduler" / "scheduler_config.json"
+    fields = json.loads(path.read_text("utf-8")) | {"_class_name": "PNDMScheduler"}
+    path.write_text(json.dumps(fields | {"skip_prk_steps": True}), "utf-8")
+    prediction.apply(prediction.Prediction("v_prediction", True), tmp_path / "config", tmp_path)
+    changed = SchedulerConfig.from_json(json.loads(path.read_text("utf-8")))
+    assert changed.class_name == "DDIMScheduler" and changed.noise.rescale_betas_zero_snr
+    index = json.loads((tmp_path / "config" / "model_index.json").read_text("utf-8"))
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
 
 
 def test_the_narrowest_dtype_that_holds_all():

@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 
 class TensorFile:
-    """Hold an open safetensors file, its `tensors` by their keys.
+    """Hold an open safetensors file: its `tensors` by their keys, and its text `metadata`.
 
     It is read by position and not mapped. The pages of a mapping count as memory of the process
     for as long as it lasts. A mapped file that is cut short kills the process.
@@ -72,6 +72,7 @@ class TensorFile:
         weakref.finalize(self, os.close, self._file)
         size = int.from_bytes(self._read_bytes(np.empty(8, np.uint8), 0), "little")
         header = json.loads(self._read_bytes(np.empty(size, np.uint8), 8).tobytes())
+        self.metadata: dict[str, str] = header.get("__metadata__", {})
         self.tensors = {
             key: Stored(
                 _name(entry["dtype"]), tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
