@@ -33,6 +33,7 @@ def pickles(folder: Path) -> list[Path]:
 
 def check_not_pointer(path: str | os.PathLike) -> None:
     """Raise InputError if a file is a Git LFS pointer; say nothing of a file that is not there."""
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             start = file.read(len(_LFS))
