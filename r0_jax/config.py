@@ -1,6 +1,6 @@
-"""The one base of all recipes: every field, explained. Recipes are small overrides of it.
+"""The base of all recipes, with every field explained. A recipe overrides a few fields.
 
-Fields are changed on the command line as `--config.field=value`; an unknown one is an error. A
+The command line changes fields as `--config.field=value`; an unknown one is an error. A
 relative path begins in the folder where the command runs, and `~` is the home folder. Paths may
 also be in gs:// or s3:// (docs/remote_paths.md).
 """
@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from r0_jax import paths
 
-# A layer that is split by its outputs (queries, keys, values; the first of a feed-forward) is
-# followed by one that is split by its inputs: what is between them never leaves its device. Of
-# adapters the half is split that touches the split side.
+# Queries, keys, values and the first layer of a feed-forward are split by their outputs. The layer
+# that follows is split by its inputs, so what is between them never leaves its device. Of an
+# adapter only the factor at the split side is split.
 TENSOR_PARALLEL = (
     # T5.
     (r".*\.SelfAttention\.([qkv]\.kernel|relative_attention_bias\.embedding)", "column"),
@@ -40,41 +40,41 @@ PATHS = (
 
 
 def get_config() -> ConfigDict:
-    """All fields with their defaults, locked: a recipe cannot add one by a typing error."""
+    """Return all fields with their defaults, locked: a typing error cannot add a field."""
     config = ConfigDict()
 
     # The diffusers folder of the pretrained pipeline (it holds model_index.json).
     config.pretrained = ""
-    # The class of diffusers that this folder must be of: StableDiffusionPipeline,
-    # StableDiffusionXLPipeline or StableDiffusion3Pipeline; "" takes any of them.
+    # The diffusers class of this folder: StableDiffusionPipeline, StableDiffusionXLPipeline or
+    # StableDiffusion3Pipeline. Another one is an error; "" takes any of them.
     config.family = ""
-    # What frozen weights are kept in and networks compute in: "float32", or "bfloat16" on
+    # The dtype of frozen weights and of the networks' arithmetic: "float32", or "bfloat16" on
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
     config.dtype = "float32"
-    # What computes attention: "xla", anywhere; "cudnn", on NVIDIA GPUs in bfloat16; "splash", on
-    # TPUs; "auto", the one that suits the machine. cudnn and splash never hold the weights of all
-    # pairs of pixels. A layer that one of them cannot do, such as the VAE's under cudnn, goes by
-    # xla; so do the reward models.
+    # The program of attention. "xla" works anywhere, "cudnn" on NVIDIA GPUs in bfloat16, "splash"
+    # on TPUs; "auto" takes the one that suits the machine. cudnn and splash never hold the weights
+    # of all pairs of pixels. Layers that they do not support, such as the VAE's under cudnn, use
+    # xla. So do the reward models.
     config.attention = "xla"
-    # What the backward pass computes again instead of keeping it: "blocks", each resnet and each
-    # transformer block from its input, the least memory; "calls", each call of the generator as a
-    # whole, whose activations it then holds at once; "none", for small networks.
+    # What the backward pass computes again to save memory. "blocks": each resnet and transformer
+    # block from its input, the least memory. "calls": each call of the generator from its input;
+    # the activations of one call are held at once. "none": nothing, for small networks.
     config.remat = "calls"
-    # Compile identical blocks that follow each other (a transformer's) once, as a loop: large
-    # networks compile several times faster, and run about as fast; small ones run slower on CPU.
+    # Compile identical blocks that follow each other once, as a loop. Large networks compile
+    # several times faster and run about as fast. Small ones run slower on CPU.
     config.scan_blocks = False
     # Seed of everything random: adapters, the order of prompts, noise, eta.
     config.seed = 0
 
     # Training steps (optimizer updates) of the whole run.
     config.steps = 1000
-    # Samples a step over all devices and microbatches.
+    # Samples of a step, over all devices and microbatches.
     config.batch_size = 32
     # Samples that a device computes at once; 0: all of its share. A larger share is cut into
-    # microbatches whose gradients are averaged, which equals the large batch exactly.
+    # microbatches. Their gradients are averaged, which equals the large batch exactly.
     config.device_batch = 0
-    # Images that a device draws and scores at once, in evaluations and for the table; 0: as many as
-    # the training step holds there (device_batch, or its share of batch_size).
+    # Images that a device draws and scores at once, in evaluations and for the table. 0: as many as
+    # the training step holds there (device_batch, or the device's share of batch_size).
     config.draw_batch = 0
     # Decay of the average of the trained parameters that is evaluated and exported.
     config.ema_decay = 0.99
@@ -84,54 +84,54 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # Training prompts: a .txt (one a line), .jsonl, .json or .parquet file or a tfds folder.
     config.data.prompts = ""
-    # A folder that `r0_jax.encode_prompts` made of these prompts, those of eval and test, and the
-    # rewards, or that holds embeddings of your own (docs/prompts.md): training, evaluation
-    # and the table then need no text encoder, neither of the pipeline nor of a reward. data.prompts
-    # may be "" then; if it is set, the prompts must be the same. "" encodes prompts while training.
+    # A folder of encoded prompts, made by `r0_jax.encode_prompts` or from embeddings of your own
+    # (docs/prompts.md). It holds the prompts of training, eval and test, and the rewards' features.
+    # Training, evaluation and the table then need no text encoder. data.prompts may be ""; if it is
+    # set, the prompts must be the same. "" encodes prompts while training.
     config.data.encoded = ""
 
     config.sampler = ConfigDict()
-    # Network calls of the generator, at most 4: it is trained on the grid that a stock sampler
-    # with trailing spacing visits in so many steps.
+    # Network calls of the generator, at most 4. It is trained on the grid that a stock sampler
+    # with trailing spacing visits in that number of steps.
     config.sampler.num_steps = 4
-    # In training each step of each sample draws eta ~ U[0, 1]: path augmentation against hacking.
+    # In training each step of each sample draws eta ~ U[0, 1]. Varied paths work against hacking.
     config.sampler.random_eta = True
-    # The eta of training without random_eta: 0 is DDIM, 1 re-noises freshly. Images are drawn with
-    # 0 afterwards, as a stock sampler does.
+    # The eta of training without random_eta: 0 is DDIM, 1 re-noises freshly. Evaluations, samples
+    # and exports draw with 0, as a stock sampler does.
     config.sampler.eta = 0.0
 
     config.objective = ConfigDict()
-    # "r0": reward the last image, gradients through the last grad_steps calls.
-    # "r0plus": reward the one-shot prediction of a random call, gradient through that call alone.
+    # "r0" rewards the last image, with gradients through the last grad_steps calls. "r0plus"
+    # rewards the one-shot prediction of a random call, with a gradient through that call alone.
     config.objective.method = "r0"
-    # Of "r0": how many of the last calls carry gradient (num_steps: all, as in the paper).
+    # For "r0": how many of the last calls carry a gradient (num_steps: all, as in the paper).
     config.objective.grad_steps = 4
-    # Folder of a tiny autoencoder that decodes what rewards look at in training: TAESD for Stable
-    # Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3, in diffusers' format. "" is the pipeline's
-    # own VAE, which draws all samples and evaluations in any case.
+    # Folder of a tiny autoencoder, in diffusers' format, that decodes for the rewards in training:
+    # TAESD for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3. "" uses the pipeline's own
+    # VAE. Samples and evaluations always use the VAE.
     config.objective.decoder = ""
-    # Compile these calls one after the other instead of as a loop: the same numbers. For small
-    # networks on CPU, where the gradient of a loop is many times slower.
+    # Compile these calls one after the other instead of as a loop, with the same numbers. On CPU
+    # the gradient of a loop is many times slower for small networks.
     config.objective.unroll = False
-    # "per_sample": each reward's image gradient is divided by its own norm; "running_std": by the
-    # standard deviation of the reward's scores over the last steps; "none": plain sum.
+    # What a reward's image gradient is divided by. "per_sample": its own norm; "running_std": the
+    # standard deviation of the reward's scores over the last steps; "none": nothing.
     config.objective.normalization = "per_sample"
-    # Added to the norm that is divided by.
+    # Added to that divisor.
     config.objective.delta = 1e-8
-    # "project": what of a reward's gradient works against another reward's is taken out (PCGrad);
-    # "keep": they are added as they are.
+    # "project" removes the part of a reward's gradient that works against another reward's
+    # (PCGrad). "keep" adds the gradients as they are.
     config.objective.conflicts = "keep"
-    # Rewards' gradients are taken at images so far down their own slope (a norm, in units of
-    # pixels in [0, 1]); 0.01 is usual, 0 is off, and it costs a second gradient of each reward.
+    # Rewards' gradients are taken at images this far down their own slope (a norm, in units of
+    # pixels in [0, 1]). 0.01 is usual and 0 is off. It costs a second gradient of each reward.
     config.objective.sharpness = 0.0
 
-    # What is maximized, {name: entry}; see `reward_entry` below for the fields of an entry.
+    # The rewards that training maximizes, {name: entry}; `reward_entry` below has their fields.
     config.rewards = ConfigDict()
-    # Entries of the same form that are only measured, on validation prompts; never trained on.
+    # Rewards that are only measured, on validation prompts, with entries of the same form.
     config.heldout_rewards = ConfigDict()
 
-    # What keeps the generator near its pretrained self. A weight of 0 leaves the term out of the
-    # program altogether.
+    # What keeps the generator near its pretrained self. A weight of 0 removes the term from the
+    # program.
     config.regularizers = ConfigDict()
     # weight * ||theta - theta_pretrained||^2, with LoRA on the product B A.
     config.regularizers.weight = ConfigDict({"weight": 0.0})
@@ -139,32 +139,32 @@ def get_config() -> ConfigDict:
     config.regularizers.langevin = ConfigDict({"weight": 0.0})
     # weight * mean squared distance to the base's one-shot x0 at the same noisy input.
     config.regularizers.output = ConfigDict({"weight": 0.0})
-    # weight * relative distance in the base's mid-block features of the output re-noised to a
-    # level between `least` and `most` (shares of the trained timesteps).
+    # weight * relative distance in the base's mid-block features. The output is noised to a level
+    # between `least` and `most`, shares of the trained timesteps.
     config.regularizers.feature = ConfigDict({"weight": 0.0, "least": 0.02, "most": 0.5})
-    # A share `weight` (0 to 1) of each reward's gradient is replaced by its average over `samples`
-    # images with noise of standard deviation `std`; the norm of the rewards' weighted sum is cut
-    # at `clip`. Both per sample.
+    # A share `weight` (0 to 1) of each reward's gradient becomes its average over `samples` images
+    # with noise of standard deviation `std`. The norm of the rewards' weighted sum is cut at
+    # `clip`. Both act on each sample by itself.
     config.regularizers.gradient = ConfigDict(
         {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9}
     )
-    # weight * the implicit reward of classifier-free guidance with this `scale`, evaluated on the
-    # output re-noised to a level between `least` and `most`.
+    # weight * the implicit reward of classifier-free guidance with this `scale`. The output is
+    # noised to a level between `least` and `most`.
     config.regularizers.guidance = ConfigDict(
         {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98}
     )
 
     config.lora = ConfigDict()
-    # Rank of the adapters, at most the smaller side of every layer's matrix; 0 trains all weights
+    # Rank of the adapters, at most the smaller side of every layer's matrix. 0 trains all weights
     # of the network instead.
     config.lora.rank = 32
     # Adapters are scaled by alpha / rank.
     config.lora.alpha = 32.0
-    # Regular expression on whole dotted names of layers that get an adapter.
+    # Regular expression on the whole dotted names of the layers that get an adapter.
     config.lora.targets = r".*\.attn[12]\.to_(q|k|v|out\.0)"
 
     config.optimizer = ConfigDict()
-    # Of AdamW, after warm-up.
+    # The learning rate of AdamW after warm-up.
     config.optimizer.learning_rate = 1e-4
     # Steps of linear warm-up.
     config.optimizer.warmup_steps = 10
@@ -173,48 +173,49 @@ def get_config() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.99
     config.optimizer.eps = 1e-8
-    # Decoupled, on matrices only, as a share of the learning rate.
+    # Decoupled weight decay, on matrices only, as a share of the learning rate.
     config.optimizer.weight_decay = 0.0
     # Gradients are scaled down to this global norm.
     config.optimizer.clip_norm = 1.0
 
     config.mesh = ConfigDict()
-    # Devices that split the batch only, devices that split the batch and the weights, and devices
-    # that split the heads and the feed-forward layers of a sample; the batch is a multiple of data
-    # x fsdp. -1 is the rest.
+    # Devices on each axis; -1 is the rest. `data` splits the batch, `fsdp` the batch and the
+    # weights, `tensor` the heads and the feed-forward layers of a sample. The batch is a multiple
+    # of data x fsdp.
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
-    # (regular expression on whole dotted names, strategy); the first match counts. "fsdp": split
-    # over the fsdp axis; "replicate": whole on every device; "column", "row": the layer's outputs
-    # or inputs are also split over the tensor axis, if that divides them and the heads.
+    # (regular expression on whole dotted names, strategy); the first match counts. "fsdp" splits
+    # over the fsdp axis. "replicate" keeps the whole on every device. "column" and "row" also split
+    # the layer's outputs or inputs over the tensor axis, if that divides them and the heads.
     config.sharding = (*TENSOR_PARALLEL, (".*", "fsdp"))
 
-    # Of a run of many processes (docs/scale.md). Seconds until all of them have to be there.
+    # For runs of many processes (docs/scale.md). Seconds until all of them must be there.
     config.processes = ConfigDict()
     config.processes.start_timeout = 300
-    # The run ends when a process has given no sign of life for so many seconds: it was killed, its
-    # machine is gone, or it is frozen.
+    # The run ends when a process gives no sign of life for this number of seconds. It was killed,
+    # its machine is gone, or it is frozen.
     config.processes.lost_timeout = 60
-    # The run ends when no process has finished a step, a batch of an evaluation or a checkpoint for
-    # so many seconds, which have to be enough to compile the step and to fetch one folder of
-    # weights: one of them hangs.
+    # The run ends when no process finishes a step, a batch of an evaluation or a checkpoint for
+    # this number of seconds: one of them hangs. They must suffice to compile the step, and to fetch
+    # one folder of weights.
     config.processes.hang_timeout = 1800
 
-    # Steps between lines of metrics.jsonl, checkpoints, and evaluations (each evaluation is also
-    # a checkpoint, so that the best one is kept).
+    # Steps between lines of metrics.jsonl, between checkpoints, and between evaluations. Each
+    # evaluation is also a checkpoint, so that the best one is kept.
     config.log_every = 1
     config.checkpoint_every = 100
     config.eval_every = 100
-    # Checkpoints kept: the newest so many, and the best.
+    # How many of the newest checkpoints are kept, besides the best one.
     config.keep_checkpoints = 2
-    # The metric that says which is best, the higher the better; "" keeps none.
+    # The metric of the best checkpoint, the higher the better; "" keeps no best one.
     config.best_metric = ""
-    # Training ends after so many evaluations in a row without a new best; 0: never before `steps`.
+    # Training ends after this number of evaluations in a row without a new best. 0: at `steps`.
     config.early_stop = 0
+    # Also log to TensorBoard, in the workdir's folder tensorboard.
     config.tensorboard = True
-    # Steps that are traced for TensorBoard's profiler, after the first step of each start, which is
-    # compiled; 0 traces none. The trace lies in the workdir, in tensorboard/plugins/profile.
+    # Steps that are traced for TensorBoard's profiler, after the first step of each start, which
+    # compiles. 0 traces none. The trace lies in the workdir, in tensorboard/plugins/profile.
     config.profile = 0
     # Also log to Weights & Biases (needs the wandb package).
     config.wandb = False
@@ -222,28 +223,29 @@ def get_config() -> ConfigDict:
     config.compilation_cache = ""
 
     config.eval = ConfigDict()
-    # Prompts of the evaluations during training, in any of the formats above; "" takes the
-    # training prompts. Held-out rewards and the sample grid are computed on the first so many.
+    # Prompts of the evaluations during training, in any of the formats above. "" takes the training
+    # prompts. Only the first num_prompts of them are used.
     config.eval.prompts = ""
     config.eval.num_prompts = 64
     # Images of the sample grid, always from the same noise.
     config.eval.grid = 16
 
     config.test = ConfigDict()
-    # The table at the end of the run: base with guidance, base in few steps, R0. "" makes none.
+    # Prompts of the table at the end of the run: base with guidance, base in few steps, R0. ""
+    # makes no table.
     config.test.prompts = ""
     config.test.num_prompts = 300
-    # Diversity is measured on so many of them, with so many samples each.
+    # Diversity is measured on diversity_prompts of them, with samples_per_prompt images each.
     config.test.diversity_prompts = 40
     config.test.samples_per_prompt = 8
-    # How the base is sampled when it takes its time.
+    # Steps and guidance of the guided base.
     config.test.base_steps = 25
     config.test.guidance_scale = 7.5
-    # Name of the held-out reward (of type clip_score) whose image features the Frechet distance
-    # and the diversity are measured in; "" leaves both out.
+    # Name of a held-out reward of type clip_score. Frechet distance and diversity are measured in
+    # its image features; "" measures neither.
     config.test.features = ""
-    # "shapes": prompts are scenes of the embedded world, so that an exact judge looks at every
-    # image and the Frechet distance is to rendered scenes; "": neither.
+    # "shapes": the prompts are scenes of the embedded world. Its exact judge looks at every image,
+    # and the Frechet distance is to rendered scenes. "" has neither.
     config.test.world = ""
 
     return config.lock()
@@ -279,17 +281,17 @@ def reward_entry(
     cap: float = 1e9,
     resize: str = "bicubic",
 ) -> ConfigDict:
-    """One reward.
+    """Return the entry of one reward.
 
     Args:
       type: "clip_score", "hps_v2", "hps_v2_1", "pickscore", "image_reward", "chinese_clip",
         "aesthetic" or "function".
-      weight: of its normalized gradient.
+      weight: the weight of its normalized gradient.
       path: folder of the weights, as published or as `r0_jax.convert_reward` makes it.
-      head: safetensors file of the MLP (aesthetic); "" looks for it in the folder.
+      head: safetensors file of the MLP of "aesthetic"; "" looks for it in the folder.
       logit_scale: a clip_score is exp(logit_scale) times the cosine.
       function: "module:function" of the user's own reward.
-      cap: an image that scores so much is not pushed further by this reward: relu(cap - score).
+      cap: the score from which on this reward does not push an image: relu(cap - score).
       resize: how images come down to the size of the reward's tower: "bicubic", with antialiasing,
         as published; "reduce": means of whole blocks of pixels first. docs/reports/rewards.md
         compares them.

@@ -1,6 +1,6 @@
-"""What a config trains, put together: networks, rewards, objective, optimizer and the jitted step.
+"""Networks, rewards, objective, optimizer and the jitted step of a config, put together.
 
-Nothing of it is on a device: `train` places it and runs it, `plan` only compiles it.
+Nothing is on a device here. `train` places and runs a program; `plan` only compiles it.
 """
 
 import dataclasses
@@ -29,9 +29,11 @@ from r0_jax.weights.network import Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Attributes:
-    frozen: what is never trained, `Lazy` leaves as the objective's argument has them.
-    source: prompts that `step` trains on.
+    """What a config trains.
+
+    Attributes:
+      frozen: what is never trained, as the objective takes it, with `Lazy` leaves.
+      source: the prompts that `step` trains on.
     """
 
     config: ConfigDict
@@ -44,7 +46,7 @@ class Program:
     source: PromptSource
 
     def changed(self, *, config: ConfigDict | None = None, mesh: Mesh | None = None) -> "Program":
-        """The same networks and rewards by another config or on another mesh."""
+        """Return the same networks and rewards by another config or on another mesh."""
         return build(
             config or self.config,
             mesh or self.mesh,
@@ -54,7 +56,7 @@ class Program:
         )
 
     def init(self, base: Params) -> TrainState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         shapes = self.pipeline.networks[self.pipeline.generator_part].shapes
         params = self.generator.init(jax.random.key(self.config.seed), base, shapes)
         spread_of = (
@@ -66,7 +68,7 @@ class Program:
 
     @functools.cached_property
     def frozen_sharding(self) -> dict[str, Any]:
-        """Where each leaf of `frozen` is to live."""
+        """The sharding of each leaf of `frozen`."""
 
         def of(params: Params, heads: Mapping[str, int] | None = None) -> dict[str, NamedSharding]:
             shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
@@ -136,8 +138,10 @@ def step_on(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
 ) -> TrainStep:
-    """The pure step of a mesh, its batch cut into microbatches of `config.device_batch` samples a
-    device."""
+    """Return the pure step on a mesh.
+
+    Its microbatches hold `config.device_batch` samples a device.
+    """
     count = sharding.microbatches(config.batch_size, config.device_batch, mesh)
     split = sharding.microbatch_sharding(mesh)
     return make_train_step(objective, optimizer, config, count, split)
@@ -150,7 +154,7 @@ def build(
     rewards: Sequence[Reward],
     source: PromptSource,
 ) -> Program:
-    """The program of a config, of a pipeline and of rewards that were loaded.
+    """Return the program of a config, with a pipeline and rewards that are loaded.
 
     Raises InputError for a tiny decoder or adapters that do not fit the pipeline.
     """
