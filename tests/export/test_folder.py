@@ -192,8 +192,9 @@ def test_variants_shards_and_pickles_of_other_parts(runs, exported, pretrained, 
 
 def test_shards_of_any_name(pretrained, tmp_path):
     """Only the index says that they are weights."""
-    source, target = tmp_path / "source", tmp_path / "target"
+    source, target = tmp_path / "source" / "part", tmp_path / "target" / "part"
     shutil.copytree(pretrained / "text_encoder", source)
+    target.parent.mkdir()
     tensors = list(load_file(source / "model.safetensors").items())
     os.unlink(source / "model.safetensors")
     weights = {}
@@ -203,7 +204,7 @@ def test_shards_of_any_name(pretrained, tmp_path):
     index = json.dumps({"metadata": {}, "weight_map": weights})
     (source / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     (source / "notes.txt").mkdir()  # a folder is passed over
-    assert export._copy_part(source, target)
+    assert export._copy_part(source.parent, target.parent, "part")
     assert set(os.listdir(target)) == set(os.listdir(source)) - {"notes.txt"}
     network = stable_diffusion.load(pretrained).networks["text_encoder"]
     expected = convert.load([pretrained / "text_encoder" / "model.safetensors"], network)

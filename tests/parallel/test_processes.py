@@ -131,7 +131,7 @@ def ended(program):
             2,
             [
                 "[0] error: cannot write a checkpoint to ",
-                "/checkpoints: file too large; those",
+                "/checkpoints: file too large; older",
                 "[1] error: process 0 of 2: cannot write a checkpoint to ",
             ],
         ),

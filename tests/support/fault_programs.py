@@ -47,6 +47,7 @@ def train() -> None:
     from r0_jax import cli, main
 
     split_small_arrays()
+    main.define_flags()
     cli.run(main.main)
 
 

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import grain  # noqa: F401 (slow to import, and nothing is done meanwhile)
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tensorflow_datasets  # noqa: F401 (as grain)
 
 from r0_jax import config as base
 from r0_jax.errors import InputError
