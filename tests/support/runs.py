@@ -39,6 +39,8 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
         "attention": "xla",
         "steps": 100,
         "batch_size": 8,
+        "device_batch": 0,
+        "draw_batch": 0,
         "seed": 3,
         "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
         "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
