@@ -246,7 +246,7 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     before = list((tmp_path / "killed").glob("encoded_prompts-train*"))
     assert 3 <= len(before) < 100
     (tmp_path / "killed" / ".encoded_prompts-train.array_record-00099.tmp").write_bytes(b"half")
-    with pytest.raises(InputError, match="is not finished: give the command"):
+    with pytest.raises(InputError, match="is not finished: repeat the command"):
         encoded.open_folder(tmp_path / "killed")
     times = {path: path.stat().st_mtime_ns for path in before}
     ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"))
