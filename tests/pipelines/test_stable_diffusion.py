@@ -446,7 +446,6 @@ def test_another_family_is_named(copy, changes, said):
         # Supported, but not what the file holds.
         ("unet", {"layers_per_block": 2}, "attentions.1."),
         ("text_encoder", {"num_hidden_layers": 3}, "layers.2."),
-        ("text_encoder", {"num_hidden_layers": 1}, "layers.1."),
     ],
 )
 def test_a_config_that_is_not_supported_or_does_not_fit(copy, part, changes, said):
