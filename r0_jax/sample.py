@@ -79,7 +79,12 @@ def define_flags() -> None:
         "default for up to 4 steps: as in training, 1,.75,.5,.25",
     )
     flags.DEFINE_float(
-        "eta", 0.0, "share of fresh noise in DDIM steps", lower_bound=0, upper_bound=1
+        "eta",
+        None,
+        "with --pipeline of DDIM: 1 makes its steps those of DDPM; with --workdir, 0 or 1: the "
+        "share of each step's noise that is drawn anew; default: 0, or that of the run",
+        lower_bound=0,
+        upper_bound=1,
     )
     flags.DEFINE_integer(
         "seed",
@@ -113,14 +118,17 @@ def from_pipeline(
     folder: str | Path,
     num_inference_steps: int,
     sigmas: Sequence[float | int] | None = None,
+    eta: float | None = None,
     prompts: PromptSource = _TEXT,
 ) -> Source:
     """Load a diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines.
 
-    For encoded `prompts` it needs no text encoders.
+    `eta` is for DDIM. For encoded `prompts` the folder needs no text encoders.
     """
     pipeline = prompts.attach(families.load(folder, text=prompts.text))
     scheduler = grid.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
+    if eta is not None:
+        scheduler = scheduler.with_eta(eta)
     return Source(pipeline, pipeline.params, scheduler)
 
 
@@ -129,11 +137,13 @@ def from_run(
     num_inference_steps: int | None = None,
     step: str = "",
     pretrained: str | Path | None = None,
+    eta: float | None = None,
     prompts: PromptSource = _TEXT,
 ) -> Source:
     """Load the EMA generator of a run, in float32, on its grid; `step` as for `Run.choose_step`.
 
-    For encoded `prompts` its pipeline needs no text encoders.
+    `eta`, 0 or 1, replaces that of the run. For encoded `prompts` its pipeline needs no text
+    encoders.
     """
     run = open_run(workdir, pretrained, text=prompts.text)
     chosen = run.choose_step(step)
@@ -148,7 +158,9 @@ def from_run(
         raise
     weights = run.weights(run.params(chosen), "float32")
     scheduler = grid.grid(
-        pipeline.scheduler_config, num_inference_steps or run.config.sampler.num_steps
+        pipeline.scheduler_config,
+        num_inference_steps or run.config.sampler.num_steps,
+        run.config.sampler.eta if eta is None else eta,
     )
     params = pipeline.params | {pipeline.generator_part: weights}
     return Source(prompts.attach(pipeline), params, scheduler)
@@ -159,7 +171,6 @@ def draw(
     prompts: list[str],
     *,
     guidance_scale: float = 1.0,
-    eta: float = 0.0,
     seed: int = 0,
     latents: Float[np.ndarray, "n h w c"] | None = None,
     dtype: str = "float32",
@@ -174,7 +185,7 @@ def draw(
     """
     pipeline, params, scheduler = source
     mesh = sharding.local_mesh()
-    draw_images = ImageSampler(pipeline, scheduler, guidance_scale, eta, mesh)
+    draw_images = ImageSampler(pipeline, scheduler, guidance_scale, mesh)
     params = lazy.place(params, sharding.replicated(mesh), dtype)
     tokens = pipeline.tokenize(prompts) if tokens is None else tokens
     batch_size = min(batch_size, len(prompts))
@@ -216,6 +227,8 @@ def main(argv: list[str]) -> None:
         raise InputError("give either --pipeline=DIR or --workdir=W")
     if fields.workdir is not None and fields.sigmas:
         raise InputError("--sigmas goes with --pipeline: a run is sampled on its own grid")
+    if fields.workdir is not None and fields.eta not in (None, 0, 1):
+        raise InputError(f"--eta={fields.eta:g} must be 0 or 1 with --workdir")
     if fields.pipeline is not None and (fields.step or fields.pretrained):
         raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
     out = remote.output(fields.out)
@@ -233,18 +246,22 @@ def main(argv: list[str]) -> None:
     if fields.workdir is None:
         sigmas = _read_sigmas(fields.sigmas)
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
-        source = from_pipeline(fields.pipeline, steps, sigmas, read_by)
+        source = from_pipeline(fields.pipeline, steps, sigmas, fields.eta, read_by)
     else:
         with mirror.workdir(fields.workdir) as workdir:
             source = from_run(
-                workdir, fields.num_inference_steps, fields.step, fields.pretrained, read_by
+                workdir,
+                fields.num_inference_steps,
+                fields.step,
+                fields.pretrained,
+                fields.eta,
+                read_by,
             )
-    source.scheduler.needs_noise(fields.eta)  # raises InputError if this scheduler has no eta
     text = {
         "seed": fields.seed,
         "num_inference_steps": len(source.scheduler.timesteps),
         "guidance_scale": fields.guidance_scale,
-        "eta": fields.eta,
+        "eta": source.scheduler.eta,
     }
     latents = None
     if fields.latents is not None:
@@ -256,7 +273,6 @@ def main(argv: list[str]) -> None:
         source,
         prompts,
         guidance_scale=fields.guidance_scale,
-        eta=fields.eta,
         seed=fields.seed,
         latents=latents,
         dtype=fields.dtype,

@@ -91,9 +91,9 @@ def test_a_folder_is_sampled_by_its_own_scheduler(folder, name, guidance_scale):
 
 def test_an_image_depends_on_seed_and_index_but_not_on_the_batch(folder):
     prompts = [PROMPTS[0]] * 5
-    source = sample.from_pipeline(folder / "ddim", 2)
-    [drawn] = sample.draw(source, prompts, eta=1.0, seed=7)
-    batches = list(sample.draw(source, prompts, eta=1.0, seed=7, batch_size=2))
+    source = sample.from_pipeline(folder / "ddim", 2, eta=1.0)
+    [drawn] = sample.draw(source, prompts, seed=7)
+    batches = list(sample.draw(source, prompts, seed=7, batch_size=2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert difference(np.concatenate(batches), drawn) < 1e-4
     assert min(difference(drawn[i], drawn[0]) for i in range(1, 5)) > 0.05
@@ -288,6 +288,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
             ([*good, "--pipeline", tmp_path], "model_index.json is missing"),
             ([*good, "--num_inference_steps=2000"], "more than the 1000 timesteps"),
             ([*good, "--eta=0.5"], "needs a DDIMScheduler"),
+            (["--workdir", folder / "run", *prompts, *to, "--eta=0.5"], "must be 0 or 1 with"),
             ([*good, "--latents", tmp_path / "two.npy"], r"expected .* of shape \[3, 8, 8, 4\]"),
             (["--workdir", folder / "run", *prompts, *to, "--step=7"], "no checkpoint of step 7"),
             (["--workdir", tmp_path / "used", *prompts, *to], "has no config.json"),

@@ -3,11 +3,16 @@
     variance preserving: trailing timesteps, e.g. 999, 749, 499, 249, the last step ending at 0
     flow matching:       sigmas 1, .75, .5, .25, 0 before the shift of training
 
-The noise of training decides which of both it is.
+The noise of training decides which of both it is. Of the noise of each step a share eta is drawn
+anew: none (eta 0: DDIM or Euler) or all of it (eta 1: LCM, or stochastic flow matching). Stock
+samplers have no share in between.
 """
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from r0_jax.diffusion import schedulers
 from r0_jax.diffusion.noise_schedule import FlowMatching
@@ -18,16 +23,16 @@ from r0_jax.errors import InputError
 MOST_STEPS = 4  # of a generator
 
 
-def grid(config: SchedulerConfig, num_steps: int) -> Scheduler:
-    """Return the deterministic sampler of `num_steps` network calls.
+def grid(config: SchedulerConfig, num_steps: int, eta: float | int = 0) -> Scheduler:
+    """Return the sampler of `num_steps` network calls; `eta` is 0 or 1.
 
     Raises:
       InputError: the noise of the folder's network is not supported.
     """
     noise = config.noise
     if isinstance(noise, FlowMatching):
-        return _flow(noise, num_steps)
-    return schedulers.from_config(config.trailing_ddim(), num_steps)
+        return _flow(noise, num_steps, stochastic=eta == 1)
+    return schedulers.from_config(_variance_preserving(config, num_steps, eta), num_steps)
 
 
 def of_folder(
@@ -58,16 +63,26 @@ def noise_levels(config: SchedulerConfig) -> Scheduler:
     return schedulers.from_config(config.trailing_ddim(), noise.num_train_timesteps)
 
 
-def exported(config: SchedulerConfig, num_steps: int) -> SchedulerConfig:
-    """Return the scheduler to export: `num_steps` steps of a stock pipeline visit `grid`.
+def levels_after(steps: Scheduler, table: Scheduler) -> NDArray[np.float32]:
+    """Return where each step of a grid ends, as a share of the trained timesteps, float32 [K].
+
+    `table` is `noise_levels`. The last step ends at 0, the clean image.
+    """
+    # Descending in the table, so the levels at most as noisy are those after it.
+    below = table.sigmas[None] <= steps.next_sigmas[:, None] + 1e-6
+    return (below.sum(axis=1) / len(table.sigmas)).astype(np.float32)
+
+
+def exported(config: SchedulerConfig, num_steps: int, eta: float | int = 0) -> SchedulerConfig:
+    """Return the scheduler to export: `num_steps` steps of a stock pipeline draw as `grid` does.
 
     Raises:
       InputError: the folder's noise is not supported, or not with so many steps.
     """
     noise = config.noise
     if isinstance(noise, FlowMatching):
-        return _exported_flow(noise, num_steps)
-    return config.trailing_ddim()
+        return _exported_flow(noise, num_steps, stochastic=eta == 1)
+    return _variance_preserving(config, num_steps, eta)
 
 
 def sigmas(num_steps: int) -> list[float]:
@@ -75,13 +90,23 @@ def sigmas(num_steps: int) -> list[float]:
     return [1 - i / num_steps for i in range(num_steps)]
 
 
-def _flow(noise: FlowMatching, num_steps: int) -> Scheduler:
+def _variance_preserving(
+    config: SchedulerConfig, num_steps: int, eta: float | int
+) -> SchedulerConfig:
+    return config.lcm(num_steps) if eta == 1 else config.trailing_ddim()
+
+
+def _flow(noise: FlowMatching, num_steps: int, *, stochastic: bool = False) -> Scheduler:
     return schedulers.flow_matching(
-        noise.num_train_timesteps, noise.shift, num_steps, sigmas(num_steps)
+        noise.num_train_timesteps,
+        noise.shift,
+        num_steps,
+        sigmas(num_steps),
+        stochastic=stochastic,
     )
 
 
-def _exported_flow(noise: FlowMatching, num_steps: int) -> SchedulerConfig:
+def _exported_flow(noise: FlowMatching, num_steps: int, *, stochastic: bool) -> SchedulerConfig:
     """Return a scheduler of another shift and a terminal.
 
     Left alone, diffusers spaces its sigmas evenly from 1 to the least one that it knows, shifts
@@ -97,6 +122,8 @@ def _exported_flow(noise: FlowMatching, num_steps: int) -> SchedulerConfig:
     _flow(noise, num_steps)  # an error where there is no such grid
     true, total = noise.shift, noise.num_train_timesteps
     kept = {"_class_name": FLOW_MATCHING, "num_train_timesteps": total}
+    if stochastic:
+        kept["stochastic_sampling"] = True
     if num_steps == 1:
         return SchedulerConfig.from_json(kept | {"shift": true})
     rest = total - 1

@@ -117,6 +117,20 @@ def x0_and_epsilon(
     raise ValueError(prediction_type)
 
 
+def x0_gain(
+    prediction_type: str, alpha: NDArray[np.float32], sigma: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return |d x0 / d network output| at latents = alpha x0 + sigma eps."""
+    match prediction_type:
+        case "epsilon":
+            return sigma / alpha
+        case "sample":
+            return np.ones_like(sigma)
+        case "v_prediction" | "flow_prediction":
+            return sigma
+    raise ValueError(prediction_type)
+
+
 def _check_betas(betas: Sequence[object], name: str) -> None:
     wrong = [b for b in betas if not (isinstance(b, int | float) and 0 <= b <= 1)]  # NaN is wrong
     if wrong:

@@ -81,6 +81,13 @@ _SAMPLING: dict[str, _Known] = {
         "sigma_max": (None, _NUMBER | None),
         "final_sigmas_type": ("zero", ("zero", "sigma_min")),
     },
+    "LCMScheduler": {
+        "original_inference_steps": (50, int),
+        "clip_sample": (False, (False, True)),
+        "clip_sample_range": (1.0, _NUMBER),
+        "thresholding": (False, (False,)),
+        "timestep_scaling": (10.0, (10.0,)),
+    },
     "PNDMScheduler": _SPACED
     | {
         "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
@@ -125,6 +132,7 @@ class Fields(TypedDict, total=False):
     set_alpha_to_one: bool
     clip_sample: bool
     clip_sample_range: float | int
+    original_inference_steps: int
     timestep_type: str
     use_karras_sigmas: bool | None
     sigma_min: float | int | None
@@ -195,6 +203,22 @@ class SchedulerConfig:
                 "steps_offset": 1,
                 "thresholding": False,
                 "timestep_spacing": "trailing",
+            }
+        )
+
+    def lcm(self, num_steps: int) -> "SchedulerConfig":
+        """Return LCM on the same noise: at most `num_steps` steps, which draw all noise anew.
+
+        Raises:
+          InputError: the noise is not supported.
+        """
+        return SchedulerConfig.from_json(
+            {
+                "_class_name": "LCMScheduler",
+                **dataclasses.asdict(self.noise),
+                "original_inference_steps": num_steps,
+                "clip_sample": False,
+                "thresholding": False,
             }
         )
 
@@ -277,13 +301,7 @@ def _flow_fields(fields: Mapping[str, object]) -> Fields:
 
 def _flow_noise(fields: Mapping[str, object]) -> FlowMatching:
     read = _flow_fields(fields)
-    noise = FlowMatching(read["num_train_timesteps"], _trained_shift(read))
-    if read["stochastic_sampling"]:
-        raise InputError(
-            f"{FLOW_MATCHING} with stochastic_sampling=true is not supported in "
-            "training: set it to false"
-        )
-    return noise
+    return FlowMatching(read["num_train_timesteps"], _trained_shift(read))
 
 
 def _trained_shift(read: Fields) -> float:

@@ -4,11 +4,11 @@ Every sampler here visits points x_t = alpha_t x0 + sigma_t eps and goes from on
 
     x_next = alpha_next x0 + sqrt(sigma_next^2 - s^2) eps + s n,      n ~ N(0, I)
 
-where the network's output gives x0 and eps. Only DDIM with eta and stochastic flow matching have
-s > 0. DDIM and PNDM are variance preserving (alpha^2 + sigma^2 = 1), Euler is variance exploding
-(alpha = 1), flow matching is straight (alpha = 1 - sigma). So the families differ in their tables.
-PNDM also feeds the formula a combination of the last four outputs. Trajectories are those of
-diffusers 0.42.
+where the network's output gives x0 and eps. Only DDIM with eta, LCM and stochastic flow matching
+have s > 0. DDIM, LCM and PNDM are variance preserving (alpha^2 + sigma^2 = 1), Euler is variance
+exploding (alpha = 1), flow matching is straight (alpha = 1 - sigma). So the families differ in
+their tables. PNDM also feeds the formula a combination of the last four outputs. Trajectories are
+those of diffusers 0.42.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
 from r0_jax.diffusion.noise_schedule import (
@@ -37,7 +37,7 @@ State = tuple[Array, ...]
 class Scheduler:
     """A sampler of a chosen number of steps: tables with one row a network call."""
 
-    timesteps: NDArray  # fed to the network; int32 (DDIM, PNDM) or float32
+    timesteps: NDArray  # fed to the network; int32 (DDIM, LCM, PNDM) or float32
     init_noise_sigma: float  # sampling starts at N(0, I) times this
     prediction_type: str
     input_scales: NDArray
@@ -46,19 +46,27 @@ class Scheduler:
     next_alphas: NDArray
     next_sigmas: NDArray
     noise_stds: NDArray | None = None  # s of the formula at eta = 1
-    eta: float | None = 0.0  # None: the caller of `step` chooses
+    eta: float | int = 0.0  # s is eta noise_stds
+    takes_eta: bool = False  # whether a caller may choose it, as in DDIM
     clip_range: float | None = None  # x0 is clipped to +- this
     multistep_weights: NDArray | None = None  # [n, 4], of the last outputs, newest first
 
-    def needs_noise(self, eta: float = 0.0) -> bool:
-        """Return whether steps with this `eta` read `noise`.
+    @property
+    def needs_noise(self) -> bool:
+        """Return whether steps read `noise`."""
+        return self.eta != 0
+
+    def with_eta(self, eta: float | int) -> "Scheduler":
+        """Return the sampler with this eta, in [0, 1].
 
         Raises:
-          InputError: `eta` is not 0 and the sampler has its own.
+          InputError: `eta` differs from that of a sampler that has its own.
         """
-        if self.eta is not None and eta != 0:
-            raise InputError(f"eta={eta:g} needs a DDIMScheduler: leave it at 0 with this pipeline")
-        return (eta if self.eta is None else self.eta) != 0
+        if not self.takes_eta and eta != self.eta:
+            raise InputError(
+                f"eta={eta:g} needs a DDIMScheduler: this pipeline's sampler has eta {self.eta:g}"
+            )
+        return dataclasses.replace(self, eta=eta)
 
     def init_state(self, latents: Latents) -> State:
         """Return the first `state` of `step`: nothing, or PNDM's start and last three outputs."""
@@ -77,7 +85,6 @@ class Scheduler:
         i: Index,
         state: State,
         noise: Latents | None = None,
-        eta: float | int | Float[Array, "..."] = 0.0,
     ) -> tuple[Latents, State]:
         """Return the next latents and state.
 
@@ -85,8 +92,7 @@ class Scheduler:
 
         Args:
           model_output: the network's on `scale_model_input(latents, i)` at `timesteps[i]`.
-          noise: n; None only where eta is 0.
-          eta: in [0, 1], of any shape that broadcasts. DDIM reads it; the others have their own.
+          noise: n; None only where `needs_noise` is false.
         """
         if self.multistep_weights is not None:
             model_output, latents, state = self._multistep(model_output, latents, i, state)
@@ -96,12 +102,11 @@ class Scheduler:
         next_alpha = jnp.asarray(self.next_alphas)[i]
         next_sigma = jnp.asarray(self.next_sigmas)[i]
 
-        eta = eta if self.eta is None else self.eta
-        if isinstance(eta, float | int) and eta == 0:
+        if not self.needs_noise:
             return next_alpha * x0 + next_sigma * epsilon, state
         if noise is None:
             raise ValueError("a step with eta draws nothing itself: pass `noise`")
-        std = eta * jnp.asarray(self.noise_stds)[i]
+        std = self.eta * jnp.asarray(self.noise_stds)[i]
         # Where all noise is fresh the difference is 0; fused rounding may make it negative.
         kept = jnp.sqrt(jnp.maximum(next_sigma**2 - std**2, 0.0))
         return next_alpha * x0 + kept * epsilon + std * noise, state
@@ -163,7 +168,12 @@ def from_config(
             f"num_inference_steps={n} is more than the"
             f" {noise.num_train_timesteps} timesteps the network was trained on"
         )
-    build = {"DDIMScheduler": _ddim, "EulerDiscreteScheduler": _euler, "PNDMScheduler": _pndm}
+    build = {
+        "DDIMScheduler": _ddim,
+        "EulerDiscreteScheduler": _euler,
+        "LCMScheduler": _lcm,
+        "PNDMScheduler": _pndm,
+    }
     return build[config.class_name](noise, fields, n)
 
 
@@ -267,7 +277,7 @@ def _variance_preserving(
     here: NDArray[np.int64],
     there: NDArray[np.int64],
     *,
-    eta: float | None = 0.0,
+    takes_eta: bool = False,
     clip_range: float | None = None,
     multistep_weights: NDArray | None = None,
 ) -> Scheduler:
@@ -278,7 +288,7 @@ def _variance_preserving(
             f"steps_offset={fields['steps_offset']} puts a step at timestep {here.max()}, but the"
             f" network was trained on 0 to {len(products) - 1}: take fewer steps"
         )
-    final = 1.0 if fields["set_alpha_to_one"] else products[0]
+    final = 1.0 if fields.get("set_alpha_to_one", True) else products[0]
     now, after = products[here], np.where(there >= 0, products[there], final)
     if noise.prediction_type == "epsilon" and now.min() == 0:
         raise InputError(
@@ -296,7 +306,7 @@ def _variance_preserving(
         next_sigmas=np.sqrt(1 - after).astype(np.float32),
         # DDIM, equation 16: at eta = 1 the posterior of DDPM.
         noise_stds=np.sqrt((1 - after) / (1 - now) * (1 - now / after)).astype(np.float32),
-        eta=eta,
+        takes_eta=takes_eta,
         clip_range=clip_range,
         multistep_weights=multistep_weights,
     )
@@ -308,8 +318,34 @@ def _ddim(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:
     there = timesteps - noise.num_train_timesteps // n
     clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
     return _variance_preserving(
-        noise, fields, timesteps, timesteps, there, eta=None, clip_range=clip_range
+        noise, fields, timesteps, timesteps, there, takes_eta=True, clip_range=clip_range
     )
+
+
+def _lcm(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:
+    """Return n of the original steps, evenly spaced; each draws all its noise anew.
+
+    diffusers mixes a little of the noisy latents into x0, below 1e-5 from timestep 16 on. Here x0
+    is not mixed, so earlier timesteps are an error.
+    """
+    original = fields["original_inference_steps"]
+    if not n <= original <= noise.num_train_timesteps:
+        raise InputError(
+            f"LCMScheduler with original_inference_steps={original} does not draw in {n} steps: "
+            f"expected {n} to {noise.num_train_timesteps}"
+        )
+    spacing = noise.num_train_timesteps // original
+    chosen = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
+    timesteps = (original - chosen) * spacing - 1
+    if timesteps[-1] < 16:
+        raise InputError(
+            f"LCMScheduler in {n} steps ends at timestep {timesteps[-1]}, which is not "
+            "supported: take fewer steps"
+        )
+    there = np.append(timesteps[1:], -1)
+    clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
+    steps = _variance_preserving(noise, fields, timesteps, timesteps, there, clip_range=clip_range)
+    return dataclasses.replace(steps, noise_stds=steps.next_sigmas, eta=1.0)
 
 
 def _pndm(noise: VariancePreserving, fields: Fields, n: int) -> Scheduler:

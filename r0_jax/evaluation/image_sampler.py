@@ -24,7 +24,6 @@ def sample_latents(
     negative: Conditioning | None,
     guidance_scale: float,
     keys: rollout.Keys | None = None,
-    eta: float = 0.0,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w c"]:
     """Return latents after the steps of `scheduler` from number `first` on.
@@ -37,7 +36,6 @@ def sample_latents(
     if guided:
         conditioning = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, conditioning)
     timesteps = jnp.asarray(scheduler.timesteps, jnp.float32)
-    draws = scheduler.needs_noise(eta)
 
     def body(i, carry):
         latents, state = carry
@@ -47,8 +45,8 @@ def sample_latents(
         if guided:
             uncond, cond = jnp.split(output, 2)
             output = uncond + guidance_scale * (cond - uncond)
-        fresh = rollout.normal(keys, i, latents.shape[1:]) if draws else None
-        return scheduler.step(output, latents, i, state, fresh, eta)
+        fresh = rollout.normal(keys, i, latents.shape[1:]) if scheduler.needs_noise else None
+        return scheduler.step(output, latents, i, state, fresh)
 
     start = (latents, scheduler.init_state(latents))
     latents, _ = lax.fori_loop(first, len(timesteps), body, start)
@@ -67,7 +65,6 @@ class ImageSampler:
         pipeline: Pipeline,
         scheduler: Scheduler,
         guidance_scale: float,
-        eta: float = 0.0,
         mesh: Mesh | None = None,
     ):
         self.guided = guidance_scale > 1
@@ -89,7 +86,6 @@ class ImageSampler:
                 negative,
                 guidance_scale,
                 keys,
-                eta,
             )
             return pipeline.decode(params["vae"], latents)
 

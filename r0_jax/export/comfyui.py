@@ -2,7 +2,8 @@
 
 The file is a graph of ComfyUI's user interface (version 0.4); users drop it onto the canvas. It
 uses only nodes that ComfyUI includes, and lists each sigma. ComfyUI scales latents so that alpha
-is 1; an Euler step between two sigmas is then training's DDIM step without noise.
+is 1; an Euler step between two sigmas is then training's DDIM step without noise. Its `lcm` step
+draws all noise anew, as training does with eta 1.
 
 Two things differ from diffusers. ComfyUI pads T5's tokens to 77, not to 256. For a missing text
 encoder it uses no tokens, where diffusers uses zeros.
@@ -179,7 +180,7 @@ def sigmas(run: Run) -> Float[np.ndarray, " levels"]:
     ratio of noise to signal.
     """
     config = run.pipeline.scheduler_config
-    trained = grid.grid(config, run.config.sampler.num_steps)
+    trained = grid.grid(config, run.config.sampler.num_steps, run.config.sampler.eta)
     levels = trained.sigmas
     if not config.is_flow:
         with np.errstate(divide="ignore"):
@@ -215,7 +216,8 @@ def workflow(
         (latents,) = graph.add(2, "EmptyLatentImage", **size, batch_size=1)
     (positive,) = graph.add(1, "CLIPTextEncode", clip=clip, text=prompt)
     (negative,) = graph.add(1, "CLIPTextEncode", "Negative, unused at cfg 1", clip=clip, text="")
-    (sampler,) = graph.add(2, "KSamplerSelect", sampler_name="euler")
+    name_there = "lcm" if run.config.sampler.eta == 1 else "euler"
+    (sampler,) = graph.add(2, "KSamplerSelect", sampler_name=name_there)
     listed = ", ".join(np.format_float_positional(sigma, trim="-") for sigma in sigmas(run))
     (levels,) = graph.add(2, "ManualSigmas", "The trained grid", sigmas=listed)
     samples, _ = graph.add(

@@ -107,17 +107,23 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
 def _grid_notes(run: Run) -> str:
     """Return how to set the trained grid in a program that does not read our scheduler config."""
     steps, config = run.config.sampler.num_steps, run.pipeline.scheduler_config
+    fresh = run.config.sampler.eta == 1
     if not config.is_flow:
-        timesteps = grid.grid(config, steps).timesteps
+        timesteps = grid.grid(config, steps, run.config.sampler.eta).timesteps
+        stock = (
+            f"LCM with `original_inference_steps={steps}`. Each step draws its noise anew"
+            if fresh
+            else 'DDIM with\n`timestep_spacing="trailing"`'
+        )
         return f"""
-The trained grid is the timesteps {", ".join(map(str, timesteps))}, as in DDIM with
-`timestep_spacing="trailing"`.
+The trained grid is the timesteps {", ".join(map(str, timesteps))}, as in {stock}.
 """
     if steps == 1:
         return "\nThe only step is at sigma 1, where every flow-matching scheduler starts.\n"
     sigmas = ", ".join(f"{sigma:.4g}" for sigma in grid.sigmas(steps))
+    anew = "Each step draws its noise anew (`stochastic_sampling=True`). " if fresh else ""
     return f"""
-With this scheduler's shift and shift_terminal, {steps} steps visit the trained grid. With the
+{anew}With this scheduler's shift and shift_terminal, {steps} steps visit the trained grid. With the
 base model's scheduler (shift {config.noise.shift:g}), pass `sigmas=[{sigmas}]`.
 """
 
@@ -131,7 +137,12 @@ def _program_notes(run: Run, form: str, name: str) -> str:
 In ComfyUI, which supports the published architectures, drop `{comfyui.FILE}` onto the
 canvas. Its note says where to put the files.
 """
-    if form == "kohya" and 1000 % steps == 0:
+    if form == "kohya" and run.config.sampler.eta == 1:
+        notes += """
+A1111 and Forge have no sampler that draws as this model was trained: their LCM visits other
+timesteps.
+"""
+    elif form == "kohya" and 1000 % steps == 0:
         file, tag = _code(f"{name}.safetensors"), _code(f"<lora:{name}:1>")
         notes += f"""
 In A1111 and Forge, put {file} into models/Lora and write {tag} in the
@@ -144,7 +155,8 @@ def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object
     config, trained = run.config, "all weights"
     if config.lora.rank:
         trained = f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
-    eta = "drawn from [0, 1] at each step" if config.sampler.random_eta else config.sampler.eta
+    drawn = f"eta {config.sampler.eta:g} ({run.scheduler_config.class_name})"
+    eta = "eta drawn from [0, 1] at each step" if config.sampler.random_eta else drawn
     scores = run.metrics(step)
     return {
         "pretrained pipeline": base_model,
@@ -156,7 +168,8 @@ def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object
         "regularizers": _weighted(config.regularizers),
         "images per step": config.batch_size,
         "seed": config.seed,
-        "sampler in training": f"{config.sampler.num_steps} steps, eta {eta}",
+        "sampler": f"{config.sampler.num_steps} steps, {drawn}",
+        "sampler in training": f"{config.sampler.num_steps} steps, {eta}",
         **{f"{name} at this step": f"{x:.4g}" for name, x in scores.items() if x is not None},
     }
 

@@ -115,7 +115,8 @@ class Run:
     @functools.cached_property
     def scheduler_config(self) -> SchedulerConfig:
         """For stock pipelines: `config.sampler.num_steps` steps of it visit the trained grid."""
-        return grid.exported(self.pipeline.scheduler_config, self.config.sampler.num_steps)
+        sampler = self.config.sampler
+        return grid.exported(self.pipeline.scheduler_config, sampler.num_steps, sampler.eta)
 
     @property
     def left_out(self) -> list[str]:
