@@ -28,8 +28,8 @@ Hours:     not measured; about half an hour on one H100 by this count: an image 
            gradient), guidance 1.6, the decoder 7.5, the rewards 1.7.
 Numbers:   none measured here yet. The paper (25 guided steps -> 4 plain ones, Realistic-Vision):
            HPS v2.1 30.19 -> 33.70, aesthetic 5.87 -> 6.11, CLIP score 34.28 -> 32.13,
-           ImageReward 0.81 -> 1.22. Weights of regularizers are those found on the embedded world
-           (shapes_r0.py) and in sibling code, not searched at this size.
+           ImageReward 0.81 -> 1.22. r0_jax/published.py says which settings are published, which
+           come from the embedded world, and which are guesses.
 """
 
 from ml_collections import ConfigDict
@@ -42,5 +42,6 @@ def get_config(variants: str = "") -> ConfigDict:
     config = published.get_config()
     config.family = "StableDiffusionPipeline"
     config.device_batch = 4
+    config.regularizers.guidance.scale = 7.5
     config.test.guidance_scale = 7.5
     return apply_variants(config, variants, "StableDiffusionPipeline")

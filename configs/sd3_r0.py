@@ -25,8 +25,8 @@ Hours:     not measured; 4.4 on one H100, counted as in sd15_r0.py: an image and
            31.4 and the rewards 1.7.
 Numbers:   none measured here yet. The paper (28 guided steps -> 4 plain ones): HPS v2.1
            31.37 -> 34.04, aesthetic 5.84 -> 6.27, CLIP score 34.13 -> 33.89, ImageReward
-           1.07 -> 1.13. Weights of regularizers are those found on the embedded world
-           (shapes_r0.py) and in sibling code, not searched at this size.
+           1.07 -> 1.13. r0_jax/published.py says which settings are published, which come from
+           the embedded world, and which are guesses.
 Grid:      sigmas 1, .75, .5, .25 before the folder's shift of 3, i.e. 1, .9, .75, .5.
 """
 

@@ -23,9 +23,8 @@ Memory:    estimated from parameter counts. Frozen, bfloat16: UNet 5.1 GB, VAE 0
 Hours:     not measured; 3.5 on one H100, counted as in sd15_r0.py: an image and step is 155 TFLOP,
            of which the UNet's four calls are 108 (6.8 each), guidance 13.5, the decoder 31.4 and
            the rewards 1.7.
-Numbers:   none measured here yet, and the paper has none of SDXL. Weights of regularizers are
-           those found on the embedded world (shapes_r0.py) and in sibling code, not searched at
-           this size.
+Numbers:   none measured here yet, and the paper has none of SDXL. r0_jax/published.py says which
+           settings are published, which come from the embedded world, and which are guesses.
 """
 
 from ml_collections import ConfigDict

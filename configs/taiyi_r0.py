@@ -46,5 +46,6 @@ def get_config(variants: str = "") -> ConfigDict:
         )
     config.best_metric = "heldout/heldout_chinese_clip"
     config.device_batch = 4
+    config.regularizers.guidance.scale = 7.5
     config.test.guidance_scale = 7.5
     return apply_variants(config, variants, "Taiyi")

@@ -96,8 +96,9 @@ def get_config() -> ConfigDict:
     config.sampler.num_steps = 4
     # In training each step of each sample draws eta ~ U[0, 1]. Varied paths work against hacking.
     config.sampler.random_eta = True
-    # The eta of training without random_eta: 0 is DDIM, 1 re-noises freshly. Evaluations, samples
-    # and exports draw with 0, as a stock sampler does.
+    # The share of each step's noise that is drawn anew: 0 as in DDIM and Euler, or 1 as in LCM.
+    # Evaluations, samples and exports draw with it; so does training without random_eta. Stock
+    # samplers have no share between 0 and 1.
     config.sampler.eta = 0.0
 
     config.objective = ConfigDict()
@@ -121,37 +122,43 @@ def get_config() -> ConfigDict:
     # "project" removes the part of a reward's gradient that works against another reward's
     # (PCGrad). "keep" adds the gradients as they are.
     config.objective.conflicts = "keep"
-    # Rewards' gradients are taken at images this far down their own slope (a norm, in units of
-    # pixels in [0, 1]). 0.01 is usual and 0 is off. It costs a second gradient of each reward.
+    # Rewards' gradients are taken at images so far down their own slope: the root mean square of
+    # the change of a pixel in [0, 1]. 0.01 is usual, 0 is off; it costs a second gradient of each
+    # reward.
     config.objective.sharpness = 0.0
 
-    # The rewards that training maximizes, {name: entry}; `reward_entry` below has their fields.
+    # The rewards that training maximizes, {name: entry}; `reward_entry` below has their fields. One
+    # of weight 0 is not computed. There may be none, if a regularizer pulls at x0.
     config.rewards = ConfigDict()
     # Rewards that are only measured, on validation prompts, with entries of the same form.
     config.heldout_rewards = ConfigDict()
 
     # What keeps the generator near its pretrained self. A weight of 0 removes the term from the
-    # program.
+    # program. `output`, `feature` and `guidance` pull at x0, in the unit of the rewards: their
+    # combined pull has norm 1 for each sample. Let N be the latent elements of a sample.
     config.regularizers = ConfigDict()
-    # weight * ||theta - theta_pretrained||^2, with LoRA on the product B A.
+    # Each update takes learning rate * weight of theta - theta_pretrained away; with LoRA, of the
+    # product B A. It is decoupled from Adam, as AdamW's decay is. Usual: 0.01 to 0.1.
     config.regularizers.weight = ConfigDict({"weight": 0.0})
-    # Parameter noise sqrt(2 * learning rate * weight) * N(0, 1); `weight` is the temperature.
+    # Parameter noise sqrt(2 * learning rate * weight) * N(0, 1). Under a clipped optimizer and
+    # normalized rewards that is noise, not a sample of a posterior.
     config.regularizers.langevin = ConfigDict({"weight": 0.0})
-    # weight * mean squared distance to the base's one-shot x0 at the same noisy input.
-    config.regularizers.output = ConfigDict({"weight": 0.0})
-    # weight * relative distance in the base's mid-block features. The output is noised to a level
-    # between `least` and `most`, shares of the trained timesteps.
+    # weight * (target - x0) / sqrt(N); the target is the base's one-shot x0 at the same noisy
+    # input, with `guided` its guided x0 at guidance `scale`.
+    config.regularizers.output = ConfigDict({"weight": 0.0, "guided": False, "scale": 3.0})
+    # weight * the descent of the relative distance in the base's mid-block features. The output is
+    # noised to a level between `least` and `most`, shares of the trained timesteps.
     config.regularizers.feature = ConfigDict({"weight": 0.0, "least": 0.02, "most": 0.5})
     # A share `weight` (0 to 1) of each reward's gradient becomes its average over `samples` images
-    # with noise of standard deviation `std`. The norm of the rewards' weighted sum is cut at
-    # `clip`. Both act on each sample by itself.
-    config.regularizers.gradient = ConfigDict(
-        {"weight": 0.0, "samples": 1, "std": 0.05, "clip": 1e9}
-    )
-    # weight * the implicit reward of classifier-free guidance with this `scale`. The output is
-    # noised to a level between `least` and `most`.
+    # with noise of standard deviation `std`.
+    config.regularizers.gradient = ConfigDict({"weight": 0.0, "samples": 1, "std": 0.05})
+    # weight * a pull along classifier-free guidance at `scale`, which the base computes for the
+    # output noised to a level between `least` and `most`. With d = x0_prompted - x0_empty and
+    # x0_guided = x0_empty + scale d, `form` is "pull": (x0_guided - x0) / sqrt(N); "tdm":
+    # (scale - 1) d / (sqrt(N) mean |x0 - x0_guided|), as TDM-R1; or "direction": d / ||d||, for
+    # which `scale` has no meaning.
     config.regularizers.guidance = ConfigDict(
-        {"weight": 0.0, "scale": 3.5, "least": 0.02, "most": 0.98}
+        {"weight": 0.0, "form": "pull", "scale": 3.0, "least": 0.02, "most": 0.98}
     )
 
     config.lora = ConfigDict()
@@ -229,6 +236,9 @@ def get_config() -> ConfigDict:
     config.eval.num_prompts = 64
     # Images of the sample grid, always from the same noise.
     config.eval.grid = 16
+    # Also log the gradient of each term alone (norm/params/TERM), on one microbatch. It is a second
+    # program to compile, about as large as the training step.
+    config.eval.term_norms = True
 
     config.test = ConfigDict()
     # Prompts of the table at the end of the run: base with guidance, base in few steps, R0. ""
@@ -249,6 +259,18 @@ def get_config() -> ConfigDict:
     config.test.world = ""
 
     return config.lock()
+
+
+def trained_rewards(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Return the entries of `config.rewards` that are computed, those with a weight."""
+    return {name: entry for name, entry in config.rewards.items() if entry.weight}
+
+
+def guided_regularizers(config: ConfigDict) -> list[str]:
+    """Return the names of the regularizers that evaluate the base without a prompt too."""
+    terms = config.regularizers
+    guided = {"output": terms.output.guided, "guidance": True}
+    return [name for name, needs_empty in guided.items() if needs_empty and terms[name].weight]
 
 
 def is_path(field: str) -> bool:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
+from r0_jax.method.directions import GUIDANCE_FORMS
+from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
@@ -31,7 +33,6 @@ RANGES = {
     "max_skipped_in_a_row": (1, math.inf),
     "ema_decay": (0, 1),
     "sampler.num_steps": (1, grid.MOST_STEPS),
-    "sampler.eta": (0, 1),
     "eval.num_prompts": (1, math.inf),
     "eval.grid": (1, math.inf),
     "lora.rank": (0, math.inf),
@@ -41,12 +42,12 @@ RANGES = {
     "regularizers.gradient.weight": (0, 1),
     "regularizers.gradient.samples": (1, math.inf),
     "regularizers.gradient.std": (0, math.inf),
-    "regularizers.gradient.clip": (0, math.inf),
     "regularizers.feature.least": (0, 1),
     "regularizers.feature.most": (0, 1),
     "regularizers.guidance.least": (0, 1),
     "regularizers.guidance.most": (0, 1),
     "regularizers.guidance.scale": (0, math.inf),
+    "regularizers.output.scale": (0, math.inf),
     "processes.start_timeout": (1, math.inf),
     "processes.lost_timeout": (1, math.inf),
     "processes.hang_timeout": (1, math.inf),
@@ -65,7 +66,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         if name != "gradient"
     }
     for field, (least, most) in ranges.items():
-        value = functools.reduce(lambda part, name: part[name], field.split("."), config)
+        value = _at(config, field)
         if not (least <= value <= most and value < math.inf):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise InputError(f"{field}={value} must be {bound}")
@@ -79,11 +80,23 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         )
     if config.remat not in REMATS:
         raise InputError(f"remat={config.remat!r} is unknown; use {', '.join(map(repr, REMATS))}")
-    for field, known in (("normalization", NORMALIZATIONS), ("conflicts", CONFLICTS)):
-        if config.objective[field] not in known:
+    for field, value, known in (
+        ("objective.normalization", config.objective.normalization, NORMALIZATIONS),
+        ("objective.conflicts", config.objective.conflicts, CONFLICTS),
+        ("regularizers.guidance.form", config.regularizers.guidance.form, GUIDANCE_FORMS),
+    ):
+        if value not in known:
+            raise InputError(f"{field}={value!r} is unknown; use {' or '.join(map(repr, known))}")
+    if config.sampler.eta not in (0, 1):
+        raise InputError(
+            f"sampler.eta={config.sampler.eta:g} must be 0 or 1: stock samplers draw no other "
+            "share of the noise anew; set sampler.random_eta to train with all shares"
+        )
+    for name in ("feature", "guidance"):
+        least, most = config.regularizers[name].least, config.regularizers[name].most
+        if least > most:
             raise InputError(
-                f"objective.{field}={config.objective[field]!r} is unknown; "
-                f"use {' or '.join(map(repr, known))}"
+                f"regularizers.{name}.least={least:g} is above regularizers.{name}.most={most:g}"
             )
     r0 = config.objective.method == "r0"
     if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
@@ -97,28 +110,68 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
     families.check_there(config.pretrained, config.family)
     if not (config.data.prompts or config.data.encoded):
         raise InputError("data.prompts is not set: give --config.data.prompts=PATH")
-    if not config.rewards:
-        raise InputError("rewards is empty: there is nothing to maximize")
+    trained = base.trained_rewards(config)
+    pulling = [name for name in DIRECTIONS if config.regularizers[name].weight]
+    if not (trained or pulling):
+        raise InputError(
+            "no reward has a weight and no regularizer pulls at x0: there is nothing to train; "
+            f"add a reward, or give one of {', '.join(DIRECTIONS)} a weight"
+        )
     if both := set(config.rewards) & set(config.heldout_rewards):
         raise InputError(f"{min(both)} is the name of a reward and of a held-out one: rename one")
-    measured = [f"eval/{name}" for name in config.rewards]
+    measured = [f"eval/{name}" for name in trained]
     measured += [f"heldout/{name}" for name in config.heldout_rewards]
     if config.best_metric and config.best_metric not in measured:
         raise InputError(
             f"best_metric={config.best_metric!r} is not measured; use one of "
-            f"{', '.join(measured)}, or '' for no best checkpoint"
+            f"{', '.join(measured) or 'none'}, or '' for no best checkpoint"
         )
     if config.early_stop and not config.best_metric:
         raise InputError(
             f"early_stop={config.early_stop} needs best_metric; "
             f"set it to one of {', '.join(measured)}"
         )
-    if not any(entry.weight for entry in config.regularizers.values()):
+    if not (pulling or config.regularizers.weight.weight):
         warnings.warn(
-            "all regularizers have weight 0: rewards alone make the generator collapse; "
-            "set regularizers.weight.weight",
+            "no regularizer keeps the generator near its pretrained self: rewards alone make it "
+            f"collapse; give one of weight, {', '.join(DIRECTIONS)} a weight",
             stacklevel=2,
         )
+    if useless := without_effect(config):
+        warnings.warn(f"no effect: {'; '.join(useless)}", stacklevel=2)
+
+
+def without_effect(config: ConfigDict) -> list[str]:
+    """Return what is set, to other than its default, and changes nothing: one text a reason."""
+    objective, terms, usual = config.objective, config.regularizers, base.get_config()
+    reasons = {
+        "objective.method is r0plus": ("objective.grad_steps",) * (objective.method == "r0plus"),
+        "objective.normalization is none": ("objective.delta",)
+        * (objective.normalization == "none"),
+        "lora.rank is 0": ("lora.alpha", "lora.targets") * (config.lora.rank == 0),
+        "regularizers.output.guided is false": ("regularizers.output.scale",)
+        * (terms.output.weight > 0 and not terms.output.guided),
+        "regularizers.guidance.form is direction": ("regularizers.guidance.scale",)
+        * (terms.guidance.weight > 0 and terms.guidance.form == "direction"),
+    }
+    for name, term in terms.items():
+        reasons[f"regularizers.{name}.weight is 0"] = tuple(
+            f"regularizers.{name}.{field}" for field in term if field != "weight"
+        ) * (term.weight == 0)
+    lines = []
+    for reason, fields in reasons.items():
+        changed = [field for field in fields if _at(config, field) != _at(usual, field)]
+        if changed:
+            lines.append(f"{', '.join(changed)}, as {reason}")
+    return lines + [
+        f"rewards.{name}, as its weight is 0"
+        for name, entry in config.rewards.items()
+        if not entry.weight
+    ]
+
+
+def _at(config: ConfigDict, field: str) -> Any:
+    return functools.reduce(lambda part, name: part[name], field.split("."), config)
 
 
 def check_fields(config: ConfigDict) -> None:

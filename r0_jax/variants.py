@@ -44,6 +44,7 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.steps, config.batch_size, config.device_batch = 4, 4, 2
     config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
     config.eval.num_prompts, config.eval.grid = 4, 4
+    config.eval.term_norms = False
     config.test.num_prompts, config.test.base_steps = 4, 3
     config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
     for seed, section in enumerate((config.rewards, config.heldout_rewards)):

@@ -113,3 +113,67 @@ def entry_with(**fields):
 def test_a_reward_that_is_none(entry, said):
     with pytest.raises(InputError, match=said):
         config_check.check_config(config(own=entry))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"sampler.eta": 0.5}, "sampler.eta=0.5 must be 0 or 1: stock samplers"),
+        ({"regularizers.guidance.form": "push"}, "guidance.form='push' is unknown; use 'pull' or"),
+        ({"regularizers.guidance.least": 0.99}, "guidance.least=0.99 is above .*most=0.98"),
+        ({"rewards.clip.weight": 0.0}, "no reward has a weight and no regularizer pulls at x0"),
+        ({"rewards.clip.weight": 0.0, "best_metric": "eval/clip"}, "no reward has a weight"),
+    ],
+)
+def test_settings_that_make_no_objective(override, said):
+    found = config()
+    found.update_from_flattened_dict(override)
+    with pytest.raises(InputError, match=said):
+        config_check.check_config(found)
+
+
+GUIDED = {"regularizers.guidance.weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"objective.method": "r0plus", "objective.grad_steps": 2}, "objective.grad_steps, as"),
+        ({"objective.normalization": "none", "objective.delta": 1.0}, "objective.delta, as"),
+        ({"lora.rank": 0, "lora.alpha": 8.0, "lora.targets": "x"}, "lora.alpha, lora.targets, as"),
+        ({"regularizers.guidance.scale": 7.5}, "guidance.scale, as .*guidance.weight is 0"),
+        (
+            GUIDED
+            | {"regularizers.guidance.form": "direction", "regularizers.guidance.scale": 7.5},
+            "guidance.scale, as regularizers.guidance.form is direction",
+        ),
+        ({"regularizers.gradient.samples": 3}, "gradient.samples, as .*gradient.weight is 0"),
+        (
+            {"regularizers.output.weight": 1.0, "regularizers.output.scale": 2.0},
+            "output.scale, as regularizers.output.guided is false",
+        ),
+        (GUIDED | {"rewards.clip.weight": 0.0}, "rewards.clip, as its weight is 0"),
+    ],
+)
+def test_a_setting_without_effect_is_named(override, said):
+    found = config()
+    found.update_from_flattened_dict(override)
+    with pytest.warns(UserWarning, match=f"^no effect: .*{said}"):
+        config_check.check_config(found)
+
+
+def test_settings_that_have_an_effect_are_not_named():
+    found = config()
+    found.update_from_flattened_dict(
+        GUIDED | {"regularizers.guidance.scale": 7.5, "sampler.eta": 1.0, "lora.alpha": 8.0}
+    )
+    config_check.check_config(found)
+
+
+def test_without_regularizers_collapse_is_expected():
+    found = config()
+    found.regularizers.weight.weight = 0.0
+    with pytest.warns(UserWarning, match="no regularizer keeps the generator near"):
+        config_check.check_config(found)
+    found.regularizers.output.weight = 0.5
+    config_check.check_config(found)

@@ -1,4 +1,4 @@
-"""The values that a penalty can use."""
+"""Hold what a regularizer may look at."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from r0_jax.diffusion.schedulers import Scheduler
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """Hold one microbatch after the rollout.
+    """One microbatch after the rollout, without a gradient.
 
     Attributes:
       trajectory: the graded call of the generator.
@@ -22,10 +22,10 @@ class Context:
       base: (latents, timesteps) -> the frozen base's network output under the prompts.
       base_pair: (latents, timesteps) -> the same under the prompts and under the empty prompt, in
         one call of the network.
-      base_features: (latents, timesteps) -> the base's mid-block features.
-      squared_distance: () -> ||theta - theta_pretrained||^2.
-      table: every timestep that the base was trained on, in the form of a sampler. Its index is
-        a noise level, from the noisiest one down.
+      base_features: (latents, timesteps) -> its mid-block features.
+      table: every timestep that the base was trained on, as a sampler whose index i is a noise
+        level: clean to noisy conversions at any of them.
+      floor: the lowest level to which x0 is noised, a share of the trained timesteps.
     """
 
     trajectory: rollout.Trajectory
@@ -33,29 +33,40 @@ class Context:
     base: Callable[[jax.Array, jax.Array], jax.Array]
     base_pair: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     base_features: Callable[[jax.Array, jax.Array], jax.Array]
-    squared_distance: Callable[[], jax.Array]
     table: Scheduler
+    floor: float | jax.Array = 0.0
+
+    @property
+    def x0(self) -> Float[Array, "b h w c"]:
+        """Return the clean prediction of the graded call."""
+        return self.trajectory.x0
 
     @functools.cached_property
     def base_x0(self) -> Float[Array, "b h w c"]:
         """Return the base's one-shot clean prediction at the generator's own noisy input."""
         at = self.trajectory
-        model_output = self.base(at.latents, at.timesteps)
-        return jax.lax.stop_gradient(
-            noise_schedule.x0_and_epsilon(
-                self.table.prediction_type, model_output, at.latents, at.alpha, at.sigma
-            )[0]
-        )
+        return self._clean(self.base(at.latents, at.timesteps), at)
+
+    def guided_x0(self, scale: float) -> Float[Array, "b h w c"]:
+        """Return the same under classifier-free guidance: x0_empty + scale (x0 - x0_empty)."""
+        prompted, empty = self.clean_pair(self.trajectory)
+        return empty + scale * (prompted - empty)
+
+    def clean_pair(self, at: "rollout.Trajectory | Noised") -> tuple[jax.Array, jax.Array]:
+        """Return the base's clean predictions with and without the prompt."""
+        prompted, empty = self.base_pair(at.latents, at.timesteps)
+        return self._clean(prompted, at), self._clean(empty, at)
 
     def renoise(
         self, x0: Float[Array, "b h w c"], level: tuple[float, float], tag: int
     ) -> "Noised":
-        """Return x0 with noise of a random level for each sample.
+        """Noise x0 to a random level of each sample.
 
-        `level` is the least and the most of it, from 0 to 1 as a share of the trained timesteps.
+        `level` is (least, most) as shares of the trained timesteps; both are raised to `floor`.
         """
         steps = len(self.table.timesteps)
-        share = level[0] + (level[1] - level[0]) * rollout.uniform(self.keys, tag)
+        least, most = (jnp.maximum(bound, self.floor) for bound in level)
+        share = least + (most - least) * rollout.uniform(self.keys, tag)
         # The table runs from the noisiest timestep down.
         index = jnp.clip((1 - share) * steps, 0, steps - 1).astype(jnp.int32)
         alpha, sigma = (
@@ -65,6 +76,10 @@ class Context:
         noise = rollout.normal(self.keys, tag + 1, x0.shape[1:])
         timesteps = jnp.asarray(self.table.timesteps, jnp.float32)[index]
         return Noised(alpha * x0 + sigma * noise, timesteps, alpha, sigma)
+
+    def _clean(self, model_output: jax.Array, at: "rollout.Trajectory | Noised") -> jax.Array:
+        kind = self.table.prediction_type
+        return noise_schedule.x0_and_epsilon(kind, model_output, at.latents, at.alpha, at.sigma)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,31 @@ class Generator:
         )
         return {name: value.astype(self.dtype) for name, value in merged.items()}
 
+    def toward_base(self, params: Params, base: Params, share: jax.Array) -> Params:
+        """Return the parameters after a pull to the pretrained weights, which may be packed.
+
+        A share of theta - theta_pretrained is taken away. Of adapters that is a share of A B, and
+        it is taken from B.
+        """
+        if self.rank:
+            return {
+                name: value * (1 - share) if name.endswith(".lora_B.kernel") else value
+                for name, value in params.items()
+            }
+
+        def pretrained(name: str, value: jax.Array) -> jax.Array:
+            found = (
+                jnp.stack([base[one] for one in stacks.members(name, len(value))])
+                if "*" in name
+                else base[name]
+            )
+            return found.astype(value.dtype)
+
+        return {
+            name: value - share * (value - pretrained(name, value))
+            for name, value in params.items()
+        }
+
     def squared_distance(self, params: Params, base: Params) -> jax.Array:
         """Return ||theta - theta_pretrained||^2, the sum over all weights, in float32."""
         if self.rank:

@@ -1,13 +1,17 @@
-"""The method on one page: from what the generator draws to the loss and its metrics.
+"""The method on one page: what the generator draws is pulled at x0, by rewards and by terms.
 
     trajectory = the few-step sampler run from noise            R0: all K steps, R0+: a random one
-    images     = decode(trajectory.x0)
-    g          = weighted sum of the rewards' image gradients, each normalized, per sample
-    loss       = - <stop_gradient(g), images> + sum_j lambda_j penalty_j
+    image      = decode(x0)
+    g          = weighted sum of the rewards' image gradients, each normalized by sample
+    pull       = unit(g d image / d x0) + sum_j weight_j direction_j           [B, h, w, c]
+    loss       = - <stop_gradient(pull), x0>
 
-One backward pass carries g through decoder and generator, however many rewards there are.
+Rewards and terms meet at x0 in one unit, so a weight is a share of the rewards' pull. It means the
+same for every resolution, number of channels and VAE. One backward pass carries the sum through the
+generator, however many rewards and terms there are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +22,12 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from r0_jax.diffusion import grid, rollout
+from r0_jax.diffusion import grid, noise_schedule, rollout
+from r0_jax.method import optim
 from r0_jax.method.context import Context
+from r0_jax.method.directions import Direction, norm, unit
 from r0_jax.method.generator import Generator
-from r0_jax.method.regularizers import PENALTIES
+from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import reward_gradient
 from r0_jax.models import repeat
 from r0_jax.pipelines.pipeline import Pipeline
@@ -57,8 +63,14 @@ class Objective:
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
         self.num_steps = config.sampler.num_steps
-        self.grid = grid.grid(pipeline.scheduler_config, self.num_steps)
+        self.grid = grid.grid(pipeline.scheduler_config, self.num_steps, config.sampler.eta)
         self.table = grid.noise_levels(pipeline.scheduler_config)
+        # Of each step of the grid: |d x0 / d network output|, and the level that it ends at as a
+        # share of the trained timesteps. They weigh R0+'s random step.
+        self.gains = noise_schedule.x0_gain(
+            self.grid.prediction_type, self.grid.alphas, self.grid.sigmas
+        )
+        self.floors = grid.levels_after(self.grid, self.table)
         self.repeat = repeat.Repeat(config.scan_blocks, config.remat == "blocks", gathered)
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
@@ -93,27 +105,92 @@ class Objective:
             return self._loss(params, frozen, batch, keys, last, spreads)
 
     def _loss(self, params, frozen, batch, keys, last, spreads):
-        rolled, drawn = (
-            jax.vmap(jax.random.fold_in, (0, None))(keys, tag) for tag in (_ROLLOUT, _REGULARIZERS)
-        )
         conditioning = self.pipeline.encode_prompt(frozen, batch)
-        trajectory = self._rollout(params, frozen, conditioning, keys, rolled, last)
+        trajectory = self._rollout(params, frozen, conditioning, keys, last)
+        still = lax.stop_gradient(trajectory)
+        pulls, metrics = self._pulls(frozen, batch, conditioning, still, keys, last, spreads)
+        pull = self._weighed(sum(pulls.values(), start=jnp.zeros_like(still.x0)), last)
+        loss = -jnp.mean(jnp.sum(lax.stop_gradient(pull) * trajectory.x0, axis=(1, 2, 3)))
+        return loss, metrics
 
-        images = (
-            self.decoder.decode_unclipped(frozen["decoder"], trajectory.x0)
-            if self.decoder
-            else self.pipeline.decode_unclipped(frozen["vae"], trajectory.x0)
-        )
+    def term_norms(
+        self,
+        params: Params,
+        frozen: dict[str, Any],
+        batch: dict[str, jax.Array],
+        keys: rollout.Keys,
+        last: jax.Array | int,
+        spreads: dict[str, jax.Array],
+    ) -> Metrics:
+        """Return "norm/params/TERM": the norm of the loss's gradient by each term alone.
+
+        The arguments are those of `loss`. Every term costs a backward pass of the generator, one
+        after the other.
+        """
+
+        def x0(params: Params) -> tuple[Direction, rollout.Trajectory]:
+            trajectory = self._rollout(params, frozen, conditioning, keys, last)
+            return trajectory.x0, trajectory
+
+        with repeat.use(self.repeat):
+            conditioning = self.pipeline.encode_prompt(frozen, batch)
+            _, pull_back, trajectory = jax.vjp(x0, params, has_aux=True)
+            still = lax.stop_gradient(trajectory)
+            pulls, _ = self._pulls(frozen, batch, conditioning, still, keys, last, spreads)
+            each = [self._weighed(pull, last) / len(keys) for pull in pulls.values()]
+
+            def norm_of(pull: Direction) -> Float[Array, ""]:
+                return optim.global_norm(pull_back(pull))
+
+            # A loop holds the memory of one pass; where loops are slow there are small networks.
+            unrolled = self.config.objective.unroll
+            norms = list(map(norm_of, each)) if unrolled else lax.map(norm_of, jnp.stack(each))
+        return {f"norm/params/{name}": norms[i] for i, name in enumerate(pulls)}
+
+    def _weighed(self, pull: Direction, last: jax.Array | int) -> Direction:
+        """Undo, for R0+, that x0 moves more per change of the network at noisier steps."""
+        if self.config.objective.method == "r0plus":
+            return pull / jnp.asarray(self.gains)[last]
+        return pull
+
+    def _pulls(
+        self, frozen, batch, conditioning, trajectory, keys, last, spreads
+    ) -> tuple[dict[str, Direction], Metrics]:
+        """Return what pulls at x0, by term and with its weight, and metrics."""
+        drawn = _fold(keys, _REGULARIZERS)
+        pulls, metrics = {}, {}
+        if self.rewards:
+            pulls["rewards"], metrics = self._rewards_pull(
+                frozen, batch, trajectory.x0, drawn, spreads
+            )
+        context = self._context(frozen, conditioning, trajectory, drawn, last)
+        for name, direction in DIRECTIONS.items():
+            options = self.config.regularizers[name]
+            if options.weight:  # at 0 the term is not even traced
+                pulls[name] = options.weight * direction(context, options)
+        metrics |= {f"norm/x0/{name}": jnp.mean(norm(pull)) for name, pull in pulls.items()}
+        metrics |= {
+            f"cosine/x0/rewards~{name}": jnp.mean(
+                jnp.sum(unit(pulls["rewards"]) * unit(pull), axis=(1, 2, 3))
+            )
+            for name, pull in pulls.items()
+            if "rewards" in pulls and name != "rewards"
+        }
+        return pulls, metrics
+
+    def _rewards_pull(self, frozen, batch, x0, keys, spreads) -> tuple[Direction, Metrics]:
+        """Return the rewards' image gradient pulled back to x0, of norm 1, and metrics."""
+        images, pull_back = jax.vjp(functools.partial(self._decode, frozen), x0)
         gradient = reward_gradient(
             self.rewards,
             frozen["rewards"],
-            lax.stop_gradient(images),
+            images,
             {r.name: batch[r.column] for r in self.rewards if r.column in batch},
-            drawn,
+            keys,
             spreads,
             self.config,
         )
-        loss = -jnp.mean(jnp.sum(gradient.images * images, axis=(1, 2, 3)))
+        (pull,) = pull_back(gradient.images)
         metrics = {f"reward/{name}": jnp.mean(x) for name, x in gradient.scores.items()}
         metrics |= {
             f"{SQUARE}{name}": jnp.mean(x**2)
@@ -124,17 +201,14 @@ class Objective:
         metrics |= {
             f"cosine/reward_grads/{pair}": jnp.mean(x) for pair, x in gradient.cosines.items()
         }
+        return unit(pull), metrics
 
-        context = self._context(params, frozen, conditioning, trajectory, drawn)
-        for name, penalty in PENALTIES.items():
-            options = self.config.regularizers[name]
-            if options.weight:  # at 0 the penalty is not even traced
-                value = penalty(context, options)
-                metrics[f"penalty/{name}"] = value
-                loss = loss + options.weight * value
-        return loss, metrics
+    def _decode(self, frozen, x0: Direction) -> Float[Array, "b H W 3"]:
+        if self.decoder:
+            return self.decoder.decode_unclipped(frozen["decoder"], x0)
+        return self.pipeline.decode_unclipped(frozen["vae"], x0)
 
-    def _rollout(self, params, frozen, conditioning, keys, rolled, last) -> rollout.Trajectory:
+    def _rollout(self, params, frozen, conditioning, keys, last) -> rollout.Trajectory:
         def denoiser(weights: Params) -> rollout.Denoise:
             return lambda latents, timesteps: self.pipeline.denoise(
                 weights, latents, timesteps, conditioning
@@ -146,7 +220,7 @@ class Objective:
             denoiser(lax.stop_gradient(weights)),
             self.grid,
             rollout.normal(keys, _NOISE, self.pipeline.latent_shape),
-            rolled,
+            _fold(keys, _ROLLOUT),
             last=last,
             grad_steps=self.grad_steps,
             random_eta=self.config.sampler.random_eta,
@@ -155,7 +229,7 @@ class Objective:
             remat=self.config.remat == "calls",
         )
 
-    def _context(self, params, frozen, conditioning, trajectory, keys) -> Context:
+    def _context(self, frozen, conditioning, trajectory, keys, last) -> Context:
         def base(latents, timesteps):
             return self.pipeline.denoise(frozen["base"], latents, timesteps, conditioning)
 
@@ -180,6 +254,10 @@ class Objective:
             base,
             base_pair,
             base_features,
-            lambda: self.generator.squared_distance(params, frozen["base"]),
             self.table,
+            jnp.asarray(self.floors)[last] if self.config.objective.method == "r0plus" else 0.0,
         )
+
+
+def _fold(keys: rollout.Keys, tag: int) -> rollout.Keys:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, tag)

@@ -88,9 +88,10 @@ def langevin(
 ) -> optax.GradientTransformation:
     """Add sqrt(2 * lr * T) * N(0, 1) to each update, as the last of a chain.
 
-    With the `weight` penalty this samples the parameters from the reward-tilted posterior
-    (method.md section 4). The noise depends only on seed, count and the parameter's place among
-    the sorted names. So neither sharding nor a resume changes it, and the state holds no key.
+    Plain SGLD would sample a posterior with it. After a clipped, preconditioned optimizer and
+    normalized rewards it is parameter noise, no more. The noise depends only on seed, count and the
+    parameter's place among the sorted names. So neither sharding nor a resume changes it, and the
+    state holds no key.
     """
 
     def init(params: Params) -> LangevinState:

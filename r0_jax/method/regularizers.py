@@ -1,7 +1,8 @@
-"""The penalties that keep the generator near the base, by the names of their config entries.
+"""List what keeps the generator near its pretrained self: each a config entry with a weight.
 
-`langevin` (optim.py) and `gradient` (reward_gradient.py) are entries of the same section. They act
-elsewhere: on the update, and on the rewards' gradient.
+Those that act on x0 are here, by name. The others act elsewhere: `weight` and `langevin` on the
+parameters after an update (train_step.py, optim.py), `gradient` on the rewards' own gradients
+(reward_gradient.py).
 """
 
 from collections.abc import Callable
@@ -10,12 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 from r0_jax.method.context import Context
-from r0_jax.method.penalties import feature, guidance, output, weight
+from r0_jax.method.directions import feature, guidance, output
 
-PENALTIES: dict[str, Callable[[Context, ConfigDict], jax.Array]] = {
-    "weight": weight,
+DIRECTIONS: dict[str, Callable[[Context, ConfigDict], jax.Array]] = {
     "output": output,
     "feature": feature,
     "guidance": guidance,
 }
-ELSEWHERE = ("langevin", "gradient")
+ELSEWHERE = ("weight", "langevin", "gradient")

@@ -10,6 +10,7 @@ smoothing; a cap, above which a reward has no gradient; normalization; projectio
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,18 +86,13 @@ def reward_gradient(
     if options.conflicts == "project":
         gradients = _projected(gradients)
     total = sum(gradients.values(), start=jnp.zeros_like(images))
-    if config.regularizers.gradient.weight:
-        total *= jnp.minimum(1.0, config.regularizers.gradient.clip / (_norm(total) + 1e-12))
     leaves = ((images > 1) & (total > 0)) | ((images < 0) & (total < 0))
     return RewardGradient(jnp.where(leaves, 0.0, total), scores, norms, cosines)
 
 
 def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
-    """Apply the `gradient` regularizer: replace a share `weight` of the gradient by an average.
-
-    The average is over `samples` images perturbed by N(0, std^2). Only the weighted sum is cut at
-    `clip`, later: normalization would undo a cut that came before it.
-    """
+    """The `gradient` regularizer: a share `weight` of the gradient is replaced by its average
+    over `samples` images perturbed by N(0, std^2)."""
     if options.weight == 0:
         return gradient
     smooth = jnp.zeros_like(gradient)
@@ -108,13 +104,16 @@ def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
 
 
 def _descended(score, images, gradient, rho: float) -> tuple[jax.Array, jax.Array]:
-    """Return images a distance `rho` down the slope, and the gradient there.
+    """Return images down the slope, where the reward is lower, and the gradient there.
 
-    This is a sharpness-aware reward, grad r(I - rho grad / ||grad||): a narrow peak pulls less.
+    A peak that is too narrow to last pulls less. The images change by `rho` in the root mean square
+    of their N numbers: grad r(I - rho sqrt(N) grad / ||grad||), so that it means the same at any
+    size. Sharpness-aware reward (RSA-FT).
     """
     if rho == 0:
         return images, gradient
-    worse = jnp.clip(images - rho * gradient / (_norm(gradient) + 1e-12), 0.0, 1.0)
+    step = rho * math.sqrt(math.prod(images.shape[1:]))
+    worse = jnp.clip(images - step * gradient / (_norm(gradient) + 1e-12), 0.0, 1.0)
     return worse, value_and_gradient(score, worse)[1]
 
 

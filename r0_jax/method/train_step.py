@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from r0_jax.method import optim, reward_spread, stacks
+from r0_jax.method.generator import Generator
 from r0_jax.method.objective import SQUARE, Metrics, Objective
 from r0_jax.method.train_state import TrainState
 
@@ -37,23 +38,13 @@ def make_train_step(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         state = stacks.pack(state, stacks.groups(state.params))
-        key = jax.random.fold_in(key, state.step)
-        step_key, sample_key = jax.random.split(key)
-        last = objective.draw_last(step_key)
-        spreads = reward_spread.std(state.moments)
-        size = len(next(iter(batch.values())))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
+        keys, last, spreads = _draws(objective, state, batch, key)
 
         def microbatch(batch, keys):
             (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
                 state.params, frozen, batch, keys, last, spreads
             )
             return loss, metrics, grads
-
-        def cut(x):
-            # Interleaved: each microbatch takes an equal share of every device's samples.
-            x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
-            return lax.with_sharding_constraint(x, over_devices)
 
         if count == 1:
             loss, metrics, grads = microbatch(batch, keys)
@@ -62,14 +53,58 @@ def make_train_step(
             def add(total, part):
                 return jax.tree.map(lambda t, x: t + x / count, total, microbatch(*part)), None
 
-            parts = jax.tree.map(cut, (batch, keys))
+            parts = _cut((batch, keys), count, over_devices)
             shapes = jax.eval_shape(lambda: microbatch(*jax.tree.map(lambda x: x[0], parts)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (loss, metrics, grads), _ = lax.scan(add, zeros, parts)
 
-        return _update(state, grads, loss, metrics, optimizer, config)
+        return _update(state, grads, loss, metrics, optimizer, config, objective.generator, frozen)
 
     return train_step
+
+
+def make_term_norms(
+    objective: Objective, count: int, over_devices: NamedSharding
+) -> Callable[[TrainState, dict[str, Any], dict[str, jax.Array], jax.Array], Metrics]:
+    """Return a function of the train step's arguments: "norm/params/TERM" of its first microbatch.
+
+    It draws what the train step draws.
+    """
+
+    def term_norms(
+        state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
+    ) -> Metrics:
+        state = stacks.pack(state, stacks.groups(state.params))
+        keys, last, spreads = _draws(objective, state, batch, key)
+        if count > 1:
+            parts = _cut((batch, keys), count, over_devices)
+            batch, keys = jax.tree.map(lambda x: x[0], parts)
+        return objective.term_norms(state.params, frozen, batch, keys, last, spreads)
+
+    return term_norms
+
+
+def _draws(
+    objective: Objective, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]:
+    """Return the samples' keys, the step that is rewarded and the spread of each reward."""
+    step_key, sample_key = jax.random.split(jax.random.fold_in(key, state.step))
+    size = len(next(iter(batch.values())))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
+    return keys, objective.draw_last(step_key), reward_spread.std(state.moments)
+
+
+def _cut(tree: Any, count: int, over_devices: NamedSharding) -> Any:
+    """Cut arrays into microbatches [count, samples, ...].
+
+    Interleaved: each microbatch takes an equal share of every device's samples.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+        return lax.with_sharding_constraint(x, over_devices)
+
+    return jax.tree.map(cut, tree)
 
 
 def _update(
@@ -79,13 +114,26 @@ def _update(
     metrics: Metrics,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
+    generator: Generator,
+    frozen: dict[str, Any],
 ) -> tuple[TrainState, Metrics]:
+    # The optimizer does not count the steps that were skipped.
+    rate = optim.learning_rate_schedule(config)(state.step - state.skipped)
+    start = state.params
+    if pull := config.regularizers.weight.weight:  # decoupled from Adam, as AdamW's decay
+        start = generator.toward_base(start, frozen["base"], rate * pull)
+        distance = generator.squared_distance(state.params, frozen["base"])
+        taken = jax.tree.map(jnp.subtract, state.params, start)
+        metrics = metrics | {
+            "norm/from_pretrained": jnp.sqrt(distance),
+            "norm/weight_pull": optim.global_norm(taken),
+        }
     norm = optim.global_norm(grads)
     squares = {name: metrics.pop(SQUARE + name) for name in state.moments}
     means = {name: metrics[f"reward/{name}"] for name in state.moments}
     moments = reward_spread.update(state.moments, means, squares)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(start, updates)
     ema_params = optim.update_ema(state.ema_params, params, config.ema_decay)
     new = TrainState(
         state.step + 1,
@@ -101,10 +149,10 @@ def _update(
         "train/loss": loss,
         **metrics,
         "norm/grads": norm,
+        "norm/updates": optim.global_norm(updates),
         "norm/params": optim.global_norm(new.params),
         "train/skipped": new.skipped,
         "train/skipped_in_a_row": new.skipped_in_a_row,
         **{f"reward_std/{name}": x for name, x in reward_spread.std(new.moments).items()},
-        # The optimizer does not count skipped steps.
-        "train/learning_rate": optim.learning_rate_schedule(config)(state.step - state.skipped),
+        "train/learning_rate": rate,
     }

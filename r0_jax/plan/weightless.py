@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from r0_jax import prompts, remote, rewards
+from r0_jax.config import guided_regularizers, trained_rewards
 from r0_jax.console import console
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
@@ -31,7 +32,8 @@ def filled(config: ConfigDict) -> Iterator[ConfigDict]:
         root = Path(folder)
         if config.family and not _is_there(config.pretrained):
             # A reward that reads Chinese goes with a pipeline that reads it too.
-            chinese = any(entry.type == "chinese_clip" for entry in config.rewards.values())
+            computed = trained_rewards(config).values()
+            chinese = any(entry.type == "chinese_clip" for entry in computed)
             missing.append(blank.write_pipeline(root / "pipeline", config.family, chinese))
             config.pretrained = str(root / "pipeline")
         families.check_there(config.pretrained, config.family)
@@ -39,7 +41,7 @@ def filled(config: ConfigDict) -> Iterator[ConfigDict]:
             family = read_index(remote.local(config.pretrained))["_class_name"]
             missing.append(blank.write_decoder(root / "decoder", family))
             config.objective.decoder = str(root / "decoder")
-        for reward, entry in config.rewards.items():
+        for reward, entry in trained_rewards(config).items():
             if entry.type != "function" and not _is_there(entry.path):
                 missing.append(blank.write_reward(root / reward, entry.type))
                 entry.path, entry.head = str(root / reward), ""
@@ -65,9 +67,9 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
     trained_on = [
         rewards.load(name, entry, config.dtype, source.text)
-        for name, entry in config.rewards.items()
+        for name, entry in trained_rewards(config).items()
     ]
     pipeline = source.attach(pipeline)
-    if config.regularizers.guidance.weight:
-        source.check_guidance("regularizers.guidance")
+    for name in guided_regularizers(config):
+        source.check_guidance(f"regularizers.{name}")
     return program.build(config, mesh, pipeline, trained_on, source)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from r0_jax import remote
+from r0_jax.config import guided_regularizers
 from r0_jax.errors import InputError
 from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
@@ -93,8 +94,8 @@ class EncodedPrompts:
         for section in (config.eval, config.test):
             if section.prompts:
                 self.find(section.prompts, section.num_prompts)
-        if config.regularizers.guidance.weight:
-            self.check_guidance("regularizers.guidance")
+        for name in guided_regularizers(config):
+            self.check_guidance(f"regularizers.{name}")
         if config.test.prompts and config.test.guidance_scale > 1:
             self.check_guidance("the base's guidance in test")
 

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from r0_jax.config import trained_rewards
 from r0_jax.console import console
 from r0_jax.evaluation.validation import Validation
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import host_memory
+from r0_jax.training.balance import Balance
 from r0_jax.training.early_stop import EarlyStop
 from r0_jax.training.profile import Profile
 from r0_jax.training.program import Program
@@ -80,6 +82,7 @@ class Loop:
             self.config, job.folder, self.first if start.resumed else None, start.measured
         )
         self.profile = Profile(self.config.profile, job.folder, self.first)
+        self.balance = Balance()
 
     def run(self) -> bool:
         """Run the remaining steps; return False if a SIGTERM ended them."""
@@ -150,14 +153,16 @@ class Loop:
         # after it, and saves and evaluations wait for the devices anyway. Not where a reward is a
         # user's function: it may call back into Python. JAX runs the callback in this thread on
         # CPUs and single GPUs, and there the guard would forbid what the user does in it.
-        if any(entry.function for entry in self.config.rewards.values()):
+        if any(entry.function for entry in trained_rewards(self.config).values()):
             return contextlib.nullcontext()
         return jax.transfer_guard("disallow")
 
     def _log(self, step: int, metrics: Metrics) -> None:
         """Fetch and log the metrics of a step; wait for it where it still runs."""
         written = step % self.config.log_every == 0 or self._is_measured(step)
-        self.log.step(step, jax.device_get(metrics), written)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.log.step(step, values, written)
+        self.balance.add(values)
 
     def _save(self) -> None:
         """Start to write a checkpoint, of a state that is the same in all processes."""
@@ -179,9 +184,18 @@ class Loop:
                 values, sheet = self.job.validation(self.state.ema_params, self.step)
             except Stopped:
                 return
-            self.log.evaluation(self.step, values, sheet)
+            self.log.evaluation(self.step, values | self._term_norms(), sheet)
             self.job.checkpoints.add_metrics(self.step, values)
             self.early.add(values.get(self.config.best_metric, math.nan))
+            self.balance.check()
+
+    def _term_norms(self) -> dict[str, float]:
+        """Return the gradient norm of each term alone, on the batch that comes next."""
+        if not self.config.eval.term_norms:
+            return {}
+        batch = next(self.job.batches_from(self.step))
+        norms = self.job.program.term_norms(self.state, self.job.frozen, batch, self.key)
+        return {name: float(value) for name, value in jax.device_get(norms).items()}
 
     def _end(self) -> bool:
         """Say why the steps ended; return False after a SIGTERM, when the state is saved."""

@@ -7,6 +7,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from r0_jax import prompts, rewards
+from r0_jax.config import trained_rewards
 from r0_jax.diffusion import schedulers
 from r0_jax.parallel import heartbeat
 from r0_jax.pipelines import families
@@ -41,14 +42,14 @@ def load(config: ConfigDict) -> Pretrained:
     source.check(config)
     if config.test.prompts:  # too many steps for the base would only show after the training
         schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
-    trained_on = load_rewards(config.rewards, pipeline, config, source, trained=True)
+    trained_on = load_rewards(trained_rewards(config), pipeline, config, source, trained=True)
     heldout = load_rewards(config.heldout_rewards, pipeline, config, source, trained=False)
     _warn_of_heldout_that_is_trained_on(config, trained_on, heldout)
     return Pretrained(pipeline, trained_on, heldout, source)
 
 
 def load_rewards(
-    entries: ConfigDict,
+    entries: ConfigDict | dict[str, ConfigDict],
     pipeline: Pipeline,
     config: ConfigDict,
     source: PromptSource,

@@ -17,7 +17,7 @@ from r0_jax.method import lora, optim, train_state
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.method.train_state import TrainState
-from r0_jax.method.train_step import TrainStep, make_train_step
+from r0_jax.method.train_step import TrainStep, make_term_norms, make_train_step
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import tiny_decoder
@@ -129,6 +129,16 @@ class Program:
             step_on(self.mesh, self.objective, self.optimizer, self.config),
             out_shardings=(self.state_sharding, sharding.replicated(self.mesh)),
             donate_argnums=0,
+        )
+
+    @functools.cached_property
+    def term_norms(self):
+        """(state, frozen, batch, key) -> the gradient norm of each term alone, jitted."""
+        count = sharding.microbatches(self.config.batch_size, self.config.device_batch, self.mesh)
+        split = sharding.microbatch_sharding(self.mesh)
+        return jax.jit(
+            make_term_norms(self.objective, count, split),
+            out_shardings=sharding.replicated(self.mesh),
         )
 
 

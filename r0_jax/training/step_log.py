@@ -47,13 +47,12 @@ class StepLog:
     def __exit__(self, *exc: object) -> None:
         self._held.__exit__(*exc)
 
-    def step(self, step: int, metrics: Mapping[str, np.ndarray], written: bool) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], written: bool) -> None:
         """Show the metrics of a step and, if they are to be `written`, append them to the files.
 
         Raises InputError after too many skipped steps in a row.
         """
-        values = {name: float(value) for name, value in metrics.items()}
-        values |= self._timing.update(step)
+        values = {**metrics, **self._timing.update(step)}
         self._progress.update(step, values)
         in_a_row = int(values["train/skipped_in_a_row"])
         if in_a_row >= self._config.max_skipped_in_a_row:

@@ -163,7 +163,12 @@ def restore_or_init(
     if begun:
         state, metadata = checkpoints.restore(built.abstract_state)
         return Start(state, resumed=True, measured=bool(metadata["metrics"]))
-    state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
+    base = frozen["base"]
+    if not built.config.lora.rank and built.config.dtype != "float32":
+        # All weights are trained: from the file's own values, not from their rounding, which is
+        # larger than several steps.
+        base = lazy.place(built.frozen["base"], built.frozen_sharding["base"], "float32")
+    state = jax.jit(built.init, out_shardings=built.state_sharding)(base)
     return Start(state, resumed=False, measured=False)
 
 

@@ -9,6 +9,7 @@ from step_world import REWARDS, ToyConfig, assert_close, batch, sample_keys
 
 from r0_jax.diffusion import rollout
 from r0_jax.method import objective, reward_gradient
+from r0_jax.method.objective import Objective
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
 
@@ -25,8 +26,13 @@ def fixed_normal(keys, tag, shape):
     return 1.4 * jnp.sin(1 + index * (1.7 + tag))
 
 
-def drawn_images(world, params, eta):
-    """Method.md section 2 unrolled and written anew: LoRA, DDIM with eta, decode."""
+def decoded(world, x0):
+    vae = world.pipeline.networks["vae"]
+    return vae.apply(world.frozen["vae"], "decode", x0 / 0.5) / 2 + 0.5
+
+
+def drawn_x0(world, params, eta):
+    """Unroll section 2 of the method, written anew: LoRA, DDIM with eta."""
     base, network = dict(world.frozen["base"]), world.pipeline.networks["unet"]
     for name in params:
         if name.endswith("lora_A.kernel"):
@@ -58,9 +64,7 @@ def drawn_images(world, params, eta):
         epsilon = np.sqrt(1 - eta**2) * epsilon + eta * fixed_normal(np.zeros(B), i, (4, 4, 4))
         alpha, sigma = np.float32([products[i + 1] ** 0.5, (1 - products[i + 1]) ** 0.5])
         latents = alpha * x0 + sigma * epsilon
-    return (
-        world.pipeline.networks["vae"].apply(world.frozen["vae"], "decode", latents / 0.5) / 2 + 0.5
-    )
+    return latents
 
 
 def scores(reward, images):
@@ -75,40 +79,45 @@ def scores(reward, images):
     ]
 
 
-def plain_loss(params, world, eta):
-    """-mean over samples of sum_i w_i r_i: no scan, no checkpoint, no surrogate."""
-    images = drawn_images(world, params, eta)
-    weighted = [w * jnp.stack(scores(r, images)) for w, r in zip((0.7, 1.3), REWARDS, strict=True)]
-    return -jnp.mean(sum(weighted))
-
-
-def normalized_loss(params, world, eta):
-    images = drawn_images(world, params, eta)
-    loss = 0.0
+def directions_by_hand(world, x0, normalization):
+    """The rewards' pull at x0 by plain autodiff, one sample at a time."""
+    pulls = []
     for i in range(B):
+        images = decoded(world, x0)
         direction = 0.0
         for w, reward in zip((0.7, 1.3), REWARDS, strict=True):
             g = jax.grad(lambda x, i=i, reward=reward: scores(reward, x)[i])(images)[i]
-            direction += w * g / (jnp.sqrt(jnp.sum(g * g)) + 1e-8)
-        loss -= jnp.sum(jax.lax.stop_gradient(direction) * images[i]) / B
-    return loss
+            size = jnp.sqrt(jnp.sum(g * g)) + 1e-8 if normalization == "per_sample" else 1.0
+            direction += w * g / size
+        pull = jax.grad(lambda x, d=direction, i=i: jnp.sum(d * decoded(world, x)[i]))(x0)[i]
+        pulls.append(pull / jnp.sqrt(jnp.sum(pull * pull)))
+    return jnp.stack(pulls)
+
+
+def loss_by_hand(params, world, eta, normalization):
+    """-mean over samples of <pull, x0>: no scan, no checkpoint, the pull by plain autodiff."""
+    x0 = drawn_x0(world, params, eta)
+    pull = directions_by_hand(world, jax.lax.stop_gradient(x0), normalization)
+    return -jnp.mean(jnp.sum(pull * x0, axis=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
-    ("normalization", "prediction_type", "written_anew"),
-    [("none", "v_prediction", plain_loss), ("per_sample", "epsilon", normalized_loss)],
+    ("normalization", "prediction_type"), [("none", "v_prediction"), ("per_sample", "epsilon")]
 )
-def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_type, written_anew):
+def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_type):
     monkeypatch.setattr(rollout, "normal", fixed_normal)
     world = step_world.make(
         {"objective.normalization": normalization, "sampler.eta": 0.6, "sampler.random_eta": False},
         prediction_type=prediction_type,
     )
     params = world.params()
-    (_, metrics), grads = world.value_and_grad(params, batch(B), last=3)
-    expected = jax.jit(jax.grad(lambda p: written_anew(p, world, 0.6)))
-    assert_close(grads, expected(params), 2e-4 if prediction_type == "epsilon" else 2e-5)
-    images = jax.jit(lambda p: drawn_images(world, p, 0.6))(params)
+    (loss, metrics), grads = world.value_and_grad(params, batch(B), last=3)
+    by_hand = jax.jit(jax.value_and_grad(lambda p: loss_by_hand(p, world, 0.6, normalization)))
+    expected_loss, expected = by_hand(params)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
+    assert_close(grads, expected, 2e-4 if prediction_type == "epsilon" else 2e-5)
+    np.testing.assert_allclose(metrics["norm/x0/rewards"], 1.0, rtol=1e-5)
+    images = jax.jit(lambda p: decoded(world, drawn_x0(world, p, 0.6)))(params)
     for reward in REWARDS:
         expected = np.mean(scores(reward, images))
         np.testing.assert_allclose(metrics[f"reward/{reward.name}"], expected, rtol=1e-4)
@@ -126,7 +135,11 @@ def test_r0plus_at_the_last_step_is_r0_with_one_step_of_gradient(r0plus):
     r0 = step_world.make({"objective.grad_steps": 1})
     params = r0.params()
     found = r0plus.value_and_grad(params, batch(B), last=3)
-    assert_close(found, r0.value_and_grad(params, batch(B), last=3), 1e-6)
+    (loss, metrics), grads = r0.value_and_grad(params, batch(B), last=3)
+    gain = r0plus.objective.gains[3]  # by which R0+ divides the pull
+    np.testing.assert_allclose(found[0][0] * gain, loss, rtol=1e-5)
+    assert_close(found[0][1], metrics, 1e-6)
+    assert_close(jax.tree.map(lambda x: x * gain, found[1]), grads, 1e-5)
     earlier = r0plus.value_and_grad(params, batch(B), last=1)
     norm = {name: np.linalg.norm(x) for name, x in earlier[1].items()}
     assert all(
@@ -163,15 +176,40 @@ def test_r0plus_runs_only_the_steps_it_needs(calls):
         assert sorted(calls) == sorted([*[999, 749, 499, 249][: last + 1], 999 - 250 * last])
 
 
-# --- Penalties: exactly absent, and each changing the gradient ------------------------------------
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_drawn_step_does_not_change_the_size_of_the_gradient(monkeypatch, prediction_type):
+    """What reaches the network's output is the pull itself, at every step.
+
+    |d x0 / d output| of epsilon is 14.6 at the first step and 0.7 at the last.
+    """
+    # A decoder and a reward that are linear pull to one side, wherever x0 is.
+    monkeypatch.setattr(Objective, "_decode", lambda self, frozen, x0: 0.5 + 1e-4 * x0[..., :3])
+    slope = jnp.sin(jnp.arange(48.0)).reshape(4, 4, 3)
+    linear = Reward("brightness", {}, lambda p, x, f: jnp.einsum("bhwc,hwc->b", x, slope), None)
+    world = step_world.make(
+        {"objective.method": "r0plus", "lora.rank": 0},
+        prediction_type=prediction_type,
+        rewards=[linear],
+    )
+    params = {k: jnp.asarray(v) for k, v in world.frozen["base"].items()}
+    grads = [world.value_and_grad(params, batch(B), last=i)[1]["conv_out.bias"] for i in range(4)]
+    assert np.abs(grads[0]).max() > 1e-3
+    for after in grads[1:]:
+        np.testing.assert_allclose(np.abs(after), np.abs(grads[0]), rtol=1e-3, atol=1e-6)
+
+
+def test_the_floor_is_where_the_drawn_step_ends(r0plus):
+    np.testing.assert_allclose(r0plus.objective.floors, [0.75, 0.5, 0.25, 0.0], atol=2e-3)
+
+
+# --- Terms: exactly absent, and each changing the gradient ----------------------------------------
 
 # With other options than the defaults, and one network call, to compile fast.
 ON = {
-    "weight": {"weight": 0.3},
     "output": {"weight": 0.5},
     "feature": {"weight": 0.7, "least": 0.1, "most": 0.4},
     "guidance": {"weight": 0.9, "scale": 5.0, "least": 0.1},
-    "gradient": {"weight": 0.5, "samples": 2, "std": 0.2, "clip": 1.0},
+    "gradient": {"weight": 0.5, "samples": 2, "std": 0.2},
 }
 ONE_STEP = {"sampler.num_steps": 1, "objective.grad_steps": 1, "objective.normalization": "none"}
 
@@ -190,7 +228,7 @@ def text(world):
 @pytest.mark.parametrize("name", ON)
 def test_weight_0_leaves_nothing_in_the_program(monkeypatch, name):
     off, on = text(regularized(name, weight=0.0)), text(regularized(name))
-    monkeypatch.setattr(objective, "PENALTIES", {})
+    monkeypatch.setattr(objective, "DIRECTIONS", {})
     monkeypatch.setattr(reward_gradient, "_smoothed", lambda *a: a[2])
     assert off == text(step_world.make(ONE_STEP))
     assert on != off
@@ -206,24 +244,79 @@ def bare():
 def test_each_regularizer_changes_the_gradient(bare, name):
     world = regularized(name)
     start, away = world.params(noise=0.0), world.params()
-    (loss, metrics), grads = world.value_and_grad(away, batch(B), last=0)
-    (bare_loss, bare_metrics), bare_grads = bare
+    (_, metrics), grads = world.value_and_grad(away, batch(B), last=0)
+    (_, bare_metrics), bare_grads = bare
     change = {k: np.linalg.norm(grads[k] - bare_grads[k]) for k in grads}
     assert max(change.values()) > 1e-3 * max(np.linalg.norm(x) for x in bare_grads.values())
     if name == "gradient":
         assert set(metrics) == set(bare_metrics)
         return
-    assert set(metrics) - set(bare_metrics) == {f"penalty/{name}"}
-    penalty = metrics[f"penalty/{name}"]
-    assert penalty > 1e-4
-    np.testing.assert_allclose(loss, bare_loss + ON[name]["weight"] * penalty, rtol=1e-5)
-
-    if name == "guidance":  # of the empty prompt over itself
-        same = batch(B) | {"input_ids": np.repeat(world.frozen["empty"]["input_ids"], B, axis=0)}
-        (_, metrics), _ = world.value_and_grad(away, same, last=0)
-    else:  # where training starts, the generator is its base
+    assert set(metrics) - set(bare_metrics) == {f"norm/x0/{name}", f"cosine/x0/rewards~{name}"}
+    assert metrics[f"norm/x0/{name}"] > 1e-3
+    assert -1 <= metrics[f"cosine/x0/rewards~{name}"] <= 1
+    if name == "output":  # where training starts, the generator is its base
         (_, metrics), _ = world.value_and_grad(start, batch(B), last=0)
-    assert metrics[f"penalty/{name}"] < 1e-10
+        assert metrics["norm/x0/output"] < 1e-5
+
+
+def test_terms_without_rewards_are_an_objective():
+    """The control without rewards: only what keeps the generator near its base pulls."""
+    world = step_world.make(ONE_STEP | {"regularizers.guidance.weight": 0.9}, rewards=[])
+    (_, metrics), grads = world.value_and_grad(world.params(), batch(B), last=0)
+    assert set(metrics) == {"norm/x0/guidance"}
+    assert max(np.abs(g).max() for g in grads.values()) > 0
+
+
+# --- One unit: a weight means the same for every size ---------------------------------------------
+
+
+FAMILIES = {
+    "epsilon": (step_world.SCHEDULER, "epsilon"),
+    "v_prediction": (step_world.SCHEDULER, "v_prediction"),
+    "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "epsilon"),
+}
+
+
+def copies(small, large):
+    """Parameters of a network that is as many copies of a smaller one, side by side, as fit.
+
+    Copies share no weights of a kernel that grows on both sides; else they see the same inputs.
+    """
+    params = {}
+    for name, value in small.items():
+        shape = large[name].shape
+        times = [after // before for before, after in zip(value.shape, shape, strict=True)]
+        if name.endswith("kernel") and times[-2] > 1 and times[-1] > 1:
+            one = jnp.einsum("ab,...io->...aibo", jnp.eye(times[-1]), value)
+            params[name] = one.reshape(shape)
+        else:
+            params[name] = jnp.tile(value, times)
+    return params
+
+
+@pytest.mark.parametrize("changes", [{"sample_size": 64}, {"in_channels": 16, "width": 32}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weight_means_the_same_at_any_resolution_and_number_of_channels(family, changes):
+    """The ratio of every two terms at x0 stays within 5 %."""
+    on = {f"regularizers.{name}.weight": 1.0 for name in ("output", "guidance", "feature")}
+    size, (scheduler, prediction_type) = 32, FAMILIES[family]
+    toy = ToyConfig(sample_size=size)
+    small, large = (
+        step_world.make(ONE_STEP | {"lora.rank": 0} | on, one, prediction_type, scheduler=scheduler)
+        for one in (toy, toy._replace(**changes))
+    )
+    norms = []
+    for world in (small, large):
+        frozen = world.frozen | {
+            part: copies(small.frozen[part], world.frozen[part]) for part in ("base", "vae")
+        }
+        params = copies(small.params(), world.params())
+        found = world._replace(frozen=frozen).value_and_grad(params, batch(16), last=0)
+        norms.append({k: float(v) for k, v in found[0][1].items() if k.startswith("norm/x0/")})
+    first, second = norms
+    assert len(first) == 4 and first["norm/x0/rewards"] == pytest.approx(1)
+    for name in first:
+        assert second[name] == pytest.approx(first[name], rel=0.05), name
 
 
 # --- Memory, constants, dtypes --------------------------------------------------------------------
@@ -294,7 +387,7 @@ def test_half_precision_networks_train_float32_parameters(rank):
             "dtype": "bfloat16",
             "lora.rank": rank,
             "regularizers.guidance.weight": 1.0,
-            "regularizers.weight.weight": 1.0,
+            "regularizers.output.weight": 1.0,
         },
         rewards=[reward],
     )

@@ -6,12 +6,13 @@ import step_world
 from step_world import assert_close, batch
 
 from r0_jax.method import optim, train_state
+from r0_jax.method.train_step import make_term_norms
 from r0_jax.parallel import sharding
 from r0_jax.training.program import step_on
 
 KEY = jax.random.key(7)
-PENALTIES = {
-    "regularizers.weight.weight": 0.1,
+TERMS = {
+    "regularizers.weight.weight": 1e-3,  # of a learning rate of 100: a tenth
     "regularizers.output.weight": 0.5,
     "regularizers.guidance.weight": 0.3,
 }
@@ -19,7 +20,7 @@ PENALTIES = {
 
 @pytest.fixture(scope="module")
 def world():
-    return step_world.make(PENALTIES)
+    return step_world.make(TERMS)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,12 @@ def test_one_step_is_clipped_adam_and_an_average(world, stepped):
     assert norm > 2  # clipped to 1
     for name, value in before.params.items():
         g = grads[name] / norm
+        start = 0.9 * value if name.endswith("lora_B.kernel") else value  # pulled to the base
         np.testing.assert_allclose(
-            after.params[name] - value, -100 * g / (jnp.abs(g) + 100), rtol=1e-3, atol=1e-6
+            after.params[name] - start, -100 * g / (jnp.abs(g) + 100), rtol=1e-3, atol=1e-6
         )
         average = 0.99 * value + 0.01 * after.params[name]
         np.testing.assert_allclose(after.ema_params[name], average, rtol=1e-6, atol=1e-8)
-    moved = np.sqrt(sum(np.sum(np.square(after.params[k] - x)) for k, x in before.params.items()))
-    np.testing.assert_allclose(moved, 1, rtol=0.01)
 
     assert (after.step, after.skipped, after.skipped_in_a_row) == (1, 0, 0)
     np.testing.assert_allclose(metrics["norm/grads"], norm, rtol=1e-5)
@@ -61,10 +61,31 @@ def test_one_step_is_clipped_adam_and_an_average(world, stepped):
         "train/loss",
         "norm/grads",
         "norm/params",
+        "norm/from_pretrained",
+        "norm/updates",
+        "norm/weight_pull",
         "train/skipped",
         "train/skipped_in_a_row",
         "train/learning_rate",
     }
+
+
+def test_the_norm_of_each_term_alone_is_that_of_a_step_with_it_alone(world):
+    _, state, _ = world.step()
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    made = make_term_norms(world.objective, 2, sharding.microbatch_sharding(mesh))
+    norms = jax.jit(made)(state, world.frozen, batch(8), KEY)
+    assert set(norms) == {f"norm/params/{name}" for name in ("rewards", "output", "guidance")}
+    _, keys = keys_of(0, 8)
+    # The first of two microbatches is every second sample.
+    first = jax.tree.map(lambda x: x[::2], batch(8))
+    for name in ("rewards", "output", "guidance"):
+        alone = {f"regularizers.{other}.weight": 0.0 for other in ("output", "guidance")}
+        alone |= {k: TERMS[k] for k in alone if name in k}
+        one = step_world.make(alone, rewards=None if name == "rewards" else [])
+        _, grads = one.value_and_grad(world.params(), first, 3, keys[::2])
+        expected = optim.global_norm(grads)
+        np.testing.assert_allclose(norms[f"norm/params/{name}"], expected, rtol=1e-4)
 
 
 def test_steps_draw_anew_and_a_step_repeats_itself(stepped):
@@ -95,15 +116,15 @@ def test_microbatches_equal_the_large_batch(world, stepped, method):
     if method == "r0":
         expected = stepped[2]
     else:
-        run, state, _ = step_world.make(PENALTIES | {"objective.method": "r0plus"}).step()
+        run, state, _ = step_world.make(TERMS | {"objective.method": "r0plus"}).step()
         expected = run(state, batch(8))
-    cut = step_world.make(PENALTIES | {"objective.method": method, "device_batch": 2})
+    cut = step_world.make(TERMS | {"objective.method": method, "device_batch": 2})
     run, state, _ = cut.step()
     assert_close(run(state, batch(8)), expected)
 
 
 def test_microbatches_are_spread_over_all_devices(world, stepped):
-    run, state, _ = step_world.make(PENALTIES | {"device_batch": 1}).step(
+    run, state, _ = step_world.make(TERMS | {"device_batch": 1}).step(
         sharding.make_mesh({"data": 4}, jax.devices()[:4])
     )
     assert_close(run(state, batch(8)), stepped[2])
@@ -161,7 +182,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(stepped):
 
 
 def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
-    full = step_world.make({"lora.rank": 0, "regularizers.weight.weight": 0.1})
+    full = step_world.make({"lora.rank": 0, "regularizers.weight.weight": 1e-3})
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     optimizer = optim.make_optimizer(full.config)
 
@@ -179,15 +200,15 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_base():
     for name, value in state.params.items():
         assert np.any(np.asarray(value) != np.asarray(full.frozen["base"][name])), name
     assert_close(frozen, full.frozen, 0)  # neither donated nor written to
-    assert metrics["penalty/weight"] == 0  # the first step was taken at the base
+    assert metrics["norm/from_pretrained"] == 0  # the first step was taken at the base
     _, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch(8)), KEY)
-    assert metrics["penalty/weight"] > 0
+    assert metrics["norm/from_pretrained"] > 0
 
 
 def test_langevin_noise_is_added_when_on_and_absent_when_off(world, stepped):
     temperature = 1e-8
     run, state, optimizer = step_world.make(
-        PENALTIES | {"regularizers.langevin.weight": temperature}
+        TERMS | {"regularizers.langevin.weight": temperature}
     ).step()
     noisy, _ = run(state, batch(8))
     after = stepped[2][0]
@@ -209,11 +230,11 @@ def test_langevin_noise_is_added_when_on_and_absent_when_off(world, stepped):
 
 # Loss and gradient norm of the first step, full fine-tuning, of the project's own UNet, VAE and
 # text encoder with fixed weights. If they move, something that is computed has changed: a network,
-# the sampler, a random draw, a reward's normalization, a penalty. Find out which commit did it
+# the sampler, a random draw, a reward's normalization, a term. Find out which commit did it
 # (`git bisect run pytest tests/method/test_train_step.py -k golden`). If the change was meant, and
 # every test against PyTorch and plain autodiff passes, copy the numbers that the failure prints,
 # and say in the commit what moved them: resumed runs and published results move with them.
-GOLDEN = {"train/loss": 0.4337502, "norm/grads": 0.8678990, "reward/agreement": 64.596512}
+GOLDEN = {"train/loss": 0.5329202, "norm/grads": 62.983189, "reward/agreement": 64.596497}
 REAL = {"sampler.num_steps": 2, "objective.grad_steps": 2, "lora.rank": 0}
 
 

@@ -104,7 +104,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     prepared.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
     where = (config.batch_size, config.seed, 0, [0], 1)
     expected, metrics = first_loss(config, pipeline, prepared.batches(tmp_path / "prompts", *where))
-    assert metrics["penalty/guidance"] > 0  # which asks for the empty prompt
+    assert metrics["norm/x0/guidance"] > 0  # which asks for the empty prompt
 
     # Of the others bfloat16 is a program more to compile.
     tolerances = {"float32": 1e-4} | ({"bfloat16": 0.05} if name == "sd15" else {})
@@ -165,7 +165,7 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     ]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "heldout/pickscore" in line] == [0, 2, 4]
-    assert all(line["penalty/guidance"] > 0 for line in lines if "train/loss" in line)
+    assert all(line["norm/x0/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
     assert table["base_3_guided"]["network_calls"]["value"] == 6
     assert (

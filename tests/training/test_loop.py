@@ -30,6 +30,7 @@ class World:
         self.mesh = sharding.make_mesh({"data": -1})
         program = mock.create_autospec(Program, instance=True)
         program.config, program.mesh, program.step = self.config, self.mesh, jax.jit(count)
+        program.term_norms = lambda *arguments: {"norm/params/rewards": jnp.ones(())}
         self.checkpoints = mock.create_autospec(Checkpoints, instance=True)
         self.checkpoints.save.side_effect = lambda state: self.saw("save", int(state.step))
         self.checkpoints.add_metrics.side_effect = lambda step, values: self.saw("add", step)
@@ -68,12 +69,15 @@ def count(state, frozen, batch, key):
 
 
 def test_the_rhythm(tmp_path):
-    """A step is logged when the next one was started, or before it is saved."""
+    """A step is logged when the next one was started, or before it is saved.
+
+    A measurement also looks at the batch that comes next.
+    """
     world = World(tmp_path)
     assert world.loop.run()
     assert world.events == (
-        "save 0,measure 0,add 0,step 1,step 2,log 1,step 3,log 2,log 3,save 3,"
-        "step 4,step 5,log 4,log 5,save 5,measure 5,add 5"
+        "save 0,measure 0,step 1,add 0,step 1,step 2,log 1,step 3,log 2,log 3,save 3,"
+        "step 4,step 5,log 4,log 5,save 5,measure 5,step 6,add 5"
     ).split(",")
 
 

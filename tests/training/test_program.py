@@ -1,13 +1,19 @@
 """What a config asks for is in the program that is put together from it."""
 
+from unittest import mock
+
 import jax
+import numpy as np
 import pytest
 from dry_runs import cache  # noqa: F401 (a fixture)
 
 from configs import sd15_r0
 from r0_jax.models.repeat import Repeat
 from r0_jax.parallel import sharding
+from r0_jax.pipelines import families
 from r0_jax.plan import weightless
+from r0_jax.training import train
+from r0_jax.workdir.checkpoint_manager import Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -41,3 +47,17 @@ def test_what_the_backward_pass_computes_again(cache, remat, there):  # noqa: F8
     built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
     text = str(built.step.trace(*built.abstract).jaxpr)
     assert ("checkpoint[" in text or "remat" in text) is there
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_training_starts_from_the_file_not_from_its_rounding(cache, dtype):  # noqa: F811
+    config = sd15_r0.get_config("dryrun,full")
+    config.dtype = dtype
+    built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    checkpoints = mock.create_autospec(Checkpoints, instance=True)
+    start = train.restore_or_init(built, train.place_frozen(built), checkpoints, begun=False)
+    whole = families.load(config.pretrained).params["unet"]
+    assert start.state.params.keys() == whole.keys()
+    for name, value in start.state.params.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, np.asarray(whole[name]), err_msg=name)

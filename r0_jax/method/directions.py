@@ -1,0 +1,92 @@
+"""Compute what pulls at x0 beside the rewards: (context, options) -> directions [B, h, w, c].
+
+All directions have one unit, so that a weight means the same for every network. Let L be a mean
+over the N latent elements of a sample. Its direction is
+
+    - sqrt(N) / 2  grad_x0 L
+
+The norm of that depends neither on the resolution, nor on the channels, nor on the VAE. The
+rewards' direction has norm 1 (`objective.py`), so a weight is a share of the rewards' pull.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from r0_jax.method.context import Context
+
+Direction = Float[Array, "b h w c"]
+
+GUIDANCE_FORMS = ("pull", "tdm", "direction")
+# Tags of the random draws, so that no two terms share their noise.
+_FEATURE, _GUIDANCE = 100, 200
+
+
+def output(context: Context, options: ConfigDict) -> Direction:
+    """Pull x0 to what the base predicts at the same noisy input: (target - x0) / sqrt(N).
+
+    The target is the base's one-shot x0. With options.guided it is the guided one, at
+    options.scale.
+    """
+    target = context.guided_x0(options.scale) if options.guided else context.base_x0
+    return _per_root_of_size(target - context.x0)
+
+
+def feature(context: Context, options: ConfigDict) -> Direction:
+    """Pull the base's mid-block features of x0 to those of the base's own x0.
+
+    Both are noised to one level between options.least and options.most. L is the squared distance
+    of the features, relative to their own size.
+    """
+    level = (options.least, options.most)
+    reference = context.renoise(context.base_x0, level, _FEATURE)
+    target = context.base_features(reference.latents, reference.timesteps)
+    size = jnp.mean(target**2, axis=(1, 2, 3)) + 1e-6
+
+    def distance(x0: Direction) -> Float[Array, ""]:
+        drawn = context.renoise(x0, level, _FEATURE)
+        features = context.base_features(drawn.latents, drawn.timesteps)
+        return jnp.sum(jnp.mean((features - target) ** 2, axis=(1, 2, 3)) / size)
+
+    count = math.prod(context.x0.shape[1:])
+    return -math.sqrt(count) / 2 * jax.grad(distance)(context.x0)
+
+
+def guidance(context: Context, options: ConfigDict) -> Direction:
+    """Pull x0 to where classifier-free guidance leads, at the full resolution of the latents.
+
+    The base sees x0 noised to a level between options.least and options.most, with and without the
+    prompt: d = x0_prompted - x0_empty, and x0_guided = x0_empty + scale d. By options.form it is
+
+        pull        (x0_guided - x0) / sqrt(N)
+        tdm         (scale - 1) d / (sqrt(N) mean |x0 - x0_guided|)       (TDM-R1's loss)
+        direction   d / ||d||
+    """
+    x0 = context.x0
+    noised = context.renoise(x0, (options.least, options.most), _GUIDANCE)
+    prompted, empty = context.clean_pair(noised)
+    along = prompted - empty
+    if options.form == "direction":
+        return unit(along)
+    guided = empty + options.scale * along
+    if options.form == "pull":
+        return _per_root_of_size(guided - x0)
+    size = jnp.mean(jnp.abs(x0 - guided), axis=(1, 2, 3), keepdims=True)
+    return _per_root_of_size((options.scale - 1) * along / (size + 1e-6))
+
+
+def unit(x: Direction) -> Direction:
+    """Scale each sample to norm 1; a sample of zeros stays as it is."""
+    return x / (norm(x) + 1e-20)[:, None, None, None]
+
+
+def norm(x: Direction) -> Float[Array, " b"]:
+    """Return the Euclidean norm of each sample."""
+    return jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=(1, 2, 3)))
+
+
+def _per_root_of_size(x: Direction) -> Direction:
+    return x / math.sqrt(math.prod(x.shape[1:]))
