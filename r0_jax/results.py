@@ -25,7 +25,7 @@ from rich.console import Console
 
 from r0_jax import cli, remote
 from r0_jax.errors import STOPPED, InputError
-from r0_jax.evaluation import images, report
+from r0_jax.evaluation import images, report, verdicts
 from r0_jax.files import write_bytes
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
@@ -33,12 +33,6 @@ from r0_jax.workdir import checkpoint, identity, mirror, run
 from r0_jax.workdir.workdir import Workdir
 
 _COLUMNS = 10  # of the picture
-# (what, metric, the best the ratio of R0's value to the guided base's may be, and the worst)
-_TARGETS = [
-    ("judge accuracy ≥ that of base with guidance", "judge_accuracy", 1.0, np.inf),
-    ("Frechet distance ≤ 1.2 × that of base with guidance", "frechet_distance", 0.0, 1.2),
-    ("diversity ≥ 0.7 × that of base with guidance", "diversity", 0.7, np.inf),
-]
 console = Console(stderr=True)
 
 
@@ -95,7 +89,8 @@ def run_all(
         json.loads((workdir.path / "eval.json").read_text(encoding="utf-8")) for workdir in workdirs
     ]
     prompts = write_picture(workdirs[0].path, out.with_suffix(".png"))
-    write_bytes(out, page(evaluations, out.with_suffix(".png").name, prompts).encode())
+    values = [verdicts.read_values(workdir.path) for workdir in workdirs]
+    write_bytes(out, page(evaluations, values, out.with_suffix(".png").name, prompts).encode())
     print(f"written: {out}")
     return True
 
@@ -109,6 +104,7 @@ def measured(workdir: Workdir, config: ConfigDict) -> bool:
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
         report.rows(evaluation)
+        verdicts.read_values(workdir.path)
     except (ValueError, InputError):  # broken: it is measured again
         return False
     return evaluation.get("test") == config.test.to_dict() and (
@@ -143,7 +139,12 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def page(evaluations: Sequence[dict[str, Any]], picture: str, prompts: Sequence[str]) -> str:
+def page(
+    evaluations: Sequence[dict[str, Any]],
+    values: Sequence[verdicts.Values],
+    picture: str,
+    prompts: Sequence[str],
+) -> str:
     """Return docs/reports/results.md: the table, targets, seeds, picture, and how it was made."""
     pooled = pool(evaluations)
     names = list(pooled["models"])
@@ -158,7 +159,10 @@ over the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
 {report.markdown_table(pooled)}
 ## Targets
 
-{targets(evaluations, names)}
+Differences are paired: the same prompt and noise for both models. The interval holds for other
+prompts and for other trainings. "Undecided" means that it holds values of both sides.
+
+{verdicts.table(values, names[-1], names[0])}
 ## Side by side
 
 Rows: {", ".join(report.label(name) for name in names)}. Each column has one prompt and one noise.
@@ -173,28 +177,6 @@ Rows: {", ".join(report.label(name) for name in names)}. Each column has one pro
 
 {versions()}
 """
-
-
-def targets(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Return a Markdown table of _TARGETS: the ratio of the last model's value to the first's."""
-    lines = ["| target | ratio | by seed | reached |", "|---|---:|---:|---|"]
-    for what, metric, low, high in _TARGETS:
-        if metric not in evaluations[0]["models"][names[0]]:
-            continue
-        values = np.asarray(
-            [
-                [
-                    _number(evaluation["models"][name][metric]["value"])
-                    for name in (names[-1], names[0])
-                ]
-                for evaluation in evaluations
-            ]
-        )
-        ratio = values[:, 0].mean() / values[:, 1].mean()
-        each = ", ".join(f"{r0 / base:.3f}" for r0, base in values)
-        reached = "yes" if low <= ratio <= high else "no"
-        lines.append(f"| {what} | {ratio:.3f} | {each} | {reached} |")
-    return "\n".join(lines) + "\n"
 
 
 def write_picture(folder: Path, path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Many images drawn or scored in batches of one size, so that one compiled program does."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.parallel import heartbeat, sharding
 from r0_jax.pipelines.pipeline import Tokens, take
 
+CHUNK_BYTES = (
+    2**29
+)  # of images that are held in float32, to be looked at by one judge after another
+
 
 def batch_size(config: ConfigDict, count: int, mesh: Mesh) -> int:
     """Return how many of `count` images are drawn at once, over all devices of `mesh`.
@@ -24,6 +29,19 @@ def batch_size(config: ConfigDict, count: int, mesh: Mesh) -> int:
     share = max(1, config.batch_size // parts)
     held = min(config.device_batch or share, share)
     return min((config.draw_batch or held) * parts, sharding.divisible(count, mesh))
+
+
+def chunks(
+    count: int, batch_size: int, shape: tuple[int, ...], most_bytes: int = CHUNK_BYTES
+) -> Iterator[range]:
+    """Yield the rows of `count` images [*shape] in chunks: of whole batches, in `most_bytes`.
+
+    An image has 4 bytes a number. A chunk has one batch at least.
+    """
+    images = most_bytes // (4 * math.prod(shape))
+    size = max(images // batch_size, 1) * batch_size
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
 
 
 def fill(count: int, size: int) -> Int[np.ndarray, " size"]:

@@ -26,8 +26,9 @@ def draw_noise(
 
 
 def fixed_noise(
-    seed: int, count: int, shape: tuple[int, ...]
+    seed: int, rows: int | range, shape: tuple[int, ...]
 ) -> tuple[Float[np.ndarray, "n h w c"], rollout.Keys]:
-    """Return the noise [count, *shape], on the host, and the keys of images 0, 1, ..."""
-    noise, keys = draw_noise(jax.random.key(seed), jnp.arange(count), shape)
+    """Return the noise [N, *shape], on the host, and the keys of images `rows`, or of the first."""
+    rows = range(rows) if isinstance(rows, int) else rows
+    noise, keys = draw_noise(jax.random.key(seed), jnp.asarray(rows), shape)
     return np.asarray(noise), keys

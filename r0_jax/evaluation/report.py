@@ -45,6 +45,7 @@ _METRICS = {
     "judge_relation": ("judge: relation", "↑"),
     "heldout_clip_score": ("held-out CLIP score", "↑"),
     "frechet_distance": ("Frechet distance", "↓"),
+    "frechet_floor": ("Frechet distance of two rendered sets", ""),
     "diversity": ("diversity", "↑"),
     "reward/": ("reward:", "↑"),
     "network_calls": ("network calls", "↓"),
@@ -55,8 +56,10 @@ _LEGEND = "±: farther end of the 95 % interval. ↑: larger is better, ↓: sma
 _CURVES = [
     ("reward/", "Training rewards", "reward", "c1"),
     ("heldout/", "Held-out rewards", "held-out reward", "c2"),
-    ("penalty/", "Penalties", "penalty", "c3"),
-    ("norm/", "Gradient norms", "L2 norm", "c4"),
+    ("norm/x0/", "Pull of each term at x0", "L2 norm", "c3"),
+    ("cosine/x0/", "Agreement of terms with the rewards", "cosine", "c3"),
+    ("norm/params/", "Gradient of each term", "L2 norm", "c4"),
+    ("norm/", "Other norms", "L2 norm", "c4"),
     ("", "Loss, speed and the rest", "value", "c5"),
 ]
 
@@ -172,10 +175,33 @@ def _result(path: Path) -> str:
         )
         label = re.sub(" ([↑↓])$", r"&nbsp;\1", html.escape(row.label))  # no arrow on its own line
         body += f"<tr><th>{label}</th>{cells}</tr>"
-    facts = {name: value for name, value in evaluation.items() if name != "models"}
+    shown = ("models", "differences")
+    facts = {name: value for name, value in evaluation.items() if name not in shown}
     return f"""<p class="soft">The same prompts and noise for every model. {_LEGEND}</p>
 <div class="wide"><table class="result"><thead><tr><th></th>{head}</tr></thead>
-<tbody>{body}</tbody></table></div>{_facts(facts)}"""
+<tbody>{body}</tbody></table></div>{_differences(evaluation)}{_facts(facts)}"""
+
+
+def _differences(evaluation: dict) -> str:
+    """Return a table of each model less the first one, or nothing where none was measured."""
+    found = evaluation.get("differences")
+    if not isinstance(found, dict) or not found:
+        return ""
+    first = label(next(iter(evaluation["models"])))
+    models, table = rows({"models": found})
+    head = "".join(f"<th>{html.escape(model)}</th>" for model in models)
+    body = "".join(
+        f"<tr><th>{html.escape(row.label)}</th>"
+        + "".join(
+            f"<td>{html.escape(value)} <small>{html.escape(interval)}</small></td>"
+            for value, interval in row.cells
+        )
+        + "</tr>"
+        for row in table
+    )
+    return f"""<p class="soft">Differences to {html.escape(first)}, prompt by prompt.</p>
+<div class="wide"><table class="result"><thead><tr><th></th>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>"""
 
 
 def _curves(path: Path) -> str:

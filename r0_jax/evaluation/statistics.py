@@ -43,12 +43,19 @@ def paired_ci(a: Shaped[ArrayLike, " n"], b: Shaped[ArrayLike, " n"]) -> dict:
     What the two models share cancels. So this resolves differences that two overlapping intervals
     hide. Positive: a is larger.
     """
-    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    n = len(difference)
-    if n < 2:
-        raise ValueError(f"a paired interval needs at least 2 pairs, got {n}")
-    mean = float(difference.mean())
-    half = _half_width(difference)
+    return t_ci(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
+def t_ci(differences: Shaped[ArrayLike, " n"]) -> dict:
+    """Return the mean of n paired differences with Student's 95 % interval.
+
+    Raises:
+      ValueError: n is below 2.
+    """
+    differences = np.asarray(differences, np.float64)
+    if len(differences) < 2:
+        raise ValueError(f"a paired interval needs at least 2 pairs, got {len(differences)}")
+    mean, half = float(differences.mean()), _half_width(differences)
     return _entry(mean, mean - half, mean + half)
 
 
@@ -58,23 +65,44 @@ def bootstrap_ci(
     seed: int = 0,
     samples: int = 200,
 ) -> dict:
-    """Return `statistic(*arrays)` with a 95 % interval from resampling the rows of every array.
+    """Return `statistic(*arrays)` with a 95 % interval from resampling rows.
 
-    The arrays are resampled independently of each other. The interval is the spread of the
+    Row i of every array belongs to prompt i, so all arrays are resampled by the same rows: a
+    reference that follows the prompts moves with them. The interval is the spread of the
     replicates, moved to the value itself. A replicate repeats rows, which makes a distance between
     sets larger: plain percentiles of frechet_distance can miss the value.
+
+    Raises:
+      ValueError: the arrays have different numbers of rows.
     """
     arrays = [np.asarray(array) for array in arrays]
-    rng = np.random.default_rng(seed)
-    replicates = np.array(
-        [
-            statistic(*(array[rng.integers(len(array), size=len(array))] for array in arrays))
-            for _ in range(samples)
-        ]
-    )
+    if len({len(array) for array in arrays}) != 1:
+        raise ValueError("arrays that are resampled together need the same number of rows")
+    rng, count = np.random.default_rng(seed), len(arrays[0])
+    replicates = []
+    for _ in range(samples):
+        rows = rng.integers(count, size=count)
+        replicates.append(statistic(*(array[rows] for array in arrays)))
+    replicates = np.asarray(replicates)
     value = float(statistic(*arrays))
     low, high = np.quantile(replicates, (0.025, 0.975)) - replicates.mean() + value
     return _entry(value, float(low), float(high))
+
+
+def over_seeds(entry: dict, values: Shaped[ArrayLike, " seeds"]) -> dict:
+    """Widen an entry, the mean over seeds, by the spread of the seeds' own values.
+
+    The entry's interval says how the prompts vary. The t interval of the seeds' values says how
+    trainings vary. Both add up as independent errors do. One seed tells nothing of trainings, so
+    its entry stays.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return entry
+    value, (low, high), half = entry["value"], entry["ci95"], _half_width(values)
+    return _entry(
+        value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)
+    )
 
 
 def frechet_distance(

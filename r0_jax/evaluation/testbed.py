@@ -1,6 +1,8 @@
 """Makes the result table: models measured on the same prompts and the same noise."""
 
 import dataclasses
+import functools
+import io
 import json
 import math
 import time
@@ -13,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from r0_jax import prompts, rewards
+from r0_jax.config import trained_rewards
 from r0_jax.console import console
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, world
-from r0_jax.evaluation.batches import batch_size, draw, fill, score
+from r0_jax.evaluation.batches import batch_size, chunks, draw, fill, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import write_bytes
@@ -33,6 +36,8 @@ from r0_jax.weights.network import Params
 from r0_jax.workdir.run import Run
 
 SHOWN = 12  # prompts; the report shows their images
+VALUES = "eval_values.npz"  # beside eval.json: what its numbers are means of
+FEATURES = "features"  # of images in VALUES, for the Frechet distance; "reference" has the scenes
 
 
 class Model(NamedTuple):
@@ -68,6 +73,24 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
         )
 
 
+class Measured(NamedTuple):
+    """What was found of one model.
+
+    Attributes:
+      values: {metric: a value a prompt}; diversity has one for each prompt that it is measured on.
+      features: of the images, for the Frechet distance; None where there is no such distance.
+      calls: of the network, an image.
+      seconds: an image, of each chunk of the prompts, without compilation.
+      shown: the first images.
+    """
+
+    values: dict[str, np.ndarray]
+    features: np.ndarray | None
+    calls: int
+    seconds: np.ndarray
+    shown: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Testbed:
     """Prompts, noise and judges that measure every model."""
@@ -90,7 +113,7 @@ class Testbed:
         source, test = prompts.of(config), config.test
         trained_on, heldout = (
             [rewards.load(name, entry, config.dtype, source.text) for name, entry in found.items()]
-            for found in (config.rewards, config.heldout_rewards)
+            for found in (trained_rewards(config), config.heldout_rewards)
         )
         read = source.evaluation(test.prompts, test.num_prompts, pipeline, trained_on + heldout)
         return cls(
@@ -104,70 +127,133 @@ class Testbed:
             _image_features(config),
         )
 
-    def measure(self, model: Model) -> tuple[dict[str, Any], np.ndarray]:
-        """Return {metric: {"value", "ci95"}} and the images of the prompts."""
-        test, shape = self.config.test, self.pipeline.latent_shape
-        noise, keys = fixed_noise(self.config.seed, len(self.prompts), shape)
+    def measure(self, model: Model) -> Measured:
+        """Draw and judge an image of each prompt, and several of some for diversity."""
         mesh = sharding.global_mesh()
         size = batch_size(self.config, len(self.prompts), mesh)
-        drawn, seconds = timed_draw(model, self.tokens, noise, keys, size)
+        warm_up(model, self.tokens, self.pipeline, size)
+        scorers = {
+            reward.name: sharding.spread(reward.score, mesh)
+            for reward in self.rewards + self.heldout
+        }
+        parts: dict[str, list[np.ndarray]] = {}
+        seconds, shown = [], []
+        for rows in chunks(len(self.prompts), size, self.pipeline.image_shape):
+            begin = time.perf_counter()
+            drawn = self._draw(model, np.asarray(rows), rows, self.config.seed, size)
+            seconds.append((time.perf_counter() - begin) / len(rows))
+            shown.extend(drawn[: SHOWN - len(shown)])
+            for name, values in self._judge(drawn, rows, scorers, size).items():
+                parts.setdefault(name, []).append(values)
+        joined = {name: np.concatenate(values) for name, values in parts.items()}
+        features = joined.pop(FEATURES, None)
+        if self.image_features is not None:
+            joined["diversity"] = self._diversity(model, size)
+        values = {name: found for name, found in joined.items() if len(found)}
+        return Measured(
+            values, features, model.sampler.network_calls, np.asarray(seconds), np.stack(shown)
+        )
 
-        found: dict[str, Any] = {}
-        if test.world == "shapes":
-            found |= world.judge_metrics(drawn, self.prompts)
+    def entries(self, found: Measured) -> dict[str, Any]:
+        """Return {metric: {"value", "ci95"}} of one model."""
+        entries = {name: statistics.mean_ci(values) for name, values in found.values.items()}
+        if self.reference is not None:
+            entries["frechet_distance"] = self._bootstrap(
+                statistics.frechet_distance, found.features, self.reference.features
+            )
+            entries["frechet_floor"] = self.reference.floor
+        entries["network_calls"] = {"value": found.calls, "ci95": [found.calls, found.calls]}
+        entries["seconds_per_image"] = statistics.mean_ci(found.seconds)
+        return entries
+
+    def differences(self, found: Measured, other: Measured) -> dict[str, Any]:
+        """Return {metric: {"value", "ci95"}} of what `found` has more than `other`, in pairs."""
+        entries = {
+            name: statistics.paired_ci(values, other.values[name])
+            for name, values in found.values.items()
+            if len(values) > 1
+        }
+        if self.reference is not None:
+            entries["frechet_distance"] = self._bootstrap(
+                frechet_difference, found.features, other.features, self.reference.features
+            )
+        return entries
+
+    @functools.cached_property
+    def reference(self) -> "Reference | None":
+        """What the Frechet distance is to: rendered scenes of the same prompts."""
+        if self.image_features is None or self.config.test.world != "shapes":
+            return None
+        features, again = (
+            self.image_features(world.render_prompts(self.prompts, self.config.seed + i))
+            for i in range(2)
+        )
+        return Reference(features, self._bootstrap(statistics.frechet_distance, again, features))
+
+    def _bootstrap(self, statistic: Callable[..., float], *arrays: np.ndarray) -> dict[str, Any]:
+        return statistics.bootstrap_ci(statistic, *arrays, seed=self.config.seed)
+
+    def _draw(
+        self, model: Model, prompts: np.ndarray, rows: range, seed: int, size: int
+    ) -> np.ndarray:
+        """Draw the prompts of numbers `prompts` from the noise of images `rows`."""
+        noise, keys = fixed_noise(seed, rows, self.pipeline.latent_shape)
+        return draw(model.sampler, model.params, take(self.tokens, prompts), noise, keys, size)
+
+    def _judge(
+        self, drawn: np.ndarray, rows: range, scorers: dict[str, Callable], size: int
+    ) -> dict[str, np.ndarray]:
+        """Return {metric: a value an image}; `FEATURES` has the image features."""
+        part, found = slice(rows.start, rows.stop), {}
+        if self.config.test.world == "shapes":
+            found |= world.verdicts(drawn, self.prompts[part])
+        everywhere = sharding.replicated(sharding.global_mesh())
         for reward in self.rewards + self.heldout:
             features = self.features.get(reward.column)
-            params = lazy.place(reward.scoring_params, sharding.replicated(mesh))
-            scores = score(sharding.spread(reward.score, mesh), params, drawn, features, size)
-            del params
+            of_rows = None if features is None else features[part]
+            params = lazy.place(reward.scoring_params, everywhere)
             name = f"reward/{reward.name}"
-            if reward.name == test.features:
+            if reward.name == self.config.test.features:
                 name = "heldout_clip_score"
             elif reward in self.heldout:
                 name = f"reward/heldout: {reward.name}"
-            found[name] = statistics.mean_ci(scores)
-        if self.image_features is not None:
-            found |= self._feature_metrics(model, drawn, size)
-        calls = model.sampler.network_calls
-        found["network_calls"] = {"value": calls, "ci95": [calls, calls]}
-        found["seconds_per_image"] = statistics.mean_ci(seconds)
-        return found, drawn
-
-    def _feature_metrics(self, model: Model, drawn: np.ndarray, size: int) -> dict[str, Any]:
-        test = self.config.test
-        found = {}
-        if test.world == "shapes":
-            scenes = world.render_prompts(self.prompts, self.config.seed)
-            found["frechet_distance"] = statistics.bootstrap_ci(
-                statistics.frechet_distance,
-                self.image_features(drawn),
-                self.image_features(scenes),
-                seed=self.config.seed,
-            )
-        count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
-        rows = np.repeat(np.arange(count), each)
-        noise, keys = fixed_noise(self.config.seed + 1, len(rows), self.pipeline.latent_shape)
-        several = draw(model.sampler, model.params, take(self.tokens, rows), noise, keys, size)
-        features = self.image_features(several).reshape(count, each, -1)
-        found["diversity"] = statistics.mean_ci(statistics.diversity(features))
+            found[name] = score(scorers[reward.name], params, drawn, of_rows, size)
+            del params
+        if self.image_features is not None and self.reference is not None:
+            found[FEATURES] = self.image_features(drawn)
         return found
 
+    def _diversity(self, model: Model, size: int) -> np.ndarray:
+        """Return the mean distance of several images of a prompt, for each diversity prompt."""
+        test = self.config.test
+        count, each = min(test.diversity_prompts, len(self.prompts)), test.samples_per_prompt
+        prompts, features = np.repeat(np.arange(count), each), []
+        for rows in chunks(len(prompts), size, self.pipeline.image_shape):
+            part = prompts[rows.start : rows.stop]
+            drawn = self._draw(model, part, rows, self.config.seed + 1, size)
+            features.append(self.image_features(drawn))
+        return statistics.diversity(np.concatenate(features).reshape(count, each, -1))
 
-def timed_draw(
-    model: Model, tokens: Tokens, noise: np.ndarray, keys: jax.Array, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images, and the seconds an image of each batch, without compilation."""
-    first = fill(len(noise), size)
-    model.sampler(model.params, take(tokens, first), noise[first], keys[first]).block_until_ready()
-    drawn, seconds = [], []
-    for start in range(0, len(noise), size):
-        rows = slice(start, start + size)
-        begin = time.perf_counter()
-        drawn.append(
-            draw(model.sampler, model.params, take(tokens, rows), noise[rows], keys[rows], size)
-        )
-        seconds.append((time.perf_counter() - begin) / size)
-    return np.concatenate(drawn), np.asarray(seconds)
+
+class Reference(NamedTuple):
+    """Rendered scenes: their features, and the distance of a second set of them."""
+
+    features: np.ndarray
+    floor: dict[str, Any]
+
+
+def frechet_difference(ours: np.ndarray, theirs: np.ndarray, reference: np.ndarray) -> float:
+    """Return how much farther `ours` is from the reference than `theirs`."""
+    return statistics.frechet_distance(ours, reference) - statistics.frechet_distance(
+        theirs, reference
+    )
+
+
+def warm_up(model: Model, tokens: Tokens, pipeline: Pipeline, size: int) -> None:
+    """Compile a model's sampler for batches of `size`."""
+    first = fill(len(next(iter(tokens.values()))), size)
+    noise, keys = fixed_noise(0, size, pipeline.latent_shape)
+    model.sampler(model.params, take(tokens, first), noise, keys).block_until_ready()
 
 
 def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -197,7 +283,7 @@ def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
     pipeline = prompts.of(config).attach(run.pipeline)
     weights = run.weights(run.params(chosen))
     guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
-    scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
+    scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta)
     mesh = sharding.global_mesh()
     pipeline = pipeline.attending(attention_backend.of_config(config, mesh))
     few = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
@@ -227,21 +313,46 @@ def evaluate_models(
         "test": testbed.config.test.to_dict(),
     }
     files: dict[str, list[str]] = {}
+    measured: dict[str, Measured] = {}
     everywhere = sharding.replicated(sharding.global_mesh())
     for name, model in models.items():
         console.print(f"evaluating {name}: {len(testbed.prompts)} prompts", highlight=False)
         placed = model._replace(params=lazy.place(model.params, everywhere, testbed.config.dtype))
-        table["models"][name], drawn = testbed.measure(placed)
+        measured[name] = found = testbed.measure(placed)
         del placed  # the devices hold one model at a time
-        files[name] = [f"{name}/{i:04d}.png" for i in range(min(SHOWN, len(drawn)))]
+        table["models"][name] = testbed.entries(found)
+        files[name] = [f"{name}/{i:04d}.png" for i in range(len(found.shown))]
         if jax.process_index() == 0:
             for i, file in enumerate(files[name]):
                 images.save_png(
-                    folder / "samples" / "eval" / file, drawn[i], {"prompt": testbed.prompts[i]}
+                    folder / "samples" / "eval" / file,
+                    found.shown[i],
+                    {"prompt": testbed.prompts[i]},
                 )
+    # The first model is the one to reach; all share prompts and noise, so pairs tell most.
+    first, *others = measured
+    table["differences"] = {
+        name: testbed.differences(measured[name], measured[first]) for name in others
+    }
     if jax.process_index() == 0:
+        _write_values(folder / VALUES, testbed, measured)
         _write(folder, testbed, table, files)
     return table
+
+
+def _write_values(path: Path, testbed: Testbed, measured: dict[str, Measured]) -> None:
+    """Write "MODEL/METRIC" arrays, one value a prompt, and the features of images and scenes."""
+    arrays = {
+        f"{name}/{metric}": values
+        for name, found in measured.items()
+        for metric, values in found.values.items()
+    }
+    if testbed.reference is not None:
+        arrays |= {f"{name}/{FEATURES}": found.features for name, found in measured.items()}
+        arrays[f"reference/{FEATURES}"] = testbed.reference.features
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    write_bytes(path, file.getvalue())
 
 
 def _write(

@@ -1,27 +1,30 @@
 """Measures the averaged generator during training: all rewards, on fixed prompts and noise."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from r0_jax.diffusion import grid
 from r0_jax.evaluation import hacking, images
-from r0_jax.evaluation.batches import batch_size, draw, score
+from r0_jax.evaluation.batches import batch_size, chunks, draw, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.method.generator import Generator
 from r0_jax.parallel import sharding
-from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.pipeline import Pipeline, take
 from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
+
+Images = Float[np.ndarray, "n h w 3"]
 
 
 class Validation:
@@ -47,9 +50,12 @@ class Validation:
         self.prompts, self.tokens, self.features = source.evaluation(
             asked.prompts, asked.num_prompts, pipeline, rewards, kept
         )
-        self.noise, self.keys = fixed_noise(config.seed, len(self.prompts), pipeline.latent_shape)
+        self.latent_shape, self.image_shape = pipeline.latent_shape, pipeline.image_shape
+        self.grids = tuple(sorted({reward.grid for reward in rewards if reward.grid}))
 
-        scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps)
+        scheduler = grid.grid(
+            pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta
+        )
         self.sampler = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
         self.weights = jax.jit(generator.weights)
         self.part = pipeline.generator_part
@@ -67,31 +73,44 @@ class Validation:
         "hacking/<sign>" is a multiple of the base's.
         """
         if self.base_signs is None:
-            self.base_signs = self._signs(self._draw(self.frozen["base"]))
-        drawn = self._draw(self.weights(params, self.frozen["base"]))
-        found = hacking.relative(self._signs(drawn), self.base_signs)
+            looks = [self._look(drawn) for _, drawn in self._draw(self.frozen["base"])]
+            self.base_signs = hacking.signs(np.concatenate(looks), self.grids)
+        looks, scores, shown = [], {reward.name: [] for reward in self.rewards}, []
+        for rows, drawn in self._draw(self.weights(params, self.frozen["base"])):
+            looks.append(self._look(drawn))
+            for reward in self.rewards:
+                scores[reward.name].append(self._score(reward, drawn, rows))
+            shown.extend(drawn[: self.config.eval.grid - len(shown)])
+        signs = hacking.signs(np.concatenate(looks), self.grids)
+        found = hacking.relative(signs, self.base_signs)
         values = {f"hacking/{name}": value for name, value in found.items()}
-        for reward in self.rewards:
-            features = self.features.get(reward.column)
-            params = self.frozen["rewards"].get(reward.name)
-            if params is None:  # held out: it is on the devices only now
-                params = lazy.place(reward.scoring_params, self.everywhere)
-            scores = score(
-                self.scores[reward.name], params, drawn, features, self.batch, self.check
-            )
-            del params
-            kind = "heldout" if reward.name in self.heldout else "eval"
-            values[f"{kind}/{reward.name}"] = float(np.mean(scores))
-        sheet = images.grid(drawn[: self.config.eval.grid], columns=4)
+        for name, parts in scores.items():
+            kind = "heldout" if name in self.heldout else "eval"
+            values[f"{kind}/{name}"] = float(np.mean(np.concatenate(parts)))
+        sheet = images.grid(np.stack(shown), columns=4)
         if jax.process_index() == 0:
             images.save_png(
                 self.folder / "samples" / f"step_{step:06d}.png", sheet, {"step": str(step)}
             )
         return values, sheet
 
-    def _draw(self, weights: Params) -> np.ndarray:
+    def _draw(self, weights: Params) -> Iterator[tuple[slice, Images]]:
+        """Yield the rows of each chunk of the prompts, and their images."""
         parts = {**self.frozen, self.part: weights}
-        return draw(self.sampler, parts, self.tokens, self.noise, self.keys, self.batch, self.check)
+        for rows in chunks(len(self.prompts), self.batch, self.image_shape):
+            noise, keys = fixed_noise(self.config.seed, rows, self.latent_shape)
+            part = slice(rows.start, rows.stop)
+            tokens = take(self.tokens, part)
+            yield part, draw(self.sampler, parts, tokens, noise, keys, self.batch, self.check)
 
-    def _signs(self, drawn: np.ndarray) -> dict[str, float]:
-        return hacking.signs(drawn, [reward.grid for reward in self.rewards if reward.grid])
+    def _look(self, drawn: Images) -> hacking.Rows:
+        look = functools.partial(hacking.look, grids=self.grids)
+        return score(lambda _, x, __: look(x), None, drawn, None, self.batch, self.check)
+
+    def _score(self, reward: Reward, drawn: Images, rows: slice) -> Float[np.ndarray, " n"]:
+        features = self.features.get(reward.column)
+        params = self.frozen["rewards"].get(reward.name)
+        if params is None:  # held out: it is on the devices only now
+            params = lazy.place(reward.scoring_params, self.everywhere)
+        of_rows = None if features is None else features[rows]
+        return score(self.scores[reward.name], params, drawn, of_rows, self.batch, self.check)

@@ -1,13 +1,11 @@
 """Evaluates images of the embedded world: its judge's verdicts, and rendered scenes of prompts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation.statistics import mean_ci
 from r0_jax.shapes.captions import parse
 from r0_jax.shapes.scene import Scene, render, sample_layouts
 
@@ -31,19 +29,24 @@ def check_shape(shape: Sequence[int]) -> None:
         )
 
 
-def judge_metrics(images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]) -> dict[str, Any]:
-    """Return the judge's accuracy: of all, by language (Chinese: not ASCII), and by attribute."""
+def verdicts(
+    images: Float[np.ndarray, "b h w 3"], prompts: Sequence[str]
+) -> dict[str, Bool[np.ndarray, " _"]]:
+    """Return the judge's verdicts: of all images, by language, and by attribute.
+
+    Chinese prompts are those that are not ASCII.
+    """
     from r0_jax.shapes.judge import judge  # its scipy takes a second to import
 
     verdict = judge(images, list(prompts))
     chinese = np.asarray([not prompt.isascii() for prompt in prompts])
-    found = {"judge_accuracy": mean_ci(verdict.correct)}
-    for name, rows in (("en", ~chinese), ("zh", chinese)):
-        if rows.any():
-            found[f"judge_accuracy_{name}"] = mean_ci(verdict.correct[rows])
-    for name in ("presence", "colour", "shape", "size", "relation"):
-        found[f"judge_{name}"] = mean_ci(getattr(verdict, name))
-    return found
+    found = {
+        "judge_accuracy": verdict.correct,
+        "judge_accuracy_en": verdict.correct[~chinese],
+        "judge_accuracy_zh": verdict.correct[chinese],
+    }
+    attributes = ("presence", "colour", "shape", "size", "relation")
+    return found | {f"judge_{name}": getattr(verdict, name) for name in attributes}
 
 
 def render_prompts(prompts: Sequence[str], seed: int) -> Float[np.ndarray, "b h w 3"]:

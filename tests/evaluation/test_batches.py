@@ -1,8 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
 from r0_jax import config as base
 from r0_jax.evaluation import batches
+from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.parallel import sharding
 
 
@@ -44,3 +46,19 @@ def test_scores_are_those_of_the_images_without_what_fills_up():
     found = batches.score(scorer, 2, images, features, 2, lambda: checked.append(1))
     np.testing.assert_array_equal(found, np.arange(5) * 12)
     assert shapes == [(2, 2, 2, 3)] * 3 and len(checked) == 3
+
+
+def test_chunks_are_whole_batches_within_the_memory():
+    image = (16, 16, 3)
+    found = list(batches.chunks(20, 4, image, most_bytes=10 * 4 * 16 * 16 * 3))
+    assert found == [range(0, 8), range(8, 16), range(16, 20)]
+    # One batch at least, however large its images.
+    assert list(batches.chunks(5, 2, image, most_bytes=1)) == [range(2), range(2, 4), range(4, 5)]
+    assert list(batches.chunks(3, 8, image)) == [range(3)]
+
+
+def test_noise_belongs_to_the_image_not_to_the_chunk():
+    whole, keys = fixed_noise(3, 6, (2, 2, 1))
+    part, some = fixed_noise(3, range(2, 5), (2, 2, 1))
+    np.testing.assert_array_equal(part, whole[2:5])
+    np.testing.assert_array_equal(jax.random.key_data(some), jax.random.key_data(keys[2:5]))

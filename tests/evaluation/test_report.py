@@ -158,7 +158,7 @@ def test_report_of_a_whole_run(tmp_path):
     assert "reward: <b>[red]|x" in page.text and "<b>" not in text
     assert "reward/hps" in page.text and "heldout/clip" in page.text
     assert "3 of 3 values are not finite." in page.text
-    assert "metrics.jsonl has no penalty/… values." in page.text
+    assert "metrics.jsonl has no norm/x0/… values." in page.text
     assert "<script>0</script> 红" in page.text and "<script" not in text
     assert "<script>11</script>" in page.text and "<script>12</script>" not in page.text
     assert "base_25" not in page.text and "0.png is missing or unreadable" in page.text
