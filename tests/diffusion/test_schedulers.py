@@ -126,8 +126,8 @@ def assert_same_trajectory(config, n, eta=0.0, sigmas=None, jit=False):
     # The second term is float32's own grain where sampling starts: it matters only for Euler with
     # zero SNR, where diffusers subtracts numbers of 4096 to get latents of 1.
     grain = 4 * np.finfo(np.float32).eps * scheduler.init_noise_sigma
-    # LCM in diffusers mixes up to 1e-5 of the noisy latents into x0.
-    least = 2e-5 if config["_class_name"] == "LCMScheduler" else 1e-5
+    # LCM in diffusers mixes up to 1e-5 of the noisy latents into x0, at each of its late steps.
+    least = 5e-5 if config["_class_name"] == "LCMScheduler" else 1e-5
     for ours, wanted in zip(actual, expected, strict=True):
         assert np.abs(ours - wanted).max() <= least * np.abs(wanted).max() + grain
 
@@ -358,7 +358,7 @@ def test_fields_not_supported_are_named(base, field, value):
     "arguments, match",
     [
         (({}, 4), "None is not supported; supported: DDIMScheduler, EulerDiscreteScheduler"),
-        (({"_class_name": "LCMScheduler"}, 4), "'LCMScheduler' is not supported"),
+        (({"_class_name": "TCDScheduler"}, 4), "'TCDScheduler' is not supported"),
         (({"_class_name": "PNDMScheduler"}, 4), "skip_prk_steps=False"),  # its default
         ((DDIM, 0), "num_inference_steps=0"),
         ((DDIM, 1001), "1000 timesteps"),
