@@ -14,9 +14,8 @@ from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.parallel import heartbeat, sharding
 from r0_jax.pipelines.pipeline import Tokens, take
 
-CHUNK_BYTES = (
-    2**29
-)  # of images that are held in float32, to be looked at by one judge after another
+# Of images that are held in float32 while one judge after another looks at them.
+CHUNK_BYTES = 2**30
 
 
 def batch_size(config: ConfigDict, count: int, mesh: Mesh) -> int:

@@ -80,7 +80,7 @@ class Measured(NamedTuple):
       values: {metric: a value a prompt}; diversity has one for each prompt that it is measured on.
       features: of the images, for the Frechet distance; None where there is no such distance.
       calls: of the network, an image.
-      seconds: an image, of each chunk of the prompts, without compilation.
+      seconds: an image, of each batch, without compilation.
       shown: the first images.
     """
 
@@ -139,9 +139,16 @@ class Testbed:
         parts: dict[str, list[np.ndarray]] = {}
         seconds, shown = [], []
         for rows in chunks(len(self.prompts), size, self.pipeline.image_shape):
-            begin = time.perf_counter()
-            drawn = self._draw(model, np.asarray(rows), rows, self.config.seed, size)
-            seconds.append((time.perf_counter() - begin) / len(rows))
+            stamps = [time.perf_counter()]
+            drawn = self._draw(
+                model,
+                np.asarray(rows),
+                rows,
+                self.config.seed,
+                size,
+                lambda stamps=stamps: stamps.append(time.perf_counter()),
+            )
+            seconds.extend(np.diff(stamps) / size)
             shown.extend(drawn[: SHOWN - len(shown)])
             for name, values in self._judge(drawn, rows, scorers, size).items():
                 parts.setdefault(name, []).append(values)
@@ -194,11 +201,21 @@ class Testbed:
         return statistics.bootstrap_ci(statistic, *arrays, seed=self.config.seed)
 
     def _draw(
-        self, model: Model, prompts: np.ndarray, rows: range, seed: int, size: int
+        self,
+        model: Model,
+        prompts: np.ndarray,
+        rows: range,
+        seed: int,
+        size: int,
+        drawn: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        """Draw the prompts of numbers `prompts` from the noise of images `rows`."""
+        """Draw the prompts of numbers `prompts` from the noise of images `rows`.
+
+        `drawn` is called after each batch.
+        """
         noise, keys = fixed_noise(seed, rows, self.pipeline.latent_shape)
-        return draw(model.sampler, model.params, take(self.tokens, prompts), noise, keys, size)
+        tokens = take(self.tokens, prompts)
+        return draw(model.sampler, model.params, tokens, noise, keys, size, drawn)
 
     def _judge(
         self, drawn: np.ndarray, rows: range, scorers: dict[str, Callable], size: int
