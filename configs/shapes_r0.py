@@ -4,8 +4,10 @@ Turns the shipped 25-step pipeline of 64 px scenes into a 4-step generator, pure
 
 Command:   python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 Hardware:  2 CPU cores, 3 GiB; about 5 minutes
-Numbers:   judge accuracy 0.87 +- 0.04 in 4 steps, 0.91 +- 0.03 of the base at 25 guided steps
-           (docs/reports/results.md: 1,000 test prompts, 3 seeds)
+Numbers:   judge accuracy 0.950 +- 0.023 in 4 steps, 0.880 +- 0.031 of the base at 25 guided steps;
+           in pairs 0.036 to 0.104 more (500 validation prompts, seed 0, by
+           --config.test.prompts=r0_jax/shapes/prompts/validation.txt
+           --config.test.num_prompts=500). docs/reports/results.md is of the recipe before.
 Variants:  --config=configs/shapes_r0.py:r0plus
 """
 
