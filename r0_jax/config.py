@@ -63,6 +63,10 @@ def get_config() -> ConfigDict:
     # Compile identical blocks that follow each other once, as a loop. Large networks compile
     # several times faster and run about as fast. Small ones run slower on CPU.
     config.scan_blocks = False
+    # Pixels of the images; 0: the size that the pretrained generator's config says. Multiples of 8,
+    # or of 16 for SD3. Images need not be square.
+    config.height = 0
+    config.width = 0
     # Seed of everything random: adapters, the order of prompts, noise, eta.
     config.seed = 0
 

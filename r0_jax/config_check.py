@@ -30,6 +30,8 @@ RANGES = {
     "early_stop": (0, math.inf),
     "profile": (0, math.inf),
     "draw_batch": (0, math.inf),
+    "height": (0, math.inf),
+    "width": (0, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
     "ema_decay": (0, 1),
     "sampler.num_steps": (1, grid.MOST_STEPS),

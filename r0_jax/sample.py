@@ -111,6 +111,10 @@ def define_flags() -> None:
         "prompts, without a text encoder",
     )
     flags.DEFINE_integer("batch_size", 16, "images drawn at once", lower_bound=1)
+    for side in ("height", "width"):
+        flags.DEFINE_integer(
+            side, 0, "of the images in pixels; default: the pipeline's, or the run's", lower_bound=0
+        )
     flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
 
 
@@ -263,6 +267,7 @@ def main(argv: list[str]) -> None:
         "guidance_scale": fields.guidance_scale,
         "eta": source.scheduler.eta,
     }
+    source = source._replace(pipeline=source.pipeline.sized(fields.height, fields.width))
     latents = None
     if fields.latents is not None:
         latents = read_latents(

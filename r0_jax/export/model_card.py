@@ -100,6 +100,9 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
             f'pipeline = {pipeline}.from_pretrained("."{options})',
         ]
     call = f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
+    if run.pipeline.size:
+        height, width, _ = run.pipeline.image_shape
+        call += f", height={height}, width={width}"
     lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
     return "\n".join(lines)
 

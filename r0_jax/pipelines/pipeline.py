@@ -46,6 +46,7 @@ class Pipeline(abc.ABC):
       scheduler_config: as the stock pipeline builds it.
       negative: embeddings [1, ...] that guidance leads away from, where there are no text encoders;
         None where the empty prompt is encoded instead.
+      size: height and width of the latents; None where the generator's config says them.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Pipeline(abc.ABC):
     tokenizers: dict[str, Tokenizer]
     scheduler_config: SchedulerConfig
     negative: Tokens | None = None
+    size: tuple[int, int] | None = None
 
     generator_part: ClassVar[str] = "unet"  # the part that R0 trains
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters in its file that are never trained
@@ -122,15 +124,39 @@ class Pipeline(abc.ABC):
             },
         )
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Return [h, w, c] of one sample's latents at the folder's own resolution.
+    def sized(self, height: int, width: int) -> "Pipeline":
+        """Return the same pipeline for images of `height` x `width` pixels; 0 keeps its own.
 
         Raises:
-          InputError: the network's config does not say it.
+          InputError: the VAE or the generator has no latents of such images.
+        """
+        if not (height or width):
+            return self
+        config = self.networks[self.generator_part].config
+        patch = getattr(config, "patch_size", 1)
+        step, most = self.scale * patch, getattr(config, "pos_embed_max_size", None)
+        size = (height or self.image_shape[0], width or self.image_shape[1])
+        for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels % step or pixels < step:
+                raise InputError(f"{name}={pixels} must be a multiple of {step} for this pipeline")
+            if most and pixels > most * step:
+                raise InputError(f"{name}={pixels} must be at most {most * step} for this pipeline")
+        return dataclasses.replace(self, size=(size[0] // self.scale, size[1] // self.scale))
+
+    @property
+    def scale(self) -> int:
+        """Return the pixels of an image on each side of one of the latents."""
+        return 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return [h, w, c] of one sample's latents.
+
+        Raises:
+          InputError: there is no `size`, and the network's config does not say it.
         """
         config = self.networks[self.generator_part].config
-        size = config.sample_size
+        size = self.size or config.sample_size
         if size is None:
             raise InputError(
                 f"{self.folder}/{self.generator_part}/config.json has no sample_size: "
@@ -143,8 +169,7 @@ class Pipeline(abc.ABC):
     def image_shape(self) -> tuple[int, int, int]:
         """Return [h, w, 3] of one sample's image."""
         height, width, _ = self.latent_shape
-        factor = 2 ** (len(self.networks["vae"].config.block_out_channels) - 1)
-        return (height * factor, width * factor, 3)
+        return (height * self.scale, width * self.scale, 3)
 
     def denoise(
         self,

@@ -69,7 +69,7 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
         rewards.load(name, entry, config.dtype, source.text)
         for name, entry in trained_rewards(config).items()
     ]
-    pipeline = source.attach(pipeline)
+    pipeline = source.attach(pipeline).sized(config.height, config.width)
     for name in guided_regularizers(config):
         source.check_guidance(f"regularizers.{name}")
     return program.build(config, mesh, pipeline, trained_on, source)

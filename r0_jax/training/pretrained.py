@@ -38,7 +38,7 @@ def load(config: ConfigDict) -> Pretrained:
     source = prompts.of(config)
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
     heartbeat.beat("the pretrained pipeline's files")
-    pipeline = source.attach(pipeline)
+    pipeline = source.attach(pipeline).sized(config.height, config.width)
     source.check(config)
     if config.test.prompts:  # too many steps for the base would only show after the training
         schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)

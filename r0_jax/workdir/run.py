@@ -102,7 +102,7 @@ class Run:
         text = not self.config.data.encoded if self.text is None else self.text
         pipeline = families.load(self.pretrained, text=text)
         origin.check(self.workdir.path, pipeline, "give the original with --pretrained=DIR")
-        return pipeline
+        return pipeline.sized(self.config.get("height", 0), self.config.get("width", 0))
 
     @functools.cached_property
     def generator(self) -> Generator:

@@ -233,3 +233,17 @@ def test_an_export_without_t5_says_so(world, tmp_path):
         index = json.loads((tmp_path / f"{source}_out" / "model_index.json").read_text("utf-8"))
         assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
         assert not (tmp_path / f"{source}_out" / "tokenizer_3").exists()
+
+
+def test_a_run_of_another_size_is_drawn_and_described_so(world, tmp_path):
+    workdir = shutil.copytree(world / "sdxl" / "lora", tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    config |= {"height": 24, "width": 16}
+    (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = sample.from_run(LocalWorkdir(workdir))
+    assert source.pipeline.image_shape == (24, 16, 3)
+    export.export(LocalWorkdir(workdir), tmp_path / "out", "diffusers")
+    assert "guidance_scale=1, height=24, width=16)" in card(tmp_path / "out")[1]
+    with silent():
+        theirs = images_of(stock(tmp_path / "out"), noise=noise_of(source), height=24, width=16)
+    assert difference(theirs, ours(source, noise_of(source))) < CLOSE

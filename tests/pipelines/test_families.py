@@ -158,6 +158,31 @@ def test_images_are_those_of_the_stock_pipeline(loaded, stock, name, steps, guid
     assert_same_images(ours(pipeline, scheduler, guidance_scale), expected)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_images_of_another_size_are_those_of_the_stock_pipeline(loaded, stock, name):
+    pipeline = loaded(name).sized(24, 16)
+    assert pipeline.image_shape == (24, 16, 3)
+    assert loaded(name).sized(0, 24).image_shape == (16, 24, 3)  # 0 keeps its own
+    assert loaded(name).sized(0, 0) is loaded(name)
+    expected = theirs(stock(name), noise_of(pipeline), 2, 3.0, height=24, width=16)
+    scheduler = schedulers.from_config(pipeline.scheduler_config, 2)
+    assert_same_images(ours(pipeline, scheduler, 3.0), expected)
+
+
+@pytest.mark.parametrize(
+    "name, size, said",
+    [
+        ("sd", (15, 16), "height=15 must be a multiple of 2"),
+        ("sd", (16, 1), "width=1 must be a multiple of 2"),
+        ("sd3", (18, 16), "height=18 must be a multiple of 4"),
+        ("sd3", (16, 28), "width=28 must be at most 24"),
+    ],
+)
+def test_sizes_that_a_pipeline_has_not(loaded, name, size, said):
+    with pytest.raises(InputError, match=said):
+        loaded(name).sized(*size)
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)

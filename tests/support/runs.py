@@ -102,11 +102,16 @@ def silent():
     assert [x for x in said if not x.startswith(expected)] == []
 
 
-def images_of(pipeline, steps=4, noise=LATENTS):
+def images_of(pipeline, steps=4, noise=LATENTS, **size):
     """Stock diffusers' images from the noise."""
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     return pipeline(
-        PROMPTS, num_inference_steps=steps, guidance_scale=1, latents=latents, output_type="np"
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=1,
+        latents=latents,
+        output_type="np",
+        **size,
     ).images
 
 

@@ -61,3 +61,10 @@ def test_full_training_starts_from_the_file_not_from_its_rounding(cache, dtype):
     for name, value in start.state.params.items():
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, np.asarray(whole[name]), err_msg=name)
+
+
+def test_the_size_of_images_is_the_configs(cache):  # noqa: F811
+    config = sd15_r0.get_config("dryrun")
+    config.height, config.width = 24, 8
+    built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    assert built.pipeline.image_shape == built.objective.pipeline.image_shape == (24, 8, 3)
