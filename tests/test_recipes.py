@@ -3,28 +3,33 @@
 import json
 import os
 
+import jax
 import pytest
 from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
+from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0
 from r0_jax import config as base
 from r0_jax import rewards
 from r0_jax.errors import InputError
 from r0_jax.method import lora
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
+from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
+from r0_jax.plan import weightless
 from r0_jax.stand_ins import miniature_files
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network
 
 REWARDS = {  # what each recipe trains on
-    **{name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3")},
+    **{
+        name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3", "sd35")
+    },
     "taiyi": ["chinese_clip", "aesthetic"],
 }
-RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "taiyi": taiyi_r0}
+RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "sd35": sd35_r0, "taiyi": taiyi_r0}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,13 @@ def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(name):
             folders.add(entry.path)
     assert len(folders) == len(plain.rewards) + len(plain.heldout_rewards)
     assert plain.best_metric.removeprefix("heldout/") in plain.heldout_rewards
+
+
+def test_the_adapters_of_sd35_are_on_its_second_attention_too():
+    built = weightless.load(sd35_r0.get_config("dryrun"), sharding.make_mesh({}, jax.devices()[:1]))
+    names = set(built.abstract_state.params)
+    assert "transformer_blocks.0.attn2.to_q.lora_A.kernel" in names
+    assert "transformer_blocks.1.attn2.to_q.lora_A.kernel" not in names
 
 
 def test_a_rank_that_a_layer_has_not_is_one_line(tmp_path):

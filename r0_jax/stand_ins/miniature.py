@@ -135,7 +135,8 @@ PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **BETAS}
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **BETAS}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
-# Family, or "Taiyi" -> {part: config.json}; a tokenizer has a class and a pad token instead.
+# Family, "Taiyi" or "StableDiffusion3.5" -> {part: config.json}; a tokenizer has a class and a pad
+# token instead.
 MINIATURES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {
         "unet": UNET,
@@ -179,6 +180,11 @@ MINIATURES: dict[str, dict[str, Any]] = {
         "tokenizer_3": ("T5TokenizerFast", "<pad>"),
     },
 }
+MINIATURES["StableDiffusion3.5"] = MINIATURES["StableDiffusion3Pipeline"] | {
+    "transformer": TRANSFORMER | {"qk_norm": "rms_norm", "dual_attention_layers": [0]}
+}
+# Of those that are not called as their class of diffusers is.
+_CLASSES = {"Taiyi": "StableDiffusionPipeline", "StableDiffusion3.5": "StableDiffusion3Pipeline"}
 
 
 def kept(name: str) -> Path:
@@ -201,9 +207,7 @@ def write(folder: Path, family: str, seed: int = 0, **changes: Mapping[str, Any]
     index).
     """
     parts = MINIATURES[family]
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline" if family == "Taiyi" else family
-    }
+    index: dict[str, Any] = {"_class_name": _CLASSES.get(family, family)}
     if index["_class_name"] == "StableDiffusionPipeline":
         index |= {
             "safety_checker": [None, None],
