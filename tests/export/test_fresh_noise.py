@@ -48,7 +48,8 @@ def test_stock_diffusers_draws_what_the_run_draws_from_the_same_noises(world, mo
     kind, scheduler, module = FAMILIES[name]
     source = sample.from_run(LocalWorkdir(root / "run"))
     shape = source.pipeline.latent_shape
-    noise, keys = (np.asarray(x) for x in draw_noise(jax.random.key(0), jnp.arange(3), shape))
+    noise, keys = draw_noise(jax.random.key(0), jnp.arange(3), shape)
+    noise = np.asarray(noise)
     drawn = iter(np.asarray(rollout.normal(keys, i, shape)) for i in range(4))
     monkeypatch.setattr(
         getattr(diffusers.schedulers, module),
