@@ -122,7 +122,7 @@ def from_pipeline(
     folder: str | Path,
     num_inference_steps: int,
     sigmas: Sequence[float | int] | None = None,
-    eta: float | None = None,
+    eta: float | int | None = None,
     prompts: PromptSource = _TEXT,
 ) -> Source:
     """Load a diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines.
@@ -141,7 +141,7 @@ def from_run(
     num_inference_steps: int | None = None,
     step: str = "",
     pretrained: str | Path | None = None,
-    eta: float | None = None,
+    eta: float | int | None = None,
     prompts: PromptSource = _TEXT,
 ) -> Source:
     """Load the EMA generator of a run, in float32, on its grid; `step` as for `Run.choose_step`.
