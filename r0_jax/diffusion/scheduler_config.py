@@ -217,6 +217,7 @@ class SchedulerConfig:
                 "_class_name": "LCMScheduler",
                 **dataclasses.asdict(self.noise),
                 "original_inference_steps": num_steps,
+                "steps_offset": 1,  # not read, but stock Stable Diffusion warns of 0
                 "clip_sample": False,
                 "thresholding": False,
             }
