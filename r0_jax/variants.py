@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from r0_jax import config as base
 from r0_jax.errors import InputError
 
 VARIANTS = ("r0plus", "full", "dryrun")
@@ -25,6 +26,7 @@ def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigD
     if "r0plus" in chosen:
         config.objective.method = "r0plus"
     if "full" in chosen:
+        config.lora = base.get_config().lora  # nothing of the recipe's adapters is left
         config.lora.rank = 0
         config.optimizer.learning_rate = 4e-6  # of TDM's full fine-tuning, by the same first author
     if "dryrun" in chosen:
