@@ -91,8 +91,10 @@ def reward_gradient(
 
 
 def _smoothed(score, images, gradient, keys, options: ConfigDict) -> jax.Array:
-    """The `gradient` regularizer: a share `weight` of the gradient is replaced by its average
-    over `samples` images perturbed by N(0, std^2)."""
+    """Apply the `gradient` regularizer: replace a share `weight` of the gradient by an average.
+
+    The average is over `samples` images perturbed by N(0, std^2).
+    """
     if options.weight == 0:
         return gradient
     smooth = jnp.zeros_like(gradient)

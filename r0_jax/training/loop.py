@@ -83,6 +83,8 @@ class Loop:
         )
         self.profile = Profile(self.config.profile, job.folder, self.first)
         self.balance = Balance()
+        self._batches = job.batches_from(self.first)
+        self._peeked: Batch | None = None  # read already, for the step that comes
 
     def run(self) -> bool:
         """Run the remaining steps; return False if a SIGTERM ended them."""
@@ -90,10 +92,9 @@ class Loop:
             console.print(f"continues from step {self.first}", highlight=False)
         with self.log, self.profile:
             self._save_and_measure_the_start()
-            batches = self.job.batches_from(self.first)
             previous = None  # metrics of the step before, fetched while this one runs
             while self._has_more_steps():
-                metrics = self._start_step(next(batches))
+                metrics = self._start_step(self._next_batch())
                 if previous is not None:
                     self._log(self.step - 1, previous)
                 previous = metrics
@@ -113,6 +114,16 @@ class Loop:
             self._save()
         if not self.start.measured and self._is_measured(self.step):
             self._measure()
+
+    def _peek(self) -> Batch:
+        """Return the batch of the next step, which stays the next one."""
+        if self._peeked is None:
+            self._peeked = next(self._batches)
+        return self._peeked
+
+    def _next_batch(self) -> Batch:
+        batch, self._peeked = self._peek(), None
+        return batch
 
     def _has_more_steps(self) -> bool:
         return (
@@ -193,8 +204,8 @@ class Loop:
         """Return the gradient norm of each term alone, on the batch that comes next."""
         if not self.config.eval.term_norms:
             return {}
-        batch = next(self.job.batches_from(self.step))
-        norms = self.job.program.term_norms(self.state, self.job.frozen, batch, self.key)
+        norms = self.job.program.term_norms(self.state, self.job.frozen, self._peek(), self.key)
+        heartbeat.beat("the gradient norms of the terms")
         return {name: float(value) for name, value in jax.device_get(norms).items()}
 
     def _end(self) -> bool:

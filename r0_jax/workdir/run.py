@@ -102,6 +102,7 @@ class Run:
         text = not self.config.data.encoded if self.text is None else self.text
         pipeline = families.load(self.pretrained, text=text)
         origin.check(self.workdir.path, pipeline, "give the original with --pretrained=DIR")
+        # A run from before these fields was of the pretrained's size, which is what 0 means.
         return pipeline.sized(self.config.get("height", 0), self.config.get("width", 0))
 
     @functools.cached_property

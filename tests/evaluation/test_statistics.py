@@ -85,6 +85,15 @@ def test_bootstrap_resamples_whole_rows():
     assert spread == {"value": 0.0, "ci95": [0.0, 0.0]}
 
 
+def test_what_is_resampled_together_belongs_together():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(50, 3))
+    same = statistics.bootstrap_ci(lambda a, b: float(np.abs(a - b).max()), rows, rows.copy())
+    assert same == {"value": 0.0, "ci95": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="same number of rows"):
+        statistics.bootstrap_ci(np.mean, rows, rows[:40])
+
+
 def test_bootstrap_interval_holds_the_frechet_distance_it_is_about():
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(60, 16)), rng.normal(size=(60, 16)) + 0.1

@@ -76,7 +76,7 @@ def test_the_rhythm(tmp_path):
     world = World(tmp_path)
     assert world.loop.run()
     assert world.events == (
-        "save 0,measure 0,step 1,add 0,step 1,step 2,log 1,step 3,log 2,log 3,save 3,"
+        "save 0,measure 0,step 1,add 0,step 2,log 1,step 3,log 2,log 3,save 3,"
         "step 4,step 5,log 4,log 5,save 5,measure 5,step 6,add 5"
     ).split(",")
 
