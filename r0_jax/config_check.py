@@ -146,30 +146,33 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
 def without_effect(config: ConfigDict) -> list[str]:
     """Return what is set, to other than its default, and changes nothing: one text a reason."""
     objective, terms, usual = config.objective, config.regularizers, base.get_config()
-    reasons = {
-        "objective.method is r0plus": ("objective.grad_steps",) * (objective.method == "r0plus"),
-        "objective.normalization is none": ("objective.delta",)
-        * (objective.normalization == "none"),
-        "lora.rank is 0": ("lora.alpha", "lora.targets") * (config.lora.rank == 0),
-        "regularizers.output.guided is false": ("regularizers.output.scale",)
-        * (terms.output.weight > 0 and not terms.output.guided),
-        "regularizers.guidance.form is direction": ("regularizers.guidance.scale",)
-        * (terms.guidance.weight > 0 and terms.guidance.form == "direction"),
-    }
-    for name, term in terms.items():
-        reasons[f"regularizers.{name}.weight is 0"] = tuple(
-            f"regularizers.{name}.{field}" for field in term if field != "weight"
-        ) * (term.weight == 0)
-    lines = []
-    for reason, fields in reasons.items():
-        changed = [field for field in fields if _at(config, field) != _at(usual, field)]
-        if changed:
-            lines.append(f"{', '.join(changed)}, as {reason}")
-    return lines + [
-        f"rewards.{name}, as its weight is 0"
-        for name, entry in config.rewards.items()
-        if not entry.weight
+    guided = "regularizers.output.scale", "regularizers.output.guided is false"
+    direction = "regularizers.guidance.scale", "regularizers.guidance.form is direction"
+    unused: list[tuple[str, str]] = []  # (field, the reason)
+    if objective.method == "r0plus":
+        unused.append(("objective.grad_steps", "objective.method is r0plus"))
+    if objective.normalization == "none":
+        unused.append(("objective.delta", "objective.normalization is none"))
+    if config.lora.rank == 0:
+        unused += [(f"lora.{name}", "lora.rank is 0") for name in ("alpha", "targets")]
+    if terms.output.weight and not terms.output.guided:
+        unused.append(guided)
+    if terms.guidance.weight and terms.guidance.form == "direction":
+        unused.append(direction)
+    unused += [
+        (f"regularizers.{name}.{field}", f"regularizers.{name}.weight is 0")
+        for name, term in terms.items()
+        for field in term
+        if not term.weight and field != "weight"
     ]
+    changed: dict[str, list[str]] = {}
+    for field, reason in unused:
+        if _at(config, field) != _at(usual, field):
+            changed.setdefault(reason, []).append(field)
+    for name, entry in config.rewards.items():
+        if not entry.weight:
+            changed.setdefault("its weight is 0", []).append(f"rewards.{name}")
+    return [f"{', '.join(fields)}, as {reason}" for reason, fields in changed.items()]
 
 
 def _at(config: ConfigDict, field: str) -> Any:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r0_jax.method import lora
+from r0_jax.method import lora, stacks
 from r0_jax.method.generator import Generator
 
 KEY = jax.random.key(0)
@@ -59,3 +59,24 @@ def test_squared_distance_of_full_weights_and_its_gradient():
     np.testing.assert_allclose(value, 16 * 0.25, rtol=1e-6)
     for grad in grads.values():
         np.testing.assert_allclose(grad, 1.0, rtol=1e-6)
+
+
+def test_a_share_of_the_way_back_to_the_base_stacked_or_not():
+    blocks = {f"transformer_blocks.{i}.norm.scale": np.full(4, i + 1.0) for i in range(3)}
+    base = {k: jnp.asarray(v, jnp.float32) for k, v in (BASE | blocks).items()}
+    params = {name: x + 2.0 for name, x in base.items()}
+    packed = stacks.pack(params, stacks.groups(params))
+    assert any("*" in name for name in packed)
+    for given in (params, packed):
+        found = stacks.unpack(Generator(0, 1.0, "").toward_base(given, base, jnp.float32(0.25)))
+        for name, value in base.items():
+            np.testing.assert_allclose(found[name], value + 1.5, rtol=1e-6, err_msg=name)
+
+
+def test_a_share_of_the_adapters_product_is_taken_away():
+    generator = Generator(2, 8.0, ".*to_q")
+    params = {name: jnp.ones_like(x) for name, x in generator.init(KEY, BASE, SHAPES).items()}
+    found = generator.toward_base(params, BASE, jnp.float32(0.25))
+    name = "mid.attn1.to_q.kernel"
+    whole, less = (generator.weights(p, BASE)[name] - BASE[name] for p in (params, found))
+    np.testing.assert_allclose(less, 0.75 * whole, rtol=1e-6)
