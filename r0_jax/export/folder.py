@@ -95,7 +95,7 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     fields = read_json(source / part / "config.json")
     if (mended := mend_sample_size(fields)) != fields:
         _write_json(folder / part / "config.json", mended)
-    weights = run.weights(params, "float32")  # rounded once, to `dtype`
+    weights = run.merged_weights(params)  # rounded once, to `dtype`
     convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
 
 

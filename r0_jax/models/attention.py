@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from r0_jax.models import attention_backend
+from r0_jax.models.linear import Linear
 
 
 def dot_product_attention(
@@ -54,10 +55,10 @@ class Attention(nnx.Module):
     ):
         context = cross_attention_dim or channels
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs), Placeholder()])
+        self.to_q = Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs), Placeholder()])
 
     def __call__(
         self, x: Float[Array, "b t c"], context: Float[Array, "b s d"] | None = None
@@ -71,7 +72,7 @@ class GEGLU(nnx.Module):
     """Apply a gated linear unit with the exact (erf) GELU."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, 2 * inner, rngs=rngs)
+        self.proj = Linear(channels, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
         x, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -82,7 +83,7 @@ class GELU(nnx.Module):
     """Apply a linear layer and GELU's tanh approximation."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, inner, rngs=rngs)
+        self.proj = Linear(channels, inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
         return jax.nn.gelu(self.proj(x), approximate=True)
@@ -99,7 +100,7 @@ class FeedForward(nnx.Module):
             [
                 activation(channels, inner, rngs=rngs),
                 Placeholder(),
-                nnx.Linear(inner, channels, rngs=rngs),
+                Linear(inner, channels, rngs=rngs),
             ]
         )
 

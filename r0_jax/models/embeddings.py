@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from r0_jax.models.linear import Linear
+
 
 def sinusoidal(
     timesteps: Float[Array, " b"], channels: int, *, flip_sin_to_cos: bool, freq_shift: int | float
@@ -31,10 +33,10 @@ class TimestepEmbedding(nnx.Module):
         cond_proj_dim: int | None = None,
         rngs: nnx.Rngs,
     ):
-        self.linear_1 = nnx.Linear(channels, time_embed_dim, rngs=rngs)
+        self.linear_1 = Linear(channels, time_embed_dim, rngs=rngs)
         if cond_proj_dim is not None:
-            self.cond_proj = nnx.Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
-        self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, rngs=rngs)
+            self.cond_proj = Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b c"], condition: Float[Array, "b d"] | None = None

@@ -52,7 +52,10 @@ def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any],
             x = call(block, x)
         return x
     split = [nnx.split(block) for block in blocks]
-    for graphdef, run in itertools.groupby(split, key=lambda pair: pair[0]):
+    # Of neighbours some may have adapters and others not.
+    for (graphdef, _), run in itertools.groupby(
+        split, key=lambda pair: (pair[0], jax.tree.structure(pair[1]))
+    ):
         states = [state for _, state in run]
 
         def one(x, state, graphdef=graphdef):

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from r0_jax.models.attention import Placeholder
+from r0_jax.models.linear import Linear
 
 WIDTHS = (1024, 128, 64, 16, 1)
 
@@ -19,7 +20,7 @@ class ScoreMLP(nnx.Module):
     def __init__(self, inputs: int, *, rngs: nnx.Rngs):
         self.config = {"inputs": inputs}
         widths = (inputs, *WIDTHS)
-        linears = [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
+        linears = [Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         self.layers = nnx.List(
             [
                 linears[0],

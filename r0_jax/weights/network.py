@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 
 from r0_jax.models import attention_backend
+from r0_jax.models.linear import Adapted
 from r0_jax.weights.lazy import Lazy
 
 # NumPy or Lazy while they are not on devices; only Lazy may be larger than the host's memory.
-Params = dict[str, jax.Array | np.ndarray | Lazy]
+Params = dict[str, jax.Array | np.ndarray | Lazy | Adapted]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -55,11 +56,13 @@ class Network:
         }
         return cls(graphdef, shapes, module.config, heads=heads)
 
-    def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
+    def __call__(self, params: Mapping[str, jax.Array | np.ndarray | Adapted], *args, **kwargs):
         """Apply the module's `__call__`."""
         return self.apply(params, "__call__", *args, **kwargs)
 
-    def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
+    def apply(
+        self, params: Mapping[str, jax.Array | np.ndarray | Adapted], method: str, *args, **kwargs
+    ):
         """Apply any method of the module; it computes in the dtype of the parameters."""
         if params.keys() != self.shapes.keys():  # nnx.merge would pair them by position
             wrong = sorted(params.keys() ^ self.shapes.keys())

@@ -21,6 +21,7 @@ from r0_jax.diffusion import grid
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.files import Json
+from r0_jax.method import lora
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
@@ -185,28 +186,32 @@ class Run:
                 )
         return params
 
-    def weights(self, params: HostParams, dtype: str | None = None) -> dict[str, Lazy]:
-        """Return the network's weights in `dtype`, by default the config's.
+    def weights(self, params: HostParams, dtype: str) -> Params:
+        """Return the network's weights in `dtype`, for computing: adapters stay beside them."""
+        generator = dataclasses.replace(self.generator, dtype=dtype)
+        return generator.weights(dict(params), self.pipeline.params[self.pipeline.generator_part])
 
-        Adapters are merged in float32, each when it is read.
+    def merged_weights(self, params: HostParams) -> dict[str, Lazy]:
+        """Return the network's weights in float32, for files.
+
+        Each adapter is merged when its weight is read.
         """
-        generator = dataclasses.replace(self.generator, dtype="float32")
         base = self.pipeline.params[self.pipeline.generator_part]
 
         def value(name: str) -> NDArray:
             module = name.removesuffix(".kernel")
-            own = (name, f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
-            trained: Params = {n: jnp.asarray(params[n]) for n in own if n in params}
-            start: Params = {} if name in trained else {name: jnp.asarray(base[name])}
+            factors = (f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
+            if name in params:
+                return np.asarray(params[name])
+            start: Params = {name: jnp.asarray(base[name])}
+            adapters: Params = {n: jnp.asarray(params[n]) for n in factors if n in params}
             # Accelerators would round the factors to bf16.
             with jax.default_matmul_precision("highest"):
-                return np.asarray(generator.weights(trained, start)[name])
+                return np.asarray(lora.merge(start, adapters, self.generator.scale)[name])
 
         # In the order in which checkpoints are read.
         return {
-            name: lazy.computed(
-                base[name].shape, dtype or self.generator.dtype, functools.partial(value, name)
-            )
+            name: lazy.computed(base[name].shape, "float32", functools.partial(value, name))
             for name in sorted(base)
         }
 
