@@ -221,6 +221,10 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2
     # The metric of the best checkpoint, the higher the better; "" keeps no best one.
     config.best_metric = ""
+    # {sign of hacking: (least, most)}, bounds of "hacking/SIGN", which are multiples of what the
+    # untrained generator shows on the same noise. A checkpoint outside of them is never the best.
+    # Signs: saturation, contrast, edges, dark, colour_entropy, diversity and grid_energy_N.
+    config.veto = ConfigDict()
     # Training ends after this number of evaluations in a row without a new best. 0: at `steps`.
     config.early_stop = 0
     # Also log to TensorBoard, in the workdir's folder tensorboard.

@@ -190,7 +190,7 @@ def check_fields(config: ConfigDict) -> None:
         )
     # A recipe unlocks its config to add rewards, so a mistyped field raises no error there.
     for name in there:
-        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
+        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards", "veto"):
             near = "".join(difflib.get_close_matches(name, known, n=1))
             raise InputError(
                 f"the config has an unknown field, {name}"

@@ -25,6 +25,7 @@ from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 
 Images = Float[np.ndarray, "n h w 3"]
+VETOED = "hacking/vetoed"  # the metric that keeps a checkpoint from being the best
 
 
 class Validation:
@@ -52,12 +53,13 @@ class Validation:
         )
         self.latent_shape, self.image_shape = pipeline.latent_shape, pipeline.image_shape
         self.grids = tuple(sorted({reward.grid for reward in rewards if reward.grid}))
+        hacking.check_bounds(config.veto, self.grids)
 
         scheduler = grid.grid(
             pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta
         )
         self.sampler = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
-        self.weights = jax.jit(generator.weights)
+        self.weights = generator.weights
         self.part = pipeline.generator_part
         self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
         self.batch = batch_size(config, len(self.prompts), mesh)
@@ -70,7 +72,8 @@ class Validation:
         """Return metrics, and the first images side by side.
 
         "heldout/<name>" and "eval/<name>" are means over one image of each prompt.
-        "hacking/<sign>" is a multiple of the base's.
+        "hacking/<sign>" is a multiple of the base's, and "hacking/vetoed" the number of those
+        outside of config.veto.
         """
         if self.base_signs is None:
             looks = [self._look(drawn) for _, drawn in self._draw(self.frozen["base"])]
@@ -83,7 +86,9 @@ class Validation:
             shown.extend(drawn[: self.config.eval.grid - len(shown)])
         signs = hacking.signs(np.concatenate(looks), self.grids)
         found = hacking.relative(signs, self.base_signs)
+        vetoed = hacking.outside(found, self.config.veto)
         values = {f"hacking/{name}": value for name, value in found.items()}
+        values[VETOED] = float(len(vetoed))
         for name, parts in scores.items():
             kind = "heldout" if name in self.heldout else "eval"
             values[f"{kind}/{name}"] = float(np.mean(np.concatenate(parts)))

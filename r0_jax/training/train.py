@@ -66,9 +66,7 @@ def _train(
     read = prepare_prompts(config, workdir, models)
     workdir.share()
     frozen = place_frozen(built)
-    with Checkpoints(
-        workdir, config.keep_checkpoints, config.best_metric or None, digest
-    ) as checkpoints:
+    with Checkpoints(workdir, config.keep_checkpoints, digest) as checkpoints:
         start = restore_or_init(built, frozen, checkpoints, begun)
         validation = Validation(
             config,

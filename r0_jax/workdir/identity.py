@@ -42,6 +42,7 @@ HARMLESS = frozenset(
         "keep_checkpoints",
         "max_skipped_in_a_row",
         "early_stop",
+        "veto",
         "test",
         "compilation_cache",
         "processes",

@@ -56,7 +56,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     base, shapes = pipeline.params[part], pipeline.networks[part].shapes
     generator = Generator(rank, ALPHA, targets, fixed=pipeline.fixed)
     start = jax.eval_shape(lambda base: generator.init(jax.random.key(0), base, shapes), base)
-    with Checkpoints(LocalWorkdir(workdir), best_metric="heldout/pickscore") as checkpoints:
+    with Checkpoints(LocalWorkdir(workdir)) as checkpoints:
         for step, score in scores.items():
             random = np.random.default_rng(step)
             params, ema_params = (
@@ -72,7 +72,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
             state = state._replace(step=jnp.int32(step), ema_params=ema_params)
             checkpoints.save(state)
             if score is not None:
-                checkpoints.add_metrics(step, {"heldout/pickscore": score})
+                checkpoints.add_metrics(step, {"heldout/pickscore": score}, score)
 
 
 @contextlib.contextmanager

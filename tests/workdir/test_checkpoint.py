@@ -169,20 +169,20 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, state):
 
 def test_keeps_the_newest_and_the_best(tmp_path, small):
     scores = [0.1, 0.9, 0.3, None, float("nan"), 0.2]
-    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2) as checkpoints:
         for step, score in enumerate(scores):
             assert checkpoints.save(at(small, step))
             assert not checkpoints.save(at(small, step))  # there already
             if score is not None:
-                checkpoints.add_metrics(step, {"heldout/clip": score})
+                checkpoints.add_metrics(step, {"heldout/clip": 5.0}, score)
         checkpoints.wait()
     assert checkpoint.steps(LocalWorkdir(tmp_path)) == [1, 4, 5]
     assert checkpoint.find_step(LocalWorkdir(tmp_path), "best") == 1
     # A later run knows the best one of the former.
-    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2) as checkpoints:
         for step, score in ((6, 0.8), (7, 1.0)):
             checkpoints.save(at(small, step))
-            checkpoints.add_metrics(step, {"heldout/clip": score})
+            checkpoints.add_metrics(step, {"heldout/clip": 5.0}, score)
         checkpoints.save(at(small, 8))
         checkpoints.save(at(small, 9))
         checkpoints.wait()
@@ -214,7 +214,7 @@ def test_orbax_path_escapes_its_own_name_alone(tmp_path):
 
 def test_the_best_may_be_unknown(saved):
     with pytest.raises(InputError, match="leave the step out"):
-        checkpoint.find_step(LocalWorkdir(saved), "best")  # saved with no best_metric
+        checkpoint.find_step(LocalWorkdir(saved), "best")  # saved with no score
 
 
 def test_ema_alone_for_export(saved, state, copied):
