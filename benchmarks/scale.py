@@ -34,7 +34,7 @@ _WEAK = "Weak scaling"
 MODELS = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px", "sd3": "SD3-medium, 1024 px"}
 METHODS = {
     "lora-r0plus": ("LoRA R0+", "r0plus"),
-    "lora-r0": ("LoRA R0", ""),
+    "lora-r0": ("LoRA R0", "r0"),
     "full-r0plus": ("full R0+", "r0plus,full"),
 }
 SLICES = {"v5e-16": 16, "v5p-8": 4, "v6e-8": 8}  # slice -> chips
@@ -62,7 +62,7 @@ def rows() -> list[Row]:
     table = [
         Row(
             f"{model}-{method}-{name}",
-            f"{model}_r0.py" + (variant and f":{variant}"),
+            f"{model}_r0.py:{variant}",
             name,
             chips,
             chips,

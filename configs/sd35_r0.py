@@ -29,7 +29,11 @@ def get_config(variants: str = "") -> ConfigDict:
     config = published.get_config()
     config.family = "StableDiffusion3Pipeline"
     config.device_batch = 2
-    # All projections of the joint attention, and of the image's own in the first 13 blocks.
-    config.lora.targets = r".*\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    config.objective.method = "r0plus"  # a gradient through one call: a quarter of the memory
+    # As sd3_r0.py, and the image's own attention in the first 13 blocks.
+    config.lora.targets = (
+        r".*\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2))"
+    )
     config.test.base_steps, config.test.guidance_scale = 40, 4.5
     return apply_variants(config, variants, "StableDiffusion3.5")
