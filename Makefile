@@ -26,10 +26,11 @@ CPU := XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_enable_conc
 demo: install
 	$(CPU) $(BIN)/python -m r0_jax.main --config=configs/shapes_r0.py --workdir=runs/shapes_r0
 
-# About 20 minutes: all test prompts, three seeds; writes docs/reports/results.md and its picture.
+# An hour or more: three variants, five seeds, all test prompts; writes docs/reports/results.md and
+# its picture. A killed one continues.
 results: install
-	$(CPU) $(BIN)/python -m r0_jax.results --config=configs/shapes_r0.py --workdir=runs/results \
-	  --out=docs/reports/results.md
+	$(CPU) $(BIN)/python -m r0_jax.ablate --config=configs/ablations/shapes.py \
+	  --workdir=runs/results --out=docs/reports/results.md
 
 test: lint
 	$(BIN)/python -m pytest -n 2

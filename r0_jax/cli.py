@@ -173,39 +173,49 @@ class _ConfigFile(flags.ArgumentParser):
     """
 
     def parse(self, argument: str) -> ConfigDict:
-        name, *arguments = argument.split(":", 1)
-        path = _find_config(name)
-        try:
-            source = Path(path).read_bytes()
-        except OSError as error:
-            known = ", ".join(f"configs/{recipe}" for recipe in sorted(_recipes()))
-            raise InputError(
-                f"config file {path}: {error.strerror.lower()}; r0_jax comes with {known}"
-            ) from None
-        if (folder := os.path.dirname(os.path.abspath(path))) not in sys.path:
-            sys.path.append(folder)  # a recipe may import a module that lies beside it
-        module = {"__name__": "config", "__file__": path}
-        try:
-            exec(compile(source, path, "exec"), module)
-            if "get_config" not in module:
-                raise InputError(f"config file {path} does not define get_config()")
-            config = module["get_config"](*arguments)
-        except InputError:
-            raise
-        except SyntaxError as error:
-            raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-        except Exception as error:
-            raise InputError(_config_problem(path, error)) from None
-        if not isinstance(config, ConfigDict):
-            kind = type(config).__name__
-            raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
-        for argument in FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
-            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+        config = read_config(argument)
+        for flag in FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", flag):
                 _check_override(override[1], config)
         return config.lock()
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def read_config(argument: str) -> ConfigDict:
+    """Return what get_config([argument]) of "FILE.py[:argument]" returns.
+
+    Without configs/X.py it is the package's own recipe. Raises InputError for a file that is
+    missing or fails, and where it returns something else than a ConfigDict.
+    """
+    name, *arguments = argument.split(":", 1)
+    path = _find_config(name)
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        known = ", ".join(f"configs/{recipe}" for recipe in sorted(_recipes()))
+        raise InputError(
+            f"config file {path}: {error.strerror.lower()}; r0_jax comes with {known}"
+        ) from None
+    if (folder := os.path.dirname(os.path.abspath(path))) not in sys.path:
+        sys.path.append(folder)  # a recipe may import a module that lies beside it
+    module = {"__name__": "config", "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), module)
+        if "get_config" not in module:
+            raise InputError(f"config file {path} does not define get_config()")
+        config = module["get_config"](*arguments)
+    except InputError:
+        raise
+    except SyntaxError as error:
+        raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        raise InputError(_config_problem(path, error)) from None
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
+    return config
 
 
 class _Path(flags.ArgumentParser):
@@ -225,7 +235,7 @@ class _NamedPaths(flags.ListParser):
 def _find_config(name: str) -> str:
     """Return the config file of a name; without configs/X.py, that of the package."""
     path = paths.expand(name)
-    folder, file = os.path.split(os.path.normpath(path))
+    folder, _, file = os.path.normpath(path).partition(os.sep)
     return path if folder != "configs" or os.path.exists(path) else _recipes().get(file, path)
 
 
@@ -236,7 +246,8 @@ def _recipes() -> dict[str, str]:
     """
     inside = _PACKAGE / "recipes"
     folder = inside if inside.is_dir() else _PACKAGE.parent / "configs"
-    return {path.name: str(path) for path in folder.glob("[!_]*.py")}
+    found = folder.rglob("[!_]*.py")
+    return {str(path.relative_to(folder)): str(path) for path in found}
 
 
 def _config_problem(path: str, error: Exception) -> str:

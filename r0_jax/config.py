@@ -256,6 +256,8 @@ def get_config() -> ConfigDict:
     # Diversity is measured on diversity_prompts of them, with samples_per_prompt images each.
     config.test.diversity_prompts = 40
     config.test.samples_per_prompt = 8
+    # Also measure the base, with guidance and in few steps.
+    config.test.base = True
     # Steps and guidance of the guided base.
     config.test.base_steps = 25
     config.test.guidance_scale = 7.5

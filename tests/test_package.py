@@ -22,7 +22,7 @@ COMMANDS = [
     "r0_jax.sample",
     "r0_jax.score",
     "r0_jax.evaluate",
-    "r0_jax.results",
+    "r0_jax.ablate",
     "r0_jax.convert_reward",
     "r0_jax.convert_single_file",
     "r0_jax.export",

@@ -293,6 +293,8 @@ def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | 
 def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
     """Measure a finished run: the base with guidance, the base in few steps, and R0.
 
+    With `config.test.base` false it is R0 alone.
+
     All processes do it together; process 0 writes eval.json and samples/eval/.
     """
     config = run.config
@@ -306,13 +308,13 @@ def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
     few = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
-    models = {
+    bases = {
         f"base_{config.test.base_steps}_guided": Model(
             ImageSampler(pipeline, guided, config.test.guidance_scale, mesh=mesh), pipeline.params
         ),
         f"base_{k}": Model(few, pipeline.params),
-        f"r0_{k}": Model(few, trained),
     }
+    models = (bases if config.test.base else {}) | {f"r0_{k}": Model(few, trained)}
     return evaluate_models(
         Testbed.build(config, pipeline), models, run.workdir.path, {"checkpoint": f"step {chosen}"}
     )
