@@ -58,6 +58,11 @@ class ImageSampler:
 
     With a `mesh`, the parameters live on it. A batch that its data and fsdp axes divide is split
     over them, and every process gets all images.
+
+    Attributes:
+      guided: whether the network is called with and without the prompt.
+      network_calls: an image.
+      run: the jitted program, which a call runs.
     """
 
     def __init__(
@@ -89,10 +94,10 @@ class ImageSampler:
             )
             return pipeline.decode(params["vae"], latents)
 
-        self._run = sharding.spread(run, mesh) if mesh else jax.jit(run)
+        self.run = sharding.spread(run, mesh) if mesh else jax.jit(run)
 
     def __call__(
         self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
     ) -> Float[Array, "b h w 3"]:
         """Return images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
-        return self._run(params, tokens, noise, keys)
+        return self.run(params, tokens, noise, keys)
