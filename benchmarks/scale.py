@@ -3,9 +3,10 @@
     python -m benchmarks.scale --out=docs/reports/scale.md
 
 This compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt). Each takes two to eight minutes on two cores; all take two hours. Rows in
-runs/scale or in the document are not compiled again. After a change of the step or of `plan`, empty
-the one and delete the section of the other.
+(requirements-tpu.txt), without the programs of evaluations (`plan --noevaluation`). Each takes two
+to eight minutes on two cores; all take two hours. Rows in runs/scale or in the document are not
+compiled again. After a change of the step or of `plan`, empty the one and delete the section of the
+other.
 --only=sdxl compiles only rows with "sdxl" in their name, also those that the document holds.
 """
 
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
     for row in wanted:
         print(row.name, flush=True)
         ended = subprocess.run(
-            [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
+            [sys.executable, "-m", "r0_jax.plan", "--json", "--noevaluation", *row.command()],
             stdout=subprocess.PIPE,
             check=False,
         )

@@ -3,7 +3,8 @@
 Command:   python -m r0_jax.main --config=configs/sd35_r0.py --workdir=runs/sd35 \\
              --config.pretrained=/path/to/stable-diffusion-3.5-medium \\
              --config.data.prompts=prompts.txt
-Variants:  sd35_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+Variants:  sd35_r0.py:r0, :full, :dryrun, or several with commas, as sd3_r0.py. The dry run needs no
+           weights:
            python -m r0_jax.main --config=configs/sd35_r0.py:dryrun --workdir=runs/dry
 Weights:   stabilityai/stable-diffusion-3.5-medium, which is gated: log in on the Hub and accept its
            licence first. T5 may be left out, as in sd3_r0.py. And the reward models of sd15_r0.py.

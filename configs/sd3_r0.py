@@ -3,7 +3,8 @@
 Command:   python -m r0_jax.main --config=configs/sd3_r0.py --workdir=runs/sd3 \\
              --config.pretrained=/path/to/stable-diffusion-3-medium-diffusers \\
              --config.data.prompts=prompts.txt
-Variants:  sd3_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+Variants:  sd3_r0.py:r0, :full, :dryrun, or several with commas. It trains by R0+ unless :r0 asks
+           for R0, which keeps four calls for the gradient. The dry run needs no weights:
            python -m r0_jax.main --config=configs/sd3_r0.py:dryrun --workdir=runs/dry
 Weights:   stabilityai/stable-diffusion-3-medium-diffusers, which is gated: log in on the Hub and
            accept its licence first. text_encoder_3 and tokenizer_3 (T5, 9.5 GB) may be left out:
@@ -14,7 +15,7 @@ Hardware:  one accelerator of 40 GB (estimated, not measured), or any number of 
            slices.
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB, VAE 0.2 GB, both
            CLIPs 1.6 GB, T5 9.5 GB if it is there, reward models 4.1 GB: 10 or 20 GB. Adapters of
-           rank 32: 19 M parameters x 16 bytes (float32: parameter, EMA, two moments): 0.3 GB.
+           rank 64: 84 M parameters x 16 bytes (float32: parameter, EMA, two moments): 1.3 GB.
            Activations of 2 images: about 9 GB an image, most of it the VAE's decoder at 1024 px.
            Prompts encoded before (r0_jax.encode_prompts) spare all three text encoders; with
            --config.objective.decoder=models/taesd3 (madebyollin/taesd3) activations are far fewer.

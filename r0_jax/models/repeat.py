@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from ml_collections import ConfigDict
 
 from r0_jax.models.choice import Choice
 
@@ -37,6 +38,13 @@ class Repeat:
     scan: bool = False
     remat: bool = False
     gathered: Sharding | None = None
+
+
+def of_config(config: ConfigDict, mesh: Mesh) -> Repeat:
+    """Return how the blocks of a run's networks compile on a mesh."""
+    split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
+    gathered = NamedSharding(mesh, PartitionSpec()) if split else None
+    return Repeat(config.scan_blocks, config.remat == "blocks", gathered)
 
 
 PLAIN = Repeat()

@@ -85,3 +85,13 @@ def test_a_share_of_the_adapters_product_is_taken_away():
     name = "mid.attn1.to_q.kernel"
     before, after = (whole(generator.weights(p, BASE)[name]) - BASE[name] for p in (params, found))
     np.testing.assert_allclose(after, 0.75 * before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_base_has_the_form_of_the_trained_weights(rank):
+    generator = Generator(rank, 8.0, ".*to_q")
+    params = {name: x + 1.0 for name, x in generator.init(KEY, BASE, SHAPES).items()}
+    found = generator.base_weights(params, BASE)
+    assert jax.tree.structure(found) == jax.tree.structure(generator.weights(params, BASE))
+    for name, value in BASE.items():
+        np.testing.assert_allclose(whole(found[name]), value, rtol=1e-6)
