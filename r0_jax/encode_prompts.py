@@ -83,7 +83,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
     prompts = {TRAIN: files.read_prompts(config.data.prompts), NEGATIVE: [""]}
     asked = [
-        files.read_prompts(section.prompts)[: section.num_prompts]
+        files.read_prompts(section.prompts, count=section.num_prompts)
         for section in (config.eval, config.test)
         if section.prompts
     ]

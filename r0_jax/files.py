@@ -1,11 +1,14 @@
 """Writes files completely or not at all, and reads files of others with readable errors."""
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from r0_jax.errors import InputError
 
@@ -94,20 +97,28 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
     Raise InputError if the disk is full or the folder cannot be written.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file that is written completely or not at all, as `write_bytes` does."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:  # never an existing file or link
-            file.write(data)
+            yield file
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         reason = error.strerror or str(error)
         raise InputError(
             f"cannot write {path}: {reason}; free space or choose another folder."
         ) from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def check_writable(folder: Path) -> None:

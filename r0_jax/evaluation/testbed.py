@@ -55,7 +55,7 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
     ):
         if test[field] < least:
             raise InputError(f"test.{field}={test[field]} must be at least {least}")
-    asked = read_prompts(test.prompts)[: test.num_prompts]
+    asked = read_prompts(test.prompts, count=test.num_prompts)
     if len(asked) < 2:
         raise InputError(f"{test.prompts} has one prompt: a test needs at least 2")
     if test.world == "shapes":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from r0_jax.errors import InputError
 from r0_jax.files import check_not_pointer
@@ -80,16 +80,28 @@ def check_no_pointers(folder: Path) -> None:
         check_not_pointer(folder / name)
 
 
+class CutOffWarning(UserWarning):
+    """Says how many prompts are cut off.
+
+    Attributes:
+      rows: which of the prompts.
+      length: number of tokens after which they are.
+    """
+
+    def __init__(self, rows: Bool[np.ndarray, " n"], length: int):
+        self.rows, self.length = rows, length
+        super().__init__(
+            f"{rows.sum()} of {len(rows)} prompts ({rows.mean():.0%}) are longer than "
+            f"{length} tokens and are cut off there"
+        )
+
+
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b t"]:
     """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token."""
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-    cut = sum(len(ids) > length for ids in whole)
-    if cut:
-        warnings.warn(
-            f"{cut} of {len(whole)} prompts ({cut / len(whole):.0%}) are longer than "
-            f"{length} tokens and are cut off there",
-            stacklevel=3,
-        )
+    cut = np.asarray([len(ids) > length for ids in whole])
+    if cut.any():
+        warnings.warn(CutOffWarning(cut, length), stacklevel=3)
     ids = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, verbose=False
     ).input_ids

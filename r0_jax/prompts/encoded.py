@@ -22,6 +22,7 @@ from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import columns, dataset, files, provenance, shards
 from r0_jax.prompts.columns import PROMPT
+from r0_jax.prompts.order import Draws
 from r0_jax.prompts.source import Columns, Evaluation
 from r0_jax.rewards.reward import Reward
 
@@ -141,7 +142,7 @@ class EncodedPrompts:
         """Raise InputError unless the training prompts are those of a file; "" accepts any."""
         if not path:
             return
-        asked = provenance.describe_prompts(files.read_prompts(path))
+        asked = provenance.describe_prompts(files.stream_prompts(path))
         if self._facts("prompts").get(TRAIN) != asked:
             raise InputError(
                 f"the training prompts in {self.folder} are not those of data.prompts="
@@ -175,7 +176,9 @@ class EncodedPrompts:
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        heldout: Sequence[Reward] = (),
+        heldout: Sequence[Reward],
+        draws: Draws,
+        begun: bool,
     ) -> str:
         """Return the number of prompts in words: they are prepared."""
         return f"{self.rows[TRAIN]} prompts, encoded before"
@@ -185,15 +188,13 @@ class EncodedPrompts:
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        batch_size: int,
-        seed: int,
-        step: int,
+        draws: Draws,
         parts: Sequence[int],
         of: int,
     ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of the columns that a pipeline and rewards read."""
         names = columns.encoded(pipeline, rewards)
-        for batch in dataset.load(self.folder, batch_size, seed, step, parts, of):
+        for batch in dataset.load(self.folder, draws, parts, of):
             named = _named(batch)
             yield {name: named[name] for name in names}
 
@@ -226,7 +227,7 @@ class EncodedPrompts:
 
         Raises InputError for a prompt that is not there.
         """
-        prompts = files.read_prompts(path)[:count]
+        prompts = files.read_prompts(path, count=count)
         rows = []
         for prompt in prompts:
             row = self._evaluation_rows.get(prompt)

@@ -1,7 +1,8 @@
 """Prompts from a user's file: text, JSON, parquet, or a tfds dataset."""
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from r0_jax import remote
@@ -12,15 +13,47 @@ from r0_jax.prompts import dataset
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
 
 
-def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
+def read_prompts(path: str | Path, numbered: bool = False, count: int | None = None) -> list[str]:
     """Read prompts, in order, from a `.txt`, `.jsonl`, `.json` or `.parquet` file or a tfds folder.
 
     Text holds one prompt a line. JSON holds strings, or objects with "prompt", "caption" or "text".
     Parquet and tfds have a column of such a name; of a tfds folder the split "train" is read, else
     the first. Blank prompts are skipped. Duplicates stay: users repeat a prompt to weight it.
     Raises `InputError` that names the line. With `numbered`, images belong to prompts by number:
-    then a blank prompt between others is an error, since it would shift them.
+    then a blank prompt between others is an error, since it would shift them. With `count`, only
+    the file's first prompts are read.
     """
+    if not numbered:
+        return list(itertools.islice(stream_prompts(path), count))
+    path = _checked(path)
+    prompts = list(_stripped(path))
+    kept = [prompt for prompt in prompts if prompt]
+    if not kept:
+        raise InputError(f"{path} has no prompts")
+    if any(prompts[len(kept) :]):  # or all blank ones are at the end
+        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
+        raise InputError(
+            f"{path}, {where} is blank, so it is unclear which images belong to the prompts after "
+            "it: remove it (r0_jax.sample skips it too)"
+        )
+    return kept
+
+
+def stream_prompts(path: str | Path) -> Iterator[str]:
+    """Yield the prompts that `read_prompts` returns, without holding the file in memory.
+
+    Only `.json` is one value, which is parsed as a whole.
+    """
+    path = _checked(path)
+    prompts = filter(None, _stripped(path))
+    if (first := next(prompts, None)) is None:
+        raise InputError(f"{path} has no prompts")
+    yield first
+    yield from prompts
+
+
+def _checked(path: str | Path) -> Path:
+    """Return where a file or folder of prompts lies; raise InputError if it cannot be one."""
     path = remote.local(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
@@ -31,63 +64,70 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
             f"{', '.join(_READERS)} or a tfds folder"
         )
     check_not_pointer(path)
+    return path
+
+
+def _stripped(path: Path) -> Iterator[str]:
+    """Yield all prompts of a file, blank ones too, without the space around them."""
     try:
-        found = (_read_tfds if path.is_dir() else _READERS[path.suffix])(path)
+        for prompt in (_read_tfds if path.is_dir() else _READERS[path.suffix])(path):
+            yield prompt.strip()
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
-    prompts = [prompt.strip() for prompt in found]
-    kept = [prompt for prompt in prompts if prompt]
-    if not kept:
-        raise InputError(f"{path} has no prompts")
-    if numbered and any(prompts[len(kept) :]):  # or all blank ones are at the end
-        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
-        raise InputError(
-            f"{path}, {where} is blank, so it is unclear which images belong to the prompts after "
-            "it: remove it (r0_jax.sample skips it too)"
-        )
-    return kept
 
 
-def _read_txt(path: Path) -> list[str]:
-    # splitlines() would also split at characters that a prompt may contain.
-    return _read_text(path).split("\n")
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file; they end at "\\n", "\\r\\n" or "\\r" only.
+
+    Other characters that `str.splitlines` knows may be part of a prompt.
+    """
+    with path.open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                # Windows editors put a byte order mark first.
+                text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise InputError(
+                    f"{path}, line {number}: not UTF-8; save the file as UTF-8"
+                ) from None
+            if "\0" in text:  # UTF-16 without its byte order mark decodes without an error
+                raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
+            yield from text.removesuffix("\n").removesuffix("\r").split("\r")
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    prompts = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_read_lines(path), start=1):
         blank = not line.strip()  # kept, so that messages name the right line
-        prompts.append(
-            "" if blank else _prompt_of(_parse_json(line, path, number), f"{path}, line {number}")
-        )
-    return prompts
+        yield "" if blank else _prompt_of(_parse_json(line, path, number), f"{path}, line {number}")
 
 
-def _read_json(path: Path) -> list[str]:
-    items = _parse_json(_read_text(path), path, 1)
+def _read_json(path: Path) -> Iterator[str]:
+    items = _parse_json("\n".join(_read_lines(path)), path, 1)
     if not isinstance(items, list):
         raise InputError(f"{path}: expected a list, found {type(items).__name__}")
-    return [_prompt_of(item, f"{path}, item {i}") for i, item in enumerate(items, start=1)]
+    for number, item in enumerate(items, start=1):
+        yield _prompt_of(item, f"{path}, item {number}")
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _read_parquet(path: Path) -> Iterator[str]:
     import pyarrow  # slow to import, and only this format needs it
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             name = _pick_name(file.schema_arrow.names, path, "columns")
-            table = file.read(columns=[name])  # all columns of that name; the first counts
-            values = table.column(table.column_names.index(name)).to_pylist()
+            for part in file.iter_batches(columns=[name]):  # all of that name; the first counts
+                for value in part.column(part.schema.names.index(name)).to_pylist():
+                    number += 1
+                    yield _prompt_of("" if value is None else value, f"{path}, row {number}")
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
-    blank = ("" if value is None else value for value in values)
-    return [_prompt_of(value, f"{path}, row {i}") for i, value in enumerate(blank, start=1)]
 
 
-def _read_tfds(path: Path) -> list[str]:
+def _read_tfds(path: Path) -> Iterator[str]:
     if not dataset.is_prepared(path):
         raise InputError(
             f"{path} has no dataset_info.json; give the folder of one version of a tfds dataset, "
@@ -108,30 +148,18 @@ def _read_tfds(path: Path) -> list[str]:
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     with dataset.reading(path):
         source = builder.as_data_source(split=split, deserialize_method=raw)
-        records = [only_text.deserialize_example_np(record) for record in source]
-    return [record[name].decode("utf-8") for record in records]
+        for record in source:
+            yield only_text.deserialize_example_np(record)[name].decode("utf-8")
 
 
-_READERS: dict[str, Callable[[Path], list[str]]] = {
-    ".txt": _read_txt,
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_lines,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
 # What messages count in a file; in a parquet file and a tfds folder they count rows.
 _COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # Windows editors put a byte order mark first
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    if "\0" in text:  # UTF-16 without its byte order mark decodes without an error
-        raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parse_json(text: str, path: Path, line: int) -> object:

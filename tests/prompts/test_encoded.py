@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import step_world
 import tensorflow_datasets as tfds
+import tfds_prompts
 from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
 from safetensors.numpy import load_file, save_file
 
@@ -26,8 +27,9 @@ from r0_jax.method.objective import Objective
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.plan import weightless
-from r0_jax.prompts import dataset, encoded, encoded_writer, prepared, shards
+from r0_jax.prompts import encoded, encoded_writer, shards
 from r0_jax.prompts.files import read_prompts
+from r0_jax.prompts.order import Draws
 from r0_jax.stand_ins import miniature, miniature_reward, miniature_tokenizer
 from r0_jax.weights import lazy
 
@@ -101,9 +103,11 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
     config = own_copy(name, tmp_path)
     pipeline = families.load(config.pretrained)
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
-    prepared.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
-    where = (config.batch_size, config.seed, 0, [0], 1)
-    expected, metrics = first_loss(config, pipeline, prepared.batches(tmp_path / "prompts", *where))
+    draws = Draws(config.batch_size, config.seed, range(1))
+    source = prompts.of(config)
+    source.prepare(tmp_path / "prompts", pipeline, found, [], draws, False)
+    batches = source.batches(tmp_path / "prompts", pipeline, found, draws, [0], 1)
+    expected, metrics = first_loss(config, pipeline, batches)
     assert metrics["norm/x0/guidance"] > 0  # which asks for the empty prompt
 
     # Of the others bfloat16 is a program more to compile.
@@ -119,12 +123,12 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         source.check(config)
         bare = source.attach(families.load(config.pretrained, text=False))
         assert not any(part.startswith("text") for part in bare.params)
-        batches = source.batches(tmp_path, bare, found, *where)
+        batches = source.batches(tmp_path, bare, found, draws, [0], 1)
         planned = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
             name: (x.shape, x.dtype) for name, x in next(batches).items()
         }
-        batches = source.batches(tmp_path, bare, found, *where)
+        batches = source.batches(tmp_path, bare, found, draws, [0], 1)
         loss, others = first_loss(config, bare, batches)
         assert loss == pytest.approx(float(expected), rel=tolerance)
         for metric, value in metrics.items():
@@ -543,10 +547,12 @@ def test_a_damaged_dataset_is_one_line(sdxl, tmp_path, how):
 
 
 def test_foreign_datasets_are_errors_and_their_folders_stay(sdxl, tmp_path):
-    dataset.prepare({"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p")
+    tfds_prompts.write(
+        {"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p"
+    )
     with pytest.raises(InputError, match=r"there are none in it"):
         check(changed(sdxl, **{"data.encoded": str(tmp_path / "p")}))
-    dataset.prepare(
+    tfds_prompts.write(
         {"prompt": ["a"], "prompt_embeds": np.zeros((1, 7, 40), np.int32)}, tmp_path / "q"
     )
     with pytest.raises(InputError, match="holds int32"):

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow
 import pytest
 import tensorflow_datasets as tfds
+import tfds_prompts
 from pyarrow import parquet
 
 from r0_jax.errors import InputError
-from r0_jax.prompts import dataset, files
+from r0_jax.prompts import files
 
 PROMPTS = ["a red circle", "红色的圆在蓝色方块的左边。", "a red circle", "naïve – “quoted” 🎈"]
 
@@ -28,6 +29,15 @@ def test_txt(tmp_path):
 def test_txt_splits_at_line_ends_only(tmp_path):
     content = "one\u2028line\rtwo\n"
     assert files.read_prompts(write(tmp_path / "p.txt", content)) == ["one\u2028line", "two"]
+
+
+def test_a_file_is_read_as_far_as_it_is_asked_for(tmp_path):
+    path = write(tmp_path / "p.txt", b"one\n\ntwo\n\xff\n")
+    assert files.read_prompts(path, count=2) == ["one", "two"]
+    found = files.stream_prompts(path)
+    assert [next(found), next(found)] == ["one", "two"]
+    with pytest.raises(InputError, match="line 4: not UTF-8"):
+        next(found)
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -78,7 +88,7 @@ def test_parquet(tmp_path, name):
 
 
 def test_prepared_folder_is_a_tfds_folder(tmp_path):
-    dataset.prepare({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
+    tfds_prompts.write({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
     assert files.read_prompts(tmp_path / "prompts") == PROMPTS
 
 
@@ -181,7 +191,7 @@ def test_tfds_folder_without_text(tmp_path):
 
 
 def test_tfds_folder_of_another_file_format(tmp_path):
-    dataset.prepare({"prompt": PROMPTS}, tmp_path / "prompts")
+    tfds_prompts.write({"prompt": PROMPTS}, tmp_path / "prompts")
     info = tmp_path / "prompts" / "dataset_info.json"
     text = info.read_text(encoding="utf-8")
     info.write_text(text.replace("array_record", "tfrecord"), encoding="utf-8")

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 
 from r0_jax.pipelines import families
+from r0_jax.prompts.order import Draws
 from r0_jax.prompts.text import TextPrompts
 from r0_jax.stand_ins import miniature
 
@@ -16,10 +17,10 @@ def test_prompts_edited_after_the_first_start_are_told_and_not_used(tmp_path):
     eval_prompts = ""
     source = TextPrompts(str(file))
 
-    def start():
+    def start(begun=True):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            summary = source.prepare(folder, pipeline, [])
+            summary = source.prepare(folder, pipeline, [], [], Draws(2, 0, range(4)), begun)
             prompts, tokens, _ = source.evaluation(
                 eval_prompts, 2, pipeline, [], tmp_path / "run" / "eval_prompts.json"
             )
@@ -27,7 +28,7 @@ def test_prompts_edited_after_the_first_start_are_told_and_not_used(tmp_path):
         return summary, prompts, [str(w.message) for w in said]
 
     file.write_text("a\nbb\nccc\n", "utf-8")
-    first = start()
+    first = start(begun=False)
     assert first[1:] == (["a", "bb"], [])
     assert start() == first
     file.write_text("a\ndddd\nccc\n", "utf-8")
