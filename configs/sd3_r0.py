@@ -21,9 +21,7 @@ Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 4.2 GB
            --config.objective.decoder=models/taesd3 (madebyollin/taesd3) activations are far fewer.
            :full adds 2.03 G parameters x 20 bytes (the gradient too) = 41 GB: shard it with
            --config.mesh.data=1 --config.mesh.fsdp=-1.
-Hours:     not measured; 4.4 on one H100, counted as in sd15_r0.py: an image and step is 194 TFLOP,
-           of which the transformer's four calls are 142 (8.9 each), guidance 17.8, the decoder
-           31.4 and the rewards 1.7.
+Hours:     not measured; 9.2 on one H100, counted as in sd15_r0.py: an image and step is 102 TFLOP.
 Numbers:   none measured here yet. The paper (28 guided steps -> 4 plain ones): HPS v2.1
            31.37 -> 34.04, aesthetic 5.84 -> 6.27, CLIP score 34.13 -> 33.89, ImageReward
            1.07 -> 1.13. r0_jax/published.py says which settings are published, which come from

@@ -103,8 +103,13 @@ class Programs:
           trained: shapes of the trained parameters, with sharding.
           columns: of a batch of prompts with the features of all rewards.
         """
-        weights = self._weights(trained)
-        held = {"generator": weights}
+        weights, base = self._weights(trained), self.frozen["base"]
+        own = {
+            name: (leaf.a, leaf.b) if isinstance(leaf, Adapted) else leaf
+            for name, leaf in weights.items()
+            if leaf is not base[name]
+        }
+        held = {"generator": own}
         yield drawing(
             "drawing", self.sampler, self.pipeline, self.parts(weights), columns, self.batch, held
         )
