@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from r0_jax import machine
 from r0_jax.errors import InputError
+from r0_jax.files import check_regular
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
@@ -176,11 +178,16 @@ def open_builder(folder: str | Path) -> DatasetBuilder:
         raise InputError(f"{folder} is not a prepared dataset: it has no dataset_info.json")
     import tensorflow_datasets as tfds
 
+    for path in Path(folder).iterdir():
+        check_regular(path)
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # protobuf, json or tfds raise it, depending on the broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} cannot be read ({reason}): is the dataset complete?") from None
+        if machine.problem(error):
+            raise
+        raise InputError(
+            f"{folder} cannot be read: is the dataset complete? One of its JSON files is damaged"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,15 +1,22 @@
 """Prompts from a user's file: text, JSON, parquet, or a tfds dataset."""
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from r0_jax import remote
+from r0_jax import machine, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_regular
+from r0_jax.files import check_not_pointer, check_regular, loads
 from r0_jax.prompts import dataset
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
+_MOST_BYTES = 8 * 2**30  # of a text or JSON file
+_MOST_ROWS = 10**8  # of a parquet file
+_MOST_CHARACTERS = 100_000  # of a prompt; encoders read a few hundred
+# Control characters but white space, and the byte order mark, also where files were joined.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
 def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
@@ -18,8 +25,10 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     Text holds one prompt a line. JSON holds strings, or objects with "prompt", "caption" or "text".
     Parquet and tfds have a column of such a name; of a tfds folder the split "train" is read, else
     the first. Blank prompts are skipped. Duplicates stay: users repeat a prompt to weight it.
-    Raises `InputError` that names the line. With `numbered`, images belong to prompts by number:
-    then a blank prompt between others is an error, since it would shift them.
+    Control characters and byte order marks are left out, with a warning. Raises `InputError` that
+    names the line, and for a text file that is something else, such as HTML. With `numbered`,
+    images belong to prompts by number: then a blank prompt between others is an error, since it
+    would shift them.
     """
     path = remote.local(path)
     if not path.exists():
@@ -31,18 +40,20 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
             f"{', '.join(_READERS)} or a tfds folder"
         )
     check_not_pointer(path)
+    for inside in path.iterdir() if path.is_dir() else ():
+        check_regular(inside)
     try:
         found = (_read_tfds if path.is_dir() else _READERS[path.suffix])(path)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
-    prompts = [prompt.strip() for prompt in found]
+    prompts = [prompt.strip() for prompt in _checked(found, path)]
     kept = [prompt for prompt in prompts if prompt]
     if not kept:
         raise InputError(f"{path} has no prompts")
     if numbered and any(prompts[len(kept) :]):  # or all blank ones are at the end
-        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
+        where = f"{_counted(path)} {prompts.index('') + 1}"
         raise InputError(
             f"{path}, {where} is blank, so it is unclear which images belong to the prompts after "
             "it: remove it (r0_jax.sample skips it too)"
@@ -50,9 +61,69 @@ def read_prompts(path: str | Path, numbered: bool = False) -> list[str]:
     return kept
 
 
+def _checked(prompts: list[str], path: Path) -> list[str]:
+    """Apply the one rule for the characters and the length of prompts of any file."""
+    cleaned, first = [], None
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > _MOST_CHARACTERS:
+            raise InputError(
+                f"{path}, {_counted(path)} {number}: {len(prompt)} characters are no prompt (at "
+                f"most {_MOST_CHARACTERS})"
+            )
+        if _CONTROL.search(prompt):
+            if "\0" in prompt:
+                raise InputError(
+                    f"{path}, {_counted(path)} {number}: the prompt holds a NUL character: is the "
+                    "file damaged?"
+                )
+            first = first or number
+            prompt = _CONTROL.sub(lambda found: "" if found[0] == "\ufeff" else " ", prompt)
+        cleaned.append(prompt)
+    if first:
+        count = sum(a is not b for a, b in zip(prompts, cleaned, strict=True))
+        warnings.warn(
+            f"{path}: control characters or byte order marks are left out of {count} prompt(s), "
+            f"first in {_counted(path)} {first}",
+            stacklevel=3,
+        )
+    return cleaned
+
+
 def _read_txt(path: Path) -> list[str]:
+    text = _read_text(path)
+    if kind := _foreign(text):
+        raise InputError(f"{path} is not a list of prompts but {kind}")
     # splitlines() would also split at characters that a prompt may contain.
-    return _read_text(path).split("\n")
+    return text.split("\n")
+
+
+def _foreign(text: str) -> str | None:
+    """Return what a text file is that holds no prompts, a line each, and what to do; else None."""
+    start = text[:1000].lstrip()
+    if re.match(r"<(!doctype|html|\?xml)\b", start, re.IGNORECASE):
+        return "a web page: download the file itself, such as its raw form"
+    first, *others = (line.strip() for line in text[:100_000].split("\n", 2))
+    if start[:1] in ("[", "{"):
+        for whole, suffix in ((text.strip(), ".json"), (first, ".jsonl")):
+            if whole[-1:] in ("]", "}") and _is_json(whole):
+                return f"JSON: give its name the suffix {suffix}"
+    for separator in ",\t;":
+        cells = [cell.strip(" \"'").lower() for cell in first.split(separator)]
+        if (
+            len(cells) > 1
+            and any(name in cells for name in TEXT_NAMES)
+            and all(re.fullmatch(r"[\w.-]*", cell) for cell in cells)
+            and all(separator in line for line in others[:1])
+        ):
+            return "a table with columns: write the prompts alone, one a line, or a .parquet file"
+    return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(loads(text), list | dict)
+    except ValueError:
+        return False
 
 
 def _read_jsonl(path: Path) -> list[str]:
@@ -78,11 +149,21 @@ def _read_parquet(path: Path) -> list[str]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise InputError(f"{path} has more than {_MOST_ROWS} rows: split it")
             name = _pick_name(file.schema_arrow.names, path, "columns")
             table = file.read(columns=[name])  # all columns of that name; the first counts
             values = table.column(table.column_names.index(name)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+    except InputError:
+        raise
+    except UnicodeDecodeError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        if machine.problem(error):
+            raise
+        raise InputError(
+            f"{path}: not a parquet file, or not a whole one: download it again"
+        ) from None
     blank = ("" if value is None else value for value in values)
     return [_prompt_of(value, f"{path}, row {i}") for i, value in enumerate(blank, start=1)]
 
@@ -106,10 +187,17 @@ def _read_tfds(path: Path) -> list[str]:
     # Of each record only the text is parsed: decoding images would need other packages.
     only_text = tfds.features.FeaturesDict({name: features[name]})
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    with dataset.reading(path):
-        source = builder.as_data_source(split=split, deserialize_method=raw)
-        records = [only_text.deserialize_example_np(record) for record in source]
-    return [record[name].decode("utf-8") for record in records]
+    try:
+        with dataset.reading(path):
+            source = builder.as_data_source(split=split, deserialize_method=raw)
+            texts = [only_text.deserialize_example_np(record)[name] for record in source]
+        return [text.decode("utf-8") for text in texts]
+    except (InputError, UnicodeDecodeError):
+        raise
+    except Exception as error:  # of a record that is cut short, array_record gives nothing at all
+        if machine.problem(error):
+            raise
+        raise InputError(f"{path} cannot be read: is the dataset complete?") from None
 
 
 _READERS: dict[str, Callable[[Path], list[str]]] = {
@@ -122,7 +210,15 @@ _READERS: dict[str, Callable[[Path], list[str]]] = {
 _COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
 
 
+def _counted(path: Path) -> str:
+    return _COUNTED.get(path.suffix, "row")
+
+
 def _read_text(path: Path) -> str:
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise InputError(
+            f"{path} has {size / 2**30:.1f} GiB, more than {_MOST_BYTES // 2**30}: split it"
+        )
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")  # Windows editors put a byte order mark first
@@ -137,12 +233,14 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, path: Path, line: int) -> object:
     """Parse text that starts at that line of the file."""
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}"
         raise InputError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-        raise InputError(f"{path}, line {line}: {error}") from None
+    except ValueError:  # a number of 5,000 digits, a thousand brackets
+        raise InputError(
+            f"{path}, line {line}: a number is too long or brackets are nested too deeply"
+        ) from None
 
 
 def _prompt_of(item: object, where: str) -> str:
