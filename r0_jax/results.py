@@ -8,7 +8,6 @@ A killed one continues with the same command.
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -26,7 +25,7 @@ from rich.console import Console
 from r0_jax import cli, remote
 from r0_jax.errors import STOPPED, InputError
 from r0_jax.evaluation import images, report, verdicts
-from r0_jax.files import write_bytes
+from r0_jax.files import loads, write_bytes
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.training import train
 from r0_jax.workdir import checkpoint, identity, mirror, run
@@ -85,9 +84,7 @@ def run_all(
             config.seed = seed
         if not measured(workdir, config) and not train.train_and_evaluate(config, workdir, stop):
             return False
-    evaluations = [
-        json.loads((workdir.path / "eval.json").read_text(encoding="utf-8")) for workdir in workdirs
-    ]
+    evaluations = [report.read_evaluation(workdir.path / "eval.json") for workdir in workdirs]
     prompts = write_picture(workdirs[0].path, out.with_suffix(".png"))
     values = [verdicts.read_values(workdir.path) for workdir in workdirs]
     write_bytes(out, page(evaluations, values, out.with_suffix(".png").name, prompts).encode())
@@ -102,10 +99,10 @@ def measured(workdir: Workdir, config: ConfigDict) -> bool:
         return False
     identity.check_same_run(workdir, config)
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = report.read_evaluation(path)
         report.rows(evaluation)
         verdicts.read_values(workdir.path)
-    except (ValueError, InputError):  # broken: it is measured again
+    except InputError:  # broken: it is measured again
         return False
     return evaluation.get("test") == config.test.to_dict() and (
         evaluation.get("seed"),
@@ -179,20 +176,25 @@ Rows: {", ".join(report.label(name) for name in names)}. Each column has one pro
 """
 
 
-def write_picture(folder: Path, path: Path) -> list[str]:
+def write_picture(folder: Path, picture: Path) -> list[str]:
     """Write a picture of a run's samples/eval, a row a model and a column a prompt.
 
     Returns the prompts.
     """
-    lines = (folder / "samples" / "eval" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines[:_COLUMNS]]
+    path = folder / "samples" / "eval" / "prompts.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [loads(line) for line in lines[:_COLUMNS] if line]
+        named = [(record["prompt"], dict(record["files"])) for record in records]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}); evaluate again") from None
     drawn = [
-        images.load_png(folder / "samples" / "eval" / record["files"][model])
-        for model in records[0]["files"]
-        for record in records
+        images.load_png(folder / "samples" / "eval" / files[model])
+        for model in named[0][1]
+        for _, files in named
     ]
-    images.save_png(path, images.grid(np.stack(drawn), columns=len(records), pad=4))
-    return [record["prompt"] for record in records]
+    images.save_png(picture, images.grid(np.stack(drawn), columns=len(named), pad=4))
+    return [prompt for prompt, _ in named]
 
 
 def versions() -> str:

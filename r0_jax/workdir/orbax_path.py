@@ -22,6 +22,13 @@ class _LiteralPath(type(epath.Path("/"))):  # type: ignore[misc]  # of the syste
         for found in glob.iglob(f"{root}/{pattern}"):
             yield type(self)(found)
 
+    def rmtree(self, missing_ok: bool = False) -> None:
+        """Remove a folder; of a link to one, say on another disk, the link."""
+        if self.is_symlink():
+            self.unlink()
+        else:
+            super().rmtree(missing_ok)
+
 
 def of(folder: AnyPath) -> epath.Path:
     """Return the path to give orbax; that of a store is returned as it is."""
