@@ -204,6 +204,7 @@ class _ConfigFile(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         name, *arguments = argument.split(":", 1)
         path = _find_config(name)
+        check_regular(path)
         try:
             source = Path(path).read_bytes()
         except OSError as error:

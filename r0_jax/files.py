@@ -199,6 +199,11 @@ def loads(text: str | bytes) -> object:
         raise ValueError("it is nested too deeply") from None
 
 
+def kind_of(value: object) -> str:
+    """Return the kind of a JSON value, for messages: "list", "int", "null"."""
+    return "null" if value is None else type(value).__name__
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Let every InputError inside name the file that it is about."""
@@ -224,5 +229,5 @@ def read_json(path: str | Path) -> Json:
         check_not_pointer(path)
         raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+        raise InputError(f"{path} should hold a JSON object, not a {kind_of(value)}")
     return value

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r0_jax import machine
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, disk_problem
 from r0_jax.files import check_regular
 
 if TYPE_CHECKING:
@@ -201,4 +201,9 @@ def reading(folder: str | Path) -> Iterator[None]:
             "file_format='array_record'"
         ) from None
     except RuntimeError as error:
-        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+        if disk_problem(error) or machine.problem(error):
+            raise
+        raise InputError(
+            f"{folder} cannot be read: a file of it is damaged, cut short or missing; make or "
+            "download the dataset again"
+        ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from r0_jax import machine, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_regular, loads
+from r0_jax.files import check_not_pointer, check_regular, kind_of, loads
 from r0_jax.prompts import dataset
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
@@ -139,7 +139,7 @@ def _read_jsonl(path: Path) -> list[str]:
 def _read_json(path: Path) -> list[str]:
     items = _parse_json(_read_text(path), path, 1)
     if not isinstance(items, list):
-        raise InputError(f"{path}: expected a list, found {type(items).__name__}")
+        raise InputError(f"{path}: expected a list, found {kind_of(items)}")
     return [_prompt_of(item, f"{path}, item {i}") for i, item in enumerate(items, start=1)]
 
 
@@ -248,7 +248,7 @@ def _prompt_of(item: object, where: str) -> str:
         name = _pick_name(item, where, "fields")
         item = item[name]
     if not isinstance(item, str):
-        raise InputError(f"{where}: expected a prompt as text, found {type(item).__name__}")
+        raise InputError(f"{where}: expected a prompt as text, found {kind_of(item)}")
     try:
         item.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a character: "\ud83d"
