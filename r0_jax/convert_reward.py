@@ -265,13 +265,10 @@ def _read_pickle(path: Path) -> Tensors:
         if machine.problem(e):
             raise
         named = re.search(r"GLOBAL (\S+)", str(e))
+        found = f"it holds {named[1]}" if named else "it cannot be read"
         raise InputError(
-            f"{path} is not a complete file of plain tensors"
-            + (
-                f": it holds {named[1]}, and nothing but tensors is read from a pickle"
-                if named
-                else ": download it again; nothing else is read from a pickle"
-            )
+            f"{path} is not a complete file of plain tensors ({found}): download it again; nothing "
+            "else is read from a pickle"
         ) from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -365,7 +362,7 @@ def _write_bpe(path: Path, out: Path) -> None:
         lines = data.decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError):
         raise InputError(
-            f"{path} is not a whole gzipped list of merges: download it again"
+            f"{path} is not a gzipped list of merges, or not a whole one: download it again"
         ) from None
     merges = [line for line in lines[1 : 1 + _BPE_MERGES] if len(line.split()) == 2]
     # Printable bytes stand for themselves and come first; the others have codes from 256 on.
