@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,13 @@ class Case(NamedTuple):
 
 
 def run(
-    cases: range | list[int], seed: int, whole: bool, jobs: int = 1, progress: bool = False
+    cases: range | list[int],
+    seed: int,
+    whole: bool,
+    jobs: int = 1,
+    tell: Callable[[Case], None] = lambda case: None,
 ) -> list[Case]:
-    """Run cases; return them in order."""
+    """Run cases; return them in order. `tell` gets each when it has ended."""
     targets = [target for target in TARGETS if whole or target.name not in SLOW]
     for name in ("transformers", *(SLOW.values() if whole else ())):
         importlib.import_module(name)
@@ -89,10 +94,7 @@ def run(
                 if (case := running[pid].ended()) is not None:
                     del running[pid]
                     found.append(case)
-                    if progress and case.verdict in FAULTS:
-                        said = case.said.strip().splitlines()[-1:] or [""]
-                        print(case.number, case.target, case.how, case.verdict, said[0][:300])
-                        sys.stdout.flush()
+                    tell(case)
     return sorted(found)
 
 
@@ -197,7 +199,7 @@ def _judge(said: str, target: Target) -> str:
     return "unclear" if _FOREIGN.search(last) else CLEAN
 
 
-def _report(found: list[Case], seed: int, minutes: float) -> str:
+def _report(found: list[Case], seed: int) -> str:
     """Return the text of docs/reports/fuzz.md."""
     verdicts = (OK, CLEAN, *FAULTS)
     counted = collections.Counter((case.target, case.verdict) for case in found)
@@ -224,11 +226,18 @@ folder, a device, a Git LFS pointer or a web page. Every case is a fork of one p
 - *unclear*: an error whose line has control characters or speaks of Python objects.
 
 Made by `make fuzz`, which is `python tests/support/fuzz.py --report=docs/reports/fuzz.md`, with
-`--seed={seed} --cases={len(found)}`, in {minutes:.0f} minutes.
+`--seed={seed} --cases={len(found)}`.
 
 | | cases | {" | ".join(verdicts)} |
 |---|{"---:|" * (1 + len(verdicts))}
 {rows}"""
+
+
+def _read(log: Path | None) -> list[Case]:
+    """Return the cases in a log; the last run of a case counts."""
+    if log is None or not log.is_file():
+        return []
+    return [Case(*json.loads(line)) for line in log.read_text("utf-8").splitlines()]
 
 
 def main() -> int:
@@ -239,21 +248,34 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--only", type=int, action="append")
-    parser.add_argument("--log", type=Path, help="what each case said, a line of JSON each")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="what each case said, a line of JSON each; one that is there is continued: what ended "
+        "well is not run again",
+    )
     given = parser.parse_args()
-    begun = time.monotonic()
     cases = given.only or range(given.cases)
-    found = run(cases, given.seed, not given.quick, given.jobs, progress=True)
+    known = {case.number: case for case in _read(given.log) if case.verdict not in FAULTS}
+
+    def tell(case: Case) -> None:
+        if given.log:
+            with given.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(case) + "\n")
+        if case.verdict in FAULTS:
+            said = case.said.strip().splitlines()[-1:] or [""]
+            print(case.number, case.target, case.how, case.verdict, said[0][:300], flush=True)
+
+    left = [number for number in cases if number not in known]
+    found = run(left, given.seed, not given.quick, given.jobs, tell)
+    found = sorted([*found, *(known[number] for number in cases if number in known)])
     if given.only:
         for case in found:
             print(case.target, case.how, case.verdict, case.said, sep="\n")
     counts = collections.Counter(case.verdict for case in found)
     print(json.dumps(counts))
-    if given.log:
-        given.log.write_text("".join(json.dumps(case) + "\n" for case in found), "utf-8")
     if given.report:
-        minutes = (time.monotonic() - begun) / 60
-        given.report.write_text(_report(found, given.seed, minutes), "utf-8")
+        given.report.write_text(_report(found, given.seed), "utf-8")
     return int(any(counts[verdict] for verdict in FAULTS))
 
 
