@@ -111,7 +111,11 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     Its value is the result of the file's `get_config([argument])`, with overrides, with absolute
     paths, and locked. If configs/NAME.py does not exist, it is the package's own recipe.
     """
-    holder = config_flags.DEFINE_config_file("config", help_string="config file: FILE.py")
+    holder = config_flags.DEFINE_config_file(
+        "config", help_string="config file: FILE.py", sys_argv=[""]
+    )
+    # It would read the files of --flagfile here, where no error is told in a line.
+    FLAGS["config"]._sys_argv = None
     FLAGS["config"].parser = _ConfigFile()
     flags.mark_flag_as_required("config")
     return holder
