@@ -85,7 +85,8 @@ def _check_size(cls: type, name: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least, most = -_MOST_NUMBER, _MOST_NUMBER
+    most = 10**12 if isinstance(value, float) else _MOST_NUMBER  # no size is a float
+    least = -most
     if "eps" in name.split("_"):
         least, most = 0, 1
     elif name == "layer_norm_epsilon":
