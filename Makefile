@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults test lint docs wheel
+.PHONY: install install-dev demo results parity faults fuzz test lint docs wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -46,6 +46,11 @@ parity: install-dev
 # size instead.
 faults: install-dev
 	$(BIN)/python tests/support/faults.py --report=docs/reports/faults.md
+
+# Give spoiled files and odd flags to every reader and command, 2,500 cases in ten minutes on two
+# cores. Prints the faults and writes docs/reports/fuzz.md.
+fuzz: install-dev
+	$(BIN)/python tests/support/fuzz.py --report=docs/reports/fuzz.md
 
 # Style, the direction of imports, types of the ground rooms.
 lint: install-dev

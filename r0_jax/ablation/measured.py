@@ -1,6 +1,5 @@
 """What the runs of an ablation measured, read from their workdirs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,10 +35,10 @@ def is_measured(workdir: Workdir, config: ConfigDict) -> bool:
         return False
     identity.check_same_run(workdir, config)
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = report.read_evaluation(path)
         report.rows(evaluation)
         verdicts.read_values(workdir.path)
-    except (ValueError, InputError):  # broken: it is measured again
+    except InputError:  # broken: it is measured again
         return False
     return evaluation.get("test") == config.test.to_dict() and (
         evaluation.get("seed"),
@@ -49,7 +48,7 @@ def is_measured(workdir: Workdir, config: ConfigDict) -> bool:
 
 def read(cell: Cell, workdir: Workdir) -> Measured:
     """Return the result of a run that is measured."""
-    evaluation = json.loads((workdir.path / "eval.json").read_text(encoding="utf-8"))
+    evaluation = report.read_evaluation(workdir.path / "eval.json")
     return Measured(cell, evaluation, verdicts.read_values(workdir.path))
 
 

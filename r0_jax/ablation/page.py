@@ -1,7 +1,6 @@
 """The Markdown page of an ablation: tables, verdicts, curves' picture, and how it was made."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -15,9 +14,11 @@ from ml_collections import ConfigDict
 
 from r0_jax.ablation import measured
 from r0_jax.ablation.measured import Measured
+from r0_jax.errors import InputError
 from r0_jax.evaluation import images, report, statistics, verdicts
 from r0_jax.evaluation.testbed import FEATURES
 from r0_jax.evaluation.verdicts import Target, Values
+from r0_jax.files import loads
 
 _COLUMNS = 10  # of the picture
 # What the variants are compared in. Reading many differences at once, some look real by chance.
@@ -127,12 +128,16 @@ def write_picture(runs: Sequence[tuple[Measured, Path]], path: Path) -> list[str
     rows, prompts = [], []
     for _, folder in runs:
         samples = folder / "samples" / "eval"
-        lines = (samples / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:_COLUMNS]
-        records = [json.loads(line) for line in lines]
-        prompts = prompts or [record["prompt"] for record in records]
+        path = samples / "prompts.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+            records = [loads(line) for line in lines[:_COLUMNS] if line]
+            named = [(record["prompt"], dict(record["files"])) for record in records]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} cannot be read ({error}); evaluate again") from None
+        prompts = prompts or [prompt for prompt, _ in named]
         rows += [
-            [images.load_png(samples / record["files"][model]) for record in records]
-            for model in records[0]["files"]
+            [images.load_png(samples / files[model]) for _, files in named] for model in named[0][1]
         ]
     # The first run has the bases and its own generator, the others theirs: the table's columns.
     drawn = [image for row in rows for image in row]

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from r0_jax import files
 from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
 from r0_jax.files import copy_file, pickles, read_json, temporary_name
@@ -46,9 +48,13 @@ def export(
     chosen = run.choose_step(step)
     if form == "kohya":
         kohya.check_family(run.index["_class_name"])
-    building = temporary_name(out.resolve())
-    try:
-        _make_folder(building)
+    if chosen == 0:
+        warnings.warn(
+            "step 0 is the pretrained generator: nothing is trained in it, and adapters are zero; "
+            "--step=latest takes the newest checkpoint",
+            stacklevel=2,
+        )
+    with files.building(out.resolve()) as building:
         _check_apart(out, run)
         params = run.params(chosen, ema)
         base_model = base_model or model_card.base_model(run)
@@ -70,8 +76,6 @@ def export(
         card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return chosen
 
 
@@ -189,15 +193,6 @@ def _check_apart(out: Path, run: Run) -> None:
     for path in (run.workdir.path.resolve(), run.pretrained.resolve()):
         if out.resolve() in (path, *path.parents):
             raise InputError(f"--out={out} holds {path}, an input; choose another --out")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder.parent}: {error.strerror.lower()}; choose another --out"
-        ) from None
 
 
 def _move(building: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.diffusion import grid
-from r0_jax.errors import InputError, printable
+from r0_jax.errors import printable
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
 from r0_jax.workdir.run import Run
@@ -205,10 +205,7 @@ def _string(value: str) -> str:
 def _numbers(path: Path) -> str:
     if not path.exists():
         return ""
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}); evaluate again") from None
+    evaluation = report.read_evaluation(path)
     table = report.markdown_table(evaluation)
     facts = [f"{_escape(evaluation['prompts'])} prompts"] if "prompts" in evaluation else []
     facts += [_escape(evaluation["checkpoint"])] if "checkpoint" in evaluation else []

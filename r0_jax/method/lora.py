@@ -6,7 +6,6 @@ Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, ran
 "x.to_q.lora_A.weight" [rank, in].
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from r0_jax import patterns
 from r0_jax.errors import InputError
 from r0_jax.method import stacks
 from r0_jax.models.linear import Adapted
@@ -27,10 +27,7 @@ def targets(shapes: Shapes, pattern: str) -> list[str]:
     Raises InputError where there are none, or where the regex is not valid.
     """
     modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
-    try:
-        found = [module for module in modules if re.fullmatch(pattern, module)]
-    except re.error as e:
-        raise InputError(f"lora.targets is not a regular expression ({e}): {pattern!r}") from None
+    found = patterns.matching(pattern, modules, "lora.targets")
     if not found:
         raise InputError(
             f"lora.targets matches no layer of the network: {pattern!r}; "

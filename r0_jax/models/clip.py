@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from r0_jax.errors import InputError
+from r0_jax.files import kind_of
 from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
@@ -23,7 +24,7 @@ def _parse(cls, fields: Mapping[str, Any], tower: str):
     """Parse a tower's config from its own config.json, or from that of the whole CLIPModel."""
     fields = fields.get(tower, fields)
     if not isinstance(fields, Mapping):
-        raise InputError(f"{cls.__name__}: {tower} is a {type(fields).__name__}, not an object")
+        raise InputError(f"{cls.__name__}: {tower} is a {kind_of(fields)}, not an object")
     config = configs.parse_transformers(cls, fields, ids=("eos_token_id",))
     configs.check_layers(config)
     return config

@@ -4,6 +4,7 @@ An error in the index, a config, a tokenizer or the scheduler shows before gigab
 """
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -16,7 +17,7 @@ from flax import nnx
 
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
-from r0_jax.files import is_plain_name, read_json
+from r0_jax.files import is_plain_name, naming, read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -26,7 +27,7 @@ from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditi
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights import convert
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 # Class of diffusers -> the family's name for people.
 FAMILIES = {
@@ -173,10 +174,10 @@ def open_folder(
                 f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
             )
         kinds[part] = found
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler_config = SchedulerConfig.from_json(
-        read_json(path / "scheduler" / "scheduler_config.json")
-        | {"_class_name": _scheduler_class(path, index)}
-        | overruled
+        read_json(scheduler_file) | {"_class_name": _scheduler_class(path, index)} | overruled,
+        f"{scheduler_file}: ",
     )
     tokenizers_ = {
         part: tokenizers.load_tokenizer(path / part, kind)
@@ -190,10 +191,12 @@ def open_folder(
         for part, kind in kinds.items()
         if images or part.startswith(TEXT_PARTS)
     }
-    networks = {
-        part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
-        for part, kind in kinds.items()
-    }
+    networks = {}
+    for part, kind in kinds.items():
+        build = functools.partial(NETWORKS[kind][0], fields[part])
+        stored = stored_in(files.get(part, ()))
+        with naming(path / part / "config.json"):
+            networks[part] = Network.abstract(build, stored)
     return Folder(path, index, fields, files, networks, tokenizers_, scheduler_config)
 
 

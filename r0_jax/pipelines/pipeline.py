@@ -21,6 +21,8 @@ from r0_jax.models.attention_backend import Backend
 from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights.network import Network, Params
 
+MOST_PIXELS = 65_536  # of a side of an image
+
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; a batch has the same columns.
 # Or the text encoders' outputs, by the names of `Pipeline.embeds`.
 Tokens = dict[str, jax.Array | np.ndarray]
@@ -137,6 +139,8 @@ class Pipeline(abc.ABC):
         step, most = self.scale * patch, getattr(config, "pos_embed_max_size", None)
         size = (height or self.image_shape[0], width or self.image_shape[1])
         for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels > MOST_PIXELS:
+                raise InputError(f"{name}={pixels} must be at most {MOST_PIXELS}")
             if pixels % step or pixels < step:
                 raise InputError(f"{name}={pixels} must be a multiple of {step} for this pipeline")
             if most and pixels > most * step:

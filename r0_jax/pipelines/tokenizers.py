@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int
 
+from r0_jax import machine
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer
+from r0_jax.files import check_not_pointer, check_regular, read_json
 
 # Class in model_index.json -> (name for people, class of transformers, files that it needs).
 _KINDS = {
@@ -52,13 +54,19 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
         for file in needed:
             if not (folder / file).is_file():
                 raise InputError(f"{folder / file} is missing: is the folder complete?")
-    check_no_pointers(folder)
+    check_files(folder)
+    check_added(folder)
     try:
         tokenizer = getattr(transformers, cls).from_pretrained(folder)
         tokenizer(["a"])  # only this fails for an empty vocabulary
         lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
-        raise InputError(f"{folder} does not hold a readable {name} tokenizer ({e})") from None
+        raise unreadable(folder, name, e) from None
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"{folder}/tokenizer_config.json names no pad_token that the vocabulary has: give it "
+            "the one of the published tokenizer"
+        )
     length = tokenizer.model_max_length
     if not isinstance(length, int) or length < 2:  # both ends of a prompt
         raise InputError(
@@ -74,10 +82,40 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
     return tokenizer
 
 
-def check_no_pointers(folder: Path) -> None:
-    """Raise InputError if a file is a Git LFS pointer; a vocab.txt would be read as words."""
+def unreadable(folder: Path, name: str, error: Exception) -> Exception:
+    """Return the error for a folder that transformers cannot read; its own text says little."""
+    if machine.problem(error):
+        return error
+    logging.info("%s: %s: %s", folder, type(error).__name__, error)  # with --verbosity=0
+    return InputError(
+        f"{folder} does not hold a readable {name} tokenizer: a file of it is damaged or cut "
+        "short; download it again"
+    )
+
+
+def check_files(folder: Path) -> None:
+    """Raise InputError if a file is a Git LFS pointer, a pipe or a device.
+
+    A vocab.txt that is a pointer would be read as words. transformers opens other files too.
+    """
     for name in FILES:
         check_not_pointer(folder / name)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        check_regular(path)
+
+
+def check_added(folder: Path) -> None:
+    """Raise InputError for added tokens whose ids are far beyond any vocabulary.
+
+    transformers fills the ids up to them with tokens, one by one.
+    """
+    path = folder / "tokenizer_config.json"
+    found = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    for number in found if isinstance(found, dict) else ():
+        if not number.isdecimal() or len(number) > 7:
+            raise InputError(
+                f"{path}: added_tokens_decoder has the id {number[:40]!r}, which no vocabulary has"
+            )
 
 
 class CutOffWarning(UserWarning):
@@ -97,7 +135,11 @@ class CutOffWarning(UserWarning):
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b t"]:
-    """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token."""
+    """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token.
+
+    A textual inversion of several vectors stands for all of them, as in stock pipelines.
+    """
+    prompts = _expanded(tokenizer, prompts)
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     cut = np.asarray([len(ids) > length for ids in whole])
     if cut.any():
@@ -106,6 +148,26 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[n
         list(prompts), padding="max_length", max_length=length, truncation=True, verbose=False
     ).input_ids
     return np.asarray(ids, np.int32)
+
+
+def _expanded(tokenizer: Any, prompts: Sequence[str]) -> Sequence[str]:
+    """Return the prompts with "<cat> <cat>_1 ..." in place of an added token "<cat>".
+
+    `load_textual_inversion` of diffusers adds a token for each further vector.
+    """
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    several = {token for token in added if f"{token}_1" in added}
+    if not several:
+        return prompts
+    expanded = []
+    for prompt in prompts:
+        for token in sorted(several & set(tokenizer.tokenize(prompt))):
+            names = [token]
+            while f"{token}_{len(names)}" in added:
+                names.append(f"{token}_{len(names)}")
+            prompt = prompt.replace(token, " ".join(names))
+        expanded.append(prompt)
+    return expanded
 
 
 def _unreachable(tokenizer: Any) -> tuple[int, int]:

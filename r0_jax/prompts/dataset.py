@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from r0_jax.errors import InputError
+from r0_jax import machine
+from r0_jax.errors import InputError, disk_problem
+from r0_jax.files import check_regular
 from r0_jax.prompts import order
 from r0_jax.prompts.order import Draws
 
@@ -85,11 +87,16 @@ def open_builder(folder: str | Path) -> DatasetBuilder:
         raise InputError(f"{folder} is not a prepared dataset: it has no dataset_info.json")
     import tensorflow_datasets as tfds
 
+    for path in Path(folder).iterdir():
+        check_regular(path)
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # protobuf, json or tfds raise it, depending on the broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} cannot be read ({reason}): is the dataset complete?") from None
+        if machine.problem(error):
+            raise
+        raise InputError(
+            f"{folder} cannot be read: is the dataset complete? One of its JSON files is damaged"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -103,4 +110,9 @@ def reading(folder: str | Path) -> Iterator[None]:
             "file_format='array_record'"
         ) from None
     except RuntimeError as error:
-        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+        if disk_problem(error) or machine.problem(error):
+            raise
+        raise InputError(
+            f"{folder} cannot be read: a file of it is damaged, cut short or missing; make or "
+            "download the dataset again"
+        ) from None

@@ -2,15 +2,25 @@
 
 import itertools
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from r0_jax import remote
+from r0_jax import machine, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_regular
+from r0_jax.files import check_not_pointer, check_regular, kind_of, loads
 from r0_jax.prompts import dataset
 
 TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
+_MOST_BYTES = 8 * 2**30  # of a .json file, which is parsed as a whole
+_MOST_LINE = 64 * 2**20  # bytes of a line of text or of .jsonl
+_HEAD = 100_000  # bytes of a text file that tell what it is
+_MOST_JSON = 64 * 2**20  # bytes of a text file that are tried as JSON
+_MOST_ROWS = 10**8  # of a parquet file
+_MOST_CHARACTERS = 100_000  # of a prompt; encoders read a few hundred
+# Control characters but white space, and the byte order mark, also where files were joined.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
 def read_prompts(path: str | Path, numbered: bool = False, count: int | None = None) -> list[str]:
@@ -19,9 +29,10 @@ def read_prompts(path: str | Path, numbered: bool = False, count: int | None = N
     Text holds one prompt a line. JSON holds strings, or objects with "prompt", "caption" or "text".
     Parquet and tfds have a column of such a name; of a tfds folder the split "train" is read, else
     the first. Blank prompts are skipped. Duplicates stay: users repeat a prompt to weight it.
-    Raises `InputError` that names the line. With `numbered`, images belong to prompts by number:
-    then a blank prompt between others is an error, since it would shift them. With `count`, only
-    the file's first prompts are read.
+    Control characters and byte order marks are left out, with a warning. Raises `InputError` that
+    names the line, and for a text file that is something else, such as HTML. With `numbered`,
+    images belong to prompts by number: then a blank prompt between others is an error, since it
+    would shift them. With `count`, only the file's first prompts are read.
     """
     if not numbered:
         return list(itertools.islice(stream_prompts(path), count))
@@ -64,18 +75,54 @@ def _checked(path: str | Path) -> Path:
             f"{', '.join(_READERS)} or a tfds folder"
         )
     check_not_pointer(path)
+    for inside in path.iterdir() if path.is_dir() else ():
+        check_regular(inside)
     return path
 
 
 def _stripped(path: Path) -> Iterator[str]:
     """Yield all prompts of a file, blank ones too, without the space around them."""
     try:
-        for prompt in (_read_tfds if path.is_dir() else _READERS[path.suffix])(path):
+        read = _read_tfds if path.is_dir() else _READERS[path.suffix]
+        for prompt in _cleaned(read(path), path):
             yield prompt.strip()
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
+
+
+def _cleaned(prompts: Iterator[str], path: Path) -> Iterator[str]:
+    """Apply the one rule for the characters and the length of prompts of any file."""
+    count, first = 0, None
+    for number, prompt in enumerate(prompts, start=1):
+        where = f"{path}, {_counted(path)} {number}"
+        if len(prompt) > _MOST_CHARACTERS:
+            raise InputError(
+                f"{where}: {len(prompt)} characters are no prompt (at most {_MOST_CHARACTERS})"
+            )
+        if _CONTROL.search(prompt):
+            if "\0" in prompt:
+                raise InputError(f"{where}: the prompt holds a NUL character: is the file damaged?")
+            count, first = count + 1, first or number
+            prompt = _CONTROL.sub(lambda found: "" if found[0] == "\ufeff" else " ", prompt)
+        yield prompt
+    if first:
+        warnings.warn(
+            f"{path}: control characters or byte order marks are left out of {count} prompt(s), "
+            f"first in {_counted(path)} {first}",
+            stacklevel=2,
+        )
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        head = file.read(_HEAD).decode("utf-8-sig", "replace")
+        if head.lstrip()[:1] in ("[", "{"):  # it may be JSON, which ends where the file does
+            head += file.read(_MOST_JSON).decode("utf-8", "replace")
+    if kind := _foreign(head):
+        raise InputError(f"{path} is not a list of prompts but {kind}")
+    return _read_lines(path)
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -84,7 +131,11 @@ def _read_lines(path: Path) -> Iterator[str]:
     Other characters that `str.splitlines` knows may be part of a prompt.
     """
     with path.open("rb") as file:
-        for number, data in enumerate(file, start=1):
+        for number in itertools.count(1):
+            if not (data := file.readline(_MOST_LINE + 1)):
+                return
+            if len(data) > _MOST_LINE:
+                raise InputError(f"{path}, line {number}: longer than {_MOST_LINE // 2**20} MiB")
             try:
                 # Windows editors put a byte order mark first.
                 text = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -97,6 +148,35 @@ def _read_lines(path: Path) -> Iterator[str]:
             yield from text.removesuffix("\n").removesuffix("\r").split("\r")
 
 
+def _foreign(text: str) -> str | None:
+    """Return what a text file is that holds no prompts, a line each, and what to do; else None."""
+    start = text[:1000].lstrip()
+    if re.match(r"<(!doctype|html|\?xml)\b", start, re.IGNORECASE):
+        return "a web page: download the file itself, such as its raw form"
+    first, *others = (line.strip() for line in text[:_HEAD].split("\n", 2))
+    if start[:1] in ("[", "{"):
+        for whole, suffix in ((text.strip(), ".json"), (first, ".jsonl")):
+            if whole[-1:] in ("]", "}") and _is_json(whole):
+                return f"JSON: give its name the suffix {suffix}"
+    for separator in ",\t;":
+        cells = [cell.strip(" \"'").lower() for cell in first.split(separator)]
+        if (
+            len(cells) > 1
+            and any(name in cells for name in TEXT_NAMES)
+            and all(re.fullmatch(r"[\w.-]*", cell) for cell in cells)
+            and all(separator in line for line in others[:1])
+        ):
+            return "a table with columns: write the prompts alone, one a line, or a .parquet file"
+    return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(loads(text), list | dict)
+    except ValueError:
+        return False
+
+
 def _read_jsonl(path: Path) -> Iterator[str]:
     for number, line in enumerate(_read_lines(path), start=1):
         blank = not line.strip()  # kept, so that messages name the right line
@@ -104,9 +184,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_json(path: Path) -> Iterator[str]:
-    items = _parse_json("\n".join(_read_lines(path)), path, 1)
+    items = _parse_json(_read_text(path), path, 1)
     if not isinstance(items, list):
-        raise InputError(f"{path}: expected a list, found {type(items).__name__}")
+        raise InputError(f"{path}: expected a list, found {kind_of(items)}")
     for number, item in enumerate(items, start=1):
         yield _prompt_of(item, f"{path}, item {number}")
 
@@ -118,13 +198,21 @@ def _read_parquet(path: Path) -> Iterator[str]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise InputError(f"{path} has more than {_MOST_ROWS} rows: split it")
             name = _pick_name(file.schema_arrow.names, path, "columns")
             for part in file.iter_batches(columns=[name]):  # all of that name; the first counts
                 for value in part.column(part.schema.names.index(name)).to_pylist():
                     number += 1
                     yield _prompt_of("" if value is None else value, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+    except (InputError, UnicodeDecodeError):
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        if machine.problem(error):
+            raise
+        raise InputError(
+            f"{path}: not a parquet file, or not a whole one: download it again"
+        ) from None
 
 
 def _read_tfds(path: Path) -> Iterator[str]:
@@ -146,14 +234,21 @@ def _read_tfds(path: Path) -> Iterator[str]:
     # Of each record only the text is parsed: decoding images would need other packages.
     only_text = tfds.features.FeaturesDict({name: features[name]})
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    with dataset.reading(path):
-        source = builder.as_data_source(split=split, deserialize_method=raw)
-        for record in source:
-            yield only_text.deserialize_example_np(record)[name].decode("utf-8")
+    try:
+        with dataset.reading(path):
+            source = builder.as_data_source(split=split, deserialize_method=raw)
+            for record in source:
+                yield only_text.deserialize_example_np(record)[name].decode("utf-8")
+    except (InputError, UnicodeDecodeError):
+        raise
+    except Exception as error:  # of a record that is cut short, array_record gives nothing at all
+        if machine.problem(error):
+            raise
+        raise InputError(f"{path} cannot be read: is the dataset complete?") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_lines,
+    ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
@@ -162,15 +257,37 @@ _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 _COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
 
 
+def _counted(path: Path) -> str:
+    return _COUNTED.get(path.suffix, "row")
+
+
+def _read_text(path: Path) -> str:
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise InputError(
+            f"{path} has {size / 2**30:.1f} GiB, more than {_MOST_BYTES // 2**30}: split it"
+        )
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # Windows editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:  # UTF-16 without its byte order mark decodes without an error
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _parse_json(text: str, path: Path, line: int) -> object:
     """Parse text that starts at that line of the file."""
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}"
         raise InputError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-        raise InputError(f"{path}, line {line}: {error}") from None
+    except ValueError:  # a number of 5,000 digits, a thousand brackets
+        raise InputError(
+            f"{path}, line {line}: a number is too long or brackets are nested too deeply"
+        ) from None
 
 
 def _prompt_of(item: object, where: str) -> str:
@@ -178,7 +295,7 @@ def _prompt_of(item: object, where: str) -> str:
         name = _pick_name(item, where, "fields")
         item = item[name]
     if not isinstance(item, str):
-        raise InputError(f"{where}: expected a prompt as text, found {type(item).__name__}")
+        raise InputError(f"{where}: expected a prompt as text, found {kind_of(item)}")
     try:
         item.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a character: "\ud83d"

@@ -115,8 +115,12 @@ def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) 
                     writer.write(
                         serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
                     )
-        os.chmod(building, 0o644)
-        os.replace(building, folder / shard.file)
+        try:
+            os.chmod(building, 0o644)
+            os.replace(building, folder / shard.file)
+        except FileNotFoundError:  # another process wrote the same, and has finished the dataset
+            if not (folder / shard.file).is_file():
+                raise
     finally:
         if os.path.exists(building):
             os.unlink(building)

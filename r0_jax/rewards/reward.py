@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from r0_jax.errors import InputError
+from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params, fingerprint
 
@@ -42,6 +43,8 @@ class Reward:
       text_parts: first parts of the names of params that only `text_features` reads.
       truncated: prompts -> bool [N], True for prompts that are too long and lose their end; None
         if the reward truncates nothing.
+      prepare: what `score` does with images first; None if a function of the user does it.
+      judge: the rest of `score`: (params, prepared images [B, s, s, 3], features) -> float32 [B].
       grid: patches per side of its vision transformer; 0 without one. A generator that hacks the
         reward may repeat a pattern this many times per side.
     """
@@ -55,6 +58,8 @@ class Reward:
     width: int | None = None
     features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
+    prepare: Preprocess | None = None
+    judge: Callable[[Params, jax.Array, jax.Array | None], Float[Array, " b"]] | None = None
 
     def __call__(
         self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
 from r0_jax.weights.network import Params
-from r0_jax.workdir import checkpoint, origin
+from r0_jax.workdir import checkpoint, origin, sealed_json
 from r0_jax.workdir.workdir import Workdir
 
 # Flat, by dotted name: adapters in NumPy; whole weights stay in the files of their checkpoint.
@@ -56,6 +55,9 @@ _NEEDED = (
     "data.encoded",
     "attention",
 )
+
+
+_MOST = 1e18  # of a number in the config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,9 +237,8 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run")
     try:
-        # dict() fails for a list or a number.
-        config = ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError, RecursionError):
+        config = ConfigDict(sealed_json.loads_any(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not the config of a run: bring the original back") from None
     default = base.get_config()
     for field in _NEEDED:
@@ -247,7 +248,11 @@ def read_config(workdir: Path) -> ConfigDict:
                 raise InputError(f"{path} has no {field}, so it is not the config of an R0 run")
             value, expected = value[name], expected[name]
         kinds = (int, float) if isinstance(expected, float) else type(expected)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(expected, bool):
+        if (
+            not isinstance(value, kinds)
+            or isinstance(value, bool) != isinstance(expected, bool)
+            or (isinstance(expected, int | float) and not abs(value) < _MOST)  # NaN is not
+        ):
             raise InputError(
                 f"{path}: {field} = {value!r} is not the config of an R0 run: bring "
                 "the original back"

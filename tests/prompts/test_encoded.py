@@ -646,3 +646,18 @@ def test_flags_that_do_not_fit_are_one_line(tmp_path):
     ]:
         assert message in one_line_error(run("encode_prompts", *flags, *wrong))
     assert not (tmp_path / "e").exists()
+
+
+def test_a_shard_that_another_process_finished_meanwhile_is_taken(tmp_path):
+    """Two processes that were given the same share by mistake."""
+    schema = {"prompt": None}
+    (shard,) = shards.plan({"train": 2}, 4)
+
+    def parts(other):
+        yield {"prompt": ["a", "b"]}
+        if other:
+            shards.write(tmp_path, shard, schema, parts(False))
+            shards.finish(tmp_path, [shard], schema)  # which removes unfinished files
+
+    shards.write(tmp_path, shard, schema, parts(True))
+    assert shards.missing(tmp_path, [shard]) == [] and len(read_prompts(tmp_path)) == 2

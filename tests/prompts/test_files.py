@@ -1,6 +1,7 @@
 """Prompts of a user's file: every format and every mistake."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_foreign_tfds_folder_without_decoding_its_images(tmp_path):
         ("p.json", '["a",\n"b"\n"c"]', "p.json, line 3: broken JSON: Expecting ','"),
         ("p.json", '{"prompt": "a"}', "p.json: expected a list, found dict"),
         ("p.json", '["a", {"id": 1}]', "p.json, item 2: no prompt or caption or text among"),
-        ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file: "),
+        ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file, or not a whole one"),
         ("p.csv", "prompt\na\n", "p.csv: cannot read prompts from .csv; give .txt, .jsonl, .json"),
         ("p.txt", "version https://git-lfs.github.com/spec/v1\n", "p.txt is a Git LFS pointer"),
         ("p", "a\n", "p: cannot read prompts from a file without suffix; give .txt"),
@@ -196,4 +197,72 @@ def test_tfds_folder_of_another_file_format(tmp_path):
     text = info.read_text(encoding="utf-8")
     info.write_text(text.replace("array_record", "tfrecord"), encoding="utf-8")
     with pytest.raises(InputError, match="prepare it with file_format='array_record'"):
+        files.read_prompts(tmp_path / "prompts")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("\n<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
+        ("<?xml version='1.0'?>\n<a/>", "a web page"),
+        ('["a", "b"]\n', r"JSON: give its name the suffix \.json$"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', r"JSON: give its name the suffix \.jsonl$"),
+        ("id,prompt\n1,a cat\n", "a table with columns"),
+        ('"Caption"\t"url"\na\tb\n', "a table with columns"),
+    ],
+)
+def test_a_txt_that_holds_something_else(tmp_path, content, said):
+    with pytest.raises(InputError, match=f"p.txt is not a list of prompts but {said}"):
+        files.read_prompts(write(tmp_path / "p.txt", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[a cat], in oil\nb", "{red|blue} hat\nb", "<lora:x:1> a cat\nb", "text, bold and large\nb",
+     "a prompt, a caption\nb", "prompt\nb"],
+)  # fmt: skip
+def test_prompts_that_look_like_something_else(tmp_path, content):
+    path = write(tmp_path / "p.txt", content)
+    assert files.read_prompts(path) == content.split("\n")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
+def test_one_rule_for_the_characters_of_all_formats(tmp_path, suffix):
+    def path(prompts):
+        path = tmp_path / f"p{suffix}"
+        if suffix == ".parquet":
+            parquet.write_table(pyarrow.table({"prompt": prompts}), path)
+        elif suffix == ".txt":
+            write(path, "\n".join(prompts))
+        else:
+            lines = [json.dumps(prompt) for prompt in prompts]
+            write(path, "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]")
+        return path
+
+    counted = {".txt": "line", ".jsonl": "line", ".json": "item", ".parquet": "row"}[suffix]
+    with pytest.warns(UserWarning, match=rf"left out of 2 prompt\(s\), first in {counted} 2"):
+        found = files.read_prompts(path(["a cat", "\x1b[2Ja\x07dog", "a\ufeffb", "a\tb"]))
+    assert found == ["a cat", "[2Ja dog", "ab", "a\tb"]
+    with pytest.raises(InputError, match=r"NUL character|not UTF-8"):
+        files.read_prompts(path(["a cat", "a\x00b"]))
+    with pytest.raises(InputError, match=rf"{counted} 2: 200000 characters are no prompt"):
+        files.read_prompts(path(["a cat", "ab" * 100_000]))
+
+
+def test_a_text_file_of_many_gigabytes(tmp_path):
+    with open(tmp_path / "p.txt", "wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(InputError, match=r"p\.txt has 20\.0 GiB, more than 8: split it"):
+        files.read_prompts(tmp_path / "p.txt")
+
+
+def test_a_tfds_folder_with_a_cut_file_or_a_pipe(tmp_path):
+    tfds_prompts.write({"prompt": PROMPTS}, tmp_path / "prompts")
+    (records,) = (tmp_path / "prompts").glob("*.array_record*")
+    os.truncate(records, records.stat().st_size // 2)
+    with pytest.raises(InputError, match="prompts cannot be read"):
+        files.read_prompts(tmp_path / "prompts")
+    records.unlink()
+    os.mkfifo(records)
+    with pytest.raises(InputError, match="is a pipe or a device"):
         files.read_prompts(tmp_path / "prompts")

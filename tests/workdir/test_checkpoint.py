@@ -502,3 +502,31 @@ def test_checksum_sees_a_bit_a_swap_and_a_name_but_not_the_sharding(state):
         assert checksum.of_fields({"params.a": changed}) != value
     assert checksum.of_fields({"params.b": x}) != value
     assert checksum.of_fields({"params.a": x.reshape(3, 64)}) == value  # shapes are checked apart
+
+
+def test_a_damaged_best_checkpoint_is_told_and_so_is_a_renamed_one(copied):
+    workdir = LocalWorkdir(copied)
+    shutil.move(copied / "checkpoints" / "10", copied / "checkpoints" / "15")
+    with pytest.warns(UserWarning, match=r"15 is damaged .*step 10, renamed.*may be the best"):
+        checkpoint.scores(workdir)
+    with pytest.raises(InputError, match=r"checkpoints/15 is damaged"):
+        load_params(workdir, step=15)
+
+
+def test_an_old_checkpoint_on_another_disk_is_unlinked_when_it_is_due(tmp_path, small):
+    workdir = LocalWorkdir(tmp_path / "run")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(at(small, 1))
+    shutil.move(workdir.checkpoints / "1", tmp_path / "disk")
+    (workdir.checkpoints / "1").symlink_to(tmp_path / "disk")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(at(small, 2))
+    assert os.listdir(workdir.checkpoints) == ["2"] and (tmp_path / "disk").is_dir()
+
+
+def test_metadata_that_is_a_pipe_is_not_opened(copied):
+    path = copied / "checkpoints" / "10" / "metrics" / "metrics"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        checkpoint.read_metadata(LocalWorkdir(copied), 10)
