@@ -20,8 +20,10 @@ from r0_jax.files import is_plain_name, read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from r0_jax.models.qwen3 import Qwen3Config, Qwen3Model
 from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
+from r0_jax.models.transformer_z_image import ZImageTransformer2DConfig, ZImageTransformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.tokenizers import Tokenizer
@@ -51,11 +53,17 @@ NETWORKS: dict[str, tuple[Build, str]] = {
         _network(SD3Transformer2DConfig, SD3Transformer2DModel),
         "diffusion_pytorch_model",
     ),
+    "ZImageTransformer2DModel": (
+        _network(ZImageTransformer2DConfig, ZImageTransformer2DModel),
+        "diffusion_pytorch_model",
+    ),
     "AutoencoderKL": (_network(AutoencoderKLConfig, AutoencoderKL), "diffusion_pytorch_model"),
     "CLIPTextModel": (_network(CLIPTextConfig, CLIPTextModel), "model"),
     "CLIPTextModelWithProjection": (_network(CLIPTextConfig, CLIPTextModelWithProjection), "model"),
     "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
     "BertModel": (_network(BertConfig, BertModel), "model"),
+    "Qwen3Model": (_network(Qwen3Config, Qwen3Model), "model"),
+    "Qwen3ForCausalLM": (_network(Qwen3Config, Qwen3Model), "model"),  # whose head is its table
 }
 TEXT_PARTS = ("text_encoder", "tokenizer")  # prefixes of their names
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
