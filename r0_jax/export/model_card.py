@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from r0_jax import remote
-from r0_jax.diffusion import grid
+from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError, printable
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
@@ -123,7 +123,7 @@ The trained grid is the timesteps {", ".join(map(str, timesteps))}, as in {stock
 """
     if steps == 1:
         return "\nThe only step is at sigma 1, where every flow-matching scheduler starts.\n"
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in grid.sigmas(steps))
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in schedulers.even_sigmas(steps))
     anew = "Each step draws its noise anew (`stochastic_sampling=True`). " if fresh else ""
     return f"""
 {anew}With this scheduler's shift and shift_terminal, {steps} steps visit the trained grid. With the

@@ -35,6 +35,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "Stable Diffusion 1.x",
     "StableDiffusionXLPipeline": "SDXL",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "ZImagePipeline": "Z-Image",
 }
 Build = Callable[[dict[str, Any], nnx.Rngs], nnx.Module]
 
@@ -69,6 +70,7 @@ TEXT_PARTS = ("text_encoder", "tokenizer")  # prefixes of their names
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+QWEN2_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,6 +149,7 @@ def open_folder(
     optional: tuple[str, ...] = (),
     overruled: Mapping[str, Any] = MappingProxyType({}),
     *,
+    even_sigmas: bool = False,
     text: bool = True,
     images: bool = True,
 ) -> Folder:
@@ -158,6 +161,7 @@ def open_folder(
       optional: networks that may be missing, with their tokenizers. A warning says so where the
         index has them.
       overruled: fields of the scheduler's config that the stock pipeline sets itself.
+      even_sigmas: as in `SchedulerConfig`.
       text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded or of another family; the message says which.
@@ -184,7 +188,8 @@ def open_folder(
     scheduler_config = SchedulerConfig.from_json(
         read_json(path / "scheduler" / "scheduler_config.json")
         | {"_class_name": _scheduler_class(path, index)}
-        | overruled
+        | overruled,
+        even_sigmas,
     )
     tokenizers_ = {
         part: tokenizers.load_tokenizer(path / part, kind)
