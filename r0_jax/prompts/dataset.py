@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -105,10 +106,18 @@ def check_shards(folder: str | Path) -> None:
                 source[end - 1]
 
 
-def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, NDArray]:
-    """Return some rows of a split, {column: array}; text as arrays of str."""
+def read(
+    folder: str | Path,
+    split: str,
+    rows: Sequence[int],
+    filled: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, NDArray]:
+    """Return some rows of a split, {column: array}; text as arrays of str.
+
+    `filled` are columns whose rows differ in length: zeros fill them up to this length.
+    """
     with reading(folder):
-        return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows))
+        return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows), filled)
 
 
 def load(
@@ -118,13 +127,14 @@ def load(
     step: int = 0,
     parts: Sequence[int] = (0,),
     of: int = 1,
+    filled: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[dict[str, NDArray]]:
     """Return this process's rows of the batches `step`, `step + 1`, ..., forever.
 
     The global batch of `batch_size` rows depends on (seed, step) alone. It falls into `of` equal,
     contiguous parts; this process gets those named in `parts`. An epoch is a permutation of all
     examples. Epochs follow each other without a gap, so one batch may hold the end of an epoch and
-    the start of the next. Text columns are arrays of str.
+    the start of the next. Text columns are arrays of str. `filled` is as for `read`.
     """
     import grain
 
@@ -143,7 +153,8 @@ def load(
 
     def read(step: int) -> dict[str, NDArray]:
         # Batch indices, not records: array_record reads a batch at once several times faster.
-        return _read(source, np.concatenate([all_parts[step * of + part] for part in parts]))
+        rows = np.concatenate([all_parts[step * of + part] for part in parts])
+        return _read(source, rows, filled)
 
     steps = grain.MapDataset.range(step, 2**31).map(read)
     # Threads make batches ahead: a step takes longer than a batch, so few suffice.
@@ -159,15 +170,23 @@ class _Source(Protocol):
         """Return some records: for each column text as bytes, or an array."""
 
 
-def _read(source: _Source, rows: NDArray) -> dict[str, NDArray]:
+def _read(source: _Source, rows: NDArray, filled: Mapping[str, int]) -> dict[str, NDArray]:
     records = source.__getitems__(rows.tolist())
     columns = {name: [record[name] for record in records] for name in records[0]}
+    for name, length in filled.items():
+        columns[name] = [_fill_up(value, length) for value in columns[name]]
     return {
         name: np.array([value.decode("utf-8") for value in values])
         if isinstance(values[0], bytes)
         else np.stack(values)
         for name, values in columns.items()
     }
+
+
+def _fill_up(value: NDArray, length: int) -> NDArray:
+    result = np.zeros((length, *value.shape[1:]), value.dtype)
+    result[: len(value)] = value
+    return result
 
 
 def open_builder(folder: str | Path) -> DatasetBuilder:
