@@ -195,7 +195,7 @@ def test_the_prompt_of_z_image_is_a_chat_whose_pads_are_left_out(loaded, stock):
 
     splits = {"prompts": tokens, "empty": pipeline.empty}
     short = pipeline.shorten(splits)
-    assert [ids["input_ids"].shape for ids in short.values()] == [(3, 64), (1, 64)]
+    assert [ids["input_ids"].shape for ids in short.values()] == [(3, 32), (1, 32)]
     params = lazy.place(pipeline.params)
     for told in (splits, short):
         positive, negative = encode(params, told["prompts"], told["empty"])
