@@ -89,7 +89,7 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
     ]
     if asked:
         prompts[EVALUATION] = list(dict.fromkeys(itertools.chain(*asked)))
-    tokens = {split: pipeline.tokenize(texts) for split, texts in prompts.items()}
+    tokens = pipeline.shorten({split: pipeline.tokenize(texts) for split, texts in prompts.items()})
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices if they divide a batch.

@@ -46,6 +46,8 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.pretrained = str(folder / "pipeline")
     config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
     config.dtype = "float32"
+    if config.height:  # of a family whose networks do not say it
+        config.height = config.width = 16
     config.steps, config.batch_size, config.device_batch = 4, 4, 2
     config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
     config.eval.num_prompts, config.eval.grid = 4, 4

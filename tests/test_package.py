@@ -29,7 +29,16 @@ COMMANDS = [
     "r0_jax.plan",
     "r0_jax.pretrain",
 ]
-RECIPES = ["sd15_r0", "sdxl_r0", "sd3_r0", "sd35_r0", "taiyi_r0", "shapes_r0", "shapes_base"]
+RECIPES = [
+    "sd15_r0",
+    "sdxl_r0",
+    "sd3_r0",
+    "sd35_r0",
+    "z_image_r0",
+    "taiyi_r0",
+    "shapes_r0",
+    "shapes_base",
+]
 
 
 @pytest.fixture(scope="module")

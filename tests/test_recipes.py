@@ -9,7 +9,7 @@ from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0
+from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import config_check, rewards
 from r0_jax.errors import InputError
@@ -25,11 +25,19 @@ from r0_jax.weights.network import Network
 
 REWARDS = {  # what each recipe trains on
     **{
-        name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3", "sd35")
+        name: ["hps_v2_1", "image_reward", "clip_score"]
+        for name in ("sd15", "sdxl", "sd3", "sd35", "z_image")
     },
     "taiyi": ["chinese_clip", "aesthetic"],
 }
-RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "sd35": sd35_r0, "taiyi": taiyi_r0}
+RECIPES = {
+    "sd15": sd15_r0,
+    "sdxl": sdxl_r0,
+    "sd3": sd3_r0,
+    "sd35": sd35_r0,
+    "taiyi": taiyi_r0,
+    "z_image": z_image_r0,
+}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,7 @@ def test_variants_change_what_they_say_and_combine(name):
         ("sd15", "stable_diffusion/unet", 16 * 8 + 16 * 2 + 16 * 2),
         ("sdxl", "stable_diffusion_xl/unet", 70 * 8 + 70 * 2 + 11 * 2),
         ("sd3", "stable_diffusion_3/transformer", 24 * 8 - 1 + 24 * 4 - 2),
+        ("z_image", "z_image/transformer", 34 * 7),
     ],
 )
 def test_adapters_are_on_all_linear_layers_of_the_transformers(name, folder, count):

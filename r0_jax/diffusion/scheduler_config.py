@@ -161,15 +161,20 @@ class SchedulerConfig:
       fields: the contents of the file; an export writes them.
       trained: the noise of training; `noise` returns it or raises.
       sampled: how the class samples; `sampling` returns it or raises.
+      even_sigmas: the stock pipeline gives the scheduler sigmas 1, ..., 1 / n. Other ones leave
+        flow matching to diffusers, whose sigmas end near 0.
     """
 
     class_name: str
     fields: Json
     trained: NoiseSchedule | Unsupported
     sampled: Fields | Unsupported
+    even_sigmas: bool = False
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, object], where: str = "") -> "SchedulerConfig":
+    def from_json(
+        cls, fields: Mapping[str, object], where: str = "", even_sigmas: bool = False
+    ) -> "SchedulerConfig":
         """Parse the contents of a scheduler_config.json; messages begin with `where`."""
         name = fields.get("_class_name")
         noise = _flow_noise if name == FLOW_MATCHING else _betas
@@ -178,6 +183,7 @@ class SchedulerConfig:
             dict(fields),
             _attempt(noise, fields, where),
             _attempt(_sampling, fields, where),
+            even_sigmas,
         )
 
     @property

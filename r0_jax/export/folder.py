@@ -29,12 +29,14 @@ def export(
     step: str = "",
     ema: bool = True,
     dtype: str = "float32",
+    one_file: bool = False,
     overwrite: bool = False,
     pretrained: str | None = None,
     base_model: str | None = None,
 ) -> int:
     """Export a run to `out`, completely or not at all; return the exported step.
 
+    With `one_file` the trained network of a diffusers folder is one file, however large.
     Raise InputError if the run cannot be read, if it lacks adapters for `form`, or if the family
     does not support `form`. Also raise it if `out` holds files that must not be replaced.
     """
@@ -64,8 +66,8 @@ def export(
             kohya.write(run, params, building / f"{name}.safetensors", dtype, chosen, base_model)
             _write_scheduler(run, building)
         else:
-            write_diffusers(run, params, building, dtype)
-        if not comfyui.why_not(run, form):
+            write_diffusers(run, params, building, dtype, one_file)
+        if not (no_workflow := comfyui.why_not(run, form, building)):
             _write_json(
                 building / comfyui.FILE,
                 comfyui.workflow(run, form, building, name, base_model, model_card.PROMPT),
@@ -73,13 +75,15 @@ def export(
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
                 copy_file(path, building / path.name, run.pretrained)
-        card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
+        card = model_card.write(run, form, chosen, ema, dtype, base_model, name, no_workflow)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
     return chosen
 
 
-def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+def write_diffusers(
+    run: Run, params: HostParams, folder: Path, dtype: str, one_file: bool = False
+) -> None:
     """Write a copy of the pretrained folder with the trained weights and the trained grid.
 
     Copy the other parts byte for byte, without pickles. Omit a part whose weights are only
@@ -100,7 +104,10 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     if (mended := mend_sample_size(fields)) != fields:
         _write_json(folder / part / "config.json", mended)
     weights = run.merged_weights(params)  # rounded once, to `dtype`
-    convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
+    if one_file:
+        convert.save(weights, folder / part / "diffusion_pytorch_model.safetensors", dtype)
+    else:
+        convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
 
 
 def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:

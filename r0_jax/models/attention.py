@@ -1,13 +1,11 @@
 """The one attention function, and diffusers' Attention and FeedForward modules."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from r0_jax.models import attention_backend
+from r0_jax.models.attention_backend import attend
 from r0_jax.models.linear import Linear
 
 
@@ -27,14 +25,20 @@ def dot_product_attention(
     `mask` is False at keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
     The network's backend computes it (attention_backend.py).
     """
-    query, key, value = (
-        x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
-    )  # [B, T, heads, head_dim]
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out = attention_backend.attend(
-        query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal
+    query, key, value = (split_heads(x, heads) for x in (query, key, value))
+    return join_heads(
+        attend(query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal)
     )
-    return out.reshape(*out.shape[:2], -1)
+
+
+def split_heads(x: Float[Array, "b t c"], heads: int) -> Float[Array, "b t n d"]:
+    """Return [B, T, heads, C / heads]."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+
+def join_heads(x: Float[Array, "b t n d"]) -> Float[Array, "b t c"]:
+    """Undo `split_heads`."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 class Placeholder(nnx.Module):

@@ -131,6 +131,11 @@ def check_layers(config: Any) -> None:
             f"{config.num_attention_heads} does not divide hidden_size = "
             f"{config.hidden_size}"
         )
+    check_activation(config)
+
+
+def check_activation(config: Any) -> None:
+    """Raise InputError unless the activation is known."""
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(
             f"{type(config).__name__}: hidden_act = {config.hidden_act!r} is not "

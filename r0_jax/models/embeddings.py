@@ -1,11 +1,12 @@
-"""Embeddings of the timestep (diffusers `models/embeddings.py`), and tables of embeddings."""
+"""Embeddings of the timestep (diffusers `models/embeddings.py`) and of positions, and tables."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from r0_jax.models.linear import Linear
 
@@ -53,3 +54,40 @@ def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
     table = nnx.Embed(count, width, rngs=rngs)
     table.dtype = None  # flax would keep the float32 of construction
     return table
+
+
+def rotary_angles(
+    positions: Num[np.ndarray, "*p"],
+    channels: int,
+    theta: float,
+    dtype: type[np.floating] = np.float32,
+) -> Float[np.ndarray, "*p half"]:
+    """Return positions x theta^(-2i / channels), i from 0 to channels / 2 - 1, in float32.
+
+    `dtype` is that of the frequencies and of the product, as in the network that is mirrored.
+    """
+    exponents = np.arange(0, channels, 2, dtype=dtype) / dtype(channels)
+    frequencies = (1 / theta**exponents).astype(dtype)
+    return (positions.astype(dtype)[..., None] * frequencies).astype(np.float32)
+
+
+def rotate_halves(
+    x: Float[Array, "b t n c"], angles: Float[Array, "#b t half"]
+) -> Float[Array, "b t n c"]:
+    """Turn each pair of channels (i, i + c / 2) by its angle: rotary positions as in Llama."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(_turned(first, second, angles), axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(
+    x: Float[Array, "b t n c"], angles: Float[Array, "#b t half"]
+) -> Float[Array, "b t n c"]:
+    """Turn each pair of channels (2i, 2i + 1) by its angle: rotary positions as in RoFormer."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack(_turned(pairs[..., 0], pairs[..., 1], angles), axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _turned(a: jax.Array, b: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # for all heads
+    return a * cos - b * sin, a * sin + b * cos

@@ -17,7 +17,10 @@ from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network, Params, stored_in
 
-_WHICH = "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3"
+_WHICH = (
+    "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3, TAEF1 for "
+    "Z-Image"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

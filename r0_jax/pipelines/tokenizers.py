@@ -1,4 +1,4 @@
-"""Read and check the tokenizers of diffusers folders: CLIP's, BERT's and T5's."""
+"""Read and check the tokenizers of diffusers folders: CLIP's, BERT's, T5's and Qwen2's."""
 
 import json
 import warnings
@@ -19,6 +19,7 @@ _KINDS = {
     "CLIPTokenizer": ("CLIP", "CLIPTokenizer", ("vocab.json", "merges.txt")),
     "BertTokenizer": ("BERT", "BertTokenizer", ("vocab.txt",)),
     "T5Tokenizer": ("T5", "T5TokenizerFast", ("tokenizer.json",)),
+    "Qwen2Tokenizer": ("Qwen2", "Qwen2Tokenizer", ("vocab.json", "merges.txt")),
 }
 # Files of a tokenizer's folder.
 FILES = (
@@ -37,6 +38,7 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer, which takes seconds to import."""
 
     model_max_length: int
+    pad_token_id: int
 
     def __call__(self, texts: list[str], **options: Any) -> Any:
         """Return an object whose `input_ids` are lists of token ids, one a text."""
@@ -59,7 +61,7 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
     try:
         tokenizer = getattr(transformers, cls).from_pretrained(folder)
         tokenizer(["a"])  # only this fails for an empty vocabulary
-        lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
+        lost, count = _unreachable(tokenizer) if "merges.txt" in needed else (0, 0)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
         raise unreadable(folder, name, e) from None
     if tokenizer.pad_token_id is None:
@@ -134,10 +136,13 @@ class CutOffWarning(UserWarning):
         )
 
 
-def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b t"]:
+def tokenize(
+    tokenizer: Tokenizer, prompts: Sequence[str], length: int, padding_side: str | None = None
+) -> Int[np.ndarray, "b t"]:
     """Return ids [B, length] int32; a prompt that is cut keeps the end-of-text token.
 
-    A textual inversion of several vectors stands for all of them, as in stock pipelines.
+    A textual inversion of several vectors stands for all of them, as in stock pipelines. Pads are
+    on the tokenizer's side unless `padding_side` says another.
     """
     prompts = _expanded(tokenizer, prompts)
     whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
@@ -145,7 +150,12 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[n
     if cut.any():
         warnings.warn(CutOffWarning(cut, length), stacklevel=3)
     ids = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, verbose=False
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        padding_side=padding_side,
+        verbose=False,
     ).input_ids
     return np.asarray(ids, np.int32)
 

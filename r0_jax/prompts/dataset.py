@@ -2,8 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,20 +47,35 @@ def check_shards(folder: str | Path) -> None:
                 source[end - 1]
 
 
-def read(folder: str | Path, split: str, rows: Sequence[int]) -> dict[str, NDArray]:
-    """Return some rows of a split, {column: array}; text as arrays of str."""
+def read(
+    folder: str | Path,
+    split: str,
+    rows: Sequence[int],
+    filled: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, NDArray]:
+    """Return some rows of a split, {column: array}; text as arrays of str.
+
+    `filled` are columns whose rows differ in length: zeros fill them up to this length.
+    """
     with reading(folder):
-        return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows))
+        return _read(open_builder(folder).as_data_source(split=split), np.asarray(rows), filled)
 
 
 def load(
-    folder: str | Path, draws: Draws, parts: Sequence[int] = (0,), of: int = 1
+    folder: str | Path,
+    draws: Draws,
+    parts: Sequence[int] = (0,),
+    of: int = 1,
+    filled: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[dict[str, NDArray]]:
-    """Return the batches of `order.batches` of the training split; text as arrays of str."""
+    """Return the batches of `order.batches` of the training split; text as arrays of str.
+
+    `filled` is as for `read`.
+    """
     with reading(folder):
         source = open_builder(folder).as_data_source(split=SPLIT)
         source[0], source[len(source) - 1]  # a missing or cut file fails here, not in a thread
-    return order.batches(lambda rows: _read(source, rows), len(source), draws, parts, of)
+    return order.batches(lambda rows: _read(source, rows, filled), len(source), draws, parts, of)
 
 
 @runtime_checkable
@@ -70,15 +86,23 @@ class _Source(Protocol):
         """Return some records: for each column text as bytes, or an array."""
 
 
-def _read(source: _Source, rows: NDArray) -> dict[str, NDArray]:
+def _read(source: _Source, rows: NDArray, filled: Mapping[str, int]) -> dict[str, NDArray]:
     records = source.__getitems__(rows.tolist())
     columns = {name: [record[name] for record in records] for name in records[0]}
+    for name, length in filled.items():
+        columns[name] = [_fill_up(value, length) for value in columns[name]]
     return {
         name: np.array([value.decode("utf-8") for value in values])
         if isinstance(values[0], bytes)
         else np.stack(values)
         for name, values in columns.items()
     }
+
+
+def _fill_up(value: NDArray, length: int) -> NDArray:
+    result = np.zeros((length, *value.shape[1:]), value.dtype)
+    result[: len(value)] = value
+    return result
 
 
 def open_builder(folder: str | Path) -> DatasetBuilder:

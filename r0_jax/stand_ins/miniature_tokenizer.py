@@ -18,6 +18,12 @@ PROMPTS = [
 ]
 TOKENS = 24  # tokens per prompt, for CLIP and BERT
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+QWEN2_SPECIAL = (EOS, "<|im_start|>", "<|im_end|>")  # in the order of their ids
+# What Qwen3's template makes of a prompt, in the template's language.
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _WORDS = sorted({word for prompt in PROMPTS for word in prompt.split() if word.isascii()})
 _CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()})
 
@@ -35,6 +41,19 @@ def write_tokenizer(
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
         special |= {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    elif kind == "Qwen2Tokenizer":
+        vocab, merges = _qwen2_vocabulary()
+        write_json(folder / "vocab.json", vocab)
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+        special |= {
+            "added_tokens_decoder": {
+                str(len(vocab) + i): {"content": token, "special": True}
+                for i, token in enumerate(QWEN2_SPECIAL)
+            },
+            "eos_token": "<|im_end|>",
+            "unk_token": None,
+            "chat_template": _CHAT,
+        }
     elif kind == "BertTokenizer":
         folder.mkdir(parents=True, exist_ok=True)
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS, *_CHARACTERS]
@@ -70,6 +89,17 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
 
 
+def _qwen2_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Return a byte-level vocabulary that knows words with and without a space before them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = {}  # an ordered set; merges go from left to right
+    for word in [*_WORDS, *(f"Ġ{word}" for word in _WORDS), "user", "assistant"]:
+        for i in range(1, len(word)):
+            merges[word[:i], word[i]] = None
+    tokens = [*letters, *map("".join, merges)]
+    return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
+
+
 def _t5_tokenizer() -> Tokenizer:
     words = [(f"▁{word}", -2.0) for word in _WORDS]
     letters = [(c, -6.0) for c in [*map(chr, range(33, 127)), *_CHARACTERS]]
@@ -88,9 +118,11 @@ def _t5_tokenizer() -> Tokenizer:
 
 
 def vocabulary_size(kind: str) -> int:
-    """Return the size of the vocabulary for a text encoder of a class: T5's, BERT's or a CLIP's."""
+    """Return the size of the vocabulary for a text encoder of a class."""
     if kind == "T5EncoderModel":
         return _t5_tokenizer().get_vocab_size()
+    if kind == "Qwen3Model":
+        return len(_qwen2_vocabulary()[0]) + len(QWEN2_SPECIAL)
     if kind == "BertModel":
         return 5 + len(_WORDS) + len(_CHARACTERS)
     return len(_clip_vocabulary()[0])

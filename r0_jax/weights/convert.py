@@ -350,9 +350,11 @@ def _possible_keys(name: str) -> Iterator[str]:
     if "attentions" in key:
         yield from (key.replace(new, old) for new, old in _OLD_NAMES.items() if new in key)
     yield from (tied for tied, shared in _TIED.items() if key == shared)
-    # transformers >= 5.6 writes a CLIPTextModel without the prefix of the hub's files.
-    if key.startswith("text_model."):
-        yield key.removeprefix("text_model.")
+    # transformers >= 5.6 writes a CLIPTextModel without the prefix of the hub's files, and so does
+    # any version a Qwen3Model, whose published files are those of a language model.
+    for prefix in ("text_model.", "model."):
+        if key.startswith(prefix):
+            yield key.removeprefix(prefix)
 
 
 def save(

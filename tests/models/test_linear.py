@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from r0_jax.models import linear
 from r0_jax.models.linear import Adapted, Conv, Linear
 from r0_jax.weights.network import Network
 
@@ -85,3 +89,11 @@ def test_bfloat16_keeps_a_change_that_its_sum_would_lose(name):
         x,
     )
     assert float(only.max()) >= 2.0**-10
+
+
+def test_every_network_is_made_of_these_layers():
+    """Else an adapter on a layer of it would be a traceback."""
+    models = Path(linear.__file__).parent
+    plain = re.compile(r"nnx\.(Linear|Conv)\b")
+    found = {path.name for path in models.glob("*.py") if plain.search(path.read_text("utf-8"))}
+    assert found == {"linear.py"}

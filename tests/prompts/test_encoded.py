@@ -18,7 +18,7 @@ import tfds_prompts
 from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
 from safetensors.numpy import load_file, save_file
 
-from configs import sd3_r0, sd15_r0, sdxl_r0
+from configs import sd3_r0, sd15_r0, sdxl_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import encode_prompts, prompts, rewards
 from r0_jax.errors import InputError
@@ -38,6 +38,7 @@ RECIPES = {
     "sdxl": (sdxl_r0, {}),
     "sd3": (sd3_r0, {}),
     "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None}),
+    "z_image": (z_image_r0, {}),
 }
 
 
@@ -101,7 +102,8 @@ def first_loss(config, pipeline, batches):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_loss_is_that_of_text(tmp_path, name):
     config = own_copy(name, tmp_path)
-    pipeline = families.load(config.pretrained)
+    size = config.height, config.width
+    pipeline = families.load(config.pretrained).sized(*size)
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
     draws = Draws(config.batch_size, config.seed, range(1))
     source = prompts.of(config)
@@ -121,7 +123,7 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         config.data.encoded = str(tmp_path / dtype)
         source = prompts.of(config)
         source.check(config)
-        bare = source.attach(families.load(config.pretrained, text=False))
+        bare = source.attach(families.load(config.pretrained, text=False)).sized(*size)
         assert not any(part.startswith("text") for part in bare.params)
         batches = source.batches(tmp_path, bare, found, draws, [0], 1)
         planned = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
@@ -133,6 +135,32 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         assert loss == pytest.approx(float(expected), rel=tolerance)
         for metric, value in metrics.items():
             assert others[metric] == pytest.approx(float(value), rel=tolerance, abs=1e-3), metric
+
+
+def test_prompts_of_different_lengths_take_the_room_of_their_own_tokens(tmp_path):
+    lengths = np.array([3, 64, 9])
+    columns = {
+        "prompt": ["a", "b", "c"],
+        "prompt_embeds": np.random.default_rng(0).standard_normal((3, 64, 8)).astype(np.float32),
+        "prompt_lengths": lengths,
+    }
+    encoded_writer.write(tmp_path / "encoded", columns, dtype="float32")
+    opened = encoded.open_folder(tmp_path / "encoded")
+    assert opened.schema["prompt_embeds"][0] == (64, 8)
+    found = opened.read("train", [0, 1, 2])
+    assert found["prompt_lengths"].tolist() == [3, 64, 9]
+    is_text = (np.arange(64) < lengths[:, None])[..., None]
+    expected = np.where(is_text, columns["prompt_embeds"], 0)
+    np.testing.assert_array_equal(found["prompt_embeds"], expected)
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "encoded").glob("*array_record*"))
+    assert on_disk < 0.6 * columns["prompt_embeds"].nbytes
+    for wrong in (0, 65):
+        changed = columns | {"prompt_lengths": np.array([3, wrong, 9])}
+        with pytest.raises(InputError, match="prompt_lengths should be from 1 to 64"):
+            encoded_writer.write(tmp_path / "wrong", changed)
+    (tmp_path / "encoded" / "metadata.json").unlink()
+    with pytest.raises(InputError, match="prompt_embeds is not a Tensor of a fixed shape"):
+        encoded.open_folder(tmp_path / "encoded")
 
 
 def test_the_whole_job_runs_without_text_encoders(tmp_path):

@@ -118,6 +118,9 @@ MANIFESTS = {  # of the published files -> the config published with them
     ),
     "t5xxl_encoder": ("stable_diffusion_3/text_encoder_3", NETWORKS["T5EncoderModel"][0]),
     "taiyi_bert_text_encoder": ("taiyi/text_encoder", NETWORKS["BertModel"][0]),
+    "z_image_transformer": ("z_image/transformer", NETWORKS["ZImageTransformer2DModel"][0]),
+    "qwen3_4b_text_encoder": ("z_image/text_encoder", NETWORKS["Qwen3Model"][0]),
+    "flux1_vae_16ch": ("z_image/vae", NETWORKS["AutoencoderKL"][0]),
 }
 OLD_NAMES = {
     ".query.": ".to_q.",
