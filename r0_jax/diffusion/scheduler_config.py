@@ -172,8 +172,13 @@ class SchedulerConfig:
         """Parse the contents of a scheduler_config.json."""
         name = fields.get("_class_name")
         noise = _flow_noise if name == FLOW_MATCHING else _betas
-        trained, sampled = _attempt(noise, fields), _attempt(_sampling, fields)
-        return cls(str(name), dict(fields), trained, sampled, even_sigmas)
+        return cls(
+            str(name),
+            dict(fields),
+            _attempt(noise, fields),
+            _attempt(_sampling, fields),
+            even_sigmas,
+        )
 
     @property
     def is_flow(self) -> bool:
