@@ -286,10 +286,11 @@ def _read(fields: Mapping[str, object], supported: _Known) -> Fields:
             fine, known = value in values, ", ".join(map(repr, values))
         else:
             fine, known = isinstance(value, values), str(values)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if fine and is_number and not field.startswith("shift"):  # `_flow_fields` checks that
+        # Of the shifts `_flow_fields` says what is expected.
+        if fine and isinstance(value, int | float) and not isinstance(value, bool):
             least, most = _BOUNDS.get(field, (-_MOST, _MOST))
-            fine, known = least <= value <= most, f"numbers from {least} to {most}"  # no NaN
+            if not field.startswith("shift"):  # NaN is not within
+                fine, known = least <= value <= most, f"numbers from {least} to {most}"
         if not fine:
             shown = repr(value) if not isinstance(value, int) or abs(value) < 1e300 else "too large"
             raise InputError(f"{name} with {field}={shown} is not supported; supported: {known}")
