@@ -3,7 +3,8 @@
     python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16 [--json]
 
 compiles the real training step with the real TPU compiler (requirements-tpu.txt) on a machine that
-has no TPU. `--topology=cpu` and `--topology=local` run it on this machine instead, and measure.
+has no TPU. `--topology=cpu` and `--topology=local` run it on this machine instead, and measure;
+with `--steps=0` they only compile it.
 
 `--json` prints one object (plan.py says what each number is):
 
@@ -12,7 +13,7 @@ has no TPU. `--topology=cpu` and `--topology=local` run it on this machine inste
     memory      {fits, peak_bytes, limit_bytes, by_kind: {kind: bytes}}, of one chip
     bounds      {hbm_bytes, sent_bytes: {kind: bytes}, dcn_bytes, seconds: {kind: seconds},
                 bound_by, images_per_sec, mfu}, of a slice; otherwise null
-    measured    {seconds_per_step, images_per_sec}, of this machine; otherwise null
+    measured    {seconds_per_step, images_per_sec}, of this machine; null of a slice and of 0 steps
     trace_seconds, compile_seconds, host_bytes
     suggestions
 """
@@ -43,6 +44,9 @@ def define_flags() -> None:
         required=True,
     )
     flags.DEFINE_bool("json", False, "one JSON object on standard output")
+    flags.DEFINE_integer(
+        "steps", 5, "timed steps on this machine; 0 only compiles: memory alone", lower_bound=0
+    )
     flags.DEFINE_float(
         "effort",
         -1.0,
@@ -62,7 +66,7 @@ def main(argv: list[str]) -> None:
     chip, devices = (None, []) if here else topology.find(name)
     with weightless.filled(config) as config:
         found = (
-            measure.measure(config, name)
+            measure.measure(config, name, given.steps)
             if here
             else predict.predict(config, name, chip, devices, given.effort)
         )

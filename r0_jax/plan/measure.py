@@ -1,4 +1,4 @@
-"""The plan of a machine that is there: the step is run, not predicted."""
+"""The plan of a machine that is there: its compiler says the memory, a few steps say the time."""
 
 import os
 import resource
@@ -18,14 +18,13 @@ from r0_jax.plan.suggestions import suggest
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 
-_STEPS = 5  # timed ones, after one that is not
 
+def measure(config: ConfigDict, name: str, steps: int) -> Plan:
+    """Return the plan of a step on this machine's CPU ("cpu") or accelerator ("local").
 
-def measure(config: ConfigDict, name: str) -> Plan:
-    """Run the step on this machine's CPU ("cpu") or accelerator ("local"), and return its plan.
-
-    The weights are those of the config. The prompts are made up: what a step costs does not
-    depend on what it reads.
+    Run and time `steps` steps, after one that is not timed; with 0, only compile. The weights are
+    those of the config. The prompts are made up: what a step costs does not depend on what it
+    reads.
     """
     device = jax.devices()[0]
     if name == "local" and device.platform == "cpu":
@@ -50,14 +49,14 @@ def measure(config: ConfigDict, name: str) -> Plan:
         kinds["activations"] = (memory.needed(str(error)) or limit) - sum(kinds.values())
     end = time.perf_counter()
     peak = sum(kinds.values())
-    seconds = None
-    if compiled is not None and peak <= limit:  # or the system ends this process and others
+    seconds, fits = None, compiled is not None and peak <= limit
+    if fits and steps:  # otherwise the system would end this process and others
         try:
-            seconds = _seconds_per_step(built, compiled)
+            seconds = _seconds_per_step(built, compiled, steps)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-    fits = seconds is not None
+            fits = False
     return Plan(
         topology=name,
         chips=mesh.size,
@@ -66,7 +65,7 @@ def measure(config: ConfigDict, name: str) -> Plan:
         model_flops_per_step=counted.model,
         memory=Memory(fits, peak, limit, kinds),
         bounds=None,
-        measured=Measured(seconds, config.batch_size / seconds) if fits else None,
+        measured=None if seconds is None else Measured(seconds, config.batch_size / seconds),
         trace_seconds=middle - begin,
         compile_seconds=end - middle,
         host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -74,15 +73,15 @@ def measure(config: ConfigDict, name: str) -> Plan:
     )
 
 
-def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:
-    """Return the median of a few steps, each waited for."""
+def _seconds_per_step(built: Program, compiled: jax.stages.Compiled, steps: int) -> float:
+    """Return the median of `steps` steps, each waited for."""
     frozen = lazy.place(built.frozen, built.frozen_sharding)
     state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
     batch = jax.tree.map(
         lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), built.abstract[2]
     )
     times = []
-    for _ in range(1 + _STEPS):
+    for _ in range(1 + steps):
         start = time.perf_counter()
         state, metrics = compiled(state, frozen, batch, jax.random.key(0))
         jax.block_until_ready((state, metrics))

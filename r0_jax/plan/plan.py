@@ -8,7 +8,7 @@ class Memory:
     """Say what one chip holds.
 
     Attributes:
-      fits: whether everything has room; on this machine, whether the step ran.
+      fits: whether everything has room; on this machine, if steps were run, whether they ran.
       peak_bytes: what it holds at the worst moment.
       limit_bytes: what it can hold.
       by_kind: bytes of the peak: parameters, ema, optimizer, each frozen network, batch, code

@@ -20,7 +20,7 @@ from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
 from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
-from r0_jax.plan import flops, hlo_cost, memory, predict, weightless
+from r0_jax.plan import flops, hlo_cost, measure, memory, predict, weightless
 from r0_jax.plan.plan import Bounds, Measured, Memory, Plan
 from r0_jax.plan.suggestions import suggest
 from r0_jax.plan.topology import Chip
@@ -65,6 +65,24 @@ def test_measured_on_this_machine():
     assert measured["images_per_sec"] == pytest.approx(4 / measured["seconds_per_step"])
     assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
     assert held["peak_bytes"] == pytest.approx(sum(held["by_kind"].values()))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_as_many_steps_are_run_on_this_machine_as_asked_for(steps, monkeypatch):
+    built = types.SimpleNamespace(
+        step=jax.jit(lambda x: x + 1), abstract=(jax.ShapeDtypeStruct((4,), jnp.float32),)
+    )
+    monkeypatch.setattr(weightless, "load", lambda *_: built)
+    monkeypatch.setattr(memory, "bytes_by_kind", lambda _: {"parameters": 16.0})
+    monkeypatch.setattr(flops, "of_step", lambda *_: flops.Flops(1.0, 1.0))
+    ran = []
+    monkeypatch.setattr(measure, "_seconds_per_step", lambda *given: ran.append(given[-1]) or 0.5)
+    config = sd15_r0.get_config("dryrun")
+    found = measure.measure(config, "cpu", steps)
+    assert ran == ([steps] if steps else [])
+    assert found.measured == (Measured(0.5, config.batch_size / 0.5) if steps else None)
+    assert found.memory.fits and found.memory.by_kind.keys() == {"parameters", "activations"}
+    assert found.suggestions == []
 
 
 @libtpu
