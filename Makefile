@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults test lint docs wheel
+.PHONY: install install-dev demo results parity faults fullsize test lint docs wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -45,6 +45,12 @@ parity: install-dev
 # size instead.
 faults: install-dev
 	$(BIN)/python tests/support/faults.py --report=docs/reports/faults.md
+
+# Random weights at the full size of SD 1.5, SDXL and SD3: plan, train, kill, resume, export, stock
+# diffusers. Hours on a CPU, 24 GiB of memory, 60 GB of disk in runs/fullsize, whose results are not
+# made again. Writes docs/reports/fullsize.md. One family: make fullsize FLAGS=--family=sd15
+fullsize: install-dev
+	$(BIN)/python -m benchmarks.fullsize --out=docs/reports/fullsize.md $(FLAGS)
 
 # Style, the direction of imports, types of the ground rooms.
 lint: install-dev
