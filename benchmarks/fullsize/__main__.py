@@ -7,8 +7,8 @@
 It makes the folders, plans, trains until the first checkpoint, kills the run, resumes it, draws,
 exports in every format and draws the exports with stock diffusers. Each is a command in a process
 of its own, whose seconds and memory are measured. Folders of weights are deleted after use. The
-same command continues after a kill; what is in --folder is not done again. Without an accelerator a
-family is reduced to what 24 GiB hold; flags replace that. Linux only.
+same command continues after a kill; what is in --folder is not done again. Without an accelerator
+images are smaller and a step has one; flags replace that. Linux only.
 """
 
 import os
@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks.fullsize import phases, report, setting
-from benchmarks.fullsize.setting import FAMILIES, REWARDS, Places, Setting
+from benchmarks.fullsize.setting import FAMILIES, ON_CPU, REWARDS, Places, Setting
 from r0_jax import cli
 from r0_jax.errors import InputError
 
@@ -61,7 +61,7 @@ def settings() -> dict[str, Setting]:
     ).stdout.strip()
     found = {}
     for name in given.family:
-        fields: dict[str, object] = {} if backend != "cpu" else dict(FAMILIES[name].on_cpu)
+        fields: dict[str, object] = {} if backend != "cpu" else dict(ON_CPU)
         if given.miniature:
             fields["size"] = 0
         fields |= {

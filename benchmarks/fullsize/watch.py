@@ -13,7 +13,7 @@ from typing import NamedTuple
 from r0_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-_PAUSE = 0.1  # seconds between looks
+_PAUSE = 0.2  # seconds between looks
 _SHOWN = 2000  # characters of a failed command's output
 
 
