@@ -94,8 +94,7 @@ def _reduced(asked: Setting, folder: Path) -> str:
     made = phases.result(folder, "make")
     pixels = " x ".join(map(str, made["pixels"])) + " px" if made else "The recipe's size"
     said = [
-        f"{pixels}, {asked.steps} steps of {asked.batch or 'as many'} image(s)"
-        + ("" if asked.batch else " as the recipe has"),
+        f"{pixels}, {asked.steps} steps of {_images(asked.batch)}",
         f"trained on {', '.join(asked.rewards)}; {HELDOUT} is held out",
         f"{phases.training_dtype(asked, folder) or 'bfloat16, as the recipe says'}",
     ]
@@ -108,6 +107,10 @@ def _reduced(asked: Setting, folder: Path) -> str:
         size = 2 * sum(made["parameters"][name] for name in left) / _GIB
         out += f" Left out are {' and '.join(left)}: {size:.1f} GiB in bfloat16."
     return out
+
+
+def _images(count: int) -> str:
+    return {0: "as many images as the recipe has", 1: "one image"}.get(count, f"{count} images")
 
 
 def _made(made: dict, found: dict) -> str:

@@ -112,7 +112,8 @@ def stock(asked: Setting, at: Places) -> dict[str, Any]:
 
     family = FAMILIES[asked.family]
     absent = {"text_encoder_3": None, "tokenizer_3": None} if asked.family == "sd3" else {}
-    published = absent | ({"safety_checker": None} if asked.family == "sd15" else {})
+    optional = ("safety_checker", "feature_extractor") if asked.family == "sd15" else ()
+    published = absent | dict.fromkeys(optional)
     variant = {} if asked.miniature or asked.family == "sd3" else {"variant": "fp16"}
     noise = torch.from_numpy(np.load(at.noise).transpose(0, 3, 1, 2).copy())
     ours = np.stack(
@@ -147,7 +148,8 @@ def stock(asked: Setting, at: Places) -> dict[str, Any]:
     pipeline.scheduler = kind.from_pretrained(scheduler)
     found["untrained"] = difference(pipeline)
     for form in family.formats[1:]:
-        pipeline.load_lora_weights(next((at.exported / form).glob("*.safetensors")))
+        (adapters,) = (at.exported / form).glob("*.safetensors")
+        pipeline.load_lora_weights(adapters.parent, weight_name=adapters.name)
         found[form] = difference(pipeline)
         pipeline.unload_lora_weights()
     return {"differences": found, "standard_deviation": float(ours.std())}

@@ -92,7 +92,7 @@ def test_the_report_says_what_was_not_done(tmp_path):
     (at.folder / "make.json").write_text(json.dumps(made | {"windows": {"write": window}}))
     found = report.text(tmp_path)
     assert "| `benchmarks.fullsize`: write | 1,234 | 3.0 |" in found
-    assert "64 x 64 px, 3 steps of 1 image" in found and "Left out are hps_v2_1" in found
+    assert "64 x 64 px, 3 steps of one image;" in found and "Left out are hps_v2_1" in found
     assert "2.0 GiB in bfloat16" in found and "unet 860 M" in found
     assert "Not done yet: forward, plan, train, resume, sample" in found
     assert "--family=sd15 --size=64 --batch=1 --rewards=clip_score" in found

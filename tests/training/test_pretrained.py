@@ -1,17 +1,15 @@
 """What a run loads before it trains."""
 
-import types
-
 import pytest
 
+from configs import sd15_r0
 from r0_jax.config import reward_entry
 from r0_jax.errors import InputError
+from r0_jax.pipelines import families
 from r0_jax.prompts.text import TextPrompts
 from r0_jax.rewards import plugin
 from r0_jax.stand_ins import miniature_reward
 from r0_jax.training import pretrained
-
-PIPELINE = types.SimpleNamespace(image_shape=(16, 16, 3))
 
 
 def test_a_users_function_is_tried_before_training_and_our_own_rewards_are_not(
@@ -30,6 +28,8 @@ def test_a_users_function_is_tried_before_training_and_our_own_rewards_are_not(
         "clip": reward_entry("clip_score", path=str(tmp_path / "clip")),
         "sum": reward_entry("function", function="users_own:f"),
     }
+    config = sd15_r0.get_config("dryrun")
+    pipeline = families.load(config.pretrained, text=False, images=False)
     with pytest.raises(InputError, match="reward sum returns"):
-        pretrained.load_rewards(entries, PIPELINE, None, TextPrompts(), trained=True)
+        pretrained.load_rewards(entries, pipeline, config, TextPrompts(), trained=True)
     assert tried == ["sum"]
