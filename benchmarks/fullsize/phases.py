@@ -153,7 +153,7 @@ def train(asked: Setting, at: Places) -> Found:
     """Train until the checkpoint of the first step is there; then kill the run."""
     shutil.rmtree(at.run, ignore_errors=True)
     windows = [
-        Window("load, encode prompts, check rewards", lambda: _has(at, 0)),
+        Window("load, encode the prompts", lambda: _has(at, 0)),
         Window("evaluation before step 1", lambda: bool(_evaluations(at))),
         Window("compile, step 1, checkpoint; kill -9", lambda: _has(at, 1)),
     ]
