@@ -49,6 +49,12 @@ def text(root: Path) -> str:
                 f"- {FAMILIES[n].title}: `make fullsize FLAGS=--family={n}`" for n in missing
             )
         )
+    made_on = (
+        f"Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB; Python "
+        f"{platform.python_version()}, {packages}. The load average was {os.getloadavg()[2]:.0f} "
+        "when this was written: where it is above the cores, other work shared them and a quiet "
+        "machine takes fewer seconds."
+    )
     return f"""# Full size
 
 What a user does with a published model, at its full width and depth, with random weights: the
@@ -57,8 +63,7 @@ exported in every format and drawn by stock diffusers. Written by `make fullsize
 is done. Each row is a command of its own, or a part of one. Memory is the most that its process
 held. Random weights make no images worth seeing, but memory, seconds and formats are the real ones.
 
-Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB, which other work shared, so seconds
-are upper bounds; Python {platform.python_version()}, {packages}.
+{made_on}
 
 {chr(10).join(sections)}
 """
@@ -132,7 +137,9 @@ def _plan(of: dict, found: dict) -> str:
     said = (
         f"`plan` says that the step holds {memory['peak_bytes'] / _GIB:.1f} GiB at its peak, of "
         f"them {memory['by_kind']['activations'] / _GIB:.1f} GiB activations, and is "
-        f"{of['plan']['flops_per_step'] / 1e12:.1f} TFLOP."
+        f"{of['plan']['flops_per_step'] / 1e12:.1f} TFLOP. It was traced in "
+        f"{of['plan']['trace_seconds']:,.0f} s and compiled in "
+        f"{of['plan']['compile_seconds']:,.0f} s; the training takes it from the cache."
     )
     if "resume" in found:
         windows = list(found["resume"]["windows"].values())

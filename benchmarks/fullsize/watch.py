@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def watch(
     Its output goes to the end of `log`. With `kill` it gets SIGKILL when the last window is over.
     Raise InputError with the end of the output if it fails, or ends before it is killed.
     """
-    found = {}
+    found, running = {}, True
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "2"}
     with open(log, "ab") as out:
         out.write(f"\n$ {shlex.join(command)}\n".encode())
@@ -67,7 +68,8 @@ def watch(
             if kill or sys.exc_info()[0] is not None:
                 process.kill()
             status = process.wait()
-    if (status != -9) if kill else status:
+    whole = running and status == -signal.SIGKILL if kill else status == 0
+    if not whole:
         end = log.read_bytes()[start:].decode("utf-8", "replace")[-_SHOWN:]
         raise InputError(f"{' '.join(command[1:4])} ended with status {status} ({log}): {end}")
     return found
