@@ -139,7 +139,7 @@ def _plan(of: dict, found: dict) -> str:
         f"them {memory['by_kind']['activations'] / _GIB:.1f} GiB activations, and is "
         f"{of['plan']['flops_per_step'] / 1e12:.1f} TFLOP. It was traced in "
         f"{of['plan']['trace_seconds']:,.0f} s and compiled in "
-        f"{of['plan']['compile_seconds']:,.0f} s; the training takes it from the cache."
+        f"{of['plan']['compile_seconds']:,.0f} s."
     )
     if "resume" in found:
         windows = list(found["resume"]["windows"].values())
