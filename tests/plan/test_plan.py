@@ -78,6 +78,7 @@ def test_as_many_steps_are_run_on_this_machine_as_asked_for(steps, monkeypatch):
     ran = []
     monkeypatch.setattr(measure, "_seconds_per_step", lambda *given: ran.append(given[-1]) or 0.5)
     config = sd15_r0.get_config("dryrun")
+    config.batch_size, config.device_batch = 8, 0  # of the tests' eight devices
     found = measure.measure(config, "cpu", steps)
     assert ran == ([steps] if steps else [])
     assert found.measured == (Measured(0.5, config.batch_size / 0.5) if steps else None)
