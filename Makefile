@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults fuzz test lint docs wheel
+.PHONY: install install-dev demo results parity faults fuzz fullsize test lint docs wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -51,6 +51,12 @@ faults: install-dev
 # cores. Prints the faults and writes docs/reports/fuzz.md.
 fuzz: install-dev
 	$(BIN)/python tests/support/fuzz.py --report=docs/reports/fuzz.md
+
+# Random weights at the full size of SD 1.5, SDXL and SD3: plan, train, kill, resume, export, stock
+# diffusers. Hours on a CPU, 24 GiB of memory, 60 GB of disk in runs/fullsize, whose results are not
+# made again. Writes docs/reports/fullsize.md. One family: make fullsize FLAGS=--family=sd15
+fullsize: install-dev
+	$(BIN)/python -m benchmarks.fullsize --out=docs/reports/fullsize.md $(FLAGS)
 
 # Style, the direction of imports, types of the ground rooms.
 lint: install-dev

@@ -5,7 +5,8 @@
 compiles the real programs of a run with the real TPU compiler (requirements-tpu.txt) on a machine
 that has no TPU. They are the training step, those of the evaluations, and those of the table at the
 end if the config has test.prompts. `--noevaluation` compiles the step alone, which is quicker.
-`--topology=cpu` and `--topology=local` run the step on this machine instead, and measure.
+`--topology=cpu` and `--topology=local` run the step on this machine instead, and measure; with
+`--steps=0` they only compile.
 
 `--json` prints one object (plan.py says what each number is):
 
@@ -17,7 +18,7 @@ end if the config has test.prompts. `--noevaluation` compiles the step alone, wh
     evaluation  whether more than the step was planned
     bounds      {hbm_bytes, sent_bytes: {kind: bytes}, dcn_bytes, seconds: {kind: seconds},
                 bound_by, images_per_sec, mfu}, of a slice; otherwise null
-    measured    {seconds_per_step, images_per_sec}, of this machine; otherwise null
+    measured    {seconds_per_step, images_per_sec}, of this machine; null of a slice and of 0 steps
     trace_seconds, compile_seconds, host_bytes
     suggestions
 """
@@ -53,6 +54,9 @@ def define_flags() -> None:
         True,
         "also compile what evaluations and the table run; without it, the training step alone",
     )
+    flags.DEFINE_integer(
+        "steps", 5, "timed steps on this machine; 0 only compiles: memory alone", lower_bound=0
+    )
     flags.DEFINE_float(
         "effort",
         -1.0,
@@ -72,7 +76,7 @@ def main(argv: list[str]) -> None:
     chip, devices = (None, []) if here else topology.find(name)
     with weightless.filled(config) as config:
         found = (
-            measure.measure(config, name, given.evaluation)
+            measure.measure(config, name, given.steps, given.evaluation)
             if here
             else predict.predict(config, name, chip, devices, given.effort, given.evaluation)
         )

@@ -1,4 +1,4 @@
-"""The plan of a machine that is there: the step is run, not predicted."""
+"""The plan of a machine that is there: its compiler says the memory, a few steps say the time."""
 
 import os
 import resource
@@ -20,15 +20,14 @@ from r0_jax.plan.stages import Planned
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 
-_STEPS = 5  # timed ones, after one that is not
 
+def measure(config: ConfigDict, name: str, steps: int, evaluation: bool = True) -> Plan:
+    """Return the plan of a run on this machine's CPU ("cpu") or accelerator ("local").
 
-def measure(config: ConfigDict, name: str, evaluation: bool = True) -> Plan:
-    """Run the step on this machine's CPU ("cpu") or accelerator ("local"), and return its plan.
-
-    The weights are those of the config. The prompts are made up: what a step costs does not
-    depend on what it reads. The programs of evaluations are compiled, not run; without
-    `evaluation` they are left out.
+    Run and time `steps` steps, after one that is not timed; with 0, only compile. The weights are
+    those of the config. The prompts are made up: what a step costs does not depend on what it
+    reads. The programs of evaluations are compiled, not run; without `evaluation` they are left
+    out.
     """
     device = jax.devices()[0]
     if name == "local" and device.platform == "cpu":
@@ -50,15 +49,16 @@ def measure(config: ConfigDict, name: str, evaluation: bool = True) -> Plan:
         traced = planned.stage.run.trace(*planned.stage.arguments)
         needs.append(_compile(planned, traced, limit)[0])
     compile_seconds = time.perf_counter() - begin - trace_seconds
-    seconds = None
+    seconds, ran_out = None, program is None
     # Otherwise the system ends this process and others.
-    if program is not None and need.total(needs[:1], limit).memory.fits:
+    if steps and program is not None and need.total(needs[:1], limit).memory.fits:
         try:
-            seconds = _seconds_per_step(built, program)
+            seconds = _seconds_per_step(built, program, steps)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-    total = need.total([first._replace(ran_out=seconds is None), *needs[1:]], limit)
+            ran_out = True
+    total = need.total([first._replace(ran_out=ran_out), *needs[1:]], limit)
     return Plan(
         topology=name,
         chips=mesh.size,
@@ -101,15 +101,15 @@ def _compile(
     return need.compiled(planned, own, 0.0, beside, program is None, seconds), program
 
 
-def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:
-    """Return the median of a few steps, each waited for."""
+def _seconds_per_step(built: Program, compiled: jax.stages.Compiled, steps: int) -> float:
+    """Return the median of `steps` steps, each waited for."""
     frozen = lazy.place(built.frozen, built.frozen_sharding)
     state = jax.jit(built.init, out_shardings=built.state_sharding)(frozen["base"])
     batch = jax.tree.map(
         lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding), built.abstract[2]
     )
     times = []
-    for _ in range(1 + _STEPS):
+    for _ in range(1 + steps):
         start = time.perf_counter()
         state, metrics = compiled(state, frozen, batch, jax.random.key(0))
         jax.block_until_ready((state, metrics))

@@ -8,8 +8,8 @@ class Memory:
     """Say what one chip holds.
 
     Attributes:
-      fits: whether every program of `Plan.programs` has room; on this machine, also whether the
-        step ran.
+      fits: whether every program of `Plan.programs` has room; on this machine, if steps were run,
+        also whether they ran.
       program: the one that needs most.
       peak_bytes: what a chip holds at the worst moment of that program.
       limit_bytes: what it can hold.

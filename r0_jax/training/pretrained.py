@@ -55,11 +55,14 @@ def load_rewards(
     source: PromptSource,
     trained: bool,
 ) -> list[Reward]:
-    """Load the rewards of one section of the config and try each on random images."""
+    """Load the rewards of one section of the config; try a user's function on random images."""
     loaded = []
     for name, entry in entries.items():
         reward = rewards.load(name, entry, config.dtype, source.text)
-        plugin.check(reward, pipeline.image_shape, trained, source.examples(reward, entry))
+        features = source.examples(reward, entry)
+        # Not the library's own, which tests try: at full size that is minutes on a CPU.
+        if entry.type == "function":
+            plugin.check(reward, pipeline.image_shape, trained, features)
         loaded.append(reward)
         heartbeat.beat(f"the reward {name}'s files")
     return loaded

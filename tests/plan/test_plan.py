@@ -22,7 +22,17 @@ from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.evaluation.programs import Stage
 from r0_jax.parallel import sharding
-from r0_jax.plan import flops, hlo_cost, memory, need, predict, stages, suggestions, weightless
+from r0_jax.plan import (
+    flops,
+    hlo_cost,
+    measure,
+    memory,
+    need,
+    predict,
+    stages,
+    suggestions,
+    weightless,
+)
 from r0_jax.plan.plan import Bounds, Measured, Memory, Need, Plan
 from r0_jax.plan.topology import Chip
 from r0_jax.prompts import encoded_writer
@@ -75,6 +85,26 @@ def test_measured_on_this_machine():
     assert measured["images_per_sec"] == pytest.approx(4 / measured["seconds_per_step"])
     assert found["flops_per_step"] >= found["model_flops_per_step"] > 0
     assert held["peak_bytes"] == pytest.approx(sum(held["by_kind"].values()))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_as_many_steps_are_run_on_this_machine_as_asked_for(steps, monkeypatch):
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding.replicated(mesh))
+    stage = Stage(stages.STEP, jax.jit(lambda x: x + 1), (shape,), {"parameters": shape})
+    monkeypatch.setattr(weightless, "load", lambda *_: None)
+    planned = stages.Planned(stage, lambda kinds, over: [], "training")
+    monkeypatch.setattr(stages, "of_training_step", lambda _: planned)
+    monkeypatch.setattr(flops, "of_step", lambda *_: flops.Flops(1.0, 1.0))
+    ran = []
+    monkeypatch.setattr(measure, "_seconds_per_step", lambda *given: ran.append(given[-1]) or 0.5)
+    config = sd15_r0.get_config("dryrun")
+    config.batch_size, config.device_batch = 8, 0  # of the tests' eight devices
+    found = measure.measure(config, "cpu", steps, evaluation=False)
+    assert ran == ([steps] if steps else [])
+    assert found.measured == (Measured(0.5, config.batch_size / 0.5) if steps else None)
+    assert found.memory.fits and found.memory.by_kind.keys() == {"parameters", "activations"}
+    assert found.suggestions == []
 
 
 @libtpu
