@@ -12,10 +12,11 @@ from r0_jax.models import attention_backend
 
 def dot_product_attention(
     query: Float[Array, "b t c"],
-    key: Float[Array, "b s c"],
-    value: Float[Array, "b s c"],
+    key: Float[Array, "b s d"],
+    value: Float[Array, "b s d"],
     heads: int,
     *,
+    kv_heads: int | None = None,
     bias: Float[Array, "#b h t s"] | None = None,
     mask: Bool[Array, "b s"] | None = None,
     scale: float | None = None,
@@ -24,11 +25,16 @@ def dot_product_attention(
     """Return softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; softmax in float32.
 
     `mask` is False at keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
+    With fewer `kv_heads`, heads / kv_heads neighbours share a key and a value (grouped queries).
     The network's backend computes it (attention_backend.py).
     """
+    kv_heads = kv_heads or heads
     query, key, value = (
-        x.reshape(*x.shape[:2], heads, x.shape[2] // heads) for x in (query, key, value)
+        x.reshape(*x.shape[:2], n, x.shape[2] // n)
+        for x, n in ((query, heads), (key, kv_heads), (value, kv_heads))
     )  # [B, T, heads, head_dim]
+    if kv_heads < heads:  # not every backend takes fewer
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     out = attention_backend.attend(
         query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal

@@ -1,9 +1,10 @@
-"""Embeddings of the timestep (diffusers `models/embeddings.py`), and tables of embeddings."""
+"""Embeddings of timesteps (diffusers `models/embeddings.py`), positions of tokens, and tables."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -51,3 +52,20 @@ def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
     table = nnx.Embed(count, width, rngs=rngs)
     table.dtype = None  # flax would keep the float32 of construction
     return table
+
+
+def rotary_frequencies(channels: int, theta: float) -> Float[np.ndarray, " half"]:
+    """Return the angles, in radians, by which a position turns each pair of `channels`."""
+    return theta ** -(np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels))
+
+
+def rotary(
+    x: Float[Array, "b t c"],
+    angles: Float[np.ndarray, "t half"] | Float[Array, "t half"],
+    heads: int,
+) -> Float[Array, "b t c"]:
+    """Turn the pairs (i, i + half) of each head's channels by `angles`, in float32 (RoPE)."""
+    first, second = jnp.split(x.reshape(*x.shape[:2], heads, -1).astype(jnp.float32), 2, axis=-1)
+    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).reshape(x.shape).astype(x.dtype)
