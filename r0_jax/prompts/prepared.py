@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,23 @@ from r0_jax.errors import InputError
 from r0_jax.parallel import heartbeat
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import dataset, files
-from r0_jax.prompts.columns import PROMPT, from_disk, to_disk
+from r0_jax.prompts.columns import PROMPT, from_disk, read_by, to_disk
 from r0_jax.rewards.reward import Reward
 
 _AT_ONCE = 8192  # prompts between two signs of life
 
 
-def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, NDArray]:
-    """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read prompts."""
+def features(texts: Mapping[str, Sequence[str]], rewards: Sequence[Reward]) -> dict[str, NDArray]:
+    """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read text.
+
+    `texts` are the prompts and their other texts, by the names of `Reward.reads`.
+    """
     found = {}
-    distinct = list(dict.fromkeys(prompts))
-    row = {prompt: i for i, prompt in enumerate(distinct)}
-    rows = np.asarray([row[prompt] for prompt in prompts])
     for reward in rewards:
         if reward.text_features is not None:
+            distinct = list(dict.fromkeys(texts[reward.reads]))
+            row = {text: i for i, text in enumerate(distinct)}
+            rows = np.asarray([row[text] for text in texts[reward.reads]])
             encoded = []
             for start in range(0, len(distinct), _AT_ONCE):
                 encoded.append(
@@ -49,28 +52,28 @@ def prepare(
     changed since the dataset was made: a run keeps the prompts that it began with.
     """
     if dataset.is_prepared(folder):
-        kept = read(path, may_be_gone=True)
-        if kept is None or dataset.digest(kept) != dataset.describe(folder).digest:
+        kept = read(path, (), may_be_gone=True)
+        if kept is None or dataset.digest(kept[PROMPT]) != dataset.describe(folder).digest:
             warn_of_others(path)
     else:
-        prompts = files.read_prompts(path)
+        texts = files.read_texts(path, read_by((*rewards, *heldout)))
         for reward in (*rewards, *heldout):
-            if share := reward.truncated_share(prompts):
+            if share := reward.truncated_share(texts[reward.reads]):
                 warnings.warn(
                     f"the reward {reward.name} does not read the end of {share:.0%} of "
                     "the prompts: they are too long for it",
                     stacklevel=2,
                 )
-        tokens = {name: np.asarray(ids) for name, ids in pipeline.tokenize(prompts).items()}
-        columns = tokens | features(prompts, rewards)
-        dataset.prepare({PROMPT: prompts, **to_disk(columns)}, folder)
+        tokens = {name: np.asarray(ids) for name, ids in pipeline.tokenize(texts[PROMPT]).items()}
+        columns = tokens | features(texts, rewards)
+        dataset.prepare({PROMPT: texts[PROMPT], **to_disk(columns)}, folder)
     return dataset.describe(folder)
 
 
-def read(path: str, may_be_gone: bool) -> list[str] | None:
-    """Return the prompts of a file; None if it cannot be read and `may_be_gone`."""
+def read(path: str, fields: Sequence[str], may_be_gone: bool) -> dict[str, list[str]] | None:
+    """Return `files.read_texts`; None if the file cannot be read and `may_be_gone`."""
     try:
-        return files.read_prompts(path)
+        return files.read_texts(path, fields)
     except InputError:
         if may_be_gone:
             return None

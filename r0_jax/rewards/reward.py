@@ -42,6 +42,7 @@ class Reward:
       text_parts: first parts of the names of params that only `text_features` reads.
       truncated: prompts -> bool [N], True for prompts that are too long and lose their end; None
         if the reward truncates nothing.
+      reads: name of the text of a prompt's record that it reads: the prompt itself, or another.
       grid: patches per side of its vision transformer; 0 without one. A generator that hacks the
         reward may repeat a pattern this many times per side.
     """
@@ -55,6 +56,7 @@ class Reward:
     width: int | None = None
     features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
+    reads: str = "prompt"
 
     def __call__(
         self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]

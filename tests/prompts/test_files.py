@@ -187,3 +187,44 @@ def test_tfds_folder_of_another_file_format(tmp_path):
     info.write_text(text.replace("array_record", "tfrecord"), encoding="utf-8")
     with pytest.raises(InputError, match="prepare it with file_format='array_record'"):
         files.read_prompts(tmp_path / "prompts")
+
+
+def test_another_text_of_the_same_records(tmp_path):
+    rows = [{"prompt": "a sign", "words": "晨光"}, {"caption": "a shop", "words": "茶"}]
+    expected = {"prompt": ["a sign", "a shop"], "words": ["晨光", "茶"]}
+    lines = "\n\n".join(map(json.dumps, rows))
+    for name, content in [
+        ("p.jsonl", lines),
+        ("p.json", json.dumps([*rows, {"prompt": "", "words": "x"}])),
+    ]:
+        assert files.read_texts(write(tmp_path / name, content), ["words"]) == expected
+    parquet.write_table(pyarrow.table(expected), tmp_path / "p.parquet")
+    assert files.read_texts(tmp_path / "p.parquet", ["words"]) == expected
+    dataset.prepare(expected, tmp_path / "prompts")
+    assert files.read_texts(tmp_path / "prompts", ["words"]) == expected
+    assert files.read_texts(tmp_path / "prompts") == {"prompt": expected["prompt"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a", "p.txt holds prompts alone, but a reward reads 'words': give a .jsonl"),
+        ("p.jsonl", '"a"', "p.jsonl, line 1: no field 'words': it is no object"),
+        ("p.jsonl", '{"prompt": "a"}', "p.jsonl, line 1: no words among the fields (prompt); a re"),
+        (
+            "p.jsonl",
+            '\n{"prompt": "a", "words": " "}',
+            "p.jsonl, line 2: the field 'words' is blan",
+        ),
+        (
+            "p.json",
+            '[{"prompt": "a", "words": 1}]',
+            "p.json, item 1: expected a prompt as text, fo",
+        ),
+    ],
+)
+def test_another_text_that_is_not_there(tmp_path, name, content, message):
+    with pytest.raises(InputError) as error:
+        files.read_texts(write(tmp_path / name, content), ["words"])
+    assert str(error.value).startswith(f"{tmp_path}/{message}")
+    assert "\n" not in str(error.value)
