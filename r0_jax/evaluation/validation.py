@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
@@ -61,7 +61,7 @@ class Validation:
         self.part = pipeline.generator_part
         self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
         self.batch = batch_size(config, len(self.prompts), mesh)
-        self.everywhere = sharding.replicated(mesh)
+        self.mesh = mesh
         self.base_signs: dict[str, float] | None = None  # of hacking; measured when first needed
 
     def __call__(
@@ -111,6 +111,11 @@ class Validation:
         features = self.features.get(reward.column)
         params = self.frozen["rewards"].get(reward.name)
         if params is None:  # held out: it is on the devices only now
-            params = lazy.place(reward.scoring_params, self.everywhere)
+            params = lazy.place(reward.scoring_params, self._sharding(reward.scoring_params))
         of_rows = None if features is None else features[rows]
         return score(self.scores[reward.name], params, drawn, of_rows, self.batch, self.check)
+
+    def _sharding(self, params: Params) -> dict[str, NamedSharding]:
+        """Return where the weights of a held-out reward lie, as those of a trained one do."""
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
+        return sharding.param_sharding(shapes, self.mesh, self.config.sharding)

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from r0_jax.errors import InputError
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
+from r0_jax.weights.network import Params
 
 _SAME = 1e-2  # share of the largest score: most that the batch's other images may change a score
 
@@ -87,6 +88,7 @@ def check(
     image_shape: tuple[int, int, int],
     trained: bool = True,
     features: np.ndarray | None = None,
+    place: Callable[[Params], Params] = lazy.place,
 ) -> None:
     """Check a reward on random images; with `trained`, check its gradient too.
 
@@ -95,13 +97,14 @@ def check(
 
     Args:
       features: of two prompts, if they were computed before.
+      place: puts its weights on devices.
 
     Raises:
       InputError: the reward fails, its shape or dtype is wrong, a score or gradient is not
         finite, or a score depends on other images.
     """
     with _blaming(reward.name, "its weights"):
-        params = lazy.place(reward.params)
+        params = place(reward.params)
     if reward.text_features is not None and features is None:
         with _blaming(reward.name, "2 prompts"):
             features = reward.text_features(params, ["a first prompt", "第二个提示"])

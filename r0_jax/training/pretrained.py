@@ -1,20 +1,30 @@
 """The pretrained models of a config, read and checked; their weights stay in the files."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import warnings
+from collections.abc import Sequence
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from r0_jax import prompts, rewards
 from r0_jax.config import trained_rewards
 from r0_jax.diffusion import schedulers
-from r0_jax.parallel import heartbeat
+from r0_jax.models import repeat
+from r0_jax.parallel import heartbeat, sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards import plugin
 from r0_jax.rewards.reward import Reward
+from r0_jax.weights import lazy
+from r0_jax.weights.network import Params
+
+_LARGE = 4 * 2**30  # bytes of a reward that one device should not hold alone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,10 +69,22 @@ def load_rewards(
     loaded = []
     for name, entry in entries.items():
         reward = rewards.load(name, entry, config.dtype, source.text)
-        plugin.check(reward, pipeline.image_shape, trained, source.examples(reward, entry))
+        with repeat.use(repeat.Repeat(config.scan_blocks, config.remat == "blocks")):
+            examples = source.examples(reward, entry)
+            place = functools.partial(_place, rules=config.sharding)
+            plugin.check(reward, pipeline.image_shape, trained, examples, place)
         loaded.append(reward)
         heartbeat.beat(f"the reward {name}'s files")
     return loaded
+
+
+def _place(params: Params, rules: Sequence[object]) -> Params:
+    """Put a reward's weights on the first device; large ones on all devices of this process."""
+    if sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in params.values()) < _LARGE:
+        return lazy.place(params)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
+    return lazy.place(params, sharding.param_sharding(shapes, mesh, rules))
 
 
 def _warn_of_heldout_that_is_trained_on(
