@@ -1,4 +1,4 @@
-"""Read and check the tokenizers of diffusers folders: CLIP's, BERT's and T5's."""
+"""Read and check the tokenizers of diffusers folders: CLIP's, BERT's, T5's and Qwen2's."""
 
 import json
 import warnings
@@ -17,6 +17,7 @@ _KINDS = {
     "CLIPTokenizer": ("CLIP", "CLIPTokenizer", ("vocab.json", "merges.txt")),
     "BertTokenizer": ("BERT", "BertTokenizer", ("vocab.txt",)),
     "T5Tokenizer": ("T5", "T5TokenizerFast", ("tokenizer.json",)),
+    "Qwen2Tokenizer": ("Qwen2", "Qwen2Tokenizer", ("vocab.json", "merges.txt")),
 }
 # Files of a tokenizer's folder.
 FILES = (
@@ -56,7 +57,7 @@ def load_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Tokenizer:
     try:
         tokenizer = getattr(transformers, cls).from_pretrained(folder)
         tokenizer(["a"])  # only this fails for an empty vocabulary
-        lost, count = _unreachable(tokenizer) if name == "CLIP" else (0, 0)
+        lost, count = _unreachable(tokenizer) if name in ("CLIP", "Qwen2") else (0, 0)
     except Exception as e:  # tokenizers raises bare Exception on malformed files
         raise InputError(f"{folder} does not hold a readable {name} tokenizer ({e})") from None
     length = tokenizer.model_max_length

@@ -1,8 +1,9 @@
 """The prompts of the miniatures, and tokenizers that know their words."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
 from r0_jax.stand_ins.miniature_files import write_json
 
@@ -18,16 +19,40 @@ PROMPTS = [
 ]
 TOKENS = 24  # tokens per prompt, for CLIP and BERT
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Qwen2's special tokens, in the order of their ids, and how it splits text into words.
+QWEN2_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(
+        f"<|{part}_{end}|>"
+        for part in ("object_ref", "box", "quad", "vision")
+        for end in ("start", "end")
+    ),
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN2_WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _WORDS = sorted({word for prompt in PROMPTS for word in prompt.split() if word.isascii()})
 _CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()})
 
 
 def write_tokenizer(
-    folder: Path, kind: str, pad: str, length: int = TOKENS, words: int = 0
+    folder: Path,
+    kind: str,
+    pad: str,
+    length: int = TOKENS,
+    words: int = 0,
+    texts: Sequence[str] = (),
 ) -> None:
     """Write a tokenizer that knows the words of `PROMPTS` and reads any text.
 
-    It pads to `length` tokens (T5: 512). BERT's vocabulary is filled up to `words` entries.
+    It pads to `length` tokens (T5: 512). The vocabulary of BERT and Qwen2 is filled up to `words`
+    entries. Qwen2's also knows most words of `texts`.
     """
     special = {"pad_token": pad, "model_max_length": length, "tokenizer_class": kind}
     if kind == "CLIPTokenizer":
@@ -47,6 +72,10 @@ def write_tokenizer(
             "mask_token": "[MASK]",
             "do_lower_case": True,
         }
+    elif kind == "Qwen2Tokenizer":
+        folder.mkdir(parents=True, exist_ok=True)
+        _qwen2_tokenizer(texts, words).save(str(folder / "tokenizer.json"))
+        special |= {"eos_token": "<|im_end|>"}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _t5_tokenizer().save(str(folder / "tokenizer.json"))
@@ -61,13 +90,34 @@ def write_tokenizer(
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" is the first
-    merges = {}  # an ordered set; merges go from left to right
-    for word in _WORDS:
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        for i in range(1, len(symbols)):
-            merges["".join(symbols[:i]), symbols[i]] = None
+    merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in _WORDS])
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BOS, EOS]
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
+
+
+def _merges(words: Sequence[Sequence[str]]) -> dict[tuple[str, str], None]:
+    """Return an ordered set of merges that make these words, each from left to right."""
+    return {("".join(word[:i]), word[i]): None for word in words for i in range(1, len(word))}
+
+
+def _qwen2_tokenizer(texts: Sequence[str], words: int) -> Tokenizer:
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_WORD), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    known = [word for text in (*texts, *PROMPTS) for word, _ in split.pre_tokenize_str(text)]
+    merges = _merges(known)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = list(dict.fromkeys([*letters, *map("".join, merges)]))
+    # Letters that text never becomes: longer tokens without merges would look like lost merges.
+    tokens += [chr(0x10000 + i) for i in range(len(tokens), words - len(QWEN2_SPECIAL))]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in QWEN2_SPECIAL])
+    return tokenizer
 
 
 def _t5_tokenizer() -> Tokenizer:
@@ -87,8 +137,13 @@ def _t5_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def vocabulary_size(kind: str) -> int:
-    """Return the size of the vocabulary for a text encoder of a class: T5's, BERT's or a CLIP's."""
+def vocabulary_size(kind: str, texts: Sequence[str] = ()) -> int:
+    """Return the size of the vocabulary for a text encoder of a class: T5's, BERT's or a CLIP's.
+
+    Or that of a Qwen2-VL that knows `texts`.
+    """
+    if kind == "Qwen2VLForConditionalGeneration":
+        return _qwen2_tokenizer(texts, 0).get_vocab_size()
     if kind == "T5EncoderModel":
         return _t5_tokenizer().get_vocab_size()
     if kind == "BertModel":
