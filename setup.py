@@ -6,6 +6,10 @@ pyproject.toml alone can either find packages or map one to another folder, not 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["r0_jax", "r0_jax.*"]), "r0_jax.recipes"],
+    packages=[
+        *find_packages(include=["r0_jax", "r0_jax.*"]),
+        "r0_jax.recipes",
+        "r0_jax.recipes.ablations",
+    ],
     package_dir={"r0_jax.recipes": "configs"},
 )

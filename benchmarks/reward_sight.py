@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
     config, pipeline = opened.config, opened.pipeline
     if config.test.world != "shapes":
         raise InputError(f"{given.workdir} is not a run on the embedded world: there is no judge")
-    weights = opened.weights(opened.params(opened.choose_step(given.step)))
+    weights = opened.weights(opened.params(opened.choose_step(given.step)), config.dtype)
 
     distinct = files.read_prompts(config.eval.prompts or config.data.prompts)[-given.num_prompts :]
     shape = (len(distinct), given.samples_per_prompt)

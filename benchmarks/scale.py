@@ -3,9 +3,10 @@
     python -m benchmarks.scale --out=docs/reports/scale.md
 
 This compiles the training steps of all recipes for all slices with the TPU compiler
-(requirements-tpu.txt). Each takes two to eight minutes on two cores; all take two hours. Rows in
-runs/scale or in the document are not compiled again. After a change of the step or of `plan`, empty
-the one and delete the section of the other.
+(requirements-tpu.txt), without the programs of evaluations (`plan --noevaluation`). Each takes two
+to eight minutes on two cores; all take two hours. Rows in runs/scale or in the document are not
+compiled again. After a change of the step or of `plan`, empty the one and delete the section of the
+other.
 --only=sdxl compiles only rows with "sdxl" in their name, also those that the document holds.
 """
 
@@ -34,7 +35,7 @@ _WEAK = "Weak scaling"
 MODELS = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px", "sd3": "SD3-medium, 1024 px"}
 METHODS = {
     "lora-r0plus": ("LoRA R0+", "r0plus"),
-    "lora-r0": ("LoRA R0", ""),
+    "lora-r0": ("LoRA R0", "r0"),
     "full-r0plus": ("full R0+", "r0plus,full"),
 }
 SLICES = {"v5e-16": 16, "v5p-8": 4, "v6e-8": 8}  # slice -> chips
@@ -62,7 +63,7 @@ def rows() -> list[Row]:
     table = [
         Row(
             f"{model}-{method}-{name}",
-            f"{model}_r0.py" + (variant and f":{variant}"),
+            f"{model}_r0.py:{variant}",
             name,
             chips,
             chips,
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
     for row in wanted:
         print(row.name, flush=True)
         ended = subprocess.run(
-            [sys.executable, "-m", "r0_jax.plan", "--json", *row.command()],
+            [sys.executable, "-m", "r0_jax.plan", "--json", "--noevaluation", *row.command()],
             stdout=subprocess.PIPE,
             check=False,
         )

@@ -3,7 +3,8 @@
 Command:   python -m r0_jax.main --config=configs/sd35_r0.py --workdir=runs/sd35 \\
              --config.pretrained=/path/to/stable-diffusion-3.5-medium \\
              --config.data.prompts=prompts.txt
-Variants:  sd35_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+Variants:  sd35_r0.py:r0, :full, :dryrun, or several with commas, as sd3_r0.py. The dry run needs no
+           weights:
            python -m r0_jax.main --config=configs/sd35_r0.py:dryrun --workdir=runs/dry
 Weights:   stabilityai/stable-diffusion-3.5-medium, which is gated: log in on the Hub and accept its
            licence first. T5 may be left out, as in sd3_r0.py. And the reward models of sd15_r0.py.
@@ -29,7 +30,11 @@ def get_config(variants: str = "") -> ConfigDict:
     config = published.get_config()
     config.family = "StableDiffusion3Pipeline"
     config.device_batch = 2
-    # All projections of the joint attention, and of the image's own in the first 13 blocks.
-    config.lora.targets = r".*\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    config.objective.method = "r0plus"  # a gradient through one call: a quarter of the memory
+    # As sd3_r0.py, and the image's own attention in the first 13 blocks.
+    config.lora.targets = (
+        r".*\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2))"
+    )
     config.test.base_steps, config.test.guidance_scale = 40, 4.5
     return apply_variants(config, variants, "StableDiffusion3.5")

@@ -19,7 +19,7 @@ Hardware:  one accelerator of 24 GB (estimated, not measured), as sd15_r0.py.
 Memory:    estimated from parameter counts: as sd15_r0.py, but reward models 2.5 GB (Chinese-CLIP
            0.6, of the held-out one 1.3 in evaluations, CLIP-L 0.6): 4 GB; prompts are 512 tokens
            here, not 77.
-Hours:     not measured; about half an hour on one H100, counted as in sd15_r0.py.
+Hours:     not measured; about 1.8 on one H100, as sd15_r0.py.
 Numbers:   none measured here, and the paper has none. English rewards cannot judge a Chinese
            prompt; Chinese-CLIP can, and so can one of your own (type "function").
 """

@@ -1,7 +1,8 @@
 """Starts and ends the commands `python -m r0_jax.X`: flags, config file, one-line errors."""
 
 import difflib
-import io
+import functools
+import logging as python_logging
 import math
 import os
 import re
@@ -16,9 +17,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from r0_jax import paths
+from r0_jax import machine, paths, signals, streams
 from r0_jax.config import make_paths_absolute
-from r0_jax.errors import INTERRUPTED, InputError, disk_problem, explain, printable
+from r0_jax.errors import BUG, InputError, disk_problem, explain, printable
+from r0_jax.files import check_regular
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help then lists --config under the program that defines it
@@ -39,26 +41,43 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run `main([program])` under absl and exit.
 
     Errors of users give one line on stderr and exit status 2: invalid flags or configs,
-    `InputError`, and a full, read-only or forbidden disk. Ctrl-C gives 130. Any other exception is
-    a bug and keeps its traceback. absl logs warnings and errors to stderr (`--verbosity=0` for
-    more). What a terminal cannot print is escaped. Options of JAX that change what a seed draws
-    are set back, with a warning.
+    `InputError`, a full, read-only or forbidden disk, too little memory, and a backend that does
+    not start. Ctrl-C gives 130, SIGTERM 143. Any other exception is a bug and keeps its traceback.
+    absl logs warnings and errors to stderr (`--verbosity=0` for more). What a terminal cannot
+    print is escaped; a terminal that is gone is no error. Options of JAX that change what a seed
+    draws are set back, with a warning.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None or another object in some programs
-            stream.reconfigure(errors="backslashreplace")
+    streams.guard()
+    signals.guard()
     logging.get_absl_logger().addFilter(_is_news)
+    logging.get_absl_handler().setFormatter(_Printable())
     warnings.showwarning = _show_warning
-    _set_jax_options()
     try:
-        app.run(main, flags_parser=_parse_flags)
-    except (Exception, KeyboardInterrupt) as error:
+        try:
+            _set_jax_options()
+            app.run(main, flags_parser=_parse_flags)
+        except SystemExit as end:
+            if sys.stdout:
+                sys.stdout.flush()  # a full disk is an error, told below
+            if raised := signals.lost():
+                raise raised from None
+            raise end from None
+    except SystemExit:
+        raise
+    except BaseException as error:
         status, line = explain(error)
         if line is not None:
             print(f"error: {line}", file=sys.stderr)
-        elif status != INTERRUPTED:
+        elif status == BUG:
             raise
         sys.exit(status)
+
+
+class _Printable(logging.PythonFormatter):
+    """absl's formatter, with control characters of files escaped."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _set_jax_options() -> None:
@@ -92,7 +111,11 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     Its value is the result of the file's `get_config([argument])`, with overrides, with absolute
     paths, and locked. If configs/NAME.py does not exist, it is the package's own recipe.
     """
-    holder = config_flags.DEFINE_config_file("config", help_string="config file: FILE.py")
+    holder = config_flags.DEFINE_config_file(
+        "config", help_string="config file: FILE.py", sys_argv=[""]
+    )
+    # It would read the files of --flagfile here, where no error is told in a line.
+    FLAGS["config"]._sys_argv = None
     FLAGS["config"].parser = _ConfigFile()
     flags.mark_flag_as_required("config")
     return holder
@@ -117,6 +140,9 @@ def config_name() -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if found := re.match(r"--?flagfile(?:=(.*))?$", argument, re.DOTALL):
+            check_regular(found[1] or following)  # absl would read a device without end
     try:
         arguments = FLAGS(argv)
     except SystemExit:  # --help and similar flags: absl would report failure
@@ -127,6 +153,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise InputError(_illegal_value(error)) from None
     except flags.Error as error:
         raise InputError(str(error)) from None
+    except UnicodeDecodeError:
+        raise InputError("--flagfile: the file is not UTF-8 text") from None
+    except ValueError as error:  # absl of --noflag=value, numpy of a NUL in a path
+        raise InputError(f"{error}; flags are --name=value") from None
     if arguments[1:]:
         # `--flag false` is an error too: absl would read it as --flag=true.
         raise InputError(f"unexpected argument {arguments[1]!r}; flags are --name=value")
@@ -134,8 +164,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         flag = FLAGS[name]
         if flag.present and flag.default is None and flag.value == "":
             raise InputError(f"--{name} is empty")  # often an unset shell variable
+        infinite = isinstance(flag.value, float) and math.isinf(flag.value)
         if isinstance(flag.value, float) and math.isnan(flag.value):
             raise InputError(f"--{name}=nan is not a number")
+        if infinite and not name.startswith("config."):  # there it may mean "no limit"
+            raise InputError(f"--{name}={flag.value} is not a finite number")
         if isinstance(flag.value, ConfigDict):
             make_paths_absolute(flag.value)
     if FLAGS["verbosity"].using_default_value:
@@ -173,39 +206,53 @@ class _ConfigFile(flags.ArgumentParser):
     """
 
     def parse(self, argument: str) -> ConfigDict:
-        name, *arguments = argument.split(":", 1)
-        path = _find_config(name)
-        try:
-            source = Path(path).read_bytes()
-        except OSError as error:
-            known = ", ".join(f"configs/{recipe}" for recipe in sorted(_recipes()))
-            raise InputError(
-                f"config file {path}: {error.strerror.lower()}; r0_jax comes with {known}"
-            ) from None
-        if (folder := os.path.dirname(os.path.abspath(path))) not in sys.path:
-            sys.path.append(folder)  # a recipe may import a module that lies beside it
-        module = {"__name__": "config", "__file__": path}
-        try:
-            exec(compile(source, path, "exec"), module)
-            if "get_config" not in module:
-                raise InputError(f"config file {path} does not define get_config()")
-            config = module["get_config"](*arguments)
-        except InputError:
-            raise
-        except SyntaxError as error:
-            raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-        except Exception as error:
-            raise InputError(_config_problem(path, error)) from None
-        if not isinstance(config, ConfigDict):
-            kind = type(config).__name__
-            raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
-        for argument in FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
-            if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+        config = read_config(argument)
+        for flag in FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
+            if override := re.match(r"--?(?:no)?config\.([^=]*)", flag):
                 _check_override(override[1], config)
         return config.lock()
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def read_config(argument: str) -> ConfigDict:
+    """Return what get_config([argument]) of "FILE.py[:argument]" returns.
+
+    Without configs/X.py it is the package's own recipe. Raises InputError for a file that is
+    missing or fails, and where it returns something else than a ConfigDict.
+    """
+    name, *arguments = argument.split(":", 1)
+    path = _find_config(name)
+    check_regular(path)
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        known = ", ".join(f"configs/{recipe}" for recipe in sorted(_recipes()))
+        raise InputError(
+            f"config file {path}: {error.strerror.lower()}; r0_jax comes with {known}"
+        ) from None
+    if (folder := os.path.dirname(os.path.abspath(path))) not in sys.path:
+        sys.path.append(folder)  # a recipe may import a module that lies beside it
+    module = {"__name__": "config", "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), module)
+        if "get_config" not in module:
+            raise InputError(f"config file {path} does not define get_config()")
+        config = module["get_config"](*arguments)
+    except InputError:
+        raise
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise InputError(f"{error.filename or path}{where}: {error.msg}") from None
+    except Exception as error:
+        if machine.problem(error):
+            raise
+        raise InputError(_config_problem(path, error)) from None
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
+    return config
 
 
 class _Path(flags.ArgumentParser):
@@ -225,7 +272,7 @@ class _NamedPaths(flags.ListParser):
 def _find_config(name: str) -> str:
     """Return the config file of a name; without configs/X.py, that of the package."""
     path = paths.expand(name)
-    folder, file = os.path.split(os.path.normpath(path))
+    folder, _, file = os.path.normpath(path).partition(os.sep)
     return path if folder != "configs" or os.path.exists(path) else _recipes().get(file, path)
 
 
@@ -236,7 +283,8 @@ def _recipes() -> dict[str, str]:
     """
     inside = _PACKAGE / "recipes"
     folder = inside if inside.is_dir() else _PACKAGE.parent / "configs"
-    return {path.name: str(path) for path in folder.glob("[!_]*.py")}
+    found = folder.rglob("[!_]*.py")
+    return {str(path.relative_to(folder)): str(path) for path in found}
 
 
 def _config_problem(path: str, error: Exception) -> str:
@@ -260,6 +308,14 @@ def _check_override(field: str, config: ConfigDict) -> None:
         hint = _did_you_mean(field, list(_fields(config)), quote='"')
         hint = hint or "; it has " + ", ".join(sorted(config))
         raise InputError(f'the config has no field "{field}"{hint}') from None
+    if issubclass(kind, ConfigDict):
+        inside = list(
+            _fields(functools.reduce(lambda part, name: part[name], field.split("."), config))
+        )
+        raise InputError(
+            f"--config.{field} is a section of the config: set one of its fields"
+            + (f", such as --config.{field}.{inside[-1]}" if inside else "")
+        )
     if kind in (list, type(None)):
         raise InputError(
             f"--config.{field} is {'a list' if kind is list else 'None'} and cannot be set on the "
@@ -284,4 +340,5 @@ def _did_you_mean(name: str, names: list[str], prefix: str = "", quote: str = ""
 
 def _is_news(record) -> bool:
     """Return False for orbax's log of a traceback that `run` will print as one line."""
-    return not (record.exc_info and disk_problem(record.exc_info[1]))
+    error = record.exc_info[1] if record.exc_info else None
+    return not (disk_problem(error) or machine.problem(error))

@@ -26,6 +26,16 @@ TENSOR_PARALLEL = (
     (r"transformer_blocks\..*\.attn2?\.(to_out\.0|to_add_out)(\.lora_A)?\.kernel", "row"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.0\.proj(\.lora_B)?\.(kernel|bias)", "column"),
     (r"transformer_blocks\..*\.ff(_context)?\.net\.2(\.lora_A)?\.kernel", "row"),
+    # Qwen3. The heads of keys and values are split, each with the queries that share it.
+    (r"model\.layers\..*\.self_attn\.[qkv]_proj\.kernel", "column"),
+    (r"model\.layers\..*\.self_attn\.o_proj\.kernel", "row"),
+    (r"model\.layers\..*\.mlp\.(gate|up)_proj\.kernel", "column"),
+    (r"model\.layers\..*\.mlp\.down_proj\.kernel", "row"),
+    # Z-Image's transformer.
+    (r"(layers|\w+_refiner)\..*\.attention\.to_[qkv](\.lora_B)?\.kernel", "column"),
+    (r"(layers|\w+_refiner)\..*\.attention\.to_out\.0(\.lora_A)?\.kernel", "row"),
+    (r"(layers|\w+_refiner)\..*\.feed_forward\.w[13](\.lora_B)?\.kernel", "column"),
+    (r"(layers|\w+_refiner)\..*\.feed_forward\.w2(\.lora_A)?\.kernel", "row"),
 )
 # Fields that hold a path, besides `path` and `head` of each reward's entry.
 PATHS = (
@@ -45,8 +55,8 @@ def get_config() -> ConfigDict:
 
     # The diffusers folder of the pretrained pipeline (it holds model_index.json).
     config.pretrained = ""
-    # The diffusers class of this folder: StableDiffusionPipeline, StableDiffusionXLPipeline or
-    # StableDiffusion3Pipeline. Another one is an error; "" takes any of them.
+    # The diffusers class of this folder: StableDiffusionPipeline, StableDiffusionXLPipeline,
+    # StableDiffusion3Pipeline or ZImagePipeline. Another one is an error; "" takes any of them.
     config.family = ""
     # The dtype of frozen weights and of the networks' arithmetic: "float32", or "bfloat16" on
     # accelerators. Trained parameters, norms, softmax and the sampler's arithmetic stay float32.
@@ -63,8 +73,8 @@ def get_config() -> ConfigDict:
     # Compile identical blocks that follow each other once, as a loop. Large networks compile
     # several times faster and run about as fast. Small ones run slower on CPU.
     config.scan_blocks = False
-    # Pixels of the images; 0: the size that the pretrained generator's config says. Multiples of 8,
-    # or of 16 for SD3. Images need not be square.
+    # Pixels of the images; 0: the size that the pretrained generator's config says, or 1024 for
+    # Z-Image. Multiples of 8, or of 16 for SD3 and Z-Image. Images need not be square.
     config.height = 0
     config.width = 0
     # Seed of everything random: adapters, the order of prompts, noise, eta.
@@ -112,8 +122,8 @@ def get_config() -> ConfigDict:
     # For "r0": how many of the last calls carry a gradient (num_steps: all, as in the paper).
     config.objective.grad_steps = 4
     # Folder of a tiny autoencoder, in diffusers' format, that decodes for the rewards in training:
-    # TAESD for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3. "" uses the pipeline's own
-    # VAE. Samples and evaluations always use the VAE.
+    # TAESD for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3, TAEF1 for Z-Image. "" uses
+    # the pipeline's own VAE. Samples and evaluations always use the VAE.
     config.objective.decoder = ""
     # Compile these calls one after the other instead of as a loop, with the same numbers. On CPU
     # the gradient of a loop is many times slower for small networks.
@@ -221,6 +231,10 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2
     # The metric of the best checkpoint, the higher the better; "" keeps no best one.
     config.best_metric = ""
+    # {sign of hacking: (least, most)}, bounds of "hacking/SIGN", which are multiples of what the
+    # untrained generator shows on the same noise. A checkpoint outside of them is never the best.
+    # Signs: saturation, contrast, edges, dark, colour_entropy, diversity and grid_energy_N.
+    config.veto = ConfigDict()
     # Training ends after this number of evaluations in a row without a new best. 0: at `steps`.
     config.early_stop = 0
     # Also log to TensorBoard, in the workdir's folder tensorboard.
@@ -252,6 +266,8 @@ def get_config() -> ConfigDict:
     # Diversity is measured on diversity_prompts of them, with samples_per_prompt images each.
     config.test.diversity_prompts = 40
     config.test.samples_per_prompt = 8
+    # Also measure the base, with guidance and in few steps.
+    config.test.base = True
     # Steps and guidance of the guided base.
     config.test.base_steps = 25
     config.test.guidance_scale = 7.5

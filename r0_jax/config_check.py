@@ -197,7 +197,10 @@ def _at(config: ConfigDict, field: str) -> Any:
 
 def check_fields(config: ConfigDict) -> None:
     """Check that a config and its rewards have exactly the known fields; raise InputError."""
-    there = [name for name, _ in named_fields(config.to_dict())]
+    try:
+        there = [name for name, _ in named_fields(config.to_dict())]
+    except RecursionError:
+        raise InputError("the config holds itself: give each section its own ConfigDict") from None
     known = [name for name, _ in named_fields(base.get_config().to_dict())]
     if missing := [name for name in known if name not in there]:
         raise InputError(
@@ -206,15 +209,35 @@ def check_fields(config: ConfigDict) -> None:
         )
     # A recipe unlocks its config to add rewards, so a mistyped field raises no error there.
     for name in there:
-        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards"):
+        if name not in known and name.split(".")[0] not in ("rewards", "heldout_rewards", "veto"):
             near = "".join(difflib.get_close_matches(name, known, n=1))
             raise InputError(
                 f"the config has an unknown field, {name}"
                 + (f"; did you mean {near}?" if near else "")
             )
+    usual = dict(named_fields(base.get_config().to_dict()))
+    for name, value in named_fields(config.to_dict()):
+        if name in usual and not _same_kind(value, usual[name]):
+            kind = "section" if isinstance(usual[name], dict) else type(usual[name]).__name__
+            raise InputError(f"{name}={_shortly(value)} must be of type {kind}")
     for section in ("rewards", "heldout_rewards"):
         for name, entry in config[section].items():
             check_reward(f"{section}.{name}", entry)
+
+
+def _same_kind(value: Any, usual: Any) -> bool:
+    if usual is None:
+        return True
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(usual, bool)
+    if isinstance(usual, tuple | list):
+        return isinstance(value, tuple | list)
+    return isinstance(value, int | float if isinstance(usual, float) else type(usual))
+
+
+def _shortly(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_reward(name: str, entry: Any) -> None:

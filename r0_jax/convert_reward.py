@@ -11,6 +11,7 @@ are checked before anything is written.
 import functools
 import gzip
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -25,9 +26,9 @@ from absl import flags
 from jaxtyping import Shaped
 from tokenizers.pre_tokenizers import ByteLevel
 
-from r0_jax import cli, remote
+from r0_jax import cli, machine, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_writable, read_json, write_bytes
+from r0_jax.files import check_not_pointer, check_writable, naming, read_json, write_bytes
 from r0_jax.models import chinese_clip, open_clip, qwen2_vl
 from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
@@ -35,7 +36,7 @@ from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig
 from r0_jax.models.score_mlp import ScoreMLP
-from r0_jax.pipelines.tokenizers import FILES, check_no_pointers
+from r0_jax.pipelines.tokenizers import FILES, check_files
 from r0_jax.rewards import hps_v3, prompt_text
 from r0_jax.rewards.aesthetic import HEAD
 from r0_jax.rewards.image_reward import SPECIAL
@@ -51,6 +52,7 @@ Fields = dict[str, Any]
 # Tensors of published files that do not affect a score.
 _UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size", "lm_head.")
 _BPE_MERGES = 49152 - 256 - 2  # CLIP uses this many merges of OpenAI's file
+_BPE_BYTES = 16 * 2**20  # of that file, unpacked: it has 3.2 MB
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -274,13 +276,19 @@ def _read_pickle(path: Path) -> Tensors:
             f"{path} is a pickle, which needs torch: pip install torch, or give a .safetensors file"
         ) from None
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(_numpy_scalars()),
+        ):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a broken file may raise any exception
-        reason = str(e).splitlines()[0] if str(e) else "it ends too early"
+        if machine.problem(e):
+            raise
+        named = re.search(r"GLOBAL (\S+)", str(e))
+        found = f"it holds {named[1]}" if named else "it cannot be read"
         raise InputError(
-            f"{path} is not a complete file of plain tensors ({reason}): "
-            "download it again; nothing else is read from a pickle"
+            f"{path} is not a complete file of plain tensors ({found}): download it again; nothing "
+            "else is read from a pickle"
         ) from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -292,13 +300,45 @@ def _read_pickle(path: Path) -> Tensors:
     if not tensors:
         raise InputError(f"{path} does not hold named tensors")
 
-    def array(value: torch.Tensor) -> np.ndarray:
+    def array(key: str, value: torch.Tensor) -> np.ndarray:
+        if kind := _unusual(value):
+            raise InputError(
+                f"{path}: {key} is {kind}, not a plain tensor: save the model with plain weights "
+                "in float32, float16 or bfloat16"
+            )
         value = value.detach().contiguous()
         if value.dtype == torch.bfloat16:  # NumPy lacks bfloat16
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()
 
-    return {str(key): array(value) for key, value in tensors.items()}
+    return {str(key): array(str(key), value) for key, value in tensors.items()}
+
+
+def _unusual(value: Any) -> str | None:
+    """Return what a tensor is that has no plain numbers in memory; None for a plain one."""
+    import torch
+
+    plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
+    plain += (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if value.is_nested:
+        return "nested"
+    if value.layout != torch.strided:
+        return f"sparse ({value.layout})"
+    if value.is_meta:
+        return "a meta tensor without values"
+    if value.is_quantized or value.dtype not in plain:
+        return f"of {value.dtype}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"of {value.numel()} numbers of which the file holds fewer"
+    return None
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return what NumPy's numbers are made of; trainers save scores beside the weights."""
+    dtypes = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    from numpy._core.multiarray import scalar
+
+    return [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *dtypes]
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
@@ -313,7 +353,7 @@ def write_tokenizer(source: Path, out: Path) -> None:
         found = [source / name for name in FILES if (source / name).is_file()]
         if not found:
             raise InputError(f"--tokenizer={source} does not hold a tokenizer")
-        check_no_pointers(source)
+        check_files(source)
         out.mkdir(parents=True, exist_ok=True)
         for path in found:
             if path.resolve() != (out / path.name).resolve():
@@ -335,9 +375,15 @@ def _write_bpe(path: Path, out: Path) -> None:
     The ids are those of bytes, then of bytes that end a word, then of merges.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not a gzipped list of merges ({e})") from None
+        with gzip.open(path) as file:
+            data = file.read(_BPE_BYTES + 1)
+        if len(data) > _BPE_BYTES:  # a small file may unpack to a disk full
+            raise EOFError
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        raise InputError(
+            f"{path} is not a gzipped list of merges, or not a whole one: download it again"
+        ) from None
     merges = [line for line in lines[1 : 1 + _BPE_MERGES] if len(line.split()) == 2]
     # Printable bytes stand for themselves and come first; the others have codes from 256 on.
     letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
@@ -370,6 +416,9 @@ def main(argv: list[str]) -> None:
             )
         fields = architectures[name]
     out = remote.output(given.out)
+    # A wrong field is named with its file before the checkpoint is read.
+    with naming(given.architecture_config or f"--architecture={given.architecture or usual}"):
+        REWARDS[given.reward][0].network(fields)
     convert_reward(
         given.reward,
         remote.local(given.checkpoint),

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from absl import flags
 from absl import logging as absl_logging
 from safetensors import SafetensorError
 
-from r0_jax import cli, remote
+from r0_jax import cli, files, remote
 from r0_jax.diffusion.scheduler_config import SCHEDULERS
 from r0_jax.errors import InputError
 from r0_jax.files import (
@@ -149,9 +148,7 @@ def convert_single_file(
             tokenizers.load_tokenizer(config / name, entry[-1])
 
     diffusers, torch = _import()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as building:
-        building = Path(building)
+    with files.building(out) as building:
         _copy_configs(config, building / "config")
         if said is not None:
             prediction.apply(said, building / "config", checkpoint)

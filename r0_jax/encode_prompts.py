@@ -88,14 +88,15 @@ def of_text(config: ConfigDict, batch_size: int, fields: Sequence[str]) -> Embed
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
     texts = {TRAIN: files.read_texts(config.data.prompts, fields), NEGATIVE: {PROMPT: [""]}}
     asked = [
-        (files.read_texts(section.prompts, fields), section.num_prompts)
+        itertools.islice(files.stream_rows(section.prompts, fields), section.num_prompts)
         for section in (config.eval, config.test)
         if section.prompts
     ]
     if asked:
-        rows = itertools.chain(*(list(_rows(found))[:count] for found, count in asked))
-        texts[EVALUATION] = _distinct(rows, (PROMPT, *fields))
-    tokens = {split: pipeline.tokenize(found[PROMPT]) for split, found in texts.items()}
+        texts[EVALUATION] = _distinct(itertools.chain(*asked), fields)
+    tokens = pipeline.shorten(
+        {split: pipeline.tokenize(found[PROMPT]) for split, found in texts.items()}
+    )
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices if they divide a batch.
@@ -134,20 +135,16 @@ def of_text(config: ConfigDict, batch_size: int, fields: Sequence[str]) -> Embed
     return Embeddings(texts, parts, facts)
 
 
-def _rows(texts: dict[str, list[str]]) -> Iterator[tuple[str, ...]]:
-    return zip(*texts.values(), strict=True)
-
-
-def _distinct(rows: Iterable[tuple[str, ...]], names: Sequence[str]) -> dict[str, list[str]]:
+def _distinct(rows: Iterable[files.Row], fields: Sequence[str]) -> dict[str, list[str]]:
     """Return the columns of distinct prompts: evaluations find them by the prompt alone."""
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, files.Row] = {}
     for row in rows:
         if found.setdefault(row[0], row) != row:
             raise InputError(
                 f"{row[0]!r} is there twice among the evaluation prompts, with another "
-                f"{' or '.join(names[1:])}: keep one of them"
+                f"{' or '.join(fields)}: keep one of them"
             )
-    return dict(zip(names, map(list, zip(*found.values(), strict=True)), strict=True))
+    return files.texts_of(found.values(), fields)
 
 
 def of_dataset(config: ConfigDict, batch_size: int, fields: Sequence[str]) -> Embeddings:

@@ -5,10 +5,13 @@ import os
 import re
 import unicodedata
 
+from r0_jax import machine
+
 # Exit statuses.
 BUG = 1  # as in Python
 USER_ERROR = 2  # as in argparse and most Unix tools
 INTERRUPTED = 130  # 128 + SIGINT
+TERMINATED = 143  # 128 + SIGTERM
 STOPPED = 75  # stopped by SIGTERM before the end; sysexits' "try again"
 
 # Characters of a word and of a line that are shown.
@@ -35,11 +38,20 @@ class UnreachableError(InputError):
     """An object store that does not answer. The exit status is 1, since a restart may help."""
 
 
+class Terminated(BaseException):
+    """A SIGTERM came. Like KeyboardInterrupt it passes by what catches errors, and cleans up."""
+
+
 def explain(error: BaseException) -> tuple[int, str | None]:
-    """Return the exit status, and the line for the user; None for Ctrl-C and for bugs."""
+    """Return the exit status, and the line for the user; None for signals and for bugs."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, None
-    line = str(error) if isinstance(error, InputError) else disk_problem(error)
+    if isinstance(error, Terminated):
+        return TERMINATED, None
+    if isinstance(error, InputError):
+        line: str | None = str(error)
+    else:
+        line = disk_problem(error) or machine.problem(error)
     if line is None:
         return BUG, None
     status = BUG if isinstance(error, UnreachableError) else USER_ERROR
@@ -74,7 +86,8 @@ def disk_problem(error: BaseException | None) -> str | None:
         return None
     code = path = None
     if isinstance(error, OSError):
-        code, path = error.errno, error.filename
+        # Of a copy or a move, the second is what is written.
+        code, path = error.errno, error.filename2 or error.filename
     elif isinstance(error, ValueError | RuntimeError):
         # tensorstore (below orbax) and array_record name the error only in their text.
         code = next((code for code in _DISK_ADVICE if os.strerror(code) in str(error)), None)

@@ -1,16 +1,24 @@
 """Writes files completely or not at all, and reads files of others with readable errors."""
 
+import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from r0_jax.errors import InputError
 
 Json = dict[str, object]  # an object of a JSON file
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of what is written, not of what is read
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 _LFS = b"version https://git-lfs.github.com/spec/"
 A_PICKLE = "a pickle, which is never read, since reading it can run any program"
@@ -71,7 +79,12 @@ def copy_file(path: Path, target: Path, folder: Path) -> None:
     """Copy a file of a downloaded folder; raise InputError for a link that leads out of it."""
     check_link(path, folder)
     check_regular(path)
-    shutil.copyfile(path, target)
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno in FULL:  # the copy is what is not written
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from None
+        raise
 
 
 def check_regular(path: str | os.PathLike) -> None:
@@ -89,25 +102,86 @@ def temporary_name(path: Path, ending: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
 
 
+@contextlib.contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` to build in, which is renamed to `path` when it is whole.
+
+    Removes the folder at the end, and first what killed processes have left of the same name. A
+    full disk is an error of `path`.
+    """
+    try:
+        folder = begin(path)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot write to {path.parent}: {reason}; choose another --out") from None
+    try:
+        with holding(folder):
+            yield folder
+    except OSError as error:
+        if error.errno in FULL:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(
+                f"cannot write {path}: {reason}; free some space or choose another folder"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin(path: Path) -> Path:
+    """Return a new temporary name for `path`; remove those that no living process holds."""
+    name = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if name.fullmatch(left.name):
+            with contextlib.suppress(OSError), holding(left, new=False):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return temporary_name(path)
+
+
+@contextlib.contextmanager
+def holding(path: Path, new: bool = True) -> Iterator[None]:
+    """Keep other processes from removing an unfinished file or folder.
+
+    The end of the process lets go of it. Where a file system has no locks nothing is held; and an
+    old one (`new` false), which may be another process's, is then an OSError.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(*([OSError] if new else [])):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write a file completely or not at all; make its folder.
 
     Raise InputError if the disk is full or the folder cannot be written.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file that is written completely or not at all, as `write_bytes` does."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:  # never an existing file or link
-            file.write(data)
+            yield file
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         reason = error.strerror or str(error)
         raise InputError(
             f"cannot write {path}: {reason}; free space or choose another folder."
         ) from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def check_writable(folder: Path) -> None:
@@ -126,19 +200,43 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def loads(text: str | bytes) -> object:
+    """Return the value of JSON; raise ValueError, also for JSON that Python cannot hold."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def kind_of(value: object) -> str:
+    """Return the kind of a JSON value, for messages: "list", "int", "null"."""
+    return "null" if value is None else type(value).__name__
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let every InputError inside name the file that it is about."""
+    try:
+        yield
+    except InputError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+
+
 def read_json(path: str | Path) -> Json:
     """Read the object in a JSON file; raise InputError if it is missing or invalid."""
     path = Path(path)
     check_regular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: is the folder complete?") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a JSON file: is the folder complete?") from None
-    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or very deep nesting
+    except ValueError as e:  # not JSON, or not UTF-8
         check_not_pointer(path)
         raise InputError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+        raise InputError(f"{path} should hold a JSON object, not a {kind_of(value)}")
     return value

@@ -29,7 +29,7 @@ from rich.filesize import decimal
 
 from r0_jax.console import console
 from r0_jax.errors import InputError, UnreachableError
-from r0_jax.files import check_writable, is_pickle
+from r0_jax.files import begin, check_writable, is_pickle
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise etils imports TensorFlow if present
 
@@ -138,7 +138,7 @@ def fetch(url: str, wanted: Mapping[str, Stamp], target: Path) -> None:
     def get(name: str) -> None:
         path, (size, changed) = target / name, missing[name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
+        part = begin(path)
         store(url).get_file(below(url, name), str(part))
         if part.stat().st_size != size:
             raise InputError(f"{below(url, name)} changed while it was fetched: try again")

@@ -7,10 +7,9 @@
 
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import rich.progress
 from absl import flags
 from jaxtyping import Float
 
-from r0_jax import cli, remote
+from r0_jax import cli, machine, remote
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
@@ -28,7 +27,7 @@ from r0_jax.evaluation import images
 from r0_jax.evaluation.batches import batches
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import draw_noise
-from r0_jax.files import check_not_pointer, check_writable
+from r0_jax.files import check_not_pointer, check_regular, check_writable
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
@@ -203,12 +202,18 @@ def draw(
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
     """Read the noise in a .npy file, as float32; raise InputError that says what is expected."""
     expected = f"expected a .npy file of finite numbers of shape {list(shape)}, [N, h, w, c]"
+    check_regular(path)
     try:
         with open(path, "rb") as file:
+            _check_header(path, file, shape, expected)
             latents = np.load(file, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):  # a zip file only by its first letters
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises any kind for a broken header or zip file
+        if machine.problem(error):
+            raise
         check_not_pointer(path)
         raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
     if not isinstance(latents, np.ndarray):
@@ -222,6 +227,21 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, 
     if not np.isfinite(latents).all():
         raise InputError(f"{path} holds NaN or infinite numbers; {expected}")
     return latents
+
+
+def _check_header(path: str | Path, file: BinaryIO, shape: tuple[int, ...], expected: str) -> None:
+    """Raise InputError where a .npy file says another shape, before so much is allocated."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        found, _, _ = read(file)
+    except Exception:  # of any kind in a broken header; np.load finds the same
+        found = shape
+    file.seek(0)
+    if found != shape:
+        raise InputError(f"{path} has shape {list(found)}; {expected}")
 
 
 def main(argv: list[str]) -> None:

@@ -11,10 +11,11 @@ before img_10. The contact sheet of `r0_jax.sample` is skipped.
 
 import collections
 import json
-import re
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,26 +25,22 @@ from rich.console import Console
 from rich.table import Table
 
 from r0_jax import cli, remote, rewards
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, printable
 from r0_jax.evaluation import images, statistics
 from r0_jax.evaluation.batches import fill
+from r0_jax.evaluation.pairing import SUFFIXES, Item, doubt, pair
+from r0_jax.evaluation.unfinished import Rows, Unfinished, job_of
 from r0_jax.files import check_writable, write_bytes
 from r0_jax.prompts import files
 from r0_jax.rewards import plugin
+from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OWN_FIELDS = ("file", "prompt")  # of the JSON objects in --out
 _CHECKED_SHAPE = (64, 64, 3)  # of the images that check a user's reward
+_HELD = 2**28  # bytes of images in float32 that a batch holds
 console = Console(stderr=True)
-
-
-class Item(NamedTuple):
-    """An image to score."""
-
-    path: Path
-    prompt: str
 
 
 def define_flags() -> None:
@@ -51,7 +48,7 @@ def define_flags() -> None:
     cli.define_path(
         "images",
         None,
-        f"folder of images ({', '.join(_SUFFIXES)}): named by the "
+        f"folder of images ({', '.join(SUFFIXES)}): named by the "
         "number of their prompt, from 0, or as many as there are prompts, in the "
         "order of their names: img_2 before img_10",
     )
@@ -89,104 +86,26 @@ def load_rewards(given: Sequence[str], dtype: str) -> list[Reward]:
     return list(loaded.values())
 
 
-def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
-    """Return images with their prompts, and warnings of missing images.
-
-    Raises InputError where names do not tell which prompt an image belongs to.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--images={folder} is not a folder")
-    found = sorted(
-        (
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in _SUFFIXES
-            and path.stem != "contact_sheet"
-            and not path.name.startswith(".")
-        ),
-        key=_natural,
-    )
-    if not found:
-        raise InputError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
-    others = [path for path in found if not re.fullmatch(r"\d+", path.stem)]
-    if not others:
-        by_number: dict[int, Path] = {}
-        for path in found:
-            if (other := by_number.setdefault(int(path.stem), path)) != path:
-                raise InputError(f"{other.name} and {path.name} have the same number")
-        extra = [path.name for number, path in by_number.items() if number >= len(prompts)]
-        if extra:
-            raise InputError(
-                f"{folder / extra[0]} has no prompt: there are {len(prompts)}, counted from 0"
-            )
-        missing = [f"{i:05d}" for i in range(len(prompts)) if i not in by_number]
-        return (
-            [Item(by_number[i], prompts[i]) for i in sorted(by_number)],
-            [f"image {name} is missing" for name in missing],
-        )
-    if len(found) != len(prompts):
-        but = "" if len(others) == len(found) else f" ({others[0].name} is not)"
-        raise InputError(
-            f"{folder} holds {len(found)} images, but there are {len(prompts)} "
-            f"prompts: name images by the number of their prompt, from 0{but}"
-        )
-    return [Item(*both) for both in zip(found, prompts, strict=True)], []
-
-
-def doubt(items: Sequence[Item]) -> str | None:
-    """Return a warning that tells which image got which prompt; None if there is no doubt.
-
-    There is doubt about images that are paired in order, from the first whose name does not follow
-    the one before: there is a gap between numbers, or a name without a number.
-    """
-    names = [re.fullmatch(r"(.*?)(\d*)", item.path.stem, re.DOTALL).groups() for item in items]
-    if not any(prefix for prefix, _ in names):
-        return None  # paired by number
-    sizes = collections.Counter(prefix for prefix, number in names if number)
-    rows = [prefix if number and sizes[prefix] > 1 else None for prefix, number in names]
-    for i in range(1, len(items)):
-        gap = rows[i] == rows[i - 1] is not None and int(names[i][1]) != int(names[i - 1][1]) + 1
-        if gap or (rows[i] is None) != (rows[i - 1] is None):
-            said = ", ".join(f"{item.path.name} with {item.prompt!r}" for item in items[i : i + 3])
-            more = ", ... (see --out)" if items[i + 3 :] else ""
-            return f"names are not numbered one by one, so images are paired in order: {said}{more}"
-    return None
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Return a key that sorts names as people count: img_2 before img_10."""
-    # Text and numbers alternate, so text is compared with text.
-    parts = re.split(r"(\d+)", path.stem)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-
 def batches(
     items: Sequence[Item], size: int, bad: Callable[[int, str], None]
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield (indices of items, images [b, h, w, 3]) of one shape, with b <= size.
+    """Yield (indices of items, images [b, h, w, 3]) of one shape, for functions that take any.
 
-    b is the same for all batches of a shape: the last image fills up the last batch. One batch is
-    held at a time, since headers tell which images have the same shape. `bad` gets the index and
-    the error of each image that cannot be read.
+    b <= size is the same for all batches of a shape: the last image fills up the last batch. One
+    batch is held at a time, of at most `_HELD` bytes, since headers tell which images have the same
+    shape. `bad` gets the index and the error of each image that cannot be read.
     """
     groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
-
-    def trying(read: Callable[[Path], Any], index: int) -> Any:
-        try:
-            return read(items[index].path)
-        except InputError as error:
-            bad(index, str(error).rstrip("."))
-
     for i in range(len(items)):
-        if (shape := trying(images.read_shape, i)) is not None:
+        if (shape := _trying(images.read_shape, items, i, bad)) is not None:
             groups[shape].append(i)
-    for group in groups.values():
-        b = min(size, len(group))
+    for shape, group in groups.items():
+        b = max(1, min(size, len(group), _HELD // (4 * math.prod(shape))))
         for start in range(0, len(group), b):
             held = {
                 i: image
                 for i in group[start : start + b]
-                if (image := trying(images.load_png, i)) is not None
+                if (image := _trying(images.load_png, items, i, bad)) is not None
             }
             # A header may not show an orientation.
             for shape in dict.fromkeys(image.shape for image in held.values()):
@@ -194,42 +113,144 @@ def batches(
                 yield indices, np.stack([held[indices[row]] for row in fill(len(indices), b)])
 
 
+def prepared_batches(
+    items: Sequence[Item],
+    prepares: Sequence[Preprocess],
+    size: int,
+    bad: Callable[[int, str], None],
+) -> Iterator[tuple[list[int], dict[Preprocess, np.ndarray]]]:
+    """Yield (indices of items, {prepare: images [size, s, s, 3]}), whatever size images have.
+
+    Each image is brought to the towers' sizes before the next one is read, so that one image is
+    held at a time, and one program serves all.
+    """
+    indices: list[int] = []
+    held: dict[Preprocess, list[np.ndarray]] = {prepare: [] for prepare in prepares}
+
+    def whole() -> tuple[list[int], dict[Preprocess, np.ndarray]]:
+        rows = fill(len(indices), size)
+        return indices, {prepare: np.stack(held[prepare])[rows] for prepare in held}
+
+    for i in range(len(items)):
+        if (image := _trying(images.load_pixels, items, i, bad)) is None:
+            continue
+        indices.append(i)
+        for prepare in held:
+            held[prepare].append(prepare.on_host(image))
+        if len(indices) == size:
+            yield whole()
+            indices, held = [], {prepare: [] for prepare in held}
+    if indices:
+        yield whole()
+
+
+def _trying(
+    read: Callable[[Path], Any], items: Sequence[Item], index: int, bad: Callable[[int, str], None]
+) -> Any:
+    try:
+        return read(items[index].path)
+    except InputError as error:
+        bad(index, str(error).rstrip("."))
+
+
 def score(
-    found: Sequence[Reward], items: Sequence[Item], batch_size: int, bad: Callable[[str], None]
+    found: Sequence[Reward],
+    items: Sequence[Item],
+    batch_size: int,
+    bad: Callable[[str], None],
+    keep: Callable[[Rows], None] = lambda rows: None,
+    known: Rows = MappingProxyType({}),
 ) -> dict[int, dict[str, float]]:
     """Return {index of item: {reward: score}} of every image that could be read.
 
-    `bad` gets the errors of the others, in order. Each prompt is encoded once. One program is
-    compiled for each reward and image shape.
+    `bad` gets the errors of the others, in order; `keep` gets scores as they come. What is `known`
+    is not computed again. Each prompt is encoded once. One program is compiled for each reward;
+    for one that takes images as they are, such as a function of the user's, one for each image
+    shape.
     """
-    prompts = list(dict.fromkeys(item.prompt for item in items))
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    params = {r.name: lazy.place(r.params) for r in found}
-    features = {r.name: r.text_features and r.text_features(params[r.name], prompts) for r in found}
-    scorers = {r.name: jax.jit(r.score) for r in found}
-    rows: dict[int, dict[str, float]] = {}
+    rows = {i: dict(scores) for i, scores in known.items()}
+    unread: dict[int, str] = {}
+    run = _scorer(found, items)
+    # Those that prepare images by themselves see each image once, whatever its size.
+    kinds = [
+        [reward for reward in found if (reward.prepare is None) == is_function]
+        for is_function in (False, True)
+    ]
+
+    def left(some: Sequence[Reward]) -> list[int]:
+        names = {reward.name for reward in some}
+        return [i for i in range(len(items)) if not names <= rows.get(i, {}).keys()]
+
     bar = progress.Progress(console=console, disable=not console.is_terminal)
     with bar:
-        task = bar.add_task("scoring", total=len(items))
-        unread: dict[int, str] = {}
+        task = bar.add_task("scoring", total=sum(len(left(some)) for some in kinds))
 
         def skip(index: int, message: str) -> None:
             bar.advance(task)
             unread[index] = message
 
-        for indices, drawn in batches(items, batch_size, skip):
-            texts_of = np.asarray([row_of[items[i].prompt] for i in indices])
-            texts_in = texts_of[fill(len(indices), len(drawn))]
-            for reward in found:
-                texts = features[reward.name]
-                texts = None if texts is None else texts[texts_in]
-                values = scorers[reward.name](params[reward.name], drawn, texts)
-                for i, value in zip(indices, np.asarray(values), strict=False):
-                    rows.setdefault(i, {})[reward.name] = float(value)
-            bar.advance(task, len(indices))
+        for some in kinds:
+            asked = [i for i in left(some) if i not in unread]
+            for indices, drawn in _read(some, items, asked, batch_size, skip):
+                new: dict[int, dict[str, float]] = {i: {} for i in indices}
+                for reward in some:
+                    values = run(reward, indices, drawn[reward.prepare])
+                    for i, value in zip(indices, values, strict=False):
+                        new[i][reward.name] = float(value)
+                for i in indices:
+                    rows.setdefault(i, {}).update(new[i])
+                keep(new)
+                bar.advance(task, len(indices))
     for i in sorted(unread):
         bad(unread[i])
-    return rows
+    return {i: rows[i] for i in sorted(rows) if rows[i].keys() >= {r.name for r in found}}
+
+
+def _scorer(
+    found: Sequence[Reward], items: Sequence[Item]
+) -> Callable[[Reward, Sequence[int], np.ndarray], np.ndarray]:
+    """Return a function (reward, indices of items, images) -> their scores, the last one repeated.
+
+    The weights are on the device, and each prompt is encoded once.
+    """
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    params = {r.name: lazy.place(r.params) for r in found}
+    features = {r.name: r.text_features and r.text_features(params[r.name], prompts) for r in found}
+    compiled = {r.name: jax.jit(r.score if r.prepare is None else r.judge) for r in found}
+
+    def run(reward: Reward, indices: Sequence[int], drawn: np.ndarray) -> np.ndarray:
+        texts = features[reward.name]
+        if texts is not None:
+            rows = np.asarray([row_of[items[i].prompt] for i in indices])
+            texts = texts[rows[fill(len(indices), len(drawn))]]
+        return np.asarray(compiled[reward.name](params[reward.name], drawn, texts))
+
+    return run
+
+
+def _read(
+    some: Sequence[Reward],
+    items: Sequence[Item],
+    asked: Sequence[int],
+    size: int,
+    bad: Callable[[int, str], None],
+) -> Iterator[tuple[list[int], dict[Preprocess | None, np.ndarray]]]:
+    """Yield batches of the items that are asked for, prepared as rewards of one kind need them."""
+    if not (some and asked):
+        return
+    part = [items[i] for i in asked]
+
+    def skip(place: int, message: str) -> None:
+        bad(asked[place], message)
+
+    if some[0].prepare is None:
+        for places, drawn in batches(part, size, skip):
+            yield [asked[place] for place in places], {None: drawn}
+        return
+    prepares = list(dict.fromkeys(reward.prepare for reward in some))
+    for places, prepared in prepared_batches(part, prepares, min(size, len(part)), skip):
+        yield [asked[place] for place in places], prepared
 
 
 def summary(
@@ -278,11 +299,14 @@ def main(argv: list[str]) -> None:
     prompts = files.read_prompts(given.prompts, numbered=True)
     items, problems = pair(remote.local(given.images), prompts)
     if said := doubt(items):
-        print(f"warning: {said}", file=console.file)
+        print(f"warning: {printable(said)}", file=console.file)
     found = load_rewards(given.rewards, given.dtype)
-    rows = score(found, items, given.batch_size, problems.append)
+    unfinished = Unfinished(out, items, job_of(found, given.rewards, given.dtype))
+    if known := unfinished.read():
+        print(f"continuing an unfinished call: {len(known)} images have scores", file=console.file)
+    rows = score(found, items, given.batch_size, problems.append, unfinished.keep, known)
     for problem in problems:
-        print(f"warning: {problem}, so it is not scored", file=console.file)
+        print(f"warning: {printable(problem)}, so it is not scored", file=console.file)
     if not rows:
         raise InputError(f"none of the images in {given.images} can be read")
     lines = [
@@ -296,7 +320,9 @@ def main(argv: list[str]) -> None:
         )
         for i in sorted(rows)
     ]
-    write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8"))
+    # A name that is not UTF-8 keeps its bytes, as Python's json reads them again.
+    write_bytes(out, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+    unfinished.remove()
     Console().print(summary(found, list(rows.values()), [items[i].prompt for i in sorted(rows)]))
     skipped = f", {len(problems)} skipped" if problems else ""
     print(f"{len(rows)} images scored{skipped}; {out}")

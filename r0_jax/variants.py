@@ -5,26 +5,29 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax.errors import InputError
 
-VARIANTS = ("r0plus", "full", "dryrun")
+VARIANTS = ("r0", "r0plus", "full", "dryrun")
 
 
 def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigDict:
     """Change a recipe's config to the variants of its command line, and return it.
 
     Args:
-      variants: any of `VARIANTS` with commas between. r0plus: reward the prediction of a random
-        step; full: train all weights instead of adapters; dryrun: a few quick steps on a pipeline
-        in miniature, made on the spot.
+      variants: any of `VARIANTS` with commas between. r0: reward the last image; r0plus: reward
+        the prediction of a random step; full: train all weights instead of adapters; dryrun: a few
+        quick steps on a pipeline in miniature, made on the spot.
       miniature: the name of that pipeline in r0_jax/stand_ins/miniature.py.
     Raises:
-      InputError: a variant is unknown.
+      InputError: a variant is unknown, or both r0 and r0plus are asked for.
     """
     chosen = variants.split(",") if variants else []
     for name in chosen:
         if name not in VARIANTS:
             raise InputError(f"variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
-    if "r0plus" in chosen:
-        config.objective.method = "r0plus"
+    methods = sorted({"r0", "r0plus"} & set(chosen))
+    if len(methods) > 1:
+        raise InputError("variants r0 and r0plus exclude each other: give one of them")
+    if methods:
+        config.objective.method = methods[0]
     if "full" in chosen:
         config.lora = base.get_config().lora  # nothing of the recipe's adapters is left
         config.lora.rank = 0
@@ -43,6 +46,8 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.pretrained = str(folder / "pipeline")
     config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
     config.dtype = "float32"
+    if config.height:  # of a family whose networks do not say it
+        config.height = config.width = 16
     config.steps, config.batch_size, config.device_batch = 4, 4, 2
     config.log_every, config.checkpoint_every, config.eval_every = 1, 2, 2
     config.eval.num_prompts, config.eval.grid = 4, 4

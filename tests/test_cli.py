@@ -229,6 +229,17 @@ def test_help_prints_usage_and_succeeds(folder):
         (["--config=base.py", "--out="], "--out is empty"),
         (["--config=base.py", "--out=o", "--scale=nan"], "--scale=nan is not a number"),
         (["--config.steps=3"], "--config.steps overrides a config file: give --config=FILE.py too"),
+        (["--config=base.py", "--out=o", "--scale=inf"], "--scale=inf is not a finite number"),
+        (["--noema=x"], "--noema=x does not take an argument; flags are --name=value"),
+        (
+            ["--flagfile=/dev/zero"],
+            "/dev/zero is a pipe or a device, not a file: give a regular file",
+        ),
+        (
+            ["--config=base.py", "--out=o", "--config.lora=x"],
+            "--config.lora is a section of the config: set one of its fields, such as "
+            "--config.lora.alpha",
+        ),
     ],
 )
 def test_bad_flag(folder, arguments, message):

@@ -1,11 +1,13 @@
 """Files of others: links, names and pipes; and temporary files of ours."""
 
+import errno
 import os
+import shutil
 
 import pytest
 
 from r0_jax import files
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, explain
 
 
 def test_links_lead_inside_the_folder_or_into_the_hubs_cache(tmp_path):
@@ -62,3 +64,34 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
     files.write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert sorted(os.listdir(tmp_path)) == ["a", "usual"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_builds_is_not(tmp_path):
+    out = tmp_path / "out [1]"  # whose name is a pattern
+    with files.building(out) as living:
+        (living / "a").write_text("")
+        dead = files.temporary_name(out)
+        dead.mkdir()
+        (dead / "large").write_text("")
+        other = tmp_path / ".out [1].notes.tmp"  # no name of ours
+        other.write_text("")
+        with files.building(out) as second:
+            assert second.is_dir() and living.is_dir() and not dead.exists() and other.exists()
+        (living / "b").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name]
+
+
+def test_a_full_disk_is_told_of_what_is_written(tmp_path, monkeypatch):
+    (tmp_path / "source").write_text("x")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", source)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError) as raised:
+        files.copy_file(tmp_path / "source", tmp_path / "target", tmp_path)
+    assert explain(raised.value)[1].startswith(f"{tmp_path / 'target'}: no space left")
+    with pytest.raises(InputError, match=r"cannot write .*/out: no space left"):
+        with files.building(tmp_path / "out") as folder:
+            raise OSError(errno.ENOSPC, "No space left on device")  # as of a write, without a name
+    assert not folder.exists()

@@ -22,14 +22,23 @@ COMMANDS = [
     "r0_jax.sample",
     "r0_jax.score",
     "r0_jax.evaluate",
-    "r0_jax.results",
+    "r0_jax.ablate",
     "r0_jax.convert_reward",
     "r0_jax.convert_single_file",
     "r0_jax.export",
     "r0_jax.plan",
     "r0_jax.pretrain",
 ]
-RECIPES = ["sd15_r0", "sdxl_r0", "sd3_r0", "sd35_r0", "taiyi_r0", "shapes_r0", "shapes_base"]
+RECIPES = [
+    "sd15_r0",
+    "sdxl_r0",
+    "sd3_r0",
+    "sd35_r0",
+    "z_image_r0",
+    "taiyi_r0",
+    "shapes_r0",
+    "shapes_base",
+]
 
 
 @pytest.fixture(scope="module")

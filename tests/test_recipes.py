@@ -9,7 +9,7 @@ from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0
+from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import config_check, rewards
 from r0_jax.errors import InputError
@@ -25,16 +25,24 @@ from r0_jax.weights.network import Network
 
 REWARDS = {  # what each recipe trains on
     **{
-        name: ["hps_v2_1", "image_reward", "clip_score"] for name in ("sd15", "sdxl", "sd3", "sd35")
+        name: ["hps_v2_1", "image_reward", "clip_score"]
+        for name in ("sd15", "sdxl", "sd3", "sd35", "z_image")
     },
     "taiyi": ["chinese_clip", "aesthetic"],
 }
-RECIPES = {"sd15": sd15_r0, "sdxl": sdxl_r0, "sd3": sd3_r0, "sd35": sd35_r0, "taiyi": taiyi_r0}
+RECIPES = {
+    "sd15": sd15_r0,
+    "sdxl": sdxl_r0,
+    "sd3": sd3_r0,
+    "sd35": sd35_r0,
+    "taiyi": taiyi_r0,
+    "z_image": z_image_r0,
+}
 
 
 @pytest.mark.parametrize(
     "name, variants",
-    [("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun,r0plus"), ("taiyi", "dryrun")],
+    [("sd15", "dryrun,full"), ("sdxl", "dryrun"), ("sd3", "dryrun"), ("taiyi", "dryrun")],
 )
 def test_a_dry_run_trains_resumes_evaluates_and_exports(tmp_path, name, variants):
     workdir = tmp_path / "run"
@@ -133,8 +141,10 @@ def test_without_weights_a_recipe_says_what_is_missing(tmp_path):
 def test_variants_change_what_they_say_and_combine(name):
     recipe = RECIPES[name]
     plain, both = recipe.get_config(), recipe.get_config("r0plus,full")
-    assert (plain.objective.method, both.objective.method) == ("r0", "r0plus")
-    assert plain.lora.rank == 32 and both.lora.rank == 0
+    assert both.objective.method == "r0plus"
+    assert recipe.get_config("r0").objective.method == "r0"
+    assert plain.objective.method == ("r0" if name in ("sd15", "taiyi") else "r0plus")
+    assert plain.lora.rank == 64 and both.lora.rank == 0
     assert both.optimizer.learning_rate < plain.optimizer.learning_rate
     assert not config_check.without_effect(both) and not config_check.without_effect(plain)
     dry = recipe.get_config("dryrun")
@@ -142,21 +152,24 @@ def test_variants_change_what_they_say_and_combine(name):
         assert dry[kept] == plain[kept], kept
     assert dry.lora.targets == plain.lora.targets
     assert dry.lora.alpha / dry.lora.rank == plain.lora.alpha / plain.lora.rank
-    with pytest.raises(InputError, match="variant 'r1' is unknown; known: r0plus, full, dryrun"):
+    with pytest.raises(InputError, match="variant 'r1' is unknown; known: r0, r0plus, full, dryr"):
         recipe.get_config("r1")
+    with pytest.raises(InputError, match="r0 and r0plus exclude each other"):
+        recipe.get_config("r0,r0plus")
     assert set(plain) == set(base.get_config())
 
 
 @pytest.mark.parametrize(
     "name, folder, count",
     [
-        ("sd15", "stable_diffusion/unet", 128),
-        ("sdxl", "stable_diffusion_xl/unet", 560),
-        ("sd3", "stable_diffusion_3/transformer", 191),
+        ("sd15", "stable_diffusion/unet", 16 * 8 + 16 * 2 + 16 * 2),
+        ("sdxl", "stable_diffusion_xl/unet", 70 * 8 + 70 * 2 + 11 * 2),
+        ("sd3", "stable_diffusion_3/transformer", 24 * 8 - 1 + 24 * 4 - 2),
+        ("z_image", "z_image/transformer", 34 * 7),
     ],
 )
-def test_adapters_are_on_the_layers_that_the_published_sets_name(name, folder, count):
-    """The attention of both UNets; of SD3 diffusers' DreamBooth set, whose last block lacks one."""
+def test_adapters_are_on_all_linear_layers_of_the_transformers(name, folder, count):
+    """Attention, feed-forward and the way in and out; the last block of SD3 drops the text."""
     fields = config_of(folder)
     build, _ = NETWORKS[fields["_class_name"]]
     shapes = Network.abstract(lambda rngs: build(fields, rngs)).shapes

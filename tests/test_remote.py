@@ -365,23 +365,21 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
     there = store / "bucket/runs/w"
     write_metrics = checkpoint_manager.Checkpoints._write_metrics
 
-    def after_its_row(checkpoints, step, metrics):
+    def after_its_row(checkpoints, step, metrics, score):
         # A checkpoint that counts as measured is not measured again: the row must be there.
         assert (there / "metrics.jsonl").read_text() == f"{step} measured\n"
-        write_metrics(checkpoints, step, metrics)
+        write_metrics(checkpoints, step, metrics, score)
 
     monkeypatch.setattr(checkpoint_manager.Checkpoints, "_write_metrics", after_its_row)
     with mirror.workdir(url, training=True) as workdir:
-        with checkpoint_manager.Checkpoints(
-            workdir, keep=1, best_metric="heldout/x"
-        ) as checkpoints:
+        with checkpoint_manager.Checkpoints(workdir, keep=1) as checkpoints:
             for step in (1, 2, 3):
                 write(workdir.path, **{"metrics.jsonl": f"{step}\n"})
                 checkpoints.save(small_state(step))
                 # What is measured up to a checkpoint is there before it.
                 assert (there / "metrics.jsonl").read_text() == f"{step}\n"
                 write(workdir.path, **{"metrics.jsonl": f"{step} measured\n"})
-                checkpoints.add_metrics(step, {"heldout/x": -step})
+                checkpoints.add_metrics(step, {"heldout/x": -step}, -step)
                 checkpoints.wait()
             wait_for(lambda: (there / "checkpoints/3/metrics/metrics").exists())
         assert (workdir.path / "checkpoints").exists() == url.startswith("s3")

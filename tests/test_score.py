@@ -12,8 +12,9 @@ from torch_preprocess import noise
 
 from r0_jax import rewards, score
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, statistics
+from r0_jax.evaluation import images, statistics, unfinished
 from r0_jax.rewards import plugin
+from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward
 from r0_jax.stand_ins import miniature_reward
 
@@ -355,3 +356,83 @@ def test_what_is_killed_leaves_the_old_scores_alone(world, tmp_path):
         "scores.jsonl",
         "slow.py",
     ]
+
+
+def test_a_killed_call_continues_where_it_was(tmp_path, monkeypatch):
+    prompts = [f"prompt {i}" for i in range(5)]
+    for i in range(5):
+        images.save_png(tmp_path / f"{i}.png", noise(8, 8 + i)[0])
+    items, _ = score.pair(tmp_path, prompts)
+    prepare = Preprocess(8)
+    seen, load_pixels = [], images.load_pixels
+
+    def judge(params, prepared, features):
+        return prepared.mean((1, 2, 3))
+
+    reward = Reward("r", {}, judge, None, prepare=prepare, judge=judge)
+
+    def load(path):
+        seen.append(path.name)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return load_pixels(path)
+
+    monkeypatch.setattr(images, "load_pixels", load)
+    out = tmp_path / "scores.jsonl"
+    job = unfinished.job_of([reward], ["clip=x"], "float32")
+    first = unfinished.Unfinished(out, items, job)
+    with pytest.raises(KeyboardInterrupt):
+        score.score([reward], items, 2, print, first.keep)
+    first._file.write(b'["half a li')  # as a kill may leave it
+    first._file.close()
+
+    again = unfinished.Unfinished(out, items, job)
+    known = again.read()
+    assert sorted(known) == [0, 1]
+    seen[:] = ["", "", "", ""]
+    rows = score.score([reward], items, 2, print, again.keep, known)
+    assert sorted(rows) == [0, 1, 2, 3, 4] and seen[4:] == ["2.png", "3.png", "4.png"]
+    for i, row in rows.items():
+        expected = prepare.on_host(load_pixels(items[i].path)).mean()
+        np.testing.assert_allclose(row["r"], expected, atol=1e-5)
+    # Another job, and an image that changed, are not continued.
+    assert unfinished.Unfinished(out, items, "other").read() == {}
+    images.save_png(items[0].path, noise(9, 9)[0])
+    assert sorted(again.read()) == [1, 2, 3, 4]
+    with pytest.raises(InputError, match="another process is scoring"):
+        unfinished.Unfinished(out, items, job).keep({0: {"r": 1.0}})
+    again.remove()
+    assert not list(tmp_path.glob(".scores*"))
+
+
+def test_images_of_many_sizes_take_one_program_and_the_memory_of_one(tmp_path):
+    for i in range(6):
+        images.save_png(tmp_path / f"{i}.png", noise(8 + i, 20 - i)[0])
+    items, _ = score.pair(tmp_path, ["x"] * 6)
+    shapes = []
+
+    def judge(params, prepared, features):
+        shapes.append(prepared.shape)  # once a trace
+        return prepared.mean((1, 2, 3))
+
+    reward = Reward("r", {}, judge, None, prepare=Preprocess(8), judge=judge)
+    assert len(score.score([reward], items, 4, print)) == 6
+    assert shapes == [(4, 8, 8, 3)]
+
+
+def test_a_name_that_is_not_utf8_and_files_that_are_no_images(world, tmp_path):
+    (tmp_path / "i").mkdir()
+    images.save_png(tmp_path / "x.png", noise(8, 8)[0])
+    os.rename(tmp_path / "x.png", os.fsencode(tmp_path / "i") + b"/a\xff.png")
+    os.mkfifo(tmp_path / "i" / "b.png")
+    (tmp_path / "p.txt").write_text("a star\na square\n")
+    done = run(
+        world,
+        f"--images={tmp_path / 'i'}",
+        f"--prompts={tmp_path / 'p.txt'}",
+        f"--out={tmp_path / 's.jsonl'}",
+        "--rewards=clip_score=clip",
+    )
+    assert done.returncode == 0 and "b.png is a pipe or a device" in done.stderr, done.stderr
+    (row,) = map(json.loads, (tmp_path / "s.jsonl").read_text("utf-8").splitlines())
+    assert os.fsencode(row["file"]) == b"a\xff.png" and row["clip_score"] is not None

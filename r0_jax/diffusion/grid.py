@@ -47,7 +47,7 @@ def of_folder(
     """
     if levels is None and config.is_flow and num_steps <= MOST_STEPS:
         if not config.sampling["shift_terminal"]:
-            levels = sigmas(num_steps)
+            levels = schedulers.even_sigmas(num_steps)
     return schedulers.from_folder(config, num_steps, levels)
 
 
@@ -81,13 +81,8 @@ def exported(config: SchedulerConfig, num_steps: int, eta: float | int = 0) -> S
     """
     noise = config.noise
     if isinstance(noise, FlowMatching):
-        return _exported_flow(noise, num_steps, stochastic=eta == 1)
+        return _exported_flow(noise, num_steps, config.even_sigmas, stochastic=eta == 1)
     return _variance_preserving(config, num_steps, eta)
-
-
-def sigmas(num_steps: int) -> list[float]:
-    """Return 1, ..., 1 / num_steps: the grid of flow matching before the shift."""
-    return [1 - i / num_steps for i in range(num_steps)]
 
 
 def _variance_preserving(
@@ -101,13 +96,15 @@ def _flow(noise: FlowMatching, num_steps: int, *, stochastic: bool = False) -> S
         noise.num_train_timesteps,
         noise.shift,
         num_steps,
-        sigmas(num_steps),
+        schedulers.even_sigmas(num_steps),
         stochastic=stochastic,
     )
 
 
-def _exported_flow(noise: FlowMatching, num_steps: int, *, stochastic: bool) -> SchedulerConfig:
-    """Return a scheduler of another shift and a terminal.
+def _exported_flow(
+    noise: FlowMatching, num_steps: int, even_sigmas: bool, *, stochastic: bool
+) -> SchedulerConfig:
+    """Return a scheduler of another shift and a terminal, unless it is given even sigmas.
 
     Left alone, diffusers spaces its sigmas evenly from 1 to the least one that it knows, shifts
     them and, with a shift_terminal, stretches them to end there. With t = k / K and the true
@@ -124,8 +121,8 @@ def _exported_flow(noise: FlowMatching, num_steps: int, *, stochastic: bool) -> 
     kept = {"_class_name": FLOW_MATCHING, "num_train_timesteps": total}
     if stochastic:
         kept["stochastic_sampling"] = True
-    if num_steps == 1:
-        return SchedulerConfig.from_json(kept | {"shift": true})
+    if num_steps == 1 or even_sigmas:
+        return SchedulerConfig.from_json(kept | {"shift": true}, even_sigmas=even_sigmas)
     rest = total - 1
     share = (true - 1) * (num_steps - 1) / (true * num_steps)
     b = (1 - share) * rest

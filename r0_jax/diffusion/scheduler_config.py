@@ -21,6 +21,12 @@ FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
 # file has `clip_sample`); diffusers does not read those and neither do we.
 _Known = dict[str, tuple[object, tuple[object, ...] | type | UnionType]]
 _NUMBER = int | float
+_MOST = 10**9  # of any number
+# Tables have an entry a timestep; published networks have 1,000.
+_BOUNDS = {
+    "num_train_timesteps": (-_MOST, 100_000),
+    "original_inference_steps": (1, 100_000),
+}
 
 # Class -> the fields that define its noise. All schedulers of diffusers for variance-preserving
 # networks share them, however they sample.
@@ -155,19 +161,30 @@ class SchedulerConfig:
       fields: the contents of the file; an export writes them.
       trained: the noise of training; `noise` returns it or raises.
       sampled: how the class samples; `sampling` returns it or raises.
+      even_sigmas: the stock pipeline gives the scheduler sigmas 1, ..., 1 / n. Other ones leave
+        flow matching to diffusers, whose sigmas end near 0.
     """
 
     class_name: str
     fields: Json
     trained: NoiseSchedule | Unsupported
     sampled: Fields | Unsupported
+    even_sigmas: bool = False
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, object]) -> "SchedulerConfig":
-        """Parse the contents of a scheduler_config.json."""
+    def from_json(
+        cls, fields: Mapping[str, object], where: str = "", even_sigmas: bool = False
+    ) -> "SchedulerConfig":
+        """Parse the contents of a scheduler_config.json; messages begin with `where`."""
         name = fields.get("_class_name")
         noise = _flow_noise if name == FLOW_MATCHING else _betas
-        return cls(str(name), dict(fields), _attempt(noise, fields), _attempt(_sampling, fields))
+        return cls(
+            str(name),
+            dict(fields),
+            _attempt(noise, fields, where),
+            _attempt(_sampling, fields, where),
+            even_sigmas,
+        )
 
     @property
     def is_flow(self) -> bool:
@@ -225,12 +242,12 @@ class SchedulerConfig:
 
 
 def _attempt(
-    parse: Callable[[Mapping[str, object]], _T], fields: Mapping[str, object]
+    parse: Callable[[Mapping[str, object]], _T], fields: Mapping[str, object], where: str
 ) -> _T | Unsupported:
     try:
         return parse(fields)
     except InputError as error:
-        return Unsupported(str(error))
+        return Unsupported(f"{where}{error}")
 
 
 def _betas(fields: Mapping[str, object]) -> VariancePreserving:
@@ -275,8 +292,14 @@ def _read(fields: Mapping[str, object], supported: _Known) -> Fields:
             fine, known = value in values, ", ".join(map(repr, values))
         else:
             fine, known = isinstance(value, values), str(values)
+        # `_flow_fields` and `_betas` check these.
+        is_checked = isinstance(value, bool) or field.startswith(("shift", "beta_"))
+        if fine and isinstance(value, int | float) and not is_checked:
+            least, most = _BOUNDS.get(field, (-_MOST, _MOST))
+            fine, known = least <= value <= most, f"numbers from {least} to {most}"  # no NaN
         if not fine:
-            raise InputError(f"{name} with {field}={value!r} is not supported; supported: {known}")
+            shown = repr(value) if not isinstance(value, int) or abs(value) < 1e300 else "too large"
+            raise InputError(f"{name} with {field}={shown} is not supported; supported: {known}")
     return cast(Fields, read)  # each value was checked
 
 

@@ -150,6 +150,8 @@ def from_config(
     """
     n, fields = num_inference_steps, config.sampling
     if config.is_flow:
+        if sigmas is None and config.even_sigmas:
+            sigmas = even_sigmas(n)
         return flow_matching(
             fields["num_train_timesteps"],
             fields["shift"],
@@ -194,6 +196,11 @@ def from_folder(
             f"images are drawn with DDIM, not with the folder's sampler: {problem}", stacklevel=2
         )
     return from_config(config, num_inference_steps, sigmas)
+
+
+def even_sigmas(n: int) -> list[float]:
+    """Return 1, ..., 1 / n: evenly spaced noise levels of flow matching, before the shift."""
+    return [1 - i / n for i in range(n)]
 
 
 def flow_matching(

@@ -6,12 +6,16 @@ numbers show it.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from r0_jax.errors import InputError
 
 _LUMA = (0.299, 0.587, 0.114)
 _MEANS = ("saturation", "contrast", "edges", "dark", "colour_entropy")
@@ -77,6 +81,35 @@ def relative(now: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     return {
         name: (value + least.get(name, 1e-12)) / (base[name] + least.get(name, 1e-12))
         for name, value in now.items()
+    }
+
+
+def check_bounds(bounds: Mapping[str, Any], grids: Sequence[int]) -> None:
+    """Raise InputError unless `bounds` is {sign: (least, most)} of signs that are measured."""
+    known = (*_MEANS, "diversity", *(f"grid_energy_{grid}" for grid in grids))
+    for name, pair in bounds.items():
+        if name not in known:
+            raise InputError(f"veto.{name} is not a sign of hacking here; use {', '.join(known)}")
+        try:
+            least, most = pair
+            valid = 0 <= least <= most < math.inf
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise InputError(
+                f"veto.{name}={pair!r} must be two numbers (least, most), multiples of what the "
+                "untrained generator shows, such as (0.5, 2.0)"
+            )
+
+
+def outside(
+    multiples: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
+    """Return those of the signs that do not lie within their (least, most)."""
+    return {
+        name: multiples[name]
+        for name, (least, most) in bounds.items()
+        if not least <= multiples[name] <= most
     }
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from r0_jax.diffusion import rollout
 from r0_jax.diffusion.schedulers import Scheduler
+from r0_jax.models import repeat
 from r0_jax.parallel import sharding
 from r0_jax.pipelines.pipeline import Conditioning, Pipeline, Tokens
 from r0_jax.weights.network import Params
@@ -57,7 +58,12 @@ class ImageSampler:
     """Draws images of prompts with one pipeline, scheduler and guidance; compiled once.
 
     With a `mesh`, the parameters live on it. A batch that its data and fsdp axes divide is split
-    over them, and every process gets all images.
+    over them, and every process gets all images. `blocks` says how the networks' blocks compile.
+
+    Attributes:
+      guided: whether the network is called with and without the prompt.
+      network_calls: an image.
+      run: the jitted program, which a call runs.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class ImageSampler:
         scheduler: Scheduler,
         guidance_scale: float,
         mesh: Mesh | None = None,
+        blocks: repeat.Repeat = repeat.PLAIN,
     ):
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
@@ -73,26 +80,27 @@ class ImageSampler:
         empty = jax.tree.map(jnp.asarray, pipeline.empty) if self.guided else {}
 
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
-            conditioning = pipeline.encode_prompt(params, tokens)
-            negative = (
-                pipeline.encode_negative(params, empty, conditioning) if self.guided else None
-            )
-            latents = sample_latents(
-                pipeline,
-                scheduler,
-                params[pipeline.generator_part],
-                noise * scheduler.init_noise_sigma,
-                conditioning,
-                negative,
-                guidance_scale,
-                keys,
-            )
-            return pipeline.decode(params["vae"], latents)
+            with repeat.use(blocks):
+                conditioning = pipeline.encode_prompt(params, tokens)
+                negative = (
+                    pipeline.encode_negative(params, empty, conditioning) if self.guided else None
+                )
+                latents = sample_latents(
+                    pipeline,
+                    scheduler,
+                    params[pipeline.generator_part],
+                    noise * scheduler.init_noise_sigma,
+                    conditioning,
+                    negative,
+                    guidance_scale,
+                    keys,
+                )
+                return pipeline.decode(params["vae"], latents)
 
-        self._run = sharding.spread(run, mesh) if mesh else jax.jit(run)
+        self.run = sharding.spread(run, mesh) if mesh else jax.jit(run)
 
     def __call__(
         self, params: dict[str, Params], tokens: Tokens, noise: Any, keys: Any
     ) -> Float[Array, "b h w 3"]:
         """Return images in [0, 1] of B prompts' tokens and standard normal noise [B, h, w, c]."""
-        return self._run(params, tokens, noise, keys)
+        return self.run(params, tokens, noise, keys)

@@ -74,13 +74,23 @@ def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
     Transparent pixels show their colour, as in the rewards' own code. Raises InputError for a file
     that is not a whole image.
     """
+    pixels = load_pixels(path)
+    return pixels.astype(np.float32) / np.float32(255) if pixels.dtype == np.uint8 else pixels
+
+
+def load_pixels(
+    path: str | os.PathLike,
+) -> UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"]:
+    """Read what `load_png` reads, in a quarter of the memory: uint8, where the file has 8 bits."""
     with _opened(path) as image:
         image.load()  # a PNG may store its orientation after its pixels
         upright = image.transpose(turn) if (turn := _turn(image)) is not None else image
+        if upright.mode == "F":  # of any range: what is white is not said
+            raise InputError(f"{path} holds floating-point pixels: save it with 8 bits a channel.")
         if upright.mode.startswith("I"):  # 16-bit grey: PIL would cut it off at 255
             grey = np.asarray(upright, np.float32) / np.float32(65535)
             return np.repeat(grey[..., None], 3, axis=-1)
-        return np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
+        return np.asarray(upright.convert("RGB"))
 
 
 def read_shape(path: str | os.PathLike) -> tuple[int, int, int]:
@@ -199,10 +209,13 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         check_not_pointer(path)
         raise InputError(f"{path} is not an image, or cut short; make it again.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # PIL raises SyntaxError for a broken chunk.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read the image {path}: {reason}.") from error
+    except InputError:
+        raise
+    except (MemoryError, Image.DecompressionBombError):
+        raise InputError(f"the image {path} has too many pixels: make it smaller.") from None
+    except Exception as error:  # of a broken file PIL raises any kind: SyntaxError, struct.error
+        reason = (getattr(error, "strerror", None) or "it is damaged").lower()
+        raise InputError(f"cannot read the image {path}: {reason}; make it again.") from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

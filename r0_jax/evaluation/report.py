@@ -22,7 +22,8 @@ from PIL import Image
 
 from r0_jax.errors import InputError
 from r0_jax.evaluation import curves
-from r0_jax.evaluation.images import load_png, to_uint8, write_bytes
+from r0_jax.evaluation.images import load_png, to_uint8
+from r0_jax.files import Json, check_regular, loads, write_bytes
 
 _PROMPTS_SHOWN = 12
 _GRIDS_SHOWN = 6
@@ -157,13 +158,22 @@ def write_report(workdir: str | os.PathLike) -> Path:
     return workdir / "report.html"
 
 
+def read_evaluation(path: Path) -> Json:
+    """Read an eval.json; raise InputError if it is broken."""
+    check_regular(path)
+    try:
+        evaluation = loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); evaluate again.") from None
+    if not isinstance(evaluation, dict):
+        raise InputError(f"{path} is not a JSON object; evaluate again.")
+    return evaluation
+
+
 def _result(path: Path) -> str:
     if not path.exists():
         return _missing("eval.json", "the evaluation at the end of a run")
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); evaluate again.") from error
+    evaluation = read_evaluation(path)
     models, table = rows(evaluation)
     ours = ['class="ours"' if name.startswith("r0") else "" for name in evaluation["models"]]
     head = "".join(f"<th {o}>{html.escape(m)}</th>" for o, m in zip(ours, models, strict=True))
@@ -205,7 +215,7 @@ def _differences(evaluation: dict) -> str:
 
 
 def _curves(path: Path) -> str:
-    if not path.exists():
+    if not path.is_file():
         return _missing("metrics.jsonl", "training")
     series, unreadable = curves.read(path)
     parts = [
@@ -235,8 +245,9 @@ def _side_by_side(folder: Path) -> str:
     if not (folder / "prompts.jsonl").exists():
         return _missing("samples/eval/prompts.jsonl", "the evaluation at the end of a run")
     try:
+        check_regular(folder / "prompts.jsonl")
         lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line.strip()]
+        records = [loads(line) for line in lines if line.strip()]
         pairs = [(record["prompt"], record["files"].items()) for record in records]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return _note(f"samples/eval/prompts.jsonl could not be read ({error}).")
@@ -274,7 +285,8 @@ def _configuration(path: Path) -> str:
     if not path.exists():
         return _missing("config.json", "the start of a run")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        check_regular(path)
+        config = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return _note(f"config.json could not be read ({error}).")
     text = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
@@ -298,7 +310,11 @@ def _is_entry(entry: object) -> bool:
     if interval is None:
         interval = [None, None]
     numbers = [entry["value"], *interval] if isinstance(interval, list) else []
-    return len(numbers) == 3 and all(n is None or isinstance(n, (int, float)) for n in numbers)
+    # A whole number of JSON may be larger than any float.
+    return len(numbers) == 3 and all(
+        n is None or isinstance(n, float) or (isinstance(n, int) and abs(n) < 1e300)
+        for n in numbers
+    )
 
 
 def _family(name: str) -> str:

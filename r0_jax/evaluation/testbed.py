@@ -17,20 +17,16 @@ from ml_collections import ConfigDict
 from r0_jax import prompts, rewards
 from r0_jax.config import trained_rewards
 from r0_jax.console import console
-from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, statistics, world
+from r0_jax.evaluation import images, programs, statistics, table_programs, world
 from r0_jax.evaluation.batches import batch_size, chunks, draw, fill, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.files import write_bytes
-from r0_jax.models import attention_backend
 from r0_jax.parallel import distributed, sharding
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.prompts.files import read_prompts
-from r0_jax.rewards import tower
 from r0_jax.rewards.reward import Reward
-from r0_jax.rewards.tower import normalize
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir.run import Run
@@ -59,7 +55,7 @@ def check(test: ConfigDict, heldout_rewards: ConfigDict) -> None:
     ):
         if test[field] < least:
             raise InputError(f"test.{field}={test[field]} must be at least {least}")
-    asked = read_prompts(test.prompts)[: test.num_prompts]
+    asked = read_prompts(test.prompts, count=test.num_prompts)
     if len(asked) < 2:
         raise InputError(f"{test.prompts} has one prompt: a test needs at least 2")
     if test.world == "shapes":
@@ -132,10 +128,7 @@ class Testbed:
         mesh = sharding.global_mesh()
         size = batch_size(self.config, len(self.prompts), mesh)
         warm_up(model, self.tokens, self.pipeline, size)
-        scorers = {
-            reward.name: sharding.spread(reward.score, mesh)
-            for reward in self.rewards + self.heldout
-        }
+        scorers = programs.scorers(self.rewards + self.heldout, mesh)
         parts: dict[str, list[np.ndarray]] = {}
         seconds, shown = [], []
         for rows in chunks(len(self.prompts), size, self.pipeline.image_shape):
@@ -275,44 +268,34 @@ def warm_up(model: Model, tokens: Tokens, pipeline: Pipeline, size: int) -> None
 
 def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
     """Return images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
-    if not config.test.features:
+    found = table_programs.feature_tower(config)
+    if found is None:
         return None
-    entry = config.heldout_rewards[config.test.features]
-    found = tower.load(entry.path, config.dtype, text=False)
     mesh = sharding.global_mesh()
     params = lazy.place(found.params, sharding.replicated(mesh))
-    encode = sharding.spread(
-        lambda params, x, _: normalize(
-            found.sight.apply(params, "image_features", found.prepare(x).astype(config.dtype))
-        ),
-        mesh,
-    )
+    encode = table_programs.image_features(found, config.dtype, mesh)
     return lambda x: score(encode, params, x, None, batch_size(config, len(x), mesh))
 
 
 def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
     """Measure a finished run: the base with guidance, the base in few steps, and R0.
 
+    With `config.test.base` false it is R0 alone.
+
     All processes do it together; process 0 writes eval.json and samples/eval/.
     """
     config = run.config
     chosen = distributed.of_first(lambda: run.choose_step(step))
     pipeline = prompts.of(config).attach(run.pipeline)
-    weights = run.weights(run.params(chosen))
-    guided = schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
-    scheduler = grid.grid(pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta)
-    mesh = sharding.global_mesh()
-    pipeline = pipeline.attending(attention_backend.of_config(config, mesh))
-    few = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
+    weights = run.weights(run.params(chosen), config.dtype)
+    guided, few = table_programs.samplers(config, pipeline, sharding.global_mesh())
     trained = {**pipeline.params, pipeline.generator_part: weights}
     k = config.sampler.num_steps
-    models = {
-        f"base_{config.test.base_steps}_guided": Model(
-            ImageSampler(pipeline, guided, config.test.guidance_scale, mesh=mesh), pipeline.params
-        ),
+    bases = {
+        f"base_{config.test.base_steps}_guided": Model(guided, pipeline.params),
         f"base_{k}": Model(few, pipeline.params),
-        f"r0_{k}": Model(few, trained),
     }
+    models = (bases if config.test.base else {}) | {f"r0_{k}": Model(few, trained)}
     return evaluate_models(
         Testbed.build(config, pipeline), models, run.workdir.path, {"checkpoint": f"step {chosen}"}
     )

@@ -1,23 +1,20 @@
 """Measures the averaged generator during training: all rewards, on fixed prompts and noise."""
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from r0_jax.diffusion import grid
 from r0_jax.evaluation import hacking, images
-from r0_jax.evaluation.batches import batch_size, chunks, draw, score
-from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.batches import chunks, draw, score
 from r0_jax.evaluation.noise import fixed_noise
+from r0_jax.evaluation.programs import Programs
 from r0_jax.method.generator import Generator
-from r0_jax.parallel import sharding
 from r0_jax.pipelines.pipeline import Pipeline, take
 from r0_jax.prompts.source import PromptSource
 from r0_jax.rewards.reward import Reward
@@ -25,6 +22,7 @@ from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 
 Images = Float[np.ndarray, "n h w 3"]
+VETOED = "hacking/vetoed"  # the metric that keeps a checkpoint from being the best
 
 
 class Validation:
@@ -46,22 +44,17 @@ class Validation:
         """Read prompts and draw noise; `check` runs between batches and may raise to stop."""
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout, self.check = rewards, heldout, check
+        self.generator = generator
         asked, kept = config.eval, folder / "eval_prompts.json"
         self.prompts, self.tokens, self.features = source.evaluation(
             asked.prompts, asked.num_prompts, pipeline, rewards, kept
         )
         self.latent_shape, self.image_shape = pipeline.latent_shape, pipeline.image_shape
-        self.grids = tuple(sorted({reward.grid for reward in rewards if reward.grid}))
-
-        scheduler = grid.grid(
-            pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta
+        self.programs = Programs(
+            config, pipeline, generator, rewards, frozen, mesh, len(self.prompts)
         )
-        self.sampler = ImageSampler(pipeline, scheduler, guidance_scale=1.0, mesh=mesh)
-        self.weights = jax.jit(generator.weights)
-        self.part = pipeline.generator_part
-        self.scores = {r.name: sharding.spread(r.score, mesh) for r in rewards}
-        self.batch = batch_size(config, len(self.prompts), mesh)
-        self.mesh = mesh
+        self.veto = config.veto.to_dict()
+        hacking.check_bounds(self.veto, self.programs.grids)
         self.base_signs: dict[str, float] | None = None  # of hacking; measured when first needed
 
     def __call__(
@@ -70,20 +63,25 @@ class Validation:
         """Return metrics, and the first images side by side.
 
         "heldout/<name>" and "eval/<name>" are means over one image of each prompt.
-        "hacking/<sign>" is a multiple of the base's.
+        "hacking/<sign>" is a multiple of the base's, and "hacking/vetoed" the number of those
+        outside of config.veto.
         """
+        grids = self.programs.grids
         if self.base_signs is None:
-            looks = [self._look(drawn) for _, drawn in self._draw(self.frozen["base"])]
-            self.base_signs = hacking.signs(np.concatenate(looks), self.grids)
+            base = self.generator.base_weights(params, self.frozen["base"])
+            looks = [self._look(drawn) for _, drawn in self._draw(base)]
+            self.base_signs = hacking.signs(np.concatenate(looks), grids)
         looks, scores, shown = [], {reward.name: [] for reward in self.rewards}, []
-        for rows, drawn in self._draw(self.weights(params, self.frozen["base"])):
+        for rows, drawn in self._draw(self.generator.weights(params, self.frozen["base"])):
             looks.append(self._look(drawn))
             for reward in self.rewards:
                 scores[reward.name].append(self._score(reward, drawn, rows))
             shown.extend(drawn[: self.config.eval.grid - len(shown)])
-        signs = hacking.signs(np.concatenate(looks), self.grids)
+        signs = hacking.signs(np.concatenate(looks), grids)
         found = hacking.relative(signs, self.base_signs)
+        vetoed = hacking.outside(found, self.veto)
         values = {f"hacking/{name}": value for name, value in found.items()}
+        values[VETOED] = float(len(vetoed))
         for name, parts in scores.items():
             kind = "heldout" if name in self.heldout else "eval"
             values[f"{kind}/{name}"] = float(np.mean(np.concatenate(parts)))
@@ -96,26 +94,24 @@ class Validation:
 
     def _draw(self, weights: Params) -> Iterator[tuple[slice, Images]]:
         """Yield the rows of each chunk of the prompts, and their images."""
-        parts = {**self.frozen, self.part: weights}
-        for rows in chunks(len(self.prompts), self.batch, self.image_shape):
+        parts, size = self.programs.parts(weights), self.programs.batch
+        for rows in chunks(len(self.prompts), size, self.image_shape):
             noise, keys = fixed_noise(self.config.seed, rows, self.latent_shape)
             part = slice(rows.start, rows.stop)
             tokens = take(self.tokens, part)
-            yield part, draw(self.sampler, parts, tokens, noise, keys, self.batch, self.check)
+            yield (
+                part,
+                draw(self.programs.sampler, parts, tokens, noise, keys, size, self.check),
+            )
 
     def _look(self, drawn: Images) -> hacking.Rows:
-        look = functools.partial(hacking.look, grids=self.grids)
-        return score(lambda _, x, __: look(x), None, drawn, None, self.batch, self.check)
+        return score(self.programs.look, None, drawn, None, self.programs.batch, self.check)
 
     def _score(self, reward: Reward, drawn: Images, rows: slice) -> Float[np.ndarray, " n"]:
         features = self.features.get(reward.column)
         params = self.frozen["rewards"].get(reward.name)
         if params is None:  # held out: it is on the devices only now
-            params = lazy.place(reward.scoring_params, self._sharding(reward.scoring_params))
+            params = lazy.place(reward.scoring_params, self.programs.where(reward))
         of_rows = None if features is None else features[rows]
-        return score(self.scores[reward.name], params, drawn, of_rows, self.batch, self.check)
-
-    def _sharding(self, params: Params) -> dict[str, NamedSharding]:
-        """Return where the weights of a held-out reward lie, as those of a trained one do."""
-        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
-        return sharding.param_sharding(shapes, self.mesh, self.config.sharding)
+        scorer = self.programs.scores[reward.name]
+        return score(scorer, params, drawn, of_rows, self.programs.batch, self.check)

@@ -3,16 +3,17 @@
 A target compares two models that share prompts and noise: ours - factor x theirs, prompt by prompt.
 """
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from r0_jax import machine
 from r0_jax.errors import InputError
 from r0_jax.evaluation import statistics
 from r0_jax.evaluation.testbed import FEATURES, VALUES
+from r0_jax.files import check_regular
 
 # "MODEL/METRIC" -> a value a prompt, of one seed.
 Values = dict[str, np.ndarray]
@@ -40,10 +41,13 @@ TARGETS = (
 def read_values(folder: Path) -> Values:
     """Read the values that an evaluation wrote beside eval.json; raise InputError if it did not."""
     path = folder / VALUES
+    check_regular(path)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile):
+    except Exception as error:  # numpy raises any kind for a broken file
+        if machine.problem(error):
+            raise
         raise InputError(f"{path} is missing or not whole; evaluate again") from None
 
 

@@ -37,6 +37,12 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "dtype", "float32", list(convert.DTYPES), "dtype of the trained weights on disk"
     )
+    flags.DEFINE_bool(
+        "one_file",
+        False,
+        "with --format=diffusers: write the trained network as one file, as ComfyUI reads it, also "
+        "if it is larger than 10 GB",
+    )
     flags.DEFINE_bool("overwrite", False, "replace an earlier export in --out")
     cli.define_path("pretrained", None, "the pretrained pipeline, if it has moved")
     flags.DEFINE_string(
@@ -58,6 +64,7 @@ def main(argv: list[str]) -> None:
             step=fields.step,
             ema=fields.ema,
             dtype=fields.dtype,
+            one_file=fields.one_file,
             overwrite=fields.overwrite,
             pretrained=fields.pretrained,
             base_model=fields.base_model,

@@ -33,6 +33,7 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = {
     "VAELoader": ({}, ("vae_name",), ("VAE",)),
     "LoraLoaderModelOnly": ({"model": "MODEL"}, ("lora_name", "strength_model"), ("MODEL",)),
     "ModelSamplingSD3": ({"model": "MODEL"}, ("shift",), ("MODEL",)),
+    "ModelSamplingAuraFlow": ({"model": "MODEL"}, ("shift",), ("MODEL",)),
     "ModelSamplingDiscrete": ({"model": "MODEL"}, ("sampling", "zsnr"), ("MODEL",)),
     "CLIPTextEncode": ({"clip": "CLIP"}, ("text",), ("CONDITIONING",)),
     "EmptyLatentImage": ({}, ("width", "height", "batch_size"), ("LATENT",)),
@@ -72,15 +73,28 @@ _CHECKPOINTS = {
     "stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
     "stable-diffusion-3-medium-diffusers": "sd3_medium.safetensors",
 }
+# The same for networks that ComfyUI reads apart from encoders and VAE.
+_NETWORKS = {
+    "Z-Image": "z_image_bf16.safetensors",
+    "Z-Image-Turbo": "z_image_turbo_bf16.safetensors",
+}
+_VAE = "ae.safetensors"  # of these, FLUX.1's
 _ENCODERS = {
     "text_encoder": "clip_l.safetensors",
     "text_encoder_2": "clip_g.safetensors",
     "text_encoder_3": "t5xxl_fp16.safetensors",
 }
+_QWEN3 = "qwen_3_4b.safetensors"
 _CLIP_TYPES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "lumina2",  # whose architecture Z-Image's transformer has there
+}
+# Class of the pipeline -> the node that sets its shift.
+_SHIFTS = {
+    "StableDiffusion3Pipeline": "ModelSamplingSD3",
+    "ZImagePipeline": "ModelSamplingAuraFlow",
 }
 
 
@@ -149,19 +163,25 @@ class _Graph:
         }
 
 
-def why_not(run: Run, form: str) -> str:
+def why_not(run: Run, form: str, folder: Path) -> str:
     """Return why ComfyUI cannot use an export in the format `form`, or "" if it can.
 
-    The text continues a sentence about ComfyUI: "it does not support BERT ...".
+    `folder` is the export. The text continues a sentence about ComfyUI: "it does not support BERT".
     """
     pipeline, noise = run.pipeline, run.pipeline.scheduler_config.noise
     if "BertModel" in _parts(run).values():
         return "it does not support BERT as a text encoder"
     if form == "peft" and pipeline.generator_part == "unet":
         return "it reads a UNet's LoRA only in the format of `--format=kohya`"
+    if form == "diffusers" and not (folder / _network(run)).is_file():
+        return "it reads no network in several files; `--one_file` exports it in one"
     known = {"num_train_timesteps": 1000} if pipeline.scheduler_config.is_flow else _NOISE
     wrong = [name for name, value in known.items() if getattr(noise, name) != value]
     return f"it has one noise schedule per family, and {wrong[0]} differs here" if wrong else ""
+
+
+def _network(run: Run) -> str:
+    return f"{run.pipeline.generator_part}/diffusion_pytorch_model.safetensors"
 
 
 def _parts(run: Run) -> dict[str, str]:
@@ -202,7 +222,8 @@ def workflow(
     model, clip, vae, told = _load(graph, run, form, folder, name, base_model)
     size = {"width": run.pipeline.image_shape[1], "height": run.pipeline.image_shape[0]}
     if isinstance(noise, FlowMatching):
-        (model,) = graph.add(1, "ModelSamplingSD3", model=model, shift=round(noise.shift, 6))
+        node = _SHIFTS[_family(run)]
+        (model,) = graph.add(1, node, model=model, shift=round(noise.shift, 6))
         (latents,) = graph.add(2, "EmptySD3LatentImage", **size, batch_size=1)
     else:
         if sampling := _SAMPLING.get(noise.prediction_type):
@@ -247,10 +268,7 @@ def _load(
     part = run.pipeline.generator_part
     if form == "diffusers":
         (model,) = graph.add(
-            0,
-            "UNETLoader",
-            weight_dtype="default",
-            unet_name=f"{name}/{part}/diffusion_pytorch_model.safetensors",
+            0, "UNETLoader", weight_dtype="default", unet_name=f"{name}/{_network(run)}"
         )
         (vae,) = graph.add(
             0, "VAELoader", vae_name=f"{name}/vae/diffusion_pytorch_model.safetensors"
@@ -266,22 +284,22 @@ def _load(
             ),
         )
     base = base_model.rstrip("/").split("/")[-1]
-    model, clip, vae = graph.add(
-        0, "CheckpointLoaderSimple", ckpt_name=_CHECKPOINTS.get(base, f"{base}.safetensors")
-    )
-    if part == "transformer":  # its checkpoints may lack text encoders
+    if _family(run) == "ZImagePipeline":  # ComfyUI has no whole checkpoints of it
+        network = _NETWORKS.get(base, f"{base}.safetensors")
+        (model,) = graph.add(0, "UNETLoader", weight_dtype="default", unet_name=network)
+        (vae,) = graph.add(0, "VAELoader", vae_name=_VAE)
         clip = _load_clip(graph, run, None, name)
+        whole = f"the parts of {base_model} into models/diffusion_models, text_encoders and vae"
+    else:
+        model, clip, vae = graph.add(
+            0, "CheckpointLoaderSimple", ckpt_name=_CHECKPOINTS.get(base, f"{base}.safetensors")
+        )
+        if part == "transformer":  # its checkpoints may lack text encoders
+            clip = _load_clip(graph, run, None, name)
+        whole = f"the whole checkpoint of {base_model} into models/checkpoints"
     file = f"{name}.safetensors" if form == "kohya" else f"{name}/pytorch_lora_weights.safetensors"
     (model,) = graph.add(0, "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
-    return (
-        model,
-        clip,
-        vae,
-        (
-            f"Put {file.split('/')[0]} into models/loras and the whole "
-            f"checkpoint of {base_model} into models/checkpoints."
-        ),
-    )
+    return model, clip, vae, f"Put {file.split('/')[0]} into models/loras and {whole}."
 
 
 def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Output:
@@ -289,14 +307,15 @@ def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Outp
 
     ComfyUI reads encoders from single files. Use a single file in `folder`, else the usual name.
     """
-    parts = [part for part in _ENCODERS if part in _parts(run)]
+    usual = {"text_encoder": _QWEN3} if _family(run) == "ZImagePipeline" else _ENCODERS
     files = [
         f"{name}/{part}/model.safetensors"
         if folder and (folder / part / "model.safetensors").is_file()
-        else _ENCODERS[part]
-        for part in parts
+        else usual[part]
+        for part in usual
+        if part in _parts(run)
     ]
-    kind = _CLIP_TYPES[type(run.pipeline).__name__]
+    kind = _CLIP_TYPES[_family(run)]
     match files:
         case [one]:
             return graph.add(0, "CLIPLoader", clip_name=one, type=kind, device="default")[0]
@@ -307,6 +326,10 @@ def _load_clip(graph: _Graph, run: Run, folder: Path | None, name: str) -> _Outp
     return graph.add(
         0, "TripleCLIPLoader", clip_name1=files[0], clip_name2=files[1], clip_name3=files[2]
     )[0]
+
+
+def _family(run: Run) -> str:
+    return type(run.pipeline).__name__  # named as in diffusers
 
 
 def _older(run: Run) -> str:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from r0_jax import files
 from r0_jax.errors import InputError
 from r0_jax.export import comfyui, kohya, model_card
 from r0_jax.files import copy_file, pickles, read_json, temporary_name
@@ -27,12 +29,14 @@ def export(
     step: str = "",
     ema: bool = True,
     dtype: str = "float32",
+    one_file: bool = False,
     overwrite: bool = False,
     pretrained: str | None = None,
     base_model: str | None = None,
 ) -> int:
     """Export a run to `out`, completely or not at all; return the exported step.
 
+    With `one_file` the trained network of a diffusers folder is one file, however large.
     Raise InputError if the run cannot be read, if it lacks adapters for `form`, or if the family
     does not support `form`. Also raise it if `out` holds files that must not be replaced.
     """
@@ -46,9 +50,13 @@ def export(
     chosen = run.choose_step(step)
     if form == "kohya":
         kohya.check_family(run.index["_class_name"])
-    building = temporary_name(out.resolve())
-    try:
-        _make_folder(building)
+    if chosen == 0:
+        warnings.warn(
+            "step 0 is the pretrained generator: nothing is trained in it, and adapters are zero; "
+            "--step=latest takes the newest checkpoint",
+            stacklevel=2,
+        )
+    with files.building(out.resolve()) as building:
         _check_apart(out, run)
         params = run.params(chosen, ema)
         base_model = base_model or model_card.base_model(run)
@@ -58,8 +66,8 @@ def export(
             kohya.write(run, params, building / f"{name}.safetensors", dtype, chosen, base_model)
             _write_scheduler(run, building)
         else:
-            write_diffusers(run, params, building, dtype)
-        if not comfyui.why_not(run, form):
+            write_diffusers(run, params, building, dtype, one_file)
+        if not (no_workflow := comfyui.why_not(run, form, building)):
             _write_json(
                 building / comfyui.FILE,
                 comfyui.workflow(run, form, building, name, base_model, model_card.PROMPT),
@@ -67,15 +75,15 @@ def export(
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
                 copy_file(path, building / path.name, run.pretrained)
-        card = model_card.write(run, form, chosen, ema, dtype, base_model, name)
+        card = model_card.write(run, form, chosen, ema, dtype, base_model, name, no_workflow)
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return chosen
 
 
-def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
+def write_diffusers(
+    run: Run, params: HostParams, folder: Path, dtype: str, one_file: bool = False
+) -> None:
     """Write a copy of the pretrained folder with the trained weights and the trained grid.
 
     Copy the other parts byte for byte, without pickles. Omit a part whose weights are only
@@ -95,8 +103,11 @@ def write_diffusers(run: Run, params: HostParams, folder: Path, dtype: str) -> N
     fields = read_json(source / part / "config.json")
     if (mended := mend_sample_size(fields)) != fields:
         _write_json(folder / part / "config.json", mended)
-    weights = run.weights(params, "float32")  # rounded once, to `dtype`
-    convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
+    weights = run.merged_weights(params)  # rounded once, to `dtype`
+    if one_file:
+        convert.save(weights, folder / part / "diffusion_pytorch_model.safetensors", dtype)
+    else:
+        convert.save_shards(weights, folder / part, "diffusion_pytorch_model", dtype)
 
 
 def write_peft(run: Run, params: HostParams, folder: Path, dtype: str) -> None:
@@ -189,15 +200,6 @@ def _check_apart(out: Path, run: Run) -> None:
     for path in (run.workdir.path.resolve(), run.pretrained.resolve()):
         if out.resolve() in (path, *path.parents):
             raise InputError(f"--out={out} holds {path}, an input; choose another --out")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder.parent}: {error.strerror.lower()}; choose another --out"
-        ) from None
 
 
 def _move(building: Path, out: Path) -> None:

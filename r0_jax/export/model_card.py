@@ -7,8 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from r0_jax import remote
-from r0_jax.diffusion import grid
-from r0_jax.errors import InputError, printable
+from r0_jax.diffusion import grid, schedulers
+from r0_jax.errors import printable
 from r0_jax.evaluation import report
 from r0_jax.export import comfyui
 from r0_jax.workdir.run import Run
@@ -25,11 +25,12 @@ def write(
     dtype: str,
     base_model: str,
     name: str,
+    no_workflow: str,
 ) -> str:
     """Return the model card of an export in the format `form`.
 
     Its Python snippet runs in the exported folder, which is called `name`. `base_model` is the
-    name of the pretrained pipeline for readers.
+    name of the pretrained pipeline for readers. `no_workflow` is what `comfyui.why_not` returned.
     """
     num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
     tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
@@ -60,7 +61,7 @@ In this folder (elsewhere, replace `"."` by its path or its name on the Hub):
 ```python
 {_snippet(run, form, dtype, base_model, name)}
 ```
-{_LORA_NOTES if is_lora else ""}{_grid_notes(run)}{_program_notes(run, form, name)}
+{_LORA_NOTES if is_lora else ""}{_grid_notes(run)}{_program_notes(run, form, name, no_workflow)}
 ## Recipe
 
 | | |
@@ -99,7 +100,10 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
             "",
             f'pipeline = {pipeline}.from_pretrained("."{options})',
         ]
-    call = f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, guidance_scale=1'
+    call = (
+        f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, '
+        f"guidance_scale={run.pipeline.no_guidance}"
+    )
     if run.pipeline.size:
         height, width, _ = run.pipeline.image_shape
         call += f", height={height}, width={width}"
@@ -123,19 +127,25 @@ The trained grid is the timesteps {", ".join(map(str, timesteps))}, as in {stock
 """
     if steps == 1:
         return "\nThe only step is at sigma 1, where every flow-matching scheduler starts.\n"
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in grid.sigmas(steps))
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in schedulers.even_sigmas(steps))
     anew = "Each step draws its noise anew (`stochastic_sampling=True`). " if fresh else ""
+    if config.even_sigmas:
+        return f"""
+{anew}diffusers 0.39 and newer visit the trained grid in {steps} steps. Older ones do with
+`sigmas=[{sigmas}]`. `guidance_scale={run.pipeline.no_guidance}` is no guidance here: this pipeline
+adds 1 to it.
+"""
     return f"""
 {anew}With this scheduler's shift and shift_terminal, {steps} steps visit the trained grid. With the
 base model's scheduler (shift {config.noise.shift:g}), pass `sigmas=[{sigmas}]`.
 """
 
 
-def _program_notes(run: Run, form: str, name: str) -> str:
+def _program_notes(run: Run, form: str, name: str, no_workflow: str) -> str:
     """Return how to use the export in other programs."""
     steps = run.config.sampler.num_steps
-    if reason := comfyui.why_not(run, form):
-        return f"\nThere is no workflow for ComfyUI: {reason}.\n"
+    if no_workflow:
+        return f"\nThere is no workflow for ComfyUI: {no_workflow}.\n"
     notes = f"""
 In ComfyUI, which supports the published architectures, drop `{comfyui.FILE}` onto the
 canvas. Its note says where to put the files.
@@ -205,10 +215,7 @@ def _string(value: str) -> str:
 def _numbers(path: Path) -> str:
     if not path.exists():
         return ""
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}); evaluate again") from None
+    evaluation = report.read_evaluation(path)
     table = report.markdown_table(evaluation)
     facts = [f"{_escape(evaluation['prompts'])} prompts"] if "prompts" in evaluation else []
     facts += [_escape(evaluation["checkpoint"])] if "checkpoint" in evaluation else []

@@ -44,12 +44,21 @@ class Generator:
     def weights(self, params: Params, base: Params) -> Params:
         """Return the network's weights in `dtype`, differentiable in `params`.
 
-        `params` may be packed (stacks.py).
+        Kernels with an adapter are `Adapted`. `params` may be packed (stacks.py).
         """
-        merged = (
-            lora.merge(base, params, self.scale) if self.rank else {**base, **stacks.unpack(params)}
+        weights = (
+            lora.adapt(base, params, self.scale) if self.rank else base | stacks.unpack(params)
         )
-        return {name: value.astype(self.dtype) for name, value in merged.items()}
+        return jax.tree.map(lambda value: value.astype(self.dtype), weights)
+
+    def base_weights(self, params: Params, base: Params) -> Params:
+        """Return the pretrained weights in the form that `weights` gives them.
+
+        So one compiled program draws with both.
+        """
+        if not self.rank:
+            return {name: value.astype(self.dtype) for name, value in base.items()}
+        return self.weights(self.toward_base(params, base, jnp.float32(1)), base)
 
     def toward_base(self, params: Params, base: Params, share: jax.Array) -> Params:
         """Return the parameters after a pull to the pretrained weights, which may be packed.

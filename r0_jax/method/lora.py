@@ -1,11 +1,12 @@
 """Low-rank adapters: W + (alpha / rank) A B for the weights whose module matches a regex.
 
+Networks compute with W, A and B (`adapt`); files of whole weights hold the sum (`merge`).
+
 Names follow PEFT under the one conversion rule: "x.to_q.lora_A.kernel" [in, rank] is the file's
 "x.to_q.lora_A.weight" [rank, in].
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -13,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from r0_jax import patterns
 from r0_jax.errors import InputError
 from r0_jax.method import stacks
+from r0_jax.models.linear import Adapted
 from r0_jax.weights.network import Params, Shapes
 
 
@@ -24,10 +27,7 @@ def targets(shapes: Shapes, pattern: str) -> list[str]:
     Raises InputError where there are none, or where the regex is not valid.
     """
     modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
-    try:
-        found = [module for module in modules if re.fullmatch(pattern, module)]
-    except re.error as e:
-        raise InputError(f"lora.targets is not a regular expression ({e}): {pattern!r}") from None
+    found = patterns.matching(pattern, modules, "lora.targets")
     if not found:
         raise InputError(
             f"lora.targets matches no layer of the network: {pattern!r}; "
@@ -66,23 +66,30 @@ def init(key: Key[Array, ""], shapes: Shapes, pattern: str, rank: int) -> Params
     return params
 
 
-def merge(base: Params, adapters: Params, scale: float | Float[Array, ""]) -> Params:
-    """Return the base's parameters with `scale` A B added where there is an adapter.
+def adapt(base: Params, adapters: Params, scale: float) -> Params:
+    """Return the base's parameters with an `Adapted` kernel where there is an adapter.
 
     The adapters of a transformer's blocks may be stacked (stacks.py).
     """
-    merged = dict(base)
+    changes = _factors(stacks.unpack(fold(adapters, scale)))
+    return base | {name: Adapted(base[name], a, b) for name, a, b in changes}
+
+
+def merge(base: Params, adapters: Params, scale: float) -> Params:
+    """Return the base's parameters with `scale` A B added where there is an adapter."""
+
+    def added(kernel: Any, a: Any, b: Any) -> Any:
+        return (kernel + scale * (a @ b)).astype(kernel.dtype)
+
+    return base | {name: added(base[name], a, b) for name, a, b in _factors(adapters)}
+
+
+def _factors(adapters: Params) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each adapted kernel with its A and B."""
     for name, a in adapters.items():
         if name.endswith(".lora_A.kernel"):
             module = name.removesuffix(".lora_A.kernel")
-            delta = a @ adapters[f"{module}.lora_B.kernel"]
-            names, deltas = [module], [delta]
-            if "*" in module:
-                names, deltas = stacks.members(module, len(delta)), stacks.split(delta)
-            for one, change in zip(names, deltas, strict=True):
-                kernel = base[f"{one}.kernel"]
-                merged[f"{one}.kernel"] = (kernel + scale * change).astype(kernel.dtype)
-    return merged
+            yield f"{module}.kernel", a, adapters[f"{module}.lora_B.kernel"]
 
 
 def fold(adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:

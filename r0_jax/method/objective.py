@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Sharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -58,7 +57,7 @@ class Objective:
         rewards: Sequence[Reward],
         config: ConfigDict,
         decoder: TinyDecoder | None = None,
-        gathered: Sharding | None = None,
+        blocks: repeat.Repeat = repeat.PLAIN,
     ):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
@@ -71,7 +70,7 @@ class Objective:
             self.grid.prediction_type, self.grid.alphas, self.grid.sigmas
         )
         self.floors = grid.levels_after(self.grid, self.table)
-        self.repeat = repeat.Repeat(config.scan_blocks, config.remat == "blocks", gathered)
+        self.repeat = blocks
         self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
     def draw_last(self, key: jax.Array) -> jax.Array | int:

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 MOST_BYTES = 4 * 2**20  # larger arrays stay alone: stacking them costs memory, and they are sharded
-_BLOCK = re.compile(r"(?<=transformer_blocks\.)(\d+)(?=\.)")
+# Z-Image calls its blocks layers, and those of an image or a caption alone refiners.
+_BLOCK = re.compile(r"(?:(?<=transformer_blocks\.)|(?<=layers\.)|(?<=_refiner\.))(\d+)(?=\.)")
 
 Params = dict[str, Shaped[Array, "..."]]
 

@@ -1,13 +1,12 @@
 """The one attention function, and diffusers' Attention and FeedForward modules."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from r0_jax.models import attention_backend
+from r0_jax.models.attention_backend import attend
+from r0_jax.models.linear import Linear
 
 
 def dot_product_attention(
@@ -16,7 +15,6 @@ def dot_product_attention(
     value: Float[Array, "b s d"],
     heads: int,
     *,
-    kv_heads: int | None = None,
     bias: Float[Array, "#b h t s"] | None = None,
     mask: Bool[Array, "b s"] | None = None,
     scale: float | None = None,
@@ -25,21 +23,22 @@ def dot_product_attention(
     """Return softmax(q k^T / sqrt(c / heads) + bias) v over `heads` heads; softmax in float32.
 
     `mask` is False at keys that nothing attends to; `scale` replaces 1 / sqrt(c / heads).
-    With fewer `kv_heads`, heads / kv_heads neighbours share a key and a value (grouped queries).
     The network's backend computes it (attention_backend.py).
     """
-    kv_heads = kv_heads or heads
-    query, key, value = (
-        x.reshape(*x.shape[:2], n, x.shape[2] // n)
-        for x, n in ((query, heads), (key, kv_heads), (value, kv_heads))
-    )  # [B, T, heads, head_dim]
-    if kv_heads < heads:  # not every backend takes fewer
-        key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out = attention_backend.attend(
-        query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal
+    query, key, value = (split_heads(x, heads) for x in (query, key, value))
+    return join_heads(
+        attend(query, key, value, bias=bias, mask=mask, scale=scale, is_causal=is_causal)
     )
-    return out.reshape(*out.shape[:2], -1)
+
+
+def split_heads(x: Float[Array, "b t c"], heads: int) -> Float[Array, "b t n d"]:
+    """Return [B, T, heads, C / heads]."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+
+def join_heads(x: Float[Array, "b t n d"]) -> Float[Array, "b t c"]:
+    """Undo `split_heads`."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 class Placeholder(nnx.Module):
@@ -60,10 +59,10 @@ class Attention(nnx.Module):
     ):
         context = cross_attention_dim or channels
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs), Placeholder()])
+        self.to_q = Linear(channels, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = Linear(context, channels, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs), Placeholder()])
 
     def __call__(
         self, x: Float[Array, "b t c"], context: Float[Array, "b s d"] | None = None
@@ -77,7 +76,7 @@ class GEGLU(nnx.Module):
     """Apply a gated linear unit with the exact (erf) GELU."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, 2 * inner, rngs=rngs)
+        self.proj = Linear(channels, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
         x, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -88,7 +87,7 @@ class GELU(nnx.Module):
     """Apply a linear layer and GELU's tanh approximation."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(channels, inner, rngs=rngs)
+        self.proj = Linear(channels, inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b inner"]:
         return jax.nn.gelu(self.proj(x), approximate=True)
@@ -105,7 +104,7 @@ class FeedForward(nnx.Module):
             [
                 activation(channels, inner, rngs=rngs),
                 Placeholder(),
-                nnx.Linear(inner, channels, rngs=rngs),
+                Linear(inner, channels, rngs=rngs),
             ]
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from r0_jax.errors import InputError
@@ -101,24 +101,38 @@ def check(name: str, dtype: str, device: Any = None) -> None:
 
 def attend(
     query: Float[Array, "b t n c"],
-    key: Float[Array, "b s n c"],
-    value: Float[Array, "b s n c"],
+    key: Float[Array, "b s k c"],
+    value: Float[Array, "b s k c"],
     *,
     bias: Float[Array, "#b n t s"] | None = None,
     mask: Bool[Array, "b s"] | None = None,
-    scale: float,
+    lengths: Int[Array, " b"] | None = None,
+    scale: float | None = None,
     is_causal: bool = False,
 ) -> Float[Array, "b t n c"]:
-    """Return softmax(scale q k^T + bias) v of n heads, by the backend in `use`; float32 softmax.
+    """Return softmax(q k^T / sqrt(c) + bias) v of n heads, by the backend in `use`.
 
-    `mask` is False at keys that nothing attends to.
+    The softmax is float32.
+
+    Args:
+      key, value: of fewer heads where queries share them (grouped-query attention): query head h
+        reads head h // (n / k).
+      mask: False at keys that nothing attends to.
+      lengths: of the keys: nothing attends to those after them. cuDNN computes it, unlike a mask.
+      scale: replaces 1 / sqrt(c).
     """
     backend = _chosen.get()
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if backend.name == "splash" and bias is None:
+        if lengths is not None:
+            before = jnp.arange(key.shape[1])[None] < lengths[:, None]
+            mask = before if mask is None else mask & before
+        if (shared := query.shape[2] // key.shape[2]) > 1:
+            key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
         return _splash(query, key, value, mask, scale, is_causal, backend)
     cudnn = backend.name == "cudnn" and mask is None and _cudnn_can(query, key, bias is not None)
     if cudnn and bias is None:
-        return _cudnn_of_any_length(query, key, value, scale=scale, is_causal=is_causal)
+        return _cudnn_of_any_length(query, key, value, lengths, scale=scale, is_causal=is_causal)
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -127,6 +141,7 @@ def attend(
         None if mask is None else mask[:, None, None, :],
         scale=scale,
         is_causal=is_causal,
+        key_value_seq_lengths=lengths,
         implementation="cudnn" if cudnn else "xla",
     )
 
@@ -143,14 +158,14 @@ def _cudnn_can(query: jax.Array, key: jax.Array, biased: bool) -> bool:
     )
 
 
-def _cudnn_of_any_length(query, key, value, **options):
+def _cudnn_of_any_length(query, key, value, lengths=None, **options):
     """Return attention by cuDNN, also of odd lengths (a prompt's 77 tokens).
 
     JAX raises an error for the gradient of odd lengths, as if there were a bias. So one token
-    fills them up, which cuDNN masks.
+    fills them up, which cuDNN masks, as it does the keys after `lengths`.
     """
     t, s = query.shape[1], key.shape[1]
-    if t % 2 or s % 2:
+    if t % 2 or s % 2 or lengths is not None:
 
         def length(x):
             return jnp.full(len(x), x.shape[1], jnp.int32)
@@ -158,7 +173,10 @@ def _cudnn_of_any_length(query, key, value, **options):
         def filled(x):
             return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
-        options |= {"query_seq_lengths": length(query), "key_value_seq_lengths": length(key)}
+        options |= {
+            "query_seq_lengths": length(query),
+            "key_value_seq_lengths": length(key) if lengths is None else lengths,
+        }
         query, key, value = filled(query), filled(key), filled(value)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)[:, :t]
 

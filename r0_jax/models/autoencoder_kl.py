@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import Attention
+from r0_jax.models.linear import Conv
 from r0_jax.models.normalization import GroupNorm
 from r0_jax.models.repeat import repeat
 from r0_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
@@ -195,9 +196,9 @@ class AutoencoderKL(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         moments, latents = 2 * config.latent_channels, config.latent_channels
         if config.use_quant_conv:
-            self.quant_conv = nnx.Conv(moments, moments, kernel_size=(1, 1), rngs=rngs)
+            self.quant_conv = Conv(moments, moments, kernel_size=(1, 1), rngs=rngs)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nnx.Conv(latents, latents, kernel_size=(1, 1), rngs=rngs)
+            self.post_quant_conv = Conv(latents, latents, kernel_size=(1, 1), rngs=rngs)
 
     def encode(
         self, images: Float[Array, "b h w c"]

@@ -12,6 +12,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
+from r0_jax.models.linear import Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -78,9 +79,9 @@ class BertSelfAttention(nnx.Module):
     def __init__(self, config: BertConfig, *, context_size: int | None = None, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
         width, context_size = config.hidden_size, context_size or config.hidden_size
-        self.query = nnx.Linear(width, width, rngs=rngs)
-        self.key = nnx.Linear(context_size, width, rngs=rngs)
-        self.value = nnx.Linear(context_size, width, rngs=rngs)
+        self.query = Linear(width, width, rngs=rngs)
+        self.key = Linear(context_size, width, rngs=rngs)
+        self.value = Linear(context_size, width, rngs=rngs)
 
     def __call__(
         self,
@@ -98,7 +99,7 @@ class BertOutput(nnx.Module):
     """Apply a linear layer, add the residual, and norm; this is also `BertSelfOutput`."""
 
     def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.dense = Linear(inputs, config.hidden_size, rngs=rngs)
         self.LayerNorm = _norm(config, rngs)
 
     def __call__(
@@ -124,7 +125,7 @@ class BertAttention(nnx.Module):
 class BertIntermediate(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.dense = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t d"]:
         return self.activation(self.dense(x))
@@ -173,7 +174,7 @@ class BertEncoder(nnx.Module):
 
 class BertPooler(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.dense = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b c"]:
         return jnp.tanh(self.dense(x[:, 0]))

@@ -17,6 +17,7 @@ from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.bert import BertConfig, BertEmbeddings, BertEncoder
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 from r0_jax.models.score_mlp import ScoreMLP
@@ -65,7 +66,7 @@ class ImageRewardConfig:
 class PatchEmbed(nnx.Module):
     def __init__(self, config: BLIPVisionConfig, *, rngs: nnx.Rngs):
         patch = config.patch_size
-        self.proj = nnx.Conv(
+        self.proj = Conv(
             3, config.width, kernel_size=(patch, patch), strides=patch, padding="VALID", rngs=rngs
         )
 
@@ -77,8 +78,8 @@ class PatchEmbed(nnx.Module):
 class VisionAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.proj = nnx.Linear(width, width, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
@@ -87,8 +88,8 @@ class VisionAttention(nnx.Module):
 
 class VisionMLP(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * width, width, rngs=rngs)
+        self.fc1 = Linear(width, 4 * width, rngs=rngs)
+        self.fc2 = Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
@@ -143,8 +144,8 @@ class BLIP(nnx.Module):
         width, text = config.vision_config.width, config.text_config
         self.visual_encoder = BLIPVisionTransformer(config.vision_config, rngs=rngs)
         self.text_encoder = MEDBert(text, width, rngs=rngs)
-        self.vision_proj = nnx.Linear(width, _PROJECTION, rngs=rngs)
-        self.text_proj = nnx.Linear(text.hidden_size, _PROJECTION, rngs=rngs)
+        self.vision_proj = Linear(width, _PROJECTION, rngs=rngs)
+        self.text_proj = Linear(text.hidden_size, _PROJECTION, rngs=rngs)
 
     def __call__(
         self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]

@@ -17,6 +17,7 @@ from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPVisionConfig, CLIPVisionTransformer
+from r0_jax.models.linear import Linear
 from r0_jax.models.open_clip import VisionCfg, VisionTransformer
 
 _PAD = 0
@@ -67,8 +68,8 @@ class ChineseCLIPModel(nnx.Module):
         text, vision, width = config.text_config, config.vision_config, config.projection_dim
         self.text_model = BertModel(text, add_pooling_layer=False, rngs=rngs)
         self.vision_model = CLIPVisionTransformer(vision, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, width, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision.hidden_size, width, use_bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, width, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(vision.hidden_size, width, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:

@@ -10,10 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from r0_jax.errors import InputError
+from r0_jax.files import kind_of
 from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -22,7 +24,7 @@ def _parse(cls, fields: Mapping[str, Any], tower: str):
     """Parse a tower's config from its own config.json, or from that of the whole CLIPModel."""
     fields = fields.get(tower, fields)
     if not isinstance(fields, Mapping):
-        raise InputError(f"{cls.__name__}: {tower} is a {type(fields).__name__}, not an object")
+        raise InputError(f"{cls.__name__}: {tower} is a {kind_of(fields)}, not an object")
     config = configs.parse_transformers(cls, fields, ids=("eos_token_id",))
     configs.check_layers(config)
     return config
@@ -108,10 +110,10 @@ class CLIPConfig:
 class CLIPAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, is_causal: bool, rngs: nnx.Rngs):
         self.heads, self.is_causal = heads, is_causal
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.out_proj(
@@ -124,8 +126,8 @@ class CLIPAttention(nnx.Module):
 class CLIPMLP(nnx.Module):
     def __init__(self, width: int, inner: int, hidden_act: str, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[hidden_act]
-        self.fc1 = nnx.Linear(width, inner, rngs=rngs)
-        self.fc2 = nnx.Linear(inner, width, rngs=rngs)
+        self.fc1 = Linear(width, inner, rngs=rngs)
+        self.fc2 = Linear(inner, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.fc2(self.activation(self.fc1(x)))
@@ -217,7 +219,7 @@ class CLIPVisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = nnx.Conv(
+        self.patch_embedding = Conv(
             config.num_channels,
             width,
             kernel_size=(patch, patch),
@@ -270,7 +272,7 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.text_model = CLIPTextTransformer(config, rngs=rngs)
-        self.text_projection = nnx.Linear(
+        self.text_projection = Linear(
             config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs
         )
 
@@ -289,8 +291,8 @@ class CLIPModel(nnx.Module):
         text, vision, width = config.text_config, config.vision_config, config.projection_dim
         self.text_model = CLIPTextTransformer(text, rngs=rngs)
         self.vision_model = CLIPVisionTransformer(vision, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, width, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision.hidden_size, width, use_bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, width, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(vision.hidden_size, width, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def text_features(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b d"]:

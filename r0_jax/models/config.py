@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -10,6 +11,11 @@ from r0_jax.errors import InputError
 from r0_jax.models.activations import ACTIVATIONS
 
 Config = TypeVar("Config")
+
+# Largest values that are read: far above those of all networks, and small enough to build them.
+_MOST_NUMBER = 2**24
+_MOST_LAYERS = 10_000
+_MOST_SIDE = 8192  # of latents, or of a tower's images
 
 # What EMAModel of diffusers adds to the config.json of any network: how the average was made.
 EMA_FIELDS = frozenset(
@@ -59,6 +65,7 @@ def parse(
                 f"{cls.__name__}: the config field {name!r} = {json.dumps(value)} is not supported"
             )
         values[name] = _hashable(value)
+        _check_size(cls, name, values[name])
         if not _is_of_type(values[name], known[name]):
             raise InputError(
                 f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
@@ -68,6 +75,32 @@ def parse(
         return cls(**values)
     except TypeError as e:
         raise InputError(f"{cls.__name__}: {e}") from None
+
+
+def _check_size(cls: type, name: str, value: Any) -> None:
+    """Raise InputError for a number that no network has, before anything is allocated by it."""
+    if isinstance(value, tuple):
+        for one in value:
+            _check_size(cls, name, one)
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    most = 10**12 if isinstance(value, float) else _MOST_NUMBER  # no size is a float
+    least = -most
+    if "eps" in name.split("_"):
+        least, most = 0, 1
+    elif name == "layer_norm_epsilon":
+        least, most = 0, 1
+    elif "layers" in name.split("_") or name.endswith("_blocks"):
+        most = _MOST_LAYERS
+    elif name in ("sample_size", "pos_embed_max_size", "image_size"):
+        most = _MOST_SIDE
+    if not (least <= value <= most and math.isfinite(value)):  # NaN is not
+        said = "NaN" if value != value else f"{value:.6g}" if abs(value) < 1e300 else "too large"
+        raise InputError(
+            f"{cls.__name__}: {name} = {said} is not supported: a number from {least} to {most} is "
+            "expected"
+        )
 
 
 def parse_transformers(
@@ -98,6 +131,11 @@ def check_layers(config: Any) -> None:
             f"{config.num_attention_heads} does not divide hidden_size = "
             f"{config.hidden_size}"
         )
+    check_activation(config)
+
+
+def check_activation(config: Any) -> None:
+    """Raise InputError unless the activation is known."""
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(
             f"{type(config).__name__}: hidden_act = {config.hidden_act!r} is not "

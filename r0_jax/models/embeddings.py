@@ -1,4 +1,4 @@
-"""Embeddings of timesteps (diffusers `models/embeddings.py`), positions of tokens, and tables."""
+"""Embeddings of the timestep (diffusers `models/embeddings.py`) and of positions, and tables."""
 
 import math
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
+
+from r0_jax.models.linear import Linear
 
 
 def sinusoidal(
@@ -32,10 +34,10 @@ class TimestepEmbedding(nnx.Module):
         cond_proj_dim: int | None = None,
         rngs: nnx.Rngs,
     ):
-        self.linear_1 = nnx.Linear(channels, time_embed_dim, rngs=rngs)
+        self.linear_1 = Linear(channels, time_embed_dim, rngs=rngs)
         if cond_proj_dim is not None:
-            self.cond_proj = nnx.Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
-        self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, rngs=rngs)
+            self.cond_proj = Linear(cond_proj_dim, channels, use_bias=False, rngs=rngs)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b c"], condition: Float[Array, "b d"] | None = None
@@ -54,18 +56,38 @@ def embed(count: int, width: int, *, rngs: nnx.Rngs) -> nnx.Embed:
     return table
 
 
-def rotary_frequencies(channels: int, theta: float) -> Float[np.ndarray, " half"]:
-    """Return the angles, in radians, by which a position turns each pair of `channels`."""
-    return theta ** -(np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels))
+def rotary_angles(
+    positions: Num[np.ndarray, "*p"],
+    channels: int,
+    theta: float,
+    dtype: type[np.floating] = np.float32,
+) -> Float[np.ndarray, "*p half"]:
+    """Return positions x theta^(-2i / channels), i from 0 to channels / 2 - 1, in float32.
+
+    `dtype` is that of the frequencies and of the product, as in the network that is mirrored.
+    """
+    exponents = np.arange(0, channels, 2, dtype=dtype) / dtype(channels)
+    frequencies = (1 / theta**exponents).astype(dtype)
+    return (positions.astype(dtype)[..., None] * frequencies).astype(np.float32)
 
 
-def rotary(
-    x: Float[Array, "b t c"],
-    angles: Float[np.ndarray, "t half"] | Float[Array, "t half"],
-    heads: int,
-) -> Float[Array, "b t c"]:
-    """Turn the pairs (i, i + half) of each head's channels by `angles`, in float32 (RoPE)."""
-    first, second = jnp.split(x.reshape(*x.shape[:2], heads, -1).astype(jnp.float32), 2, axis=-1)
-    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+def rotate_halves(
+    x: Float[Array, "b t n c"], angles: Float[Array, "#b t half"]
+) -> Float[Array, "b t n c"]:
+    """Turn each pair of channels (i, i + c / 2) by its angle: rotary positions as in Llama."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(_turned(first, second, angles), axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(
+    x: Float[Array, "b t n c"], angles: Float[Array, "#b t half"]
+) -> Float[Array, "b t n c"]:
+    """Turn each pair of channels (2i, 2i + 1) by its angle: rotary positions as in RoFormer."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack(_turned(pairs[..., 0], pairs[..., 1], angles), axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _turned(a: jax.Array, b: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # for all heads
+    return a * cos - b * sin, a * sin + b * cos

@@ -18,6 +18,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -128,7 +129,7 @@ class Attention(nnx.Module):
         self.heads, self.is_causal = heads, is_causal
         self.in_proj_weight = _normal((3 * width, width), width, rngs)
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         projected = x @ self.in_proj_weight.get_value().T + _row(self.in_proj_bias)
@@ -141,8 +142,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, width: int, inner: int, activation: str, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[activation]
-        self.c_fc = nnx.Linear(width, inner, rngs=rngs)
-        self.c_proj = nnx.Linear(inner, width, rngs=rngs)
+        self.c_fc = Linear(width, inner, rngs=rngs)
+        self.c_proj = Linear(inner, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.c_proj(self.activation(self.c_fc(x)))
@@ -193,7 +194,7 @@ class VisionTransformer(nnx.Module):
         tokens = (cfg.image_size // patch) ** 2 + 1
         self.positional_embedding = _normal((tokens, width), width, rngs)
         self.proj = _normal((width, embed_dim), width, rngs)
-        self.conv1 = nnx.Conv(
+        self.conv1 = Conv(
             3,
             width,
             kernel_size=(patch, patch),

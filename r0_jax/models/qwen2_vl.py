@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
-from r0_jax.models.attention import Placeholder, dot_product_attention
-from r0_jax.models.embeddings import embed, rotary, rotary_frequencies
+from r0_jax.models.attention import Placeholder, join_heads, split_heads
+from r0_jax.models.attention_backend import attend
+from r0_jax.models.embeddings import embed, rotary_angles, rotate_halves
+from r0_jax.models.linear import Linear
 from r0_jax.models.qwen2_vl_vision import Qwen2VisionTransformer, Qwen2VLVisionConfig
 from r0_jax.models.repeat import repeat
 
@@ -109,29 +111,28 @@ class Qwen2VLConfig:
 
 class Attention(nnx.Module):
     def __init__(self, config: Qwen2VLConfig, *, rngs: nnx.Rngs):
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        width, inner = config.hidden_size, self.kv_heads * config.head_dim
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, inner, rngs=rngs)
-        self.v_proj = nnx.Linear(width, inner, rngs=rngs)
-        self.o_proj = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.query_heads = config.num_attention_heads
+        self.heads = config.num_key_value_heads  # which a mesh may split, each with its queries
+        width, inner = config.hidden_size, self.heads * config.head_dim
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, inner, rngs=rngs)
+        self.v_proj = Linear(width, inner, rngs=rngs)
+        self.o_proj = Linear(width, width, use_bias=False, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t c"], angles: Float[np.ndarray, "t half"]
+        self, x: Float[Array, "b t c"], angles: Float[Array, "1 t half"]
     ) -> Float[Array, "b t c"]:
-        query = rotary(self.q_proj(x), angles, self.heads)
-        key = rotary(self.k_proj(x), angles, self.kv_heads)
-        found = dot_product_attention(
-            query, key, self.v_proj(x), self.heads, kv_heads=self.kv_heads, is_causal=True
-        )
-        return self.o_proj(found)
+        query = rotate_halves(split_heads(self.q_proj(x), self.query_heads), angles)
+        key = rotate_halves(split_heads(self.k_proj(x), self.heads), angles)
+        value = split_heads(self.v_proj(x), self.heads)
+        return self.o_proj(join_heads(attend(query, key, value, is_causal=True)))
 
 
 class MLP(nnx.Module):
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
-        self.gate_proj = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        self.gate_proj = Linear(width, inner, use_bias=False, rngs=rngs)
+        self.up_proj = Linear(width, inner, use_bias=False, rngs=rngs)
+        self.down_proj = Linear(inner, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -149,7 +150,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, rngs)
 
     def __call__(
-        self, x: Float[Array, "b t c"], angles: Float[np.ndarray, "t half"]
+        self, x: Float[Array, "b t c"], angles: Float[Array, "1 t half"]
     ) -> Float[Array, "b t c"]:
         x = x + self.self_attn(self.input_layernorm(x), angles)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -170,9 +171,9 @@ class Qwen2VLModel(nnx.Module):
         self, x: Float[Array, "b t c"], positions: Int[np.ndarray, "3 t"]
     ) -> Float[Array, "b t c"]:
         """Return the last hidden states of embeddings; positions are (time, row, column)."""
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta)
-        axis = np.repeat(np.arange(3), self.config.mrope_section)  # of each frequency
-        angles = positions[axis].T.astype(np.float32) * frequencies
+        of_axes = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        axis = np.repeat(np.arange(3), self.config.mrope_section)  # of each pair of channels
+        angles = jnp.asarray(of_axes[axis, :, np.arange(len(axis))].T[None])
         return self.norm(repeat(self.layers, lambda layer, x: layer(x, angles), x))
 
 
@@ -253,12 +254,12 @@ class HPSv3(Qwen2VL):
         super().__init__(config, rngs=rngs)
         self.rm_head = nnx.List(
             [
-                nnx.Linear(config.hidden_size, 1024, rngs=rngs),
+                Linear(config.hidden_size, 1024, rngs=rngs),
                 Placeholder(),
                 Placeholder(),
-                nnx.Linear(1024, 16, rngs=rngs),
+                Linear(1024, 16, rngs=rngs),
                 Placeholder(),
-                nnx.Linear(16, 2, rngs=rngs),
+                Linear(16, 2, rngs=rngs),
             ]
         )
 
@@ -281,7 +282,7 @@ class Qwen2VLForConditionalGeneration(Qwen2VL):
     def __init__(self, config: Qwen2VLConfig, *, words: int | None = None, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         if words or not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 config.hidden_size, words or config.vocab_size, use_bias=False, rngs=rngs
             )
 

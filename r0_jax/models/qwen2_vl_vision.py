@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 
 from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
-from r0_jax.models.attention import Placeholder, dot_product_attention
-from r0_jax.models.embeddings import rotary, rotary_frequencies
+from r0_jax.models.attention import Placeholder, join_heads, split_heads
+from r0_jax.models.attention_backend import attend
+from r0_jax.models.embeddings import rotary_angles, rotate_halves
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -55,7 +57,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: Qwen2VLVisionConfig, *, rngs: nnx.Rngs):
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nnx.Conv(3, config.embed_dim, kernel_size=size, use_bias=False, rngs=rngs)
+        self.proj = Conv(3, config.embed_dim, kernel_size=size, use_bias=False, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "b n p p 3"]) -> Float[Array, "b n c"]:
         kernel = self.proj.kernel.get_value()
@@ -66,21 +68,22 @@ class PatchEmbed(nnx.Module):
 class VisionAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.proj = nnx.Linear(width, width, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n c"], angles: Float[np.ndarray, "n half"]
+        self, x: Float[Array, "b n c"], angles: Float[Array, "1 n half"]
     ) -> Float[Array, "b n c"]:
-        query, key, value = jnp.split(self.qkv(x), 3, axis=-1)
-        query, key = (rotary(part, angles, self.heads) for part in (query, key))
-        return self.proj(dot_product_attention(query, key, value, self.heads))
+        parts = jnp.split(self.qkv(x), 3, axis=-1)
+        query, key, value = (split_heads(part, self.heads) for part in parts)
+        query, key = rotate_halves(query, angles), rotate_halves(key, angles)
+        return self.proj(join_heads(attend(query, key, value)))
 
 
 class VisionMLP(nnx.Module):
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, inner, rngs=rngs)
-        self.fc2 = nnx.Linear(inner, width, rngs=rngs)
+        self.fc1 = Linear(width, inner, rngs=rngs)
+        self.fc2 = Linear(inner, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.fc2(ACTIVATIONS["quick_gelu"](self.fc1(x)))
@@ -95,7 +98,7 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMLP(width, config.mlp_ratio * width, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n c"], angles: Float[np.ndarray, "n half"]
+        self, x: Float[Array, "b n c"], angles: Float[Array, "1 n half"]
     ) -> Float[Array, "b n c"]:
         x = x + self.attn(self.norm1(x), angles)
         return x + self.mlp(self.norm2(x))
@@ -110,9 +113,9 @@ class PatchMerger(nnx.Module):
         self.ln_q = LayerNorm(config.embed_dim, epsilon=_EPS, rngs=rngs)
         self.mlp = nnx.List(
             [
-                nnx.Linear(inner, inner, rngs=rngs),
+                Linear(inner, inner, rngs=rngs),
                 Placeholder(),
-                nnx.Linear(inner, config.hidden_size, rngs=rngs),
+                Linear(inner, config.hidden_size, rngs=rngs),
             ]
         )
 
@@ -141,13 +144,14 @@ class Qwen2VisionTransformer(nnx.Module):
         patches = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
             len(images), -1, patch, patch, 3
         )
-        angles = self._angles(rows, columns)
+        angles = jnp.asarray(self._angles(rows, columns)[None])
         x = repeat(self.blocks, lambda block, x: block(x, angles), self.patch_embed(patches))
         return self.merger(x)
 
     def _angles(self, rows: int, columns: int) -> Float[np.ndarray, "n half"]:
         """Return the angles of 2-D positions: half of a head's pairs turn by y, half by x."""
-        merge, frequencies = self.merge, rotary_frequencies(self.head_dim // 2, _THETA)
-        grid = np.indices((rows * merge, columns * merge), np.float32)  # [2, rows, columns]
+        merge = self.merge
+        grid = np.indices((rows * merge, columns * merge))  # [2, rows, columns]
         grid = grid.reshape(2, rows, merge, columns, merge).transpose(1, 3, 2, 4, 0)
-        return (grid.reshape(-1, 2, 1) * frequencies).reshape(-1, 2 * len(frequencies))
+        angles = rotary_angles(grid.reshape(-1, 2), self.head_dim // 2, _THETA)
+        return angles.reshape(len(angles), -1)

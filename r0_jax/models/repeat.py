@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from ml_collections import ConfigDict
 
 from r0_jax.models.choice import Choice
 
@@ -39,6 +40,13 @@ class Repeat:
     gathered: Sharding | None = None
 
 
+def of_config(config: ConfigDict, mesh: Mesh) -> Repeat:
+    """Return how the blocks of a run's networks compile on a mesh."""
+    split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
+    gathered = NamedSharding(mesh, PartitionSpec()) if split else None
+    return Repeat(config.scan_blocks, config.remat == "blocks", gathered)
+
+
 PLAIN = Repeat()
 _chosen = Choice("repeat", PLAIN)
 use = _chosen.use  # sets the choice of every `repeat` that is traced meanwhile
@@ -52,7 +60,10 @@ def repeat(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Any], Any],
             x = call(block, x)
         return x
     split = [nnx.split(block) for block in blocks]
-    for graphdef, run in itertools.groupby(split, key=lambda pair: pair[0]):
+    # Of neighbours some may have adapters and others not.
+    for (graphdef, _), run in itertools.groupby(
+        split, key=lambda pair: (pair[0], jax.tree.structure(pair[1]))
+    ):
         states = [state for _, state in run]
 
         def one(x, state, graphdef=graphdef):

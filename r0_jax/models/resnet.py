@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import GroupNorm
 
 
@@ -16,9 +17,9 @@ def conv3x3(
     padding=((1, 1), (1, 1)),
     use_bias: bool = True,
     rngs: nnx.Rngs,
-) -> nnx.Conv:
+) -> Conv:
     # Explicit padding: flax's 'SAME' pads a stride of 2 on the bottom and right only.
-    return nnx.Conv(
+    return Conv(
         inputs,
         outputs,
         kernel_size=(3, 3),
@@ -50,14 +51,14 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = GroupNorm(inputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv1 = conv3x3(inputs, outputs, rngs=rngs)
         if time_embed_dim is not None:
-            self.time_emb_proj = nnx.Linear(
+            self.time_emb_proj = Linear(
                 time_embed_dim, 2 * outputs if time_scale_shift else outputs, rngs=rngs
             )
         self.norm2 = GroupNorm(outputs, num_groups=norm_num_groups, epsilon=norm_eps, rngs=rngs)
         self.conv2 = conv3x3(outputs, outputs, rngs=rngs)
         self.has_shortcut = inputs != outputs
         if self.has_shortcut:
-            self.conv_shortcut = nnx.Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
+            self.conv_shortcut = Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], time_embedding: Float[Array, "b t"] | None = None

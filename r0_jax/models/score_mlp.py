@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import Placeholder
+from r0_jax.models.linear import Linear
 
 WIDTHS = (1024, 128, 64, 16, 1)
 
@@ -22,14 +23,14 @@ class ScoreMLP(nnx.Module):
         self.config = {"inputs": inputs}
         self.activation = activation
         widths = (inputs, *WIDTHS)
-        linears = [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
+        linears = [Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         layers = [part for linear in linears for part in (linear, Placeholder())][:-1]
         if activation is None:
             del layers[-2]
         self.layers = nnx.List(layers)
 
     def __call__(self, features: Float[Array, "b d"]) -> Float[Array, " b"]:
-        linears = [layer for layer in self.layers if isinstance(layer, nnx.Linear)]
+        linears = [layer for layer in self.layers if isinstance(layer, Linear)]
         for linear in linears[:-1]:
             features = linear(features)
             if self.activation is not None:

@@ -15,6 +15,7 @@ from r0_jax.models import config as configs
 from r0_jax.models.activations import ACTIVATIONS
 from r0_jax.models.attention import dot_product_attention
 from r0_jax.models.embeddings import embed
+from r0_jax.models.linear import Linear
 from r0_jax.models.repeat import repeat
 
 # Other types have other biases (umt5: one table a layer); those of a decoder look back only.
@@ -84,8 +85,8 @@ def relative_position_buckets(
     return (bucket + half * (key_is_after > 0)).astype(np.int32)
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, use_bias=False, rngs=rngs)
 
 
 def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:

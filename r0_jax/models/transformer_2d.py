@@ -4,6 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from r0_jax.models.attention import Attention, FeedForward
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import GroupNorm, LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -64,8 +65,8 @@ class Transformer2DModel(nnx.Module):
 
         def projection(inputs: int, outputs: int):
             if use_linear_projection:
-                return nnx.Linear(inputs, outputs, rngs=rngs)
-            return nnx.Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
+                return Linear(inputs, outputs, rngs=rngs)
+            return Conv(inputs, outputs, kernel_size=(1, 1), rngs=rngs)
 
         self.proj_in = projection(channels, inner)
         self.transformer_blocks = nnx.List(

@@ -13,6 +13,7 @@ from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.attention import GELU, FeedForward, Placeholder, dot_product_attention
 from r0_jax.models.embeddings import TimestepEmbedding, sinusoidal
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.normalization import LayerNorm
 from r0_jax.models.repeat import repeat
 
@@ -84,7 +85,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: SD3Transformer2DConfig, *, rngs: nnx.Rngs):
         patch, self.table_size = config.patch_size, config.pos_embed_max_size
-        self.proj = nnx.Conv(
+        self.proj = Conv(
             config.in_channels,
             config.width,
             kernel_size=(patch, patch),
@@ -154,7 +155,7 @@ class AdaLayerNorm(nnx.Module):
 
     def __init__(self, channels: int, vectors: int, *, rngs: nnx.Rngs):
         self.vectors = vectors
-        self.linear = nnx.Linear(channels, vectors * channels, rngs=rngs)
+        self.linear = Linear(channels, vectors * channels, rngs=rngs)
         self.norm = _layer_norm(channels, rngs)
 
     def __call__(
@@ -222,8 +223,8 @@ class JointAttention(SelfAttention):
         return query, key, value
 
 
-def _linear(config: SD3Transformer2DConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(config.width, config.width, rngs=rngs)
+def _linear(config: SD3Transformer2DConfig, rngs: nnx.Rngs) -> Linear:
+    return Linear(config.width, config.width, rngs=rngs)
 
 
 def _rms_norm(config: SD3Transformer2DConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -297,7 +298,7 @@ class SD3Transformer2DModel(nnx.Module):
         width = config.width
         self.pos_embed = PatchEmbed(config, rngs=rngs)
         self.time_text_embed = CombinedTimestepTextProjEmbeddings(config, rngs=rngs)
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, width, rngs=rngs)
+        self.context_embedder = Linear(config.joint_attention_dim, width, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
                 JointTransformerBlock(
@@ -310,7 +311,7 @@ class SD3Transformer2DModel(nnx.Module):
             ]
         )
         self.norm_out = AdaLayerNorm(width, 2, rngs=rngs)
-        self.proj_out = nnx.Linear(width, config.patch_size**2 * config.out_channels, rngs=rngs)
+        self.proj_out = Linear(width, config.patch_size**2 * config.out_channels, rngs=rngs)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from r0_jax.errors import InputError
 from r0_jax.models import config as configs
 from r0_jax.models.embeddings import TimestepEmbedding, embed, sinusoidal
+from r0_jax.models.linear import Linear
 from r0_jax.models.normalization import GroupNorm
 from r0_jax.models.resnet import conv3x3
 from r0_jax.models.unet_2d_blocks import DownBlock, MidBlock, UpBlock
@@ -212,7 +213,7 @@ def _class_embedding(config: UNet2DConditionConfig, rngs: nnx.Rngs) -> nnx.Modul
     if config.class_embed_type == "projection":
         return TimestepEmbedding(inputs, outputs, rngs=rngs)
     if config.class_embed_type == "simple_projection":
-        return nnx.Linear(inputs, outputs, rngs=rngs)
+        return Linear(inputs, outputs, rngs=rngs)
     return None
 
 

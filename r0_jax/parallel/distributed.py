@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from r0_jax.console import console
-from r0_jax.errors import BUG, INTERRUPTED, STOPPED, InputError, explain, printable
+from r0_jax.errors import BUG, INTERRUPTED, STOPPED, TERMINATED, InputError, explain, printable
 from r0_jax.parallel import heartbeat
 from r0_jax.parallel.place import ADDRESS, Place, find, has_tpu
 from r0_jax.parallel.stop_signal import Stopped
@@ -212,11 +212,11 @@ def _leave(error: BaseException, watch: Watch) -> NoReturn:
     if not isinstance(error, InputError) and _LOST.search(str(error)):
         watch.wait_for_verdict()  # which names the lost process, and ends this one
     status, line = explain(error)
-    if line is None and status != INTERRUPTED:
+    if line is None and status == BUG:
         traceback.print_exception(error)
         sys.stderr.flush()
     said = line or f"{type(error).__name__}: {error}".splitlines()[0]
-    said = "it was interrupted" if status == INTERRUPTED else said
+    said = "it was interrupted" if status in (INTERRUPTED, TERMINATED) else said
     watch.fail(status, said)
     _exit(status, line)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from r0_jax.pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl, z_image
 from r0_jax.pipelines.folder import FAMILIES, describe, read_index
 from r0_jax.pipelines.pipeline import Pipeline
 
@@ -12,6 +12,7 @@ _LOAD = {
     "StableDiffusionPipeline": stable_diffusion.load,
     "StableDiffusionXLPipeline": stable_diffusion_xl.load,
     "StableDiffusion3Pipeline": stable_diffusion_3.load,
+    "ZImagePipeline": z_image.load,
 }
 # Where to get the weights.
 _SOURCES = {
@@ -23,6 +24,7 @@ _SOURCES = {
     "Face Hub, which is gated: log in there and accept its licence "
     "first, or the download fails (text_encoder_3 and "
     "tokenizer_3, 9.5 GB, are optional)",
+    "ZImagePipeline": "Tongyi-MAI/Z-Image or Tongyi-MAI/Z-Image-Turbo on the Hugging Face Hub",
 }
 
 

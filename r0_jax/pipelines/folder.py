@@ -4,6 +4,7 @@ An error in the index, a config, a tokenizer or the scheduler shows before gigab
 """
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -16,23 +17,26 @@ from flax import nnx
 
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
-from r0_jax.files import is_plain_name, read_json
+from r0_jax.files import is_plain_name, naming, read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.bert import BertConfig, BertModel
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from r0_jax.models.qwen3 import Qwen3Config, Qwen3Model
 from r0_jax.models.t5 import T5Config, T5EncoderModel
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig, SD3Transformer2DModel
+from r0_jax.models.transformer_z_image import ZImageTransformer2DConfig, ZImageTransformer2DModel
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.pipelines import tokenizers
 from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights import convert
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 # Class of diffusers -> the family's name for people.
 FAMILIES = {
     "StableDiffusionPipeline": "Stable Diffusion 1.x",
     "StableDiffusionXLPipeline": "SDXL",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "ZImagePipeline": "Z-Image",
 }
 Build = Callable[[dict[str, Any], nnx.Rngs], nnx.Module]
 
@@ -51,16 +55,23 @@ NETWORKS: dict[str, tuple[Build, str]] = {
         _network(SD3Transformer2DConfig, SD3Transformer2DModel),
         "diffusion_pytorch_model",
     ),
+    "ZImageTransformer2DModel": (
+        _network(ZImageTransformer2DConfig, ZImageTransformer2DModel),
+        "diffusion_pytorch_model",
+    ),
     "AutoencoderKL": (_network(AutoencoderKLConfig, AutoencoderKL), "diffusion_pytorch_model"),
     "CLIPTextModel": (_network(CLIPTextConfig, CLIPTextModel), "model"),
     "CLIPTextModelWithProjection": (_network(CLIPTextConfig, CLIPTextModelWithProjection), "model"),
     "T5EncoderModel": (_network(T5Config, T5EncoderModel), "model"),
     "BertModel": (_network(BertConfig, BertModel), "model"),
+    "Qwen3Model": (_network(Qwen3Config, Qwen3Model), "model"),
+    "Qwen3ForCausalLM": (_network(Qwen3Config, Qwen3Model), "model"),  # whose head is its table
 }
 TEXT_PARTS = ("text_encoder", "tokenizer")  # prefixes of their names
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+QWEN2_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +150,7 @@ def open_folder(
     optional: tuple[str, ...] = (),
     overruled: Mapping[str, Any] = MappingProxyType({}),
     *,
+    even_sigmas: bool = False,
     text: bool = True,
     images: bool = True,
 ) -> Folder:
@@ -150,6 +162,7 @@ def open_folder(
       optional: networks that may be missing, with their tokenizers. A warning says so where the
         index has them.
       overruled: fields of the scheduler's config that the stock pipeline sets itself.
+      even_sigmas: as in `SchedulerConfig`.
       text, images: as for `families.load`.
     Raises:
       InputError: a part is missing, half downloaded or of another family; the message says which.
@@ -173,10 +186,11 @@ def open_folder(
                 f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
             )
         kinds[part] = found
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler_config = SchedulerConfig.from_json(
-        read_json(path / "scheduler" / "scheduler_config.json")
-        | {"_class_name": _scheduler_class(path, index)}
-        | overruled
+        read_json(scheduler_file) | {"_class_name": _scheduler_class(path, index)} | overruled,
+        f"{scheduler_file}: ",
+        even_sigmas,
     )
     tokenizers_ = {
         part: tokenizers.load_tokenizer(path / part, kind)
@@ -190,10 +204,12 @@ def open_folder(
         for part, kind in kinds.items()
         if images or part.startswith(TEXT_PARTS)
     }
-    networks = {
-        part: Network.abstract(lambda rngs, k=kind, f=fields[part]: NETWORKS[k][0](f, rngs))
-        for part, kind in kinds.items()
-    }
+    networks = {}
+    for part, kind in kinds.items():
+        build = functools.partial(NETWORKS[kind][0], fields[part])
+        stored = stored_in(files.get(part, ()))
+        with naming(path / part / "config.json"):
+            networks[part] = Network.abstract(build, stored)
     return Folder(path, index, fields, files, networks, tokenizers_, scheduler_config)
 
 

@@ -6,7 +6,7 @@ the network of a prompt: `tokenize`, `encode_text`, `encode_negative`.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,11 +21,14 @@ from r0_jax.models.attention_backend import Backend
 from r0_jax.pipelines.tokenizers import Tokenizer
 from r0_jax.weights.network import Network, Params
 
+MOST_PIXELS = 65_536  # of a side of an image
+
 # [N, T] ids, one entry a tokenizer: "input_ids", "input_ids_2", ...; a batch has the same columns.
 # Or the text encoders' outputs, by the names of `Pipeline.embeds`.
 Tokens = dict[str, jax.Array | np.ndarray]
 # What the network is told of the prompts, by the names of its arguments [B, ...].
 Conditioning = dict[str, jax.Array]
+LENGTHS = "prompt_lengths"  # [B]: how many rows of "prompt_embeds" a prompt has; the rest is zeros
 
 
 def take(tokens: Tokens, rows: Shaped[np.ndarray, "..."] | slice) -> Tokens:
@@ -60,6 +63,10 @@ class Pipeline(abc.ABC):
     generator_part: ClassVar[str] = "unet"  # the part that R0 trains
     fixed: ClassVar[tuple[str, ...]] = ()  # parameters in its file that are never trained
     embeds: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # what `encode_text` returns
+    # The stock pipeline's guidance_scale that means none.
+    no_guidance: ClassVar[int] = 1
+    # The stock pipelines of some families ignore the VAE's shift_factor.
+    uses_shift_factor: ClassVar[bool] = False
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
@@ -67,6 +74,13 @@ class Pipeline(abc.ABC):
 
         Prompts are padded and cut as the stock pipeline does; a warning says the share cut off.
         """
+
+    def shorten(self, splits: Mapping[str, Tokens]) -> dict[str, Tokens]:
+        """Return the tokens of several sets of prompts, as short as the longest of all allows.
+
+        Only families that tell prompts from pads (`LENGTHS`) make any shorter.
+        """
+        return dict(splits)
 
     @abc.abstractmethod
     def encode_text(self, params: dict[str, Params], tokens: Tokens) -> Conditioning:
@@ -137,6 +151,8 @@ class Pipeline(abc.ABC):
         step, most = self.scale * patch, getattr(config, "pos_embed_max_size", None)
         size = (height or self.image_shape[0], width or self.image_shape[1])
         for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels > MOST_PIXELS:
+                raise InputError(f"{name}={pixels} must be at most {MOST_PIXELS}")
             if pixels % step or pixels < step:
                 raise InputError(f"{name}={pixels} must be a multiple of {step} for this pipeline")
             if most and pixels > most * step:
@@ -217,8 +233,6 @@ class Pipeline(abc.ABC):
 
     @property
     def shift(self) -> float:
-        """Return what is added to the unscaled latents.
-
-        The stock pipelines of some families ignore the VAE's shift_factor.
-        """
-        return 0.0
+        """Return what is added to the unscaled latents."""
+        factor = self.networks["vae"].config.shift_factor if self.uses_shift_factor else None
+        return factor or 0.0

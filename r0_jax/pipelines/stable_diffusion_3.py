@@ -38,6 +38,7 @@ class StableDiffusion3Pipeline(Pipeline):
     generator_part = "transformer"
     fixed = ("pos_embed.pos_embed",)  # sines and cosines
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
+    uses_shift_factor = True
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Return "input_ids" and "input_ids_2", both padded to the first tokenizer's length.
@@ -77,11 +78,6 @@ class StableDiffusion3Pipeline(Pipeline):
             "prompt_embeds": (None, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
         }
-
-    @property
-    def shift(self) -> float:
-        """Return the VAE's shift_factor, which this family adds."""
-        return self.networks["vae"].config.shift_factor or 0.0
 
 
 def load(

@@ -11,13 +11,16 @@ from jaxtyping import Array, Float
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import naming, read_json
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import convert
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
-_WHICH = "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3"
+_WHICH = (
+    "TAESD is for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for Stable Diffusion 3, TAEF1 for "
+    "Z-Image"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +60,8 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
             f"objective.decoder={folder} is of class {fields.get('_class_name')}, not "
             f"AutoencoderTiny: {_WHICH}"
         )
-    config = AutoencoderTinyConfig.from_json(fields)
+    with naming(folder / "config.json"):
+        config = AutoencoderTinyConfig.from_json(fields)
     height, _, channels = pipeline.latent_shape
     theirs = (channels, pipeline.image_shape[0] // height, 3)
     levels = len(config.decoder_block_out_channels) - 1
@@ -73,8 +77,8 @@ def load(folder: str | Path, pipeline: Pipeline, dtype: str = "float32") -> Tiny
                 f"objective.decoder={folder} decodes {what.format(here)}, but the vae of "
                 f"{pipeline.folder} {what.format(there)}: {_WHICH}"
             )
-    network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs))
     files = convert.find_files(folder, "diffusion_pytorch_model")
+    network = Network.abstract(lambda rngs: AutoencoderTiny(config, rngs=rngs), stored_in(files))
     params = convert.open_params(files, network, dtype)
     # The family, not the autoencoder, decides whether a shift is added.
     replaced = dataclasses.replace(pipeline, networks=pipeline.networks | {"vae": network})

@@ -1,15 +1,20 @@
 """Say whether a config fits a TPU slice and what bounds it there, without slice or weights:
 
-    python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16 [--json]
+    python -m r0_jax.plan --config=configs/sdxl_r0.py --topology=v5e-16 [--json] [--noevaluation]
 
-compiles the real training step with the real TPU compiler (requirements-tpu.txt) on a machine that
-has no TPU. `--topology=cpu` and `--topology=local` run it on this machine instead, and measure.
+compiles the real programs of a run with the real TPU compiler (requirements-tpu.txt) on a machine
+that has no TPU. They are the training step, those of the evaluations, and those of the table at the
+end if the config has test.prompts. `--noevaluation` compiles the step alone, which is quicker.
+`--topology=cpu` and `--topology=local` run the step on this machine instead, and measure.
 
 `--json` prints one object (plan.py says what each number is):
 
     topology, chips, batch_size
     flops_per_step, model_flops_per_step
-    memory      {fits, peak_bytes, limit_bytes, by_kind: {kind: bytes}}, of one chip
+    memory      {fits, program, peak_bytes, limit_bytes, by_kind: {kind: bytes}}, of one chip, for
+                the program that needs most; `fits` speaks of all
+    programs    [{program, fits, peak_bytes, working_bytes, compile_seconds}], the step first
+    evaluation  whether more than the step was planned
     bounds      {hbm_bytes, sent_bytes: {kind: bytes}, dcn_bytes, seconds: {kind: seconds},
                 bound_by, images_per_sec, mfu}, of a slice; otherwise null
     measured    {seconds_per_step, images_per_sec}, of this machine; otherwise null
@@ -43,6 +48,11 @@ def define_flags() -> None:
         required=True,
     )
     flags.DEFINE_bool("json", False, "one JSON object on standard output")
+    flags.DEFINE_bool(
+        "evaluation",
+        True,
+        "also compile what evaluations and the table run; without it, the training step alone",
+    )
     flags.DEFINE_float(
         "effort",
         -1.0,
@@ -62,9 +72,9 @@ def main(argv: list[str]) -> None:
     chip, devices = (None, []) if here else topology.find(name)
     with weightless.filled(config) as config:
         found = (
-            measure.measure(config, name)
+            measure.measure(config, name, given.evaluation)
             if here
-            else predict.predict(config, name, chip, devices, given.effort)
+            else predict.predict(config, name, chip, devices, given.effort, given.evaluation)
         )
     if given.json:
         print(json.dumps(dataclasses.asdict(found)))
@@ -78,16 +88,20 @@ def print_plan(found: Plan) -> None:
     table = rich.table.Table(
         title=f"{found.topology}: {found.chips} devices, {found.batch_size} images a step"
     )
-    table.add_column("of a chip")
-    table.add_column("GiB", justify="right")
     memory = found.memory
+    table.add_column(f"of a chip, in the {memory.program}")
+    table.add_column("GiB", justify="right")
     for kind, size in memory.by_kind.items():
         table.add_row(kind, f"{size / _GIB:.2f}")
     table.add_section()
     table.add_row("peak", f"{memory.peak_bytes / _GIB:.2f}")
     table.add_row("memory of a chip", f"{memory.limit_bytes / _GIB:.2f}")
     console.print(table)
+    if found.evaluation:
+        console.print(_programs(found))
     console.print("fits" if memory.fits else "does NOT fit")
+    if not found.evaluation:
+        console.print("only the training step was planned: an evaluation may need more memory")
     for line in found.suggestions:
         console.print(f"  try {line}")
     console.print(
@@ -113,6 +127,24 @@ def print_plan(found: Plan) -> None:
         f"traced in {found.trace_seconds:.0f} s, compiled in {found.compile_seconds:.0f} "
         f"s, {found.host_bytes / 1e9:.1f} GB of host memory"
     )
+
+
+def _programs(found: Plan) -> rich.table.Table:
+    table = rich.table.Table()
+    table.add_column("program")
+    table.add_column("peak, GiB", justify="right")
+    table.add_column("of it its own, GiB", justify="right")
+    table.add_column("fits")
+    table.add_column("compiled, s", justify="right")
+    for need in found.programs:
+        table.add_row(
+            need.program,
+            f"{need.peak_bytes / _GIB:.2f}",
+            f"{need.working_bytes / _GIB:.2f}",
+            "yes" if need.fits else "NO",
+            f"{need.compile_seconds:.0f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

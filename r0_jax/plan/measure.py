@@ -7,25 +7,28 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Traced
 from ml_collections import ConfigDict
 
 from r0_jax import config_check
 from r0_jax.errors import InputError
 from r0_jax.parallel import sharding
-from r0_jax.plan import flops, memory, weightless
-from r0_jax.plan.plan import Measured, Memory, Plan
-from r0_jax.plan.suggestions import suggest
+from r0_jax.plan import flops, memory, need, stages, weightless
+from r0_jax.plan.need import Compiled
+from r0_jax.plan.plan import Measured, Plan
+from r0_jax.plan.stages import Planned
 from r0_jax.training.program import Program
 from r0_jax.weights import lazy
 
 _STEPS = 5  # timed ones, after one that is not
 
 
-def measure(config: ConfigDict, name: str) -> Plan:
+def measure(config: ConfigDict, name: str, evaluation: bool = True) -> Plan:
     """Run the step on this machine's CPU ("cpu") or accelerator ("local"), and return its plan.
 
     The weights are those of the config. The prompts are made up: what a step costs does not
-    depend on what it reads.
+    depend on what it reads. The programs of evaluations are compiled, not run; without
+    `evaluation` they are left out.
     """
     device = jax.devices()[0]
     if name == "local" and device.platform == "cpu":
@@ -35,43 +38,67 @@ def measure(config: ConfigDict, name: str) -> Plan:
     sharding.microbatches(config.batch_size, config.device_batch, mesh)
     built = weightless.load(config, mesh)
     begin = time.perf_counter()
-    traced = built.step.trace(*built.abstract)
+    step = stages.of_training_step(built)
+    traced = step.stage.run.trace(*step.stage.arguments)
     counted = flops.of_step(built, traced)
-    middle = time.perf_counter()
+    trace_seconds = time.perf_counter() - begin
     limit = (device.memory_stats() or {}).get("bytes_limit")
     limit = float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
-    kinds, compiled = memory.bytes_by_kind(built), None
-    try:
-        compiled = traced.lower().compile()
-        kinds["activations"] = float(compiled.memory_analysis().temp_size_in_bytes)
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows what does not fit
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        kinds["activations"] = (memory.needed(str(error)) or limit) - sum(kinds.values())
-    end = time.perf_counter()
-    peak = sum(kinds.values())
+    first, program = _compile(step, traced, limit)
+    needs = [first]
+    for planned in stages.of_evaluations(built) if evaluation else ():
+        traced = planned.stage.run.trace(*planned.stage.arguments)
+        needs.append(_compile(planned, traced, limit)[0])
+    compile_seconds = time.perf_counter() - begin - trace_seconds
     seconds = None
-    if compiled is not None and peak <= limit:  # or the system ends this process and others
+    # Otherwise the system ends this process and others.
+    if program is not None and need.total(needs[:1], limit).memory.fits:
         try:
-            seconds = _seconds_per_step(built, compiled)
+            seconds = _seconds_per_step(built, program)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-    fits = seconds is not None
+    total = need.total([first._replace(ran_out=seconds is None), *needs[1:]], limit)
     return Plan(
         topology=name,
         chips=mesh.size,
         batch_size=config.batch_size,
         flops_per_step=counted.executed,
         model_flops_per_step=counted.model,
-        memory=Memory(fits, peak, limit, kinds),
+        memory=total.memory,
+        programs=total.needs,
+        evaluation=evaluation,
         bounds=None,
-        measured=Measured(seconds, config.batch_size / seconds) if fits else None,
-        trace_seconds=middle - begin,
-        compile_seconds=end - middle,
+        measured=None if seconds is None else Measured(seconds, config.batch_size / seconds),
+        trace_seconds=trace_seconds,
+        compile_seconds=compile_seconds,
         host_bytes=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        suggestions=[] if fits else suggest(config, built, kinds, peak - limit),
+        suggestions=total.suggestions,
     )
+
+
+def _compile(
+    planned: Planned, traced: Traced, limit: float
+) -> tuple[Compiled, jax.stages.Compiled | None]:
+    """Return what the compiler says of a program, and the program; None where it has no room."""
+    begin = time.perf_counter()
+    beside = memory.beside(traced.jaxpr.jaxpr, planned.stage.arguments, planned.stage.held)
+    try:
+        program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows what does not fit
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        program, own = None, memory.needed(str(error)) or limit
+    else:
+        found = program.memory_analysis()
+        own = float(
+            found.argument_size_in_bytes
+            + found.temp_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+        )
+    seconds = time.perf_counter() - begin
+    return need.compiled(planned, own, 0.0, beside, program is None, seconds), program
 
 
 def _seconds_per_step(built: Program, compiled: jax.stages.Compiled) -> float:

@@ -1,7 +1,9 @@
-"""The bytes that a chip holds from step to step, and those that the compiler asks for."""
+"""The bytes that lie on a chip, and those that the compiler asks for."""
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,35 +13,38 @@ from jax.interpreters import partial_eval
 from r0_jax.training.program import Program
 
 
-def bytes_by_kind(built: Program) -> dict[str, float]:
-    """Return the bytes that lie on one chip from step to step."""
-    state, frozen, batch, _ = built.abstract
+def held(built: Program) -> dict[str, Any]:
+    """Return the shapes of what lies on the devices from step to step, by kind."""
+    state, frozen = built.abstract_state, built.abstract_frozen
     rest = state._replace(params={}, ema_params={})
     networks = {name: part for name, part in frozen.items() if name not in ("rewards", "empty")}
-    kinds = {
+    return {
         "parameters": state.params,
         "ema": state.ema_params,
         "optimizer": rest,
         **{f"frozen {name}": part for name, part in networks.items()},
         **{f"frozen {name}": part for name, part in frozen["rewards"].items()},
-        "batch": batch,
     }
+
+
+def bytes_by_kind(held: Mapping[str, Any]) -> dict[str, float]:
+    """Return the bytes of one chip of each kind of shapes with sharding."""
     return {
-        kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree)))) for kind, tree in kinds.items()
+        kind: float(sum(map(_shard_bytes, jax.tree.leaves(tree)))) for kind, tree in held.items()
     }
 
 
-def unused_bytes(step: Jaxpr, built: Program) -> float:
-    """Return the bytes on one chip of weights that the step takes and never reads.
+def beside(program: Jaxpr, arguments: Any, held: Mapping[str, Any]) -> float:
+    """Return the bytes of one chip that a program finds there and does not read.
 
-    They lie there while it runs, but the compiler drops them from its own count. Such are the
-    VAE's encoder and the last layers of text encoders.
+    They lie there while it runs, but the compiler does not know of them, or drops them from its own
+    count. Such are the optimizer while images are drawn, and the VAE's encoder in a step. What
+    is held and what is an argument is the same where the objects are.
     """
-    _, used = partial_eval.dce_jaxpr(step, [True] * len(step.outvars))
-    leaves = jax.tree.leaves(built.abstract)
-    return float(
-        sum(_shard_bytes(x) for x, is_used in zip(leaves, used, strict=True) if not is_used)
-    )
+    _, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    leaves = jax.tree.leaves(arguments)
+    read = {id(leaf) for leaf, is_used in zip(leaves, used, strict=True) if is_used}
+    return float(sum(_shard_bytes(x) for x in jax.tree.leaves(held) if id(x) not in read))
 
 
 def needed(said: str) -> float | None:

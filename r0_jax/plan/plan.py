@@ -1,4 +1,4 @@
-"""The plan of a training step, in the form that `--json` prints."""
+"""The plan of a run, in the form that `--json` prints."""
 
 import dataclasses
 
@@ -8,17 +8,37 @@ class Memory:
     """Say what one chip holds.
 
     Attributes:
-      fits: whether everything has room; on this machine, whether the step ran.
-      peak_bytes: what it holds at the worst moment.
+      fits: whether every program of `Plan.programs` has room; on this machine, also whether the
+        step ran.
+      program: the one that needs most.
+      peak_bytes: what a chip holds at the worst moment of that program.
       limit_bytes: what it can hold.
-      by_kind: bytes of the peak: parameters, ema, optimizer, each frozen network, batch, code
-        (predicted only), and activations, which are the rest.
+      by_kind: bytes of the peak: parameters, ema, optimizer, each frozen network, what else lies
+        there, code (predicted only), and activations, which are the rest.
     """
 
     fits: bool
+    program: str
     peak_bytes: float
     limit_bytes: float
     by_kind: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Say what one program needs on one chip.
+
+    Attributes:
+      program: "training step", "term norms", "drawing", "reward NAME", "table: drawing", ...
+      peak_bytes: what a chip holds at its worst moment, with all that lies there and is not read.
+      working_bytes: the part of it that the program itself allocates.
+    """
+
+    program: str
+    fits: bool
+    peak_bytes: float
+    working_bytes: float
+    compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +80,12 @@ class Plan:
       batch_size: images a step, over all chips.
       flops_per_step, model_flops_per_step: over all chips, with and without what is computed
         twice.
-      bounds: None on this machine, and where the step does not compile.
-      measured: None for a slice, and where the step does not run.
+      memory: of the program that needs most.
+      programs: all that were planned, in the order in which they were compiled.
+      evaluation: whether those of evaluations and of the table are among them. Otherwise `fits`
+        speaks of the training step alone.
+      bounds: of the step; None on this machine, and where the step does not compile.
+      measured: of the step; None for a slice, and where the step does not run.
       trace_seconds, compile_seconds, host_bytes: what planning cost on this machine.
       suggestions: what would make it fit, the cheapest first.
     """
@@ -72,6 +96,8 @@ class Plan:
     flops_per_step: float
     model_flops_per_step: float
     memory: Memory
+    programs: list[Need]
+    evaluation: bool
     bounds: Bounds | None
     measured: Measured | None
     trace_seconds: float

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -14,6 +14,8 @@ from r0_jax.config import guided_regularizers, trained_rewards
 from r0_jax.console import console
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
+from r0_jax.prompts.source import PromptSource
+from r0_jax.rewards.reward import Reward
 from r0_jax.stand_ins import blank
 from r0_jax.training import program
 from r0_jax.training.program import Program
@@ -41,10 +43,15 @@ def filled(config: ConfigDict) -> Iterator[ConfigDict]:
             family = read_index(remote.local(config.pretrained))["_class_name"]
             missing.append(blank.write_decoder(root / "decoder", family))
             config.objective.decoder = str(root / "decoder")
-        for reward, entry in trained_rewards(config).items():
-            if entry.type != "function" and not _is_there(entry.path):
-                missing.append(blank.write_reward(root / reward, entry.type))
-                entry.path, entry.head = str(root / reward), ""
+        for section, entries in (
+            ("rewards", trained_rewards(config)),
+            ("heldout_rewards", config.heldout_rewards),
+        ):
+            for reward, entry in entries.items():
+                if entry.type != "function" and not _is_there(entry.path):
+                    (root / section).mkdir(exist_ok=True)
+                    missing.append(blank.write_reward(root / section / reward, entry.type))
+                    entry.path, entry.head = str(root / section / reward), ""
         if missing:
             console.print(
                 f"not there, planned with the published sizes: {', '.join(missing)}",
@@ -65,11 +72,19 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     """Return the config's program; only the training checks that its rewards are sound."""
     source = prompts.of(config)
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
-    trained_on = [
-        rewards.load(name, entry, config.dtype, source.text)
-        for name, entry in trained_rewards(config).items()
-    ]
+    trained_on = _load_rewards(trained_rewards(config), config, source)
     pipeline = source.attach(pipeline).sized(config.height, config.width)
     for name in guided_regularizers(config):
         source.check_guidance(f"regularizers.{name}")
     return program.build(config, mesh, pipeline, trained_on, source)
+
+
+def load_heldout(built: Program) -> list[Reward]:
+    """Return the rewards with which a program's run is only measured."""
+    return _load_rewards(built.config.heldout_rewards, built.config, built.source)
+
+
+def _load_rewards(
+    entries: Mapping[str, ConfigDict] | ConfigDict, config: ConfigDict, source: PromptSource
+) -> list[Reward]:
+    return [rewards.load(name, entry, config.dtype, source.text) for name, entry in entries.items()]

@@ -4,19 +4,28 @@
 make of them ("prompt_embeds", ...). `Reward.column` names its features for a reward.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.pipeline import LENGTHS, Pipeline
 from r0_jax.prompts.files import PROMPT
 from r0_jax.rewards.reward import FEATURES, Reward
 
+EMBEDS = "prompt_embeds"
 _Value = TypeVar("_Value")
 
 
 def is_features(name: str) -> bool:
     """Return whether a column holds the features of a reward."""
     return name.startswith(FEATURES)
+
+
+def is_ragged(names: Container[str]) -> bool:
+    """Return whether, of columns, prompts have embeddings of different lengths.
+
+    On disk a row then holds only as many of them as its "prompt_lengths" says.
+    """
+    return LENGTHS in names
 
 
 def rewards_of(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,8 @@ from r0_jax.errors import InputError
 from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import columns, dataset, files, provenance, shards
-from r0_jax.prompts.columns import PROMPT
+from r0_jax.prompts.columns import EMBEDS, PROMPT
+from r0_jax.prompts.order import Draws
 from r0_jax.prompts.source import Columns, Evaluation
 from r0_jax.rewards.reward import Reward
 
@@ -49,7 +50,12 @@ class EncodedPrompts:
 
     def read(self, split: str, rows: Sequence[int]) -> dict[str, NDArray]:
         """Return some rows of a split, {column: array}; "prompt" is an array of str."""
-        return _named(dataset.read(self.folder, split, rows))
+        return _named(dataset.read(self.folder, split, rows, self._filled))
+
+    @property
+    def _filled(self) -> dict[str, int]:
+        """Return the columns whose rows differ in length, and the longest length."""
+        return {EMBEDS: self.schema[EMBEDS][0][0]} if columns.is_ragged(self.schema) else {}
 
     def attach(self, pipeline: Pipeline) -> Pipeline:
         """Return a pipeline with the embedding that guidance leads away from, if it is here.
@@ -141,7 +147,7 @@ class EncodedPrompts:
         """Raise InputError unless the training prompts are those of a file; "" accepts any."""
         if not path:
             return
-        asked = provenance.describe_prompts(files.read_prompts(path))
+        asked = provenance.describe_prompts(files.stream_prompts(path))
         if self._facts("prompts").get(TRAIN) != asked:
             raise InputError(
                 f"the training prompts in {self.folder} are not those of data.prompts="
@@ -175,7 +181,9 @@ class EncodedPrompts:
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        heldout: Sequence[Reward] = (),
+        heldout: Sequence[Reward],
+        draws: Draws,
+        begun: bool,
     ) -> str:
         """Return the number of prompts in words: they are prepared."""
         return f"{self.rows[TRAIN]} prompts, encoded before"
@@ -185,15 +193,13 @@ class EncodedPrompts:
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        batch_size: int,
-        seed: int,
-        step: int,
+        draws: Draws,
         parts: Sequence[int],
         of: int,
     ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of the columns that a pipeline and rewards read."""
         names = columns.encoded(pipeline, rewards)
-        for batch in dataset.load(self.folder, batch_size, seed, step, parts, of):
+        for batch in dataset.load(self.folder, draws, parts, of, self._filled):
             named = _named(batch)
             yield {name: named[name] for name in names}
 
@@ -226,7 +232,7 @@ class EncodedPrompts:
 
         Raises InputError for a prompt that is not there.
         """
-        prompts = files.read_prompts(path)[:count]
+        prompts = files.read_prompts(path, count=count)
         rows = []
         for prompt in prompts:
             row = self._evaluation_rows.get(prompt)
@@ -274,15 +280,27 @@ def open_folder(folder: str | Path) -> EncodedPrompts:
     features = columns.from_disk(dict(info.features))
     if not isinstance(features.pop(PROMPT, None), tfds.features.Text):
         raise InputError(f"{folder} has no text feature 'prompt'; {HELP}")
+    path = folder / "metadata.json"
+    metadata = read_json(path) if path.is_file() else {}
     schema: dict[str, shards.Kind] = {}
     for name, feature in features.items():
-        if type(feature) is not tfds.features.Tensor or None in feature.shape:
+        shape = getattr(feature, "shape", ())
+        if name == EMBEDS and columns.is_ragged(features):
+            shape = (_longest(metadata), *shape[1:])
+        if type(feature) is not tfds.features.Tensor or None in shape:
             raise InputError(f"{folder}: {name} is not a Tensor of a fixed shape; {HELP}")
         dtype = np.dtype(feature.np_dtype)
         check_dtype(name, dtype)
-        schema[name] = (tuple(feature.shape), dtype)
-    metadata = folder / "metadata.json"
-    return EncodedPrompts(folder, rows, schema, read_json(metadata) if metadata.is_file() else {})
+        schema[name] = (tuple(shape), dtype)
+    return EncodedPrompts(folder, rows, schema, metadata)
+
+
+def _longest(metadata: Json) -> int | None:
+    """Return the number of embeddings of the longest prompt, None where nobody wrote it down."""
+    match metadata:
+        case {"columns": {"prompt_embeds": {"shape": [int(longest), *_]}}}:
+            return longest
+    return None
 
 
 def is_float(dtype: DTypeLike) -> bool:

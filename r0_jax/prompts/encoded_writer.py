@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
+from r0_jax.pipelines.pipeline import LENGTHS
 from r0_jax.prompts import provenance, shards
-from r0_jax.prompts.columns import PROMPT, is_features, to_disk
+from r0_jax.prompts.columns import EMBEDS, PROMPT, is_features, is_ragged, to_disk
 from r0_jax.prompts.encoded import EVALUATION, HELP, NEGATIVE, TRAIN, check_dtype, is_float
 from r0_jax.prompts.shards import Columns, Schema, Shard
 from r0_jax.weights.network import fingerprint
@@ -35,7 +36,8 @@ def write(
 
     Args:
       train: columns of the training prompts: "prompt" (texts), "prompt_embeds" [N, T, D],
-        "pooled_prompt_embeds" [N, P] where the family has them, and "features/<reward>" [N, D];
+        "pooled_prompt_embeds" [N, P] or "prompt_lengths" [N] where the family has them, and
+        "features/<reward>" [N, D];
         floats of any kind, of which np.load(..., mmap_mode="r") reads only what is being written.
       evaluation: the same of prompts that are only looked at.
       negative: the same of the one prompt that guidance leads away from; texts and features are
@@ -149,6 +151,10 @@ def _check_columns(split: str, columns: Mapping[str, Column], schema: Schema) ->
         expected = (count, *(kind[0] if kind else ()))
         if shape != expected:
             raise InputError(f"{split}: {name} has shape {list(shape)}; expected {list(expected)}")
+    if is_ragged(schema):
+        lengths, most = np.asarray(columns[LENGTHS]), np.shape(columns[EMBEDS])[1]
+        if lengths.min() < 1 or lengths.max() > most:
+            raise InputError(f"{split}: {LENGTHS} should be from 1 to {most}, the rows of {EMBEDS}")
 
 
 def _cast(columns: Mapping[str, Column], schema: Schema, shard: Shard) -> Columns:

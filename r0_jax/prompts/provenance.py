@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ from r0_jax.rewards.reward import Reward
 
 
 def describe(
-    schema: Schema, prompts: Mapping[str, Sequence[str]], facts: Mapping[str, object]
+    schema: Schema, prompts: Mapping[str, Iterable[str]], facts: Mapping[str, object]
 ) -> Json:
     """Return the dataset's metadata: its columns, its prompts by their digest, and more facts."""
     columns = {
@@ -29,10 +29,13 @@ def describe(
     }
 
 
-def describe_prompts(prompts: Sequence[str]) -> Json:
+def describe_prompts(prompts: Iterable[str]) -> Json:
     """Return how many prompts there are, how many distinct ones, and a digest of all in order."""
-    digest = hashlib.sha256("\0".join(prompts).encode("utf-8")).hexdigest()
-    return {"rows": len(prompts), "distinct": len(set(prompts)), "sha256": digest}
+    digest, distinct, rows = hashlib.sha256(), set[int](), 0
+    for rows, prompt in enumerate(prompts, start=1):
+        digest.update(f"{'' if rows == 1 else chr(0)}{prompt}".encode())
+        distinct.add(hash(prompt))
+    return {"rows": rows, "distinct": len(distinct), "sha256": digest.hexdigest()}
 
 
 def describe_pipeline(pipeline: Pipeline) -> Json:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from r0_jax.errors import InputError
 from r0_jax.files import Json, write_bytes
+from r0_jax.pipelines.pipeline import LENGTHS
+from r0_jax.prompts.columns import EMBEDS, is_ragged
 
 if TYPE_CHECKING:
     from tensorflow_datasets.features import FeaturesDict
@@ -109,14 +111,21 @@ def write(folder: Path, shard: Shard, schema: Schema, parts: Iterable[Columns]) 
     try:
         with contextlib.closing(ArrayRecordWriter(building, "group_size:1")) as writer:
             for part in parts:
-                for row in zip(*(part[name] for name in schema), strict=True):
-                    encoded = features.encode_example(dict(zip(schema, row, strict=True)))
+                for values in zip(*(part[name] for name in schema), strict=True):
+                    row = dict(zip(schema, values, strict=True))
+                    if is_ragged(schema):
+                        row[EMBEDS] = row[EMBEDS][: int(row[LENGTHS])]
+                    encoded = features.encode_example(row)
                     # Otherwise the order of a record's columns differs between runs.
                     writer.write(
                         serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
                     )
-        os.chmod(building, 0o644)
-        os.replace(building, folder / shard.file)
+        try:
+            os.chmod(building, 0o644)
+            os.replace(building, folder / shard.file)
+        except FileNotFoundError:  # another process wrote the same, and has finished the dataset
+            if not (folder / shard.file).is_file():
+                raise
     finally:
         if os.path.exists(building):
             os.unlink(building)
@@ -168,12 +177,15 @@ def _features(schema: Schema) -> FeaturesDict:
     """Return a schema as tfds features."""
     import tensorflow_datasets as tfds
 
+    def shape(name: str, full: tuple[int, ...]) -> tuple[int | None, ...]:
+        return (None, *full[1:]) if name == EMBEDS and is_ragged(schema) else full
+
     return tfds.features.FeaturesDict(
         {
             # Bytes are fast to write and exact for every dtype.
             name: tfds.features.Text()
             if kind is None
-            else tfds.features.Tensor(shape=kind[0], dtype=kind[1], encoding="bytes")
+            else tfds.features.Tensor(shape=shape(name, kind[0]), dtype=kind[1], encoding="bytes")
             for name, kind in schema.items()
         }
     )

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
+from r0_jax.prompts.order import Draws
 from r0_jax.rewards.reward import Reward
 
 Columns = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name -> shape of a row, dtype
@@ -64,11 +65,14 @@ class PromptSource(Protocol):
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        heldout: Sequence[Reward] = (),
+        heldout: Sequence[Reward],
+        draws: Draws,
+        begun: bool,
     ) -> str:
-        """Make ready what `batches` read, in `folder`; return the number of prompts in words.
+        """Make ready what `batches` of `draws` read; return the number of prompts in words.
 
-        One process calls it for all.
+        It is in `folder`, where a run that has `begun` keeps its prompts. One process calls it for
+        all.
         """
 
     def batches(
@@ -76,13 +80,11 @@ class PromptSource(Protocol):
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        batch_size: int,
-        seed: int,
-        step: int,
+        draws: Draws,
         parts: Sequence[int],
         of: int,
     ) -> Iterator[dict[str, NDArray]]:
-        """Yield parts of the batches `step`, `step` + 1, ..., as of `dataset.load`, forever."""
+        """Yield parts of the batches of `draws`, as `order.batches` does."""
 
     def evaluation(
         self,

@@ -9,11 +9,13 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
+from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import files, prepared
 from r0_jax.prompts.columns import PROMPT, read_by
+from r0_jax.prompts.order import Draws
 from r0_jax.prompts.source import Columns, Evaluation
 from r0_jax.rewards.reward import Reward
 
@@ -59,25 +61,26 @@ class TextPrompts:
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        heldout: Sequence[Reward] = (),
+        heldout: Sequence[Reward],
+        draws: Draws,
+        begun: bool,
     ) -> str:
-        """Write the token ids and features of all training prompts, unless they are there."""
-        examples, distinct, _ = prepared.prepare(self.path, folder, pipeline, rewards, heldout)
-        return f"{examples} prompts, {distinct} of them distinct"
+        """Write token ids and features of the prompts that are drawn, unless they are there."""
+        found = prepared.prepare(self.path, folder, pipeline, rewards, heldout, draws, begun)
+        told = f"{found.rows} prompts, {found.distinct} of them distinct"
+        return told if found.drawn == found.distinct else f"{told}, of which {found.drawn} are used"
 
     def batches(
         self,
         folder: Path,
         pipeline: Pipeline,
         rewards: Sequence[Reward],
-        batch_size: int,
-        seed: int,
-        step: int,
+        draws: Draws,
         parts: Sequence[int],
         of: int,
     ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of what `prepare` wrote, which was for these rewards."""
-        return prepared.batches(folder, batch_size, seed, step, parts, of)
+        return prepared.batches(folder, draws, parts, of)
 
     def evaluation(
         self,
@@ -89,9 +92,8 @@ class TextPrompts:
     ) -> Evaluation:
         """Return the first `count` prompts of a file, tokenized, and the rewards' features."""
         path, fields = path or self.path, read_by(rewards)
-        texts = prepared.read(path, fields, kept is not None and kept.is_file())
-        texts = texts and {name: values[:count] for name, values in texts.items()}
-        if kept:  # None only where `kept` is there
+        texts = _read(path, fields, count, kept is not None and kept.is_file())
+        if kept:
             first = distributed.of_first(lambda: _as_kept(texts, kept, fields))
             if first != texts and path != self.path:  # `prepare` warned of the training prompts
                 prepared.warn_of_others(path)
@@ -99,6 +101,17 @@ class TextPrompts:
         assert texts is not None
         prompts = texts[PROMPT]
         return Evaluation(prompts, pipeline.tokenize(prompts), prepared.features(texts, rewards))
+
+
+def _read(
+    path: str, fields: Sequence[str], count: int, may_be_gone: bool
+) -> dict[str, list[str]] | None:
+    try:
+        return files.read_texts(path, fields, count)
+    except InputError:
+        if may_be_gone:
+            return None
+        raise
 
 
 def _as_kept(

@@ -32,12 +32,17 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     path = path if entry.head else path / HEAD
     head_params = convert.open_params([path], head, "float32")
 
+    def judge(
+        params: Params, prepared: Float[Array, "b s s 3"], features: jax.Array | None
+    ) -> Float[Array, " b"]:
+        del features  # the prompt plays no part
+        image = clip.apply(split(params, "clip/"), "image_features", prepared.astype(dtype))
+        return head(split(params, "head/"), normalize(image))
+
     def score(
         params: Params, images: Float[Array, "b h w 3"], features: jax.Array | None
     ) -> Float[Array, " b"]:
-        del features  # the prompt plays no part
-        image = clip.apply(split(params, "clip/"), "image_features", prepare(images).astype(dtype))
-        return head(split(params, "head/"), normalize(image))
+        return judge(params, prepare(images), features)
 
     vision = {f"clip/{k}": v for k, v in found.params.items()}
     return Reward(
@@ -46,6 +51,8 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
         score,
         None,
         grid=found.grid,
+        prepare=prepare,
+        judge=judge,
     )
 
 

@@ -46,15 +46,20 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
     """Make a reward: the cosine of image and prompt in [-1, 1], or exp(logit_scale) times it."""
     sight, prepare = found.sight, found.prepare
 
-    def score(
-        params: Params, images: Float[Array, "b h w 3"], features: Float[Array, "b d"]
+    def judge(
+        params: Params, prepared: Float[Array, "b s s 3"], features: Float[Array, "b d"]
     ) -> Float[Array, " b"]:
         seen = {key: params[key] for key in sight.shapes}  # without the text tower
-        image = sight.apply(seen, "image_features", prepare(images).astype(found.dtype))
+        image = sight.apply(seen, "image_features", prepared.astype(found.dtype))
         cosine = jnp.sum(normalize(image) * normalize(features), axis=-1)
         if logit_scale:
             cosine = cosine * jnp.exp(params["logit_scale"])
         return cosine
+
+    def score(
+        params: Params, images: Float[Array, "b h w 3"], features: Float[Array, "b d"]
+    ) -> Float[Array, " b"]:
+        return judge(params, prepare(images), features)
 
     reward = Reward(
         name,
@@ -64,6 +69,8 @@ def from_tower(name: str, found: Tower, logit_scale: bool) -> Reward:
         grid=found.grid,
         width=found.width,
         text_parts=found.text_parts,
+        prepare=prepare,
+        judge=judge,
     )
     if found.tokenize is None:
         return reward

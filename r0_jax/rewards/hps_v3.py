@@ -6,13 +6,13 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from r0_jax import remote
-from r0_jax.files import read_json
+from r0_jax.files import naming, read_json
 from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig
 from r0_jax.rewards.around_image import AroundImage, check_type, load_qwen2_vl, make_reward
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import convert
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 SPECIAL = ("<|Reward|>",)  # the score is read from its state; nothing that follows changes it
 _TEMPLATE = read_json(Path(__file__).parent / "templates" / "hps_v3.json")
@@ -27,9 +27,11 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     """
     del text
     folder = remote.local(entry.path)
-    config = Qwen2VLConfig.from_json(check_type(folder, "hps_v3"))
-    network = Network.abstract(lambda rngs: HPSv3(config, rngs=rngs))
-    params = convert.open_params(convert.find_files(folder, "model"), network, "float32")
+    with naming(folder):
+        config = Qwen2VLConfig.from_json(check_type(folder, "hps_v3"))
+        files = convert.find_files(folder, "model")
+        network = Network.abstract(lambda rngs: HPSv3(config, rngs=rngs), stored_in(files))
+    params = convert.open_params(files, network, "float32")
     params = {
         k: v if k.startswith("rm_head.") else v.astype(convert.DTYPES[dtype])
         for k, v in params.items()

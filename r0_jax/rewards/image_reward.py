@@ -1,5 +1,6 @@
 """ImageReward and CycleReward: a text encoder that attends to the image, and an MLP."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import naming, read_json
 from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.rewards import prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward, not_loaded
 from r0_jax.weights import convert
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 LENGTH = 35  # tokens in training, start and end included
 CYCLE_LENGTH = 128  # the same of CycleReward
@@ -55,39 +56,50 @@ def _load(
     arithmetic, but need 768 times the memory per prompt.
     """
     folder = remote.local(entry.path)
-    config = ImageRewardConfig.from_json(_config(folder, model_type))
-    network = Network.abstract(lambda rngs: kind(config, rngs=rngs))
-    params = convert.open_params(convert.find_files(folder, "model"), network, "float32")
+    with naming(folder):
+        config = ImageRewardConfig.from_json(_config(folder, model_type))
+        files = convert.find_files(folder, "model")
+        network = Network.abstract(lambda rngs: kind(config, rngs=rngs), stored_in(files))
+    params = convert.open_params(files, network, "float32")
     params = {
         k: v if k.startswith("mlp.") else v.astype(convert.DTYPES[dtype]) for k, v in params.items()
     }
     prepare = Preprocess(config.vision_config.image_size, corner="round", resize=entry.resize)
 
+    def judge(
+        params: Params, prepared: Float[Array, "b s s 3"], features: Int[Array, "b t"]
+    ) -> Float[Array, " b"]:
+        return network(params, features, prepared.astype(dtype))
+
     def score(
         params: Params, images: Float[Array, "b h w 3"], features: Int[Array, "b t"]
     ) -> Float[Array, " b"]:
-        return network(params, features, prepare(images).astype(dtype))
+        return judge(params, prepare(images), features)
 
     grid = config.vision_config.image_size // config.vision_config.patch_size
+    reward = Reward(
+        name,
+        params,
+        score,
+        not_loaded(name),
+        grid=grid,
+        width=length,
+        features_dtype=jnp.int32,
+        prepare=prepare,
+        judge=judge,
+    )
     if not text:
-        return Reward(
-            name, params, score, not_loaded(name), grid=grid, width=length, features_dtype=jnp.int32
-        )
+        return reward
     tokenize = prompt_text.wordpiece(folder, length, config.text_config.vocab_size, SPECIAL)
 
     def text_features(params: Params, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
         del params
         return tokenize(prompts).ids
 
-    return Reward(
-        name,
-        params,
-        score,
-        text_features,
-        lambda prompts: tokenize(prompts).truncated,
-        grid,
-        length,
-        jnp.int32,
+    return dataclasses.replace(
+        reward,
+        text_features=text_features,
+        truncated=lambda prompts: tokenize(prompts).truncated,
     )
 
 

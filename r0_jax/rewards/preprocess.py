@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from r0_jax.errors import InputError
 
@@ -50,22 +50,13 @@ class Preprocess:
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 3"]:
         """Return normalized images. Keep bicubic overshoot: clipping it would kill gradients."""
         b, h, w, c = images.shape
-        match self.policy:
-            case "crop":  # transformers and torchvision round down
-                height, width = (int(self.size * n / min(h, w)) for n in (h, w))
-            case "pad":  # HPS rounds to the nearest
-                height, width = (max(1, round(n * (self.size / max(h, w)))) for n in (h, w))
-            case "area":
-                height, width = smart_resize(h, w, self.size**2)
-            case _:
-                height, width = self.size, self.size
+        height, width = self._resized(h, w)
         if self.resize == "reduce":
             images = _block_means(images, min(h // (_GAP * height), w // (_GAP * width)))
         if (height, width) != images.shape[1:3]:
             images = jax.image.resize(images, (b, height, width, c), "cubic", antialias=True)
         if self.policy == "crop":
-            halve = {"floor": lambda n: n // 2, "round": lambda n: round(n / 2)}[self.corner]
-            top, left = halve(height - self.size), halve(width - self.size)
+            top, left = self._corner(height), self._corner(width)
             images = images[:, top : top + self.size, left : left + self.size]
         elif self.policy == "pad":
             top, left = (self.size - height) // 2, (self.size - width) // 2
@@ -75,6 +66,57 @@ class Preprocess:
             )
         mean, std = (np.asarray(x, np.float32).reshape(1, 1, 1, -1) for x in (self.mean, self.std))
         return (images - mean) / std
+
+    def on_host(
+        self, image: Float[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w 3"]
+    ) -> Float[np.ndarray, "h2 w2 3"]:
+        """Do the same with one image of any size, in numpy: float32 in [0, 1], or uint8.
+
+        It compiles nothing, and holds little more than the image: of a crop it computes only what
+        is kept, however long and thin the image is.
+        """
+        h, w, _ = image.shape
+        height, width = self._resized(h, w)
+        if self.resize == "reduce":
+            most = min(h // (_GAP * height), w // (_GAP * width))
+            if most > 1:
+                image = _block_means(_unit(image)[None], most)[0]
+        starts, kept = (0, 0), (height, width)
+        if self.policy == "crop":
+            starts = self._corner(height), self._corner(width)
+            kept = min(height, self.size), min(width, self.size)
+        if height != image.shape[0]:
+            image = _resize_rows(image, height, starts[0], kept[0])
+        else:
+            image = _unit(image[starts[0] : starts[0] + kept[0]])
+        if width != image.shape[1]:
+            turned = _resize_rows(image.swapaxes(0, 1), width, starts[1], kept[1])
+            image = turned.swapaxes(0, 1)
+        else:
+            image = image[:, starts[1] : starts[1] + kept[1]]
+        if self.policy == "pad":
+            top, left = (self.size - height) // 2, (self.size - width) // 2
+            rest = ((top, self.size - height - top), (left, self.size - width - left), (0, 0))
+            image = np.pad(image, rest)
+        return (image - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def _resized(self, h: int, w: int) -> tuple[int, int]:
+        """Return height and width after the resize, before the crop or the borders."""
+        match self.policy:
+            case "crop":  # transformers and torchvision round down
+                return int(self.size * h / min(h, w)), int(self.size * w / min(h, w))
+            case "pad":  # HPS rounds to the nearest
+                longest = max(h, w)
+                return tuple(max(1, round(n * (self.size / longest))) for n in (h, w))
+            case "area":
+                return smart_resize(h, w, self.size**2)
+            case _:
+                return self.size, self.size
+
+    def _corner(self, length: int) -> int:
+        """Return where the centre crop of a side begins."""
+        rest = length - self.size
+        return rest // 2 if self.corner == "floor" else round(rest / 2)
 
 
 def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
@@ -100,7 +142,41 @@ def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _block_means(images: Float[Array, "b h w c"], most: int) -> Float[Array, "b h2 w2 c"]:
+def _unit(image: np.ndarray) -> Float[np.ndarray, "..."]:
+    """Return pixels in [0, 1], float32."""
+    return image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image
+
+
+def _resize_rows(
+    image: np.ndarray, height: int, first: int, count: int
+) -> Float[np.ndarray, "n w 3"]:
+    """Return rows `first` to `first + count` of the image resized to `height` rows.
+
+    It is jax.image.resize's "cubic" with antialias (Keys' kernel, a = -1/2), one row after the
+    other: a matrix of all weights would be larger than the image.
+    """
+    ratio = len(image) / height
+    stretch = max(ratio, 1.0)
+    rows = np.empty((count, *image.shape[1:]), np.float32)
+    for i in range(count):
+        centre = (first + i + 0.5) * ratio - 0.5
+        low = max(0, math.ceil(centre - 2 * stretch))
+        high = min(len(image), math.floor(centre + 2 * stretch) + 1)
+        weights = _cubic(np.abs(np.arange(low, high) - centre) / stretch)
+        weights = (weights / weights.sum()).astype(np.float32)
+        rows[i] = np.tensordot(weights, _unit(image[low:high]), 1)
+    return rows
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    near = ((1.5 * x - 2.5) * x) * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def _block_means(
+    images: Float[Array, "b h w c"] | Float[np.ndarray, "b h w c"], most: int
+) -> Float[Array, "b h2 w2 c"] | Float[np.ndarray, "b h2 w2 c"]:
     """Average the largest square blocks that divide the image, at most `most` pixels a side."""
     b, h, w, c = images.shape
     side = max((n for n in range(1, most + 1) if h % n == w % n == 0), default=1)

@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from r0_jax.errors import InputError
-from r0_jax.pipelines.tokenizers import Tokenizer, check_no_pointers, load_tokenizer
+from r0_jax.pipelines.tokenizers import (
+    Tokenizer,
+    check_added,
+    check_files,
+    load_tokenizer,
+    unreadable,
+)
 
 
 class Tokens(NamedTuple):
@@ -81,13 +87,14 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> Any:
 
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise InputError(f"{folder / 'vocab.txt'} is missing: put BERT's vocabulary there")
-    check_no_pointers(folder)
+    check_files(folder)
+    check_added(folder)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
         tokenizer.add_tokens(list(added), special_tokens=True)
         tokenizer(["a"])
     except Exception as e:  # tokenizers raises a bare Exception on malformed files
-        raise InputError(f"{folder} does not hold a readable BERT tokenizer ({e})") from None
+        raise unreadable(folder, "BERT", e) from None
     if tokenizer.pad_token_id != 0:  # the networks mask id 0
         raise InputError(f"{folder} does not hold BERT's vocabulary: [PAD] is not its first token")
     check_size(tokenizer, folder, vocab_size)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from r0_jax.errors import InputError
+from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params, fingerprint
 
@@ -43,6 +44,9 @@ class Reward:
       truncated: prompts -> bool [N], True for prompts that are too long and lose their end; None
         if the reward truncates nothing.
       reads: name of the text of a prompt's record that it reads: the prompt itself, or another.
+      prepare: what `score` does with images first; None if a function of the user does it,
+        or if what it makes has not one shape for all images.
+      judge: the rest of `score`: (params, prepared images [B, s, s, 3], features) -> float32 [B].
       grid: patches per side of its vision transformer; 0 without one. A generator that hacks the
         reward may repeat a pattern this many times per side.
     """
@@ -57,6 +61,8 @@ class Reward:
     features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
     reads: str = "prompt"
+    prepare: Preprocess | None = None
+    judge: Callable[[Params, jax.Array, jax.Array | None], Float[Array, " b"]] | None = None
 
     def __call__(
         self, images: Float[Array, "b h w 3"] | Float[np.ndarray, "b h w 3"], prompts: Sequence[str]

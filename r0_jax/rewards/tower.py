@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import naming, read_json
 from r0_jax.models.bert import BertConfig
 from r0_jax.models.chinese_clip import CNCLIP, ChineseCLIPConfig, ChineseCLIPModel, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
@@ -21,7 +21,7 @@ from r0_jax.rewards import preprocess, prompt_text
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.prompt_text import Tokenize
 from r0_jax.weights import convert, lazy
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 _TEXT_BATCH = 256  # prompts encoded at once; fewer are padded to a power of 2, to compile rarely
 _CHINESE_LENGTH = 52  # tokens that cn_clip trains on; the network has 512 positions
@@ -92,7 +92,8 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower
     """
     folder = remote.local(folder)
     if not (folder / "config.json").is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
-        return _load_open_clip(folder, dtype, text)
+        with naming(folder):
+            return _load_open_clip(folder, dtype, text)
     fields = read_json(folder / "config.json")
     # Old folders do not give a type.
     kind = fields.get("model_type", "clip")
@@ -101,7 +102,8 @@ def load(folder: str | Path, dtype: str = "float32", text: bool = True) -> Tower
             f"{folder / 'config.json'}: model_type = {kind!r} is not a CLIP "
             f"(known: {', '.join(_TRANSFORMERS)})"
         )
-    return _TRANSFORMERS[kind](folder, fields, dtype, text)
+    with naming(folder):
+        return _TRANSFORMERS[kind](folder, fields, dtype, text)
 
 
 def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -195,8 +197,11 @@ def _build(
             delattr(built, part)
         return built
 
-    sight = Network.abstract(seeing)
-    network = Network.abstract(lambda rngs: module(config, rngs=rngs)) if tokenize else sight
+    stored = stored_in(files)
+    sight = Network.abstract(seeing, stored)
+    network = sight
+    if tokenize:
+        network = Network.abstract(lambda rngs: module(config, rngs=rngs), stored)
     params = convert.open_params(files, network, "float32", () if tokenize else module.text_parts)
     params = {
         name: value if name == "logit_scale" else value.astype(convert.DTYPES[dtype])

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.errors import InputError
-from r0_jax.files import read_json
+from r0_jax.files import naming, read_json
 from r0_jax.models.qwen2_vl import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from r0_jax.rewards import preprocess
 from r0_jax.rewards.around_image import (
@@ -31,7 +31,7 @@ from r0_jax.rewards.around_image import (
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import convert, lazy
 from r0_jax.weights.lazy import Lazy
-from r0_jax.weights.network import Network, Params
+from r0_jax.weights.network import Network, Params, stored_in
 
 # Language -> the answers yes and no, and the questions.
 ANSWERS = {"english": ("Yes", "No"), "chinese": ("是", "否")}
@@ -59,18 +59,21 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     del text
     _check(name, entry)
     folder = remote.local(entry.path)
-    config = Qwen2VLConfig.from_json(check_type(folder, "qwen2_vl"))
+    with naming(folder):
+        config = Qwen2VLConfig.from_json(check_type(folder, "qwen2_vl"))
+        files = convert.find_files(folder, "model")
+        network = Network.abstract(
+            lambda rngs: Qwen2VLForConditionalGeneration(config, words=2, rngs=rngs),
+            stored_in(files),
+        )
+        prepare = preprocess.from_qwen2_vl(
+            read_json(folder / "preprocessor_config.json"), entry.size, entry.resize
+        )
     tokenizer = load_qwen2_vl(folder, config.vocab_size)
     questions = entry.questions or QUESTIONS[entry.language]
     around = AroundImage(tokenizer, BEFORE, [_AFTER % text for text in questions], entry.tokens)
-    network = Network.abstract(
-        lambda rngs: Qwen2VLForConditionalGeneration(config, words=2, rngs=rngs)
-    )
     answers = _answers(tokenizer, folder, entry.language)
-    params = _params(folder, config, network, dtype, answers)
-    prepare = preprocess.from_qwen2_vl(
-        read_json(folder / "preprocessor_config.json"), entry.size, entry.resize
-    )
+    params = _params(files, config, network, dtype, answers)
 
     def score(
         params: Params, images: Float[Array, "b h w 3"], features: Int[Array, "b t"]
@@ -108,7 +111,7 @@ def _answers(tokenizer, folder: Path, language: str) -> list[int]:
 
 
 def _params(
-    folder: Path, config: Qwen2VLConfig, network: Network, dtype: str, answers: Sequence[int]
+    files: list[Path], config: Qwen2VLConfig, network: Network, dtype: str, answers: Sequence[int]
 ) -> dict[str, Lazy]:
     """Return the weights in `dtype`, with the answers' columns as the head, in float32."""
     shapes, size = dict(network.shapes), (config.hidden_size, config.vocab_size)
@@ -117,7 +120,7 @@ def _params(
     else:
         shapes[_HEAD] = jax.ShapeDtypeStruct(size, jnp.float32)
     read = convert.open_params(
-        convert.find_files(folder, "model"),
+        files,
         dataclasses.replace(network, shapes=shapes),
         "float32",
         ("lm_head",) if tied else (),

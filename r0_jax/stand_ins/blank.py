@@ -33,6 +33,7 @@ _PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "ZImagePipeline": "z_image",
 }
 # Type of a reward -> folder of its configs.
 _REWARDS = {
@@ -52,6 +53,7 @@ _DECODERS = {
     "StableDiffusionPipeline": "taesd",
     "StableDiffusionXLPipeline": "taesdxl",
     "StableDiffusion3Pipeline": "taesd3",
+    "ZImagePipeline": "taef1",
 }
 
 

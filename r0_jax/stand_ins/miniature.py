@@ -36,6 +36,11 @@ VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
+VAE_16 = VAE | {  # of SD3 and FLUX.1, which Z-Image took over
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
@@ -73,6 +78,19 @@ TRANSFORMER = {
     "caption_projection_dim": 16,
     "pooled_projection_dim": 20,
     "pos_embed_max_size": 6,
+}
+Z_IMAGE = {
+    "_class_name": "ZImageTransformer2DModel",
+    "in_channels": 16,
+    "dim": 24,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "cap_feat_dim": 20,
+    "axes_dims": [4, 4, 4],
+    "axes_lens": [600, 32, 32],
 }
 CLIP_TEXT = {
     "architectures": ["CLIPTextModel"],
@@ -123,6 +141,20 @@ BERT = {
     "pad_token_id": 0,
 }
 
+QWEN3 = {
+    "architectures": ["Qwen3Model"],
+    "model_type": "qwen3",
+    "hidden_size": 20,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
+
 BETAS = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -164,20 +196,20 @@ MINIATURES: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {
         "transformer": TRANSFORMER,
         "scheduler": FLOW,
-        "vae": VAE
-        | {
-            "latent_channels": 16,
-            "scaling_factor": 1.5305,
-            "shift_factor": 0.0609,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
+        "vae": VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
         "text_encoder": CLIP_TEXT | {"architectures": ["CLIPTextModelWithProjection"]},
         "tokenizer": ("CLIPTokenizer", EOS),
         "text_encoder_2": BIG_CLIP_TEXT,
         "tokenizer_2": ("CLIPTokenizer", "!"),
         "text_encoder_3": T5,
         "tokenizer_3": ("T5TokenizerFast", "<pad>"),
+    },
+    "ZImagePipeline": {
+        "transformer": Z_IMAGE,
+        "scheduler": FLOW,
+        "vae": VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": QWEN3,
+        "tokenizer": ("Qwen2Tokenizer", EOS),
     },
 }
 MINIATURES["StableDiffusion3.5"] = MINIATURES["StableDiffusion3Pipeline"] | {

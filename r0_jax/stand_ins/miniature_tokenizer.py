@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from r0_jax.stand_ins.miniature_files import write_json
 
@@ -21,7 +21,7 @@ TOKENS = 24  # tokens per prompt, for CLIP and BERT
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Qwen2's special tokens, in the order of their ids, and how it splits text into words.
 QWEN2_SPECIAL = (
-    "<|endoftext|>",
+    EOS,
     "<|im_start|>",
     "<|im_end|>",
     *(
@@ -36,6 +36,11 @@ QWEN2_SPECIAL = (
 _QWEN2_WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What Qwen3's template makes of a prompt, in the template's language.
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _WORDS = sorted({word for prompt in PROMPTS for word in prompt.split() if word.isascii()})
 _CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()})
@@ -60,6 +65,19 @@ def write_tokenizer(
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
         special |= {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    elif kind == "Qwen2Tokenizer":
+        vocab, merges = _qwen2_vocabulary(texts, words)
+        write_json(folder / "vocab.json", vocab)
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+        special |= {
+            "added_tokens_decoder": {
+                str(len(vocab) + i): {"content": token, "special": True}
+                for i, token in enumerate(QWEN2_SPECIAL)
+            },
+            "eos_token": "<|im_end|>",
+            "unk_token": None,
+            "chat_template": _CHAT,
+        }
     elif kind == "BertTokenizer":
         folder.mkdir(parents=True, exist_ok=True)
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS, *_CHARACTERS]
@@ -72,10 +90,6 @@ def write_tokenizer(
             "mask_token": "[MASK]",
             "do_lower_case": True,
         }
-    elif kind == "Qwen2Tokenizer":
-        folder.mkdir(parents=True, exist_ok=True)
-        _qwen2_tokenizer(texts, words).save(str(folder / "tokenizer.json"))
-        special |= {"eos_token": "<|im_end|>"}
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _t5_tokenizer().save(str(folder / "tokenizer.json"))
@@ -100,24 +114,23 @@ def _merges(words: Sequence[Sequence[str]]) -> dict[tuple[str, str], None]:
     return {("".join(word[:i]), word[i]): None for word in words for i in range(1, len(word))}
 
 
-def _qwen2_tokenizer(texts: Sequence[str], words: int) -> Tokenizer:
+def _qwen2_vocabulary(
+    texts: Sequence[str] = (), words: int = 0
+) -> tuple[dict[str, int], list[str]]:
+    """Return a byte-level vocabulary that knows words with and without a space before them."""
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_QWEN2_WORD), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    known = [word for text in (*texts, *PROMPTS) for word, _ in split.pre_tokenize_str(text)]
-    merges = _merges(known)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = list(dict.fromkeys([*letters, *map("".join, merges)]))
+    known = [word for text in texts for word, _ in split.pre_tokenize_str(text)]
+    known += [*_WORDS, *(f"Ġ{word}" for word in _WORDS), "user", "assistant"]
+    letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), _merges(known)
+    tokens = [*letters, *map("".join, merges)]
     # Letters that text never becomes: longer tokens without merges would look like lost merges.
     tokens += [chr(0x10000 + i) for i in range(len(tokens), words - len(QWEN2_SPECIAL))]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
-    tokenizer.pre_tokenizer = split
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in QWEN2_SPECIAL])
-    return tokenizer
+    return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
 
 
 def _t5_tokenizer() -> Tokenizer:
@@ -138,14 +151,11 @@ def _t5_tokenizer() -> Tokenizer:
 
 
 def vocabulary_size(kind: str, texts: Sequence[str] = ()) -> int:
-    """Return the size of the vocabulary for a text encoder of a class: T5's, BERT's or a CLIP's.
-
-    Or that of a Qwen2-VL that knows `texts`.
-    """
-    if kind == "Qwen2VLForConditionalGeneration":
-        return _qwen2_tokenizer(texts, 0).get_vocab_size()
+    """Return the size of the vocabulary for a text encoder of a class; Qwen2's knows `texts`."""
     if kind == "T5EncoderModel":
         return _t5_tokenizer().get_vocab_size()
+    if kind in ("Qwen3Model", "Qwen2VLForConditionalGeneration"):
+        return len(_qwen2_vocabulary(texts)[0]) + len(QWEN2_SPECIAL)
     if kind == "BertModel":
         return 5 + len(_WORDS) + len(_CHARACTERS)
     return len(_clip_vocabulary()[0])

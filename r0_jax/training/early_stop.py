@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from r0_jax.evaluation import curves
+from r0_jax.evaluation.validation import VETOED
 
 
 class EarlyStop:
@@ -23,12 +24,13 @@ class EarlyStop:
         path = folder / "metrics.jsonl"
         if patience and path.is_file():
             series, _ = curves.read(path)
+            vetoed = series.get(VETOED, {})
             for at, value in sorted(series.get(metric, {}).items()):
                 if at <= step:
-                    self.add(value)
+                    self.add(math.nan if vetoed.get(at) else value)
 
     def add(self, value: float) -> None:
-        """Add the metric of the next evaluation; NaN never is a new highest value."""
+        """Add the metric of the next evaluation; NaN, of a vetoed one, is no new highest value."""
         if value > self.best:
             self.best, self.since = value, 0
         else:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from r0_jax.config import trained_rewards
 from r0_jax.console import console
-from r0_jax.evaluation.validation import Validation
+from r0_jax.evaluation.validation import VETOED, Validation
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
@@ -196,8 +196,10 @@ class Loop:
             except Stopped:
                 return
             self.log.evaluation(self.step, values | self._term_norms(), sheet)
-            self.job.checkpoints.add_metrics(self.step, values)
-            self.early.add(values.get(self.config.best_metric, math.nan))
+            best = values.get(self.config.best_metric, math.nan)
+            score = math.nan if values[VETOED] else best
+            self.job.checkpoints.add_metrics(self.step, values, score)
+            self.early.add(score)
             self.balance.check()
 
     def _term_norms(self) -> dict[str, float]:

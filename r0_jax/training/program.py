@@ -18,7 +18,7 @@ from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.method.train_state import TrainState
 from r0_jax.method.train_step import TrainStep, make_term_norms, make_train_step
-from r0_jax.models import attention_backend
+from r0_jax.models import attention_backend, repeat
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import tiny_decoder
 from r0_jax.pipelines.pipeline import Pipeline
@@ -188,15 +188,8 @@ def build(
         "rewards": {reward.name: reward.scoring_params for reward in rewards},
         "empty": pipeline.empty,
     }
-    split = mesh.shape["fsdp"] > 1 and mesh.size == mesh.shape["data"] * mesh.shape["fsdp"]
-    objective = Objective(
-        pipeline,
-        generator,
-        rewards,
-        config,
-        decoder,
-        gathered=sharding.replicated(mesh) if split else None,
-    )
+    blocks = repeat.of_config(config, mesh)
+    objective = Objective(pipeline, generator, rewards, config, decoder, blocks)
     return Program(
         config,
         mesh,

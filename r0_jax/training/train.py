@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from r0_jax.evaluation.validation import Validation
 from r0_jax.parallel import distributed, heartbeat, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.pipelines.pipeline import Pipeline
-from r0_jax.prompts import prepared
+from r0_jax.prompts.order import Draws
 from r0_jax.training import pretrained, program
 from r0_jax.training.loop import Batch, Job, Loop, Start
 from r0_jax.training.pretrained import Pretrained
@@ -30,8 +30,8 @@ from r0_jax.workdir.checkpoint_manager import Checkpoints
 from r0_jax.workdir.run import Run
 from r0_jax.workdir.workdir import Workdir
 
-# (batch size, seed, step, parts, of how many) -> this process's parts of the batches.
-ReadBatches = Callable[..., Iterator[dict[str, np.ndarray]]]
+# (draws, parts, of how many) -> this process's parts of the batches.
+ReadBatches = Callable[[Draws, Sequence[int], int], Iterator[dict[str, np.ndarray]]]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Workdir, stop: StopSignal) -> bool:
@@ -63,12 +63,10 @@ def _train(
         lambda: take_workdir(config, workdir, models.pipeline, held)
     )
     identity.check_shared(workdir)
-    read = prepare_prompts(config, workdir, models)
+    read = prepare_prompts(config, workdir, models, begun)
     workdir.share()
     frozen = place_frozen(built)
-    with Checkpoints(
-        workdir, config.keep_checkpoints, config.best_metric or None, digest
-    ) as checkpoints:
+    with Checkpoints(workdir, config.keep_checkpoints, digest) as checkpoints:
         start = restore_or_init(built, frozen, checkpoints, begun)
         validation = Validation(
             config,
@@ -121,8 +119,7 @@ def take_workdir(
         )
     digest = identity.check_same_run(workdir, config)
     begun = checkpoint.is_begun(workdir)
-    if not begun:  # prompts there may be those of another config
-        prepared.remove(workdir.path / "prompts")
+    if not begun:  # it may be of another config
         (workdir.path / "eval_prompts.json").unlink(missing_ok=True)
     if begun and origin.is_kept(workdir.path):
         origin.check(workdir.path, pipeline, "bring the original back, give another --workdir")
@@ -131,14 +128,31 @@ def take_workdir(
     return begun, digest
 
 
-def prepare_prompts(config: ConfigDict, workdir: Workdir, models: Pretrained) -> ReadBatches:
-    """Prepare the prompts, once in a run; return how to read batches of them."""
+def prepare_prompts(
+    config: ConfigDict, workdir: Workdir, models: Pretrained, begun: bool
+) -> ReadBatches:
+    """Prepare the prompts that the run can draw; return how to read batches of them."""
     folder = workdir.path / "prompts"
-    counted = distributed.of_first(
-        lambda: models.prompts.prepare(folder, models.pipeline, models.rewards, models.heldout)
-    )
+
+    def prepare() -> str:
+        # A damaged checkpoint makes a run resume from an older one.
+        draws = draws_from(config, min(checkpoint.steps(workdir), default=0))
+        return models.prompts.prepare(
+            folder, models.pipeline, models.rewards, models.heldout, draws, begun
+        )
+
+    counted = distributed.of_first(prepare)
     console.print(f"{counted}; {config.steps} steps of {config.batch_size}", highlight=False)
     return functools.partial(models.prompts.batches, folder, models.pipeline, models.rewards)
+
+
+def draws_from(config: ConfigDict, step: int) -> Draws:
+    """Return the batches that a run can read from a step on.
+
+    The last measurement of the terms' norms is on the batch after the last step.
+    """
+    last = config.steps + int(config.eval.term_norms)
+    return Draws(config.batch_size, config.seed, range(step, last))
 
 
 def place_frozen(built: Program) -> dict[str, Any]:
@@ -176,7 +190,7 @@ def device_batches(read: ReadBatches, config: ConfigDict, mesh: Mesh, step: int)
     """Yield global batches on the devices, from `step` on."""
     split = sharding.batch_sharding(mesh)
     parts, count = sharding.local_parts(split)
-    for batch in read(config.batch_size, config.seed, step, parts, count):
+    for batch in read(draws_from(config, step), parts, count):
         yield sharding.put_batch(batch, split)
 
 

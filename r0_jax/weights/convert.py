@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_regular, pickles
+from r0_jax.files import check_not_pointer, check_regular, loads, pickles
 from r0_jax.weights import tensor_file
 from r0_jax.weights.lazy import Index, Lazy
 from r0_jax.weights.network import Network, Params
@@ -43,6 +43,8 @@ _NAME = 255  # bytes of the longest file name on any system
 
 # Buffers that old files hold and that no network has.
 _BUFFERS = ("position_ids",)
+# What files hold beside the network that is read: the rest of a CLIP, a trainer's counter.
+_BESIDE = ("logit_scale", "vision_model", "visual_projection", "text_projection", "global_step")
 # A text encoder's layer in a file of transformers: CLIP's, BERT's, T5's.
 _LAYER = re.compile(r"(?:\w+\.)?encoder\.(?:layers?|block)\.(\d+)\.")
 # T5's encoder shares its table of tokens with the decoder: files hold one name or both.
@@ -82,7 +84,8 @@ def find_files(folder: Path, stem: str) -> list[Path]:
     """Return the safetensors files of one network in a diffusers or transformers folder.
 
     They are a single `stem.safetensors`, a sharded `stem.safetensors.index.json`, or the same with
-    a variant (`stem.fp16.safetensors`): the first of these whose files are all there.
+    a variant (`stem.fp16.safetensors`): the first of these whose files are all there. Of both the
+    first two, diffusers reads the shards and transformers the single file; so does this.
     Raises InputError that says which file is missing, or that only pickles are there.
     """
     return _files(find_weights(folder, stem))
@@ -96,11 +99,10 @@ def find_weights(folder: Path, stem: str) -> Path:
         *sorted(folder.glob(f"{stem}.safetensors.index.*.json")),
         *sorted(folder.glob(f"{stem}.*.safetensors")),
     ]
-    found = [
-        path
-        for path in [folder / single, folder / index, *variants]
-        if path.is_file() and "-of-" not in path.name
-    ]
+    plain = [folder / single, folder / index]
+    if stem.startswith("diffusion"):
+        plain.reverse()
+    found = [path for path in [*plain, *variants] if path.is_file() and "-of-" not in path.name]
     for path in found:  # a download of one variant brings the other's index too
         try:
             _files(path)
@@ -138,14 +140,14 @@ def _shards(index: Path) -> list[Path]:
 def _read_index(path: Path) -> dict[str, str]:
     check_regular(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = loads(path.read_text(encoding="utf-8"))["weight_map"]
         # Only valid names of files: an index never leads out of its folder.
         if index and all(
             isinstance(v, str) and Path(v).name == v and len(v.encode()) <= _NAME
             for v in index.values()
         ):
             return index
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         check_not_pointer(path)
     raise InputError(f"{path} is not a safetensors index: download it again")
 
@@ -246,15 +248,21 @@ def _fill(
                 # Rounded first: rounding while axes move is slower.
                 np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
             if not _finite(result, tested):
-                raise InputError(
-                    f"{file.path}: {key} holds NaN or infinities: give weights that are whole"
-                )
+                raise InputError(f"{file.path}: {_not_finite(file, key, piece, target.dtype)}")
             target[first - rows.start : last - rows.start] = result
 
     if threads == 1:
         return work(0)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(threads)))
+
+
+def _not_finite(file: TensorFile, key: str, stored: np.ndarray, dtype: np.dtype) -> str:
+    """Say why a piece of a tensor is not finite in `dtype`."""
+    if np.isfinite(stored.astype(np.float64)).all():
+        name = file.tensors[key].dtype
+        return f"{key} holds numbers of {name} that are too large for {dtype}: give a wider dtype"
+    return f"{key} holds NaN or infinities: give weights that are whole"
 
 
 def _finite(x: np.ndarray, spare: np.ndarray) -> bool:
@@ -296,7 +304,8 @@ def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path)
         if k not in used and _TIED.get(k) not in used and k.split(".")[-1] not in _BUFFERS
     ]
     beyond = _beyond(network, unexpected)
-    unexpected = [k for k in unexpected if k not in beyond]
+    beside = _beside(network, unexpected)
+    unexpected = [k for k in unexpected if k not in beyond | beside]
     if unexpected:
         raise InputError(
             f"{source}: {len(unexpected)} unexpected key(s), e.g. {unexpected[0]} of "
@@ -309,6 +318,17 @@ def match(network: Network, shapes: Mapping[str, tuple[int, ...]], source: Path)
             stacklevel=2,
         )
     return keys
+
+
+def _beside(network: Network, unexpected: list[str]) -> set[str]:
+    """Return the keys of parts that the network does not have, and that are known to be harmless.
+
+    The libraries skip any such key; here an unknown one shows that the file is of another model.
+    """
+    own = {name.split(".")[0] for name in network.shapes}
+    return {
+        key for key in unexpected if (first := key.split(".")[0]) in _BESIDE and first not in own
+    }
 
 
 def _beyond(network: Network, unexpected: list[str]) -> set[str]:
@@ -330,9 +350,11 @@ def _possible_keys(name: str) -> Iterator[str]:
     if "attentions" in key:
         yield from (key.replace(new, old) for new, old in _OLD_NAMES.items() if new in key)
     yield from (tied for tied, shared in _TIED.items() if key == shared)
-    # transformers >= 5.6 writes a CLIPTextModel without the prefix of the hub's files.
-    if key.startswith("text_model."):
-        yield key.removeprefix("text_model.")
+    # transformers >= 5.6 writes a CLIPTextModel without the prefix of the hub's files, and so does
+    # any version a Qwen3Model, whose published files are those of a language model.
+    for prefix in ("text_model.", "model."):
+        if key.startswith(prefix):
+            yield key.removeprefix(prefix)
 
 
 def save(
@@ -366,7 +388,9 @@ def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32")
 def _tensors(params: Params, dtype: str) -> list[Tensor]:
     def tensor(name: str, value: Any) -> Tensor:
         def read() -> np.ndarray:
-            return np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                whole = np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
+            return _whole(to_key(name), whole)
 
         return Tensor(to_key(name), file_shape(name, value.shape), DTYPES[dtype], read)
 
@@ -380,8 +404,20 @@ def save_tensors(
     tensor_file.write(
         path,
         [
-            Tensor(key, value.shape, value.dtype, lambda value=value: value)
+            Tensor(key, value.shape, value.dtype, lambda key=key, value=value: _whole(key, value))
             for key, value in tensors.items()
         ],
         metadata,
     )
+
+
+def _whole(key: str, value: np.ndarray) -> np.ndarray:
+    """Return a tensor that is to be written; raise InputError if it is not finite."""
+    if value.dtype.kind in "iub":
+        return value
+    if not _finite(value, np.empty_like(value, np.uint16 if value.itemsize == 2 else bool)):
+        raise InputError(
+            f"{key} holds NaN or infinities in {value.dtype}, so nothing is written: choose "
+            "another checkpoint, or a dtype that holds its numbers"
+        )
+    return value

@@ -8,7 +8,8 @@ checkpoints and export all speak that one language.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,17 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from r0_jax.errors import InputError
 from r0_jax.models import attention_backend
+from r0_jax.models.linear import Adapted
 from r0_jax.weights.lazy import Lazy
+from r0_jax.weights.tensor_file import TensorFile
 
 # NumPy or Lazy while they are not on devices; only Lazy may be larger than the host's memory.
-Params = dict[str, jax.Array | np.ndarray | Lazy]
+Params = dict[str, jax.Array | np.ndarray | Lazy | Adapted]
 Shapes = dict[str, jax.ShapeDtypeStruct]
+_MOST = 20_000  # parameters of a network that no file backs up; SDXL's UNet has 1,680
+_SPARE = 100  # a network may draw a few keys more than its files have tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,9 +49,16 @@ class Network:
     heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def abstract(cls, constructor: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
-        """Build the graph without allocating a weight."""
-        module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0))))
+    def abstract(
+        cls, constructor: Callable[[nnx.Rngs], nnx.Module], stored: int | None = None
+    ) -> "Network":
+        """Build the graph without allocating a weight.
+
+        Raise InputError for a config that asks for many more parameters than the tensors that are
+        `stored`, where that is known: building them would take hours.
+        """
+        most = _MOST if stored is None else 2 * stored + _SPARE
+        module = nnx.eval_shape(lambda: constructor(_Rngs(jax.random.key(0), most)))
         graphdef, state = nnx.split(module)
         shapes = {_name(path): _struct(leaf) for path, leaf in nnx.to_flat_state(state)}
         heads = {
@@ -55,11 +68,13 @@ class Network:
         }
         return cls(graphdef, shapes, module.config, heads=heads)
 
-    def __call__(self, params: Mapping[str, jax.Array | np.ndarray], *args, **kwargs):
+    def __call__(self, params: Mapping[str, jax.Array | np.ndarray | Adapted], *args, **kwargs):
         """Apply the module's `__call__`."""
         return self.apply(params, "__call__", *args, **kwargs)
 
-    def apply(self, params: Mapping[str, jax.Array | np.ndarray], method: str, *args, **kwargs):
+    def apply(
+        self, params: Mapping[str, jax.Array | np.ndarray | Adapted], method: str, *args, **kwargs
+    ):
         """Apply any method of the module; it computes in the dtype of the parameters."""
         if params.keys() != self.shapes.keys():  # nnx.merge would pair them by position
             wrong = sorted(params.keys() ^ self.shapes.keys())
@@ -67,6 +82,12 @@ class Network:
         state = nnx.from_flat_state({_path(name): nnx.Param(x) for name, x in params.items()})
         with attention_backend.use(self.attention):
             return getattr(nnx.merge(self.graphdef, state), method)(*args, **kwargs)
+
+
+def stored_in(files: Iterable[Path]) -> int | None:
+    """Return how many tensors safetensors files hold; None without files."""
+    counts = [len(TensorFile(file).tensors) for file in files]
+    return sum(counts) if counts else None
 
 
 def init(constructor: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
@@ -83,12 +104,17 @@ class _Rngs(nnx.Rngs):
     SDXL's UNet would take a minute.
     """
 
-    def __init__(self, key: jax.Array):
+    def __init__(self, key: jax.Array, most: int | None = None):
         super().__init__()
-        self.key, self.drawn = key, 0
+        self.key, self.drawn, self.most = key, 0, most
 
     def params(self) -> jax.Array:
         self.drawn += 1
+        if self.most is not None and self.drawn > self.most:
+            raise InputError(
+                f"the config asks for more than {self.most} tensors, many more than there are: it "
+                "belongs to another model, or is damaged"
+            )
         return jax.random.fold_in(self.key, self.drawn - 1)
 
 

@@ -7,7 +7,6 @@ needs all tensors at once. Those of a full-size network are more than a host has
 import json
 import math
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer
+from r0_jax.files import begin, check_not_pointer, check_regular, holding
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Code in the header -> dtype, for those that NumPy has.
@@ -60,6 +59,7 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_regular(path)
         try:
             with safe_open(path, framework="numpy"):  # checks every field and offset
                 pass
@@ -162,12 +162,13 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = begin(path)
     try:
-        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+        file = open(temporary, "xb")
     except OSError as e:
         raise InputError(f"{path} cannot be written: {e.strerror}") from None
     try:
-        with file:
+        with file, holding(temporary):
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors:
                 if tensor.value is None:
@@ -180,10 +181,9 @@ def write(path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str] | N
                         f"{tensor.dtype}{tensor.shape}"
                     )
                 file.write(value.reshape(-1).view(np.uint8).data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+            os.replace(temporary, path)
     except BaseException as e:
-        os.unlink(file.name)
+        temporary.unlink(missing_ok=True)
         if isinstance(e, OSError):
             raise InputError(
                 f"{path} cannot be written ({e.strerror}): is the disk full?"

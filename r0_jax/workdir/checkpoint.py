@@ -10,6 +10,7 @@ pickled.
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypedDict, cast
@@ -19,7 +20,9 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import NDArray
 
+from r0_jax import machine
 from r0_jax.errors import InputError
+from r0_jax.files import check_regular
 from r0_jax.parallel import checksum
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
@@ -103,12 +106,23 @@ def best(scores: Mapping[int, float]) -> int:
 
 
 def scores(workdir: Workdir) -> dict[int, float]:
-    """Return {step: held-out metric} of the checkpoints that it was measured of."""
+    """Return {step: held-out metric} of the checkpoints that it was measured of.
+
+    Warns of a damaged one, which may be the best.
+    """
     found = {}
     for step in steps(workdir):
-        with contextlib.suppress(DamagedError):
-            if (score := read_metadata(workdir, step)["score"]) is not None:
-                found[step] = score
+        try:
+            score = read_metadata(workdir, step)["score"]
+        except DamagedError as error:
+            warnings.warn(
+                f"{damage_line(workdir.checkpoints / str(step), str(error))}; the others are used, "
+                "though it may be the best",
+                stacklevel=3,
+            )
+            continue
+        if score is not None:
+            found[step] = score
     return found
 
 
@@ -120,10 +134,14 @@ def read_metadata(workdir: Workdir, step: int) -> Metadata:
 def read_metadata_of(folder: AnyPath) -> Metadata:
     """Return the metadata in a checkpoint's folder; raise DamagedError."""
     path = metadata_file(folder)
+    if isinstance(path, Path):
+        check_regular(path)
     try:
         metadata = sealed_json.loads(path.read_text(encoding="utf-8"))
         if not {"step", "config_digest", "metrics", "score", "checksums"} <= metadata.keys():
             raise ValueError("fields are missing")
+        if _STEP.fullmatch(folder.name) and metadata["step"] != int(folder.name):
+            raise ValueError(f"it is the checkpoint of step {metadata['step']}, renamed")
     except (
         FileNotFoundError,
         NotADirectoryError,
@@ -253,6 +271,8 @@ def read_arrays(folder: AnyPath, targets: Mapping[str, Leaf]) -> dict[str, jax.A
 
 
 def _unreadable(folder: AnyPath, error: Exception) -> Exception:
+    if machine.problem(error):  # the files may be whole
+        return error
     said = f"{type(error).__name__}: {error}"
     if isinstance(folder, Path) and not orbax_errors.says_nothing_of_files(error):
         return DamagedError(said)

@@ -26,16 +26,15 @@ T = TypeVar("T")
 class Checkpoints:
     """The checkpoints of a run that is training: the newest `keep`, and the best one.
 
-    Best is the highest `best_metric` among those that it was measured of. One run at a time uses
-    it, as a context manager or with `close()`: both wait for the save in progress. Readers of a run
-    that may still be training use `checkpoint.load_params`.
+    Best is the one of the highest score, of those that have one. One run at a time uses it, as a
+    context manager or with `close()`: both wait for the save in progress. Readers of a run that may
+    still be training use `checkpoint.load_params`.
     """
 
     def __init__(
         self,
         workdir: Workdir,
         keep: int = 3,
-        best_metric: str | None = None,
         config_digest: str = "",
     ):
         import orbax.checkpoint as ocp
@@ -43,7 +42,7 @@ class Checkpoints:
 
         orbax_errors.tell_once()
         self._workdir, self.folder = workdir, workdir.checkpoints
-        self._best_metric, self._digest = best_metric, config_digest
+        self._digest = config_digest
         distributed.of_first(self._set_aside_unreadable)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
@@ -95,29 +94,30 @@ class Checkpoints:
         self._workdir.push_checkpoint(step)
         return True
 
-    def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Add what was measured of a checkpoint after it was begun; it may then be the best one.
+    def add_metrics(
+        self, step: int, metrics: Mapping[str, SupportsFloat], score: float = math.nan
+    ) -> None:
+        """Add what was measured of a checkpoint after it was begun.
 
-        Waits for the save in progress. All processes call it.
+        With a `score` that is not NaN it may then be the best one. Waits for the save in progress.
+        All processes call it.
         """
         self.wait()
         self._workdir.push()  # the store has the metrics before they count
         values = {name: float(value) for name, value in metrics.items()}
-        distributed.of_first(functools.partial(self._write_metrics, step, values))
+        distributed.of_first(functools.partial(self._write_metrics, step, values, float(score)))
         with orbax_errors.one_line(self.folder):
             self._manager.reload()
         self._workdir.push()
 
-    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _write_metrics(self, step: int, metrics: Mapping[str, float], score: float) -> None:
         folder = self.folder / str(step)
         try:
             metadata = checkpoint.read_metadata_of(folder)
         except checkpoint.DamagedError as error:  # since it was written
             raise InputError(checkpoint.damage_line(folder, str(error))) from None
-        best = self._best_metric
-        value = math.nan if best is None else metrics.get(best, math.nan)
         metadata["metrics"] = {n: x if math.isfinite(x) else None for n, x in metrics.items()}
-        metadata["score"] = value if math.isfinite(value) else None
+        metadata["score"] = score if math.isfinite(score) else None
         path, text = checkpoint.metadata_file(folder), json.dumps(sealed_json.seal(metadata))
         if isinstance(path, Path):
             write_bytes(path, text.encode())

@@ -12,11 +12,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from r0_jax import config as base
-from r0_jax import paths
+from r0_jax import files, paths
 from r0_jax.errors import InputError
-from r0_jax.files import Json, write_bytes
+from r0_jax.files import Json, check_regular, write_bytes
 from r0_jax.parallel import distributed
-from r0_jax.workdir import checkpoint
+from r0_jax.workdir import checkpoint, sealed_json
 from r0_jax.workdir.workdir import Workdir
 
 # Fields that may change when a run is resumed. They decide how long it trains, how often it writes
@@ -42,6 +42,7 @@ HARMLESS = frozenset(
         "keep_checkpoints",
         "max_skipped_in_a_row",
         "early_stop",
+        "veto",
         "test",
         "compilation_cache",
         "processes",
@@ -76,7 +77,8 @@ def check_same_run(workdir: Workdir, config: ConfigDict) -> str:
             )
     elif path.exists() and "rewards" not in _read(path):
         raise InputError(f"{path} is not the config of a run: give another --workdir")
-    write_bytes(path, json.dumps(new, indent=1, ensure_ascii=False).encode("utf-8"))
+    sealed = sealed_json.seal(new)
+    write_bytes(path, json.dumps(sealed, indent=1, ensure_ascii=False).encode("utf-8"))
     matters = {k: value for k, value in _one_spelling(here).items() if _matters(k, here)}
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -145,18 +147,24 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> Json:
+    check_regular(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = files.loads(text)
     except FileNotFoundError:
         reason = "is missing, though there are checkpoints"
     except IsADirectoryError:
         reason = "is a folder"
-    except (ValueError, RecursionError):
+    except ValueError:
         reason = "is not JSON"
     else:
         if isinstance(config, dict):
-            return config
-        reason = "is not a JSON object"
+            try:
+                return sealed_json.loads_any(text)
+            except ValueError:
+                reason = "is not what the run wrote: it was edited"
+        else:
+            reason = "is not a JSON object"
     raise InputError(f"{path} {reason}; bring it back, or give another --workdir")
 
 

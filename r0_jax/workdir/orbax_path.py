@@ -1,6 +1,7 @@
 """Paths that orbax reads letter by letter, whatever characters the name of a folder holds."""
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ class _LiteralPath(type(epath.Path("/"))):  # type: ignore[misc]  # of the syste
         root = glob.escape(str(self))
         for found in glob.iglob(f"{root}/{pattern}"):
             yield type(self)(found)
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        """Remove a folder; of a link to one, say on another disk, the link."""
+        if os.path.islink(self):
+            self.unlink()
+        else:
+            super().rmtree(missing_ok)
 
 
 def of(folder: AnyPath) -> epath.Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from r0_jax.diffusion import grid
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.errors import InputError
 from r0_jax.files import Json
+from r0_jax.method import lora
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
@@ -28,7 +28,7 @@ from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.weights import lazy
 from r0_jax.weights.lazy import Lazy
 from r0_jax.weights.network import Params
-from r0_jax.workdir import checkpoint, origin
+from r0_jax.workdir import checkpoint, origin, sealed_json
 from r0_jax.workdir.workdir import Workdir
 
 # Flat, by dotted name: adapters in NumPy; whole weights stay in the files of their checkpoint.
@@ -55,6 +55,9 @@ _NEEDED = (
     "data.encoded",
     "attention",
 )
+
+
+_MOST = 1e18  # of a number in the config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,28 +188,32 @@ class Run:
                 )
         return params
 
-    def weights(self, params: HostParams, dtype: str | None = None) -> dict[str, Lazy]:
-        """Return the network's weights in `dtype`, by default the config's.
+    def weights(self, params: HostParams, dtype: str) -> Params:
+        """Return the network's weights in `dtype`, for computing: adapters stay beside them."""
+        generator = dataclasses.replace(self.generator, dtype=dtype)
+        return generator.weights(dict(params), self.pipeline.params[self.pipeline.generator_part])
 
-        Adapters are merged in float32, each when it is read.
+    def merged_weights(self, params: HostParams) -> dict[str, Lazy]:
+        """Return the network's weights in float32, for files.
+
+        Each adapter is merged when its weight is read.
         """
-        generator = dataclasses.replace(self.generator, dtype="float32")
         base = self.pipeline.params[self.pipeline.generator_part]
 
         def value(name: str) -> NDArray:
             module = name.removesuffix(".kernel")
-            own = (name, f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
-            trained: Params = {n: jnp.asarray(params[n]) for n in own if n in params}
-            start: Params = {} if name in trained else {name: jnp.asarray(base[name])}
+            factors = (f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
+            if name in params:
+                return np.asarray(params[name])
+            start: Params = {name: jnp.asarray(base[name])}
+            adapters: Params = {n: jnp.asarray(params[n]) for n in factors if n in params}
             # Accelerators would round the factors to bf16.
             with jax.default_matmul_precision("highest"):
-                return np.asarray(generator.weights(trained, start)[name])
+                return np.asarray(lora.merge(start, adapters, self.generator.scale)[name])
 
         # In the order in which checkpoints are read.
         return {
-            name: lazy.computed(
-                base[name].shape, dtype or self.generator.dtype, functools.partial(value, name)
-            )
+            name: lazy.computed(base[name].shape, "float32", functools.partial(value, name))
             for name in sorted(base)
         }
 
@@ -230,9 +237,8 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise InputError(f"{workdir} has no config.json, so it is not the --workdir of a run")
     try:
-        # dict() fails for a list or a number.
-        config = ConfigDict(dict(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError, RecursionError):
+        config = ConfigDict(sealed_json.loads_any(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not the config of a run: bring the original back") from None
     default = base.get_config()
     for field in _NEEDED:
@@ -242,7 +248,11 @@ def read_config(workdir: Path) -> ConfigDict:
                 raise InputError(f"{path} has no {field}, so it is not the config of an R0 run")
             value, expected = value[name], expected[name]
         kinds = (int, float) if isinstance(expected, float) else type(expected)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(expected, bool):
+        if (
+            not isinstance(value, kinds)
+            or isinstance(value, bool) != isinstance(expected, bool)
+            or (isinstance(expected, int | float) and not abs(value) < _MOST)  # NaN is not
+        ):
             raise InputError(
                 f"{path}: {field} = {value!r} is not the config of an R0 run: bring "
                 "the original back"

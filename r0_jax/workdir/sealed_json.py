@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping
 
+from r0_jax import files
 from r0_jax.files import Json
 
 
@@ -14,10 +15,16 @@ def seal(value: Mapping[str, object]) -> Json:
 
 def loads(text: str) -> Json:
     """Return what was sealed, from its JSON; raise ValueError if it is broken or was changed."""
-    value = json.loads(text)
+    value = files.loads(text)
     if not isinstance(value, dict) or value.pop("seal", None) != _checksum(value):
         raise ValueError("it is not what was written (checksums differ)")
     return value
+
+
+def loads_any(text: str) -> Json:
+    """Return what `loads` does, also of JSON that was never sealed, such as that of old runs."""
+    value = files.loads(text)
+    return loads(text) if not isinstance(value, dict) or "seal" in value else value
 
 
 def _checksum(value: Mapping[str, object]) -> int:

@@ -16,7 +16,9 @@ PLAN = Plan(
     batch_size=16,
     flops_per_step=1234e12,
     model_flops_per_step=1000e12,
-    memory=Memory(True, 3.0 * 2**30, 16.0 * 2**30, {"activations": 3.0 * 2**30}),
+    memory=Memory(True, "training step", 3.0 * 2**30, 16.0 * 2**30, {"activations": 3.0 * 2**30}),
+    programs=[],
+    evaluation=False,
     bounds=Bounds(
         5e9, {"all-gather": 2e9, "all-reduce": 1.5e9}, 0.0, {"hbm": 1.0}, "hbm", 16.0, 0.5
     ),

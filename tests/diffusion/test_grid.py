@@ -34,6 +34,35 @@ def test_stock_flow_matching_visits_the_trained_grid(shift, steps):
     np.testing.assert_allclose(schedulers.from_config(config, steps).sigmas, expected, rtol=1e-6)
 
 
+# Of Z-Image-Turbo (shift 3) and Z-Image (shift 6), computed by diffusers 0.42.1.
+EVEN = {
+    (3.0, 4): [1, 0.9, 0.75, 0.5],
+    (3.0, 8): [1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3],
+    (6.0, 2): [1, 0.857143],
+    (6.0, 4): [1, 0.947368, 0.857143, 0.666667],
+    (6.0, 9): [1, 0.979592, 0.954546, 0.923077, 0.882353, 0.827586, 0.75, 0.631579, 0.428571],
+}
+
+
+@pytest.mark.parametrize(("shift", "steps"), EVEN)
+@pytest.mark.parametrize("eta", [0, 1])
+def test_a_pipeline_that_hands_out_even_sigmas_needs_no_other_shift(shift, steps, eta):
+    base = parse(FLOW | {"shift": shift}, even_sigmas=True)
+    expected, config = EVEN[shift, steps], grid.exported(base, steps, eta)
+    assert config.fields["shift"] == shift and "shift_terminal" not in config.fields
+    stock = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config.fields)
+    stock.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    np.testing.assert_allclose(stock.sigmas[:-1], expected, atol=1e-6)
+    assert stock.config.stochastic_sampling == (eta == 1)
+    for found in (
+        schedulers.from_config(config, steps),
+        grid.of_folder(base, steps),
+        grid.grid(config, steps, eta),
+    ):
+        np.testing.assert_allclose(found.sigmas, expected, atol=1e-6)
+        np.testing.assert_allclose(found.timesteps, stock.timesteps, rtol=1e-6)
+
+
 def test_an_export_is_trained_on_the_grid_of_its_base():
     base = parse(FLOW | {"shift": 3.0})
     again = grid.exported(base, 4)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from torch_preprocess import noise
 
+from r0_jax.errors import InputError
 from r0_jax.evaluation import hacking
 
 GREY = np.full((3, 32, 48, 3), 0.5, np.float32)
@@ -84,3 +85,21 @@ def test_signs_are_multiples_of_the_bases():
         [found["contrast"], found["diversity"], found["saturation"]], [2, 2, 1], rtol=1e-4
     )
     assert hacking.relative({"a": 0.0}, {"a": 0.0}) == {"a": 1.0}
+
+
+def test_what_is_outside_of_its_bounds():
+    bounds = {"contrast": (0.5, 1.5), "dark": (0.0, 4.0), "grid_energy_7": (0, 2)}
+    hacking.check_bounds(bounds, [7])
+    now = {"contrast": 1.6, "dark": 4.0, "grid_energy_7": 0.1, "edges": 9.0}
+    assert hacking.outside(now, bounds) == {"contrast": 1.6}
+    assert hacking.outside(now | {"contrast": 1.5}, bounds) == {}
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"contrasts": (0.5, 1.5)}, {"grid_energy_8": (0, 1)}, {"dark": 2.0}, {"dark": (2, 1)},
+     {"dark": (0, float("nan"))}, {"dark": ("a", "b")}, {"dark": (0, 1, 2)}],
+)  # fmt: skip
+def test_bounds_that_are_none(bounds):
+    with pytest.raises(InputError, match=f"veto.{next(iter(bounds))}"):
+        hacking.check_bounds(bounds, [7])

@@ -30,5 +30,5 @@ def test_batches_are_split_over_all_devices_and_images_stay_the_same(guidance_sc
         assert drawn.is_fully_replicated and len(drawn.devices()) == len(jax.devices()) == 8
         np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
-    program = split._run.lower(everywhere, tokens, noise, keys).compile().as_text()
+    program = split.run.lower(everywhere, tokens, noise, keys).compile().as_text()
     assert f"f32[1,{','.join(map(str, pipeline.latent_shape))}]" in program  # a sample a device

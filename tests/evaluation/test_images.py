@@ -61,7 +61,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def test_load_png_says_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match=r"absent\.png: No such file"):
+    with pytest.raises(InputError, match=r"absent\.png: no such file"):
         images.load_png(tmp_path / "absent.png")
     images.save_png(tmp_path / "good.png", np.random.default_rng(0).random((64, 64, 3)))
     data = (tmp_path / "good.png").read_bytes()

@@ -127,6 +127,7 @@ def test_markdown_table_is_a_pipe_table():
         {"models": {"r0_4": {"diversity": {"value": "0.5", "ci95": [0, 1]}}}},
         {"models": {"r0_4": {"diversity": {"value": 0.5, "ci95": [0]}}}},
         {"models": {"r0_4": {"diversity": {"value": 0.5, "ci95": 0.1}}}},
+        {"models": {"r0_4": {"diversity": {"value": 10**400, "ci95": [0, 1]}}}},
     ],
 )
 def test_broken_evaluation_is_one_line(broken, tmp_path):
@@ -139,7 +140,8 @@ def test_broken_evaluation_is_one_line(broken, tmp_path):
 
 
 def test_half_an_eval_json_or_no_workdir_is_an_input_error(tmp_path):
-    for data in (b"", json.dumps(evaluation()).encode()[:100], b"\xff\xfe\x00"):
+    whole = json.dumps(evaluation()).encode()
+    for data in (b"", whole[:100], b"\xff\xfe\x00", b"[" * 100_000, b"1" * 5000):
         (tmp_path / "eval.json").write_bytes(data)
         with pytest.raises(InputError, match=r"eval\.json is not readable JSON"):
             report.write_report(tmp_path)
@@ -193,7 +195,7 @@ def test_damaged_side_files_are_named_and_do_not_stop_the_report(tmp_path):
     write_run(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     (tmp_path / "samples" / "step_000000.png").write_bytes(b"no image")
-    for line in ("{", "[]", '{"prompt": "x"}', '{"prompt": "x", "files": 3}'):
+    for line in ("{", "[]", "[" * 100_000, '{"prompt": "x"}', '{"prompt": "x", "files": 3}'):
         (tmp_path / "samples" / "eval" / "prompts.jsonl").write_text(line, encoding="utf-8")
         page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
         assert "prompts.jsonl could not be read" in page.text

@@ -11,6 +11,7 @@ from r0_jax import sample
 from r0_jax.export import comfyui
 from r0_jax.export import folder as export
 from r0_jax.stand_ins import miniature
+from r0_jax.weights import convert
 from r0_jax.workdir.run import open_run
 from r0_jax.workdir.workdir import LocalWorkdir
 
@@ -35,6 +36,7 @@ RUNS = {
     ),
     "noisier": ("StableDiffusionPipeline", {"scheduler": {"beta_end": 0.02}}),
     "taiyi": ("Taiyi", {}),
+    "z_image": ("ZImagePipeline", {}),
 }
 
 
@@ -43,7 +45,9 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("comfyui")
     for name, (family, changes) in RUNS.items():
         miniature.write(root / name / "base", family, **changes)
-        write_run(root / name / "run", root / name / "base", RANK, {10: None}, r".*\.to_q")
+        size = 16 if name == "z_image" else 0
+        base = root / name / "base"
+        write_run(root / name / "run", base, RANK, {10: None}, r".*\.to_q", size)
     return root
 
 
@@ -103,13 +107,16 @@ def check(graph):
         ("sd3_without_t5", "peft"),
         ("v", "kohya"),
         ("sd3_without_t5", "diffusers"),
+        ("z_image", "diffusers"),
+        ("z_image", "peft"),
     ],
 )
 def test_the_graph_holds_together_and_visits_the_grid(world, name, form):
     graph = workflow(world, name, form)
     check(graph)
     found = nodes(graph)
-    latents = found["EmptySD3LatentImage" if "sd3" in name else "EmptyLatentImage"]
+    shift = {"sd3": "ModelSamplingSD3", "z": "ModelSamplingAuraFlow"}.get(name.split("_")[0])
+    latents = found["EmptySD3LatentImage" if shift else "EmptyLatentImage"]
     assert (latents["width"], latents["height"], latents["batch_size"]) == (16, 16, 1)
     assert found["SamplerCustom"]["cfg"] == 1.0 and found["SamplerCustom"]["add_noise"] is True
     assert found["KSamplerSelect"] == {"sampler_name": "euler"}
@@ -118,11 +125,11 @@ def test_the_graph_holds_together_and_visits_the_grid(world, name, form):
     visited = [float(text) for text in found["ManualSigmas"]["sigmas"].split(", ")]
     assert len(visited) == 5 and visited[-1] == 0
     grid = sample.from_run(LocalWorkdir(world / name / "run")).scheduler
-    if "sd3" in name:
+    if shift:
         np.testing.assert_allclose(visited[:-1], grid.sigmas, rtol=1e-6)
         np.testing.assert_allclose(visited, [1, 0.9, 0.75, 0.5, 0], rtol=1e-6)
-        assert found["ModelSamplingSD3"]["shift"] == 3
-        assert found["SamplerCustom"]["model"] == "ModelSamplingSD3"
+        assert found[shift]["shift"] == 3
+        assert found["SamplerCustom"]["model"] == shift
     elif name == "v":
         np.testing.assert_allclose(visited[1:-1], grid.sigmas[1:] / grid.alphas[1:], rtol=1e-6)
         assert visited[0] == pytest.approx(4518.77, abs=0.01) and grid.alphas[0] == 0
@@ -175,6 +182,27 @@ def test_loaders_are_those_of_family_and_format(world):
     found = nodes(workflow(world, "sd3_without_t5", "diffusers"))
     assert found["DualCLIPLoader"]["type"] == "sd3" and "TripleCLIPLoader" not in found
     assert found["UNETLoader"]["unet_name"].startswith("diffusers/transformer/")
+
+
+def test_z_image_is_read_in_parts_each_of_one_file(world, monkeypatch):
+    run = open_run(LocalWorkdir(world / "z_image" / "run"))
+    graph = comfyui.workflow(run, "peft", world, "x", "Tongyi-MAI/Z-Image-Turbo", "a star")
+    found = nodes(graph)
+    assert found["UNETLoader"]["unet_name"] == "z_image_turbo_bf16.safetensors"
+    encoder = {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2", "device": "default"}
+    assert found["CLIPLoader"] == encoder
+    assert found["VAELoader"] == {"vae_name": "ae.safetensors"}
+    assert found["LoraLoaderModelOnly"]["model"] == "UNETLoader"
+
+    monkeypatch.setattr(convert, "MAX_SHARD_SIZE", 30_000)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    for one_file in (False, True):
+        out = world / "z_image" / f"one_file_{one_file}"
+        export.export(LocalWorkdir(world / "z_image" / "run"), out, "diffusers", one_file=one_file)
+        assert (out / file).exists() == (out / comfyui.FILE).exists() == one_file
+        assert ("`--one_file` exports it in one" in card(out)[2]) != one_file
+    graph = json.loads((out / comfyui.FILE).read_text("utf-8"))
+    assert nodes(graph)["UNETLoader"]["unet_name"] == f"one_file_True/{file}"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import diffusers
@@ -26,6 +27,7 @@ STOCK = {
         diffusers.StableDiffusionPipeline,
         diffusers.StableDiffusionXLPipeline,
         diffusers.StableDiffusion3Pipeline,
+        diffusers.ZImagePipeline,
     )
 }
 T5 = ("text_encoder_3", "tokenizer_3")
@@ -42,6 +44,11 @@ FAMILIES = {  # name -> (miniature, targets, parts left out)
     ),
     "sd3_without_t5": ("StableDiffusion3Pipeline", r".*\.attn\.to_q", T5),
     "taiyi": ("Taiyi", r".*\.attn[12]\.to_(q|v|out\.0)", ()),
+    "z_image": (
+        "ZImagePipeline",
+        r".*\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
+        (),
+    ),
 }
 
 
@@ -52,13 +59,14 @@ def world(tmp_path_factory):
     for name, (family, targets, absent) in FAMILIES.items():
         here = root / name
         miniature.write(here / "base", family, **dict.fromkeys(absent))
-        write_run(here / "lora", here / "base", RANK, {10: 0.5}, targets)
+        size = 16 if name == "z_image" else 0
+        write_run(here / "lora", here / "base", RANK, {10: 0.5}, targets, size)
         export.export(
             LocalWorkdir(here / "lora"), here / "peft", "peft", base_model=str(here / "base")
         )
         export.export(LocalWorkdir(here / "lora"), here / "merged", "diffusers")
         if name != "taiyi":  # a UNet as SDXL's
-            write_run(here / "full", here / "base", 0, {10: None}, targets)
+            write_run(here / "full", here / "base", 0, {10: None}, targets, size)
             export.export(LocalWorkdir(here / "full"), here / "diffusers", "diffusers")
     return root
 
@@ -82,7 +90,7 @@ def adapted(folder):
     return source, noise, ours(source, noise)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3_without_t5"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3_without_t5", "z_image"])
 def test_a_whole_folder_draws_what_the_run_draws(world, name):
     folder, absent = world / name, FAMILIES[name][2]
     source = sample.from_run(LocalWorkdir(folder / "full"))
@@ -150,7 +158,7 @@ def test_what_is_large_is_read_and_written_in_parts(world, name, kind, tmp_path,
     assert index.keys() == theirs.keys() and len(index["weight_map"]) == len(theirs["weight_map"])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi", "z_image"])
 def test_adapters_at_scale_one(world, name):
     folder = world / name
     source, noise, expected = adapted(folder)
@@ -178,7 +186,7 @@ def test_adapters_at_scale_one(world, name):
     assert adapter[f"{part}.r"] == RANK
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "taiyi", "z_image"])
 def test_merged_adapters_draw_what_the_run_draws(world, name):
     folder = world / name
     source, noise, expected = adapted(folder)
@@ -208,6 +216,31 @@ def test_the_snippet_of_the_card_runs(world, name, form, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     exec(compile(snippet, "README.md", "exec"), {})
     assert (folder / "image.png").exists()
+
+
+def test_an_export_of_z_image_keeps_its_scheduler_and_says_what_no_guidance_is(
+    world, monkeypatch, tmp_path
+):
+    folder = shutil.copytree(world / "z_image" / "peft", tmp_path / "peft")
+    fields = json.loads((folder / "scheduler_config.json").read_text("utf-8"))
+    assert fields["shift"] == 3 and "shift_terminal" not in fields
+    _, snippet, text = card(folder)
+    assert "num_inference_steps=4, guidance_scale=0, height=16, width=16)" in snippet
+    assert "`sigmas=[1, 0.75, 0.5, 0.25]`" in text and "no guidance here" in text
+    monkeypatch.chdir(folder)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (folder / "image.png").exists()
+
+
+def test_comfyui_knows_every_adapter_of_z_image(world):
+    """Its map of names takes those of diffusers, q, k and v as slices of its fused layer."""
+    block = r"(layers|noise_refiner|context_refiner)\.\d+"
+    layer = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
+    keys = load_file(world / "z_image" / "peft" / export.LORA_FILE).keys()
+    assert all(
+        re.fullmatch(rf"transformer\.{block}\.{layer}\.lora_[AB]\.weight", key) for key in keys
+    )
+    assert len(keys) == 2 * 7 * 4  # of two layers and two refiners
 
 
 def test_an_export_without_t5_says_so(world, tmp_path):

@@ -89,7 +89,7 @@ def test_stock_diffusers_loads_it_as_it_loads_peft(world, name):
     assert difference(images, draw(ours)) > 10 * CLOSE
     # At scale 1, merged, they are the generator that was trained.
     run = open_run(LocalWorkdir(world / name / "run"))
-    weights = run.weights(run.params(10), "float32")
+    weights = run.merged_weights(run.params(10))
     theirs.fuse_lora(lora_scale=1.0)
     ours.load_lora_weights(world / name / "kohya")
     ours.fuse_lora(lora_scale=1.0)

@@ -5,6 +5,7 @@ import pytest
 
 from r0_jax.method import lora, stacks
 from r0_jax.method.generator import Generator
+from r0_jax.models.linear import Adapted
 
 KEY = jax.random.key(0)
 BASE = {
@@ -18,6 +19,10 @@ def half(params):
     return {name: value.astype(jnp.bfloat16) for name, value in params.items()}
 
 
+def whole(weight):
+    return weight.kernel + weight.a @ weight.b if isinstance(weight, Adapted) else weight
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_starts_as_the_base_in_its_dtype(rank, dtype):
@@ -26,9 +31,9 @@ def test_starts_as_the_base_in_its_dtype(rank, dtype):
     params = generator.init(KEY, base, SHAPES)
     assert {x.dtype for x in params.values()} == {jnp.dtype(jnp.float32)}
     weights = generator.weights(params, base)
-    assert {str(x.dtype) for x in weights.values()} == {dtype}
+    assert {str(x.dtype) for x in jax.tree.leaves(weights)} == {dtype}
     for name, value in base.items():
-        np.testing.assert_array_equal(weights[name], value)
+        np.testing.assert_array_equal(whole(weights[name]), value)
     assert float(generator.squared_distance(params, base)) == 0
 
 
@@ -45,7 +50,7 @@ def test_adapters_are_scaled_by_alpha_over_rank():
     params = {name: jnp.ones_like(x) for name, x in generator.init(KEY, BASE, SHAPES).items()}
     weights = generator.weights(params, BASE)
     np.testing.assert_allclose(
-        weights["mid.attn1.to_q.kernel"], BASE["mid.attn1.to_q.kernel"] + 4 * 2
+        whole(weights["mid.attn1.to_q.kernel"]), BASE["mid.attn1.to_q.kernel"] + 4 * 2
     )  # scale 4, rank 2
     np.testing.assert_array_equal(weights["mid.norm.scale"], BASE["mid.norm.scale"])
     np.testing.assert_allclose(generator.squared_distance(params, BASE), 12 * 8.0**2)
@@ -78,5 +83,15 @@ def test_a_share_of_the_adapters_product_is_taken_away():
     params = {name: jnp.ones_like(x) for name, x in generator.init(KEY, BASE, SHAPES).items()}
     found = generator.toward_base(params, BASE, jnp.float32(0.25))
     name = "mid.attn1.to_q.kernel"
-    whole, less = (generator.weights(p, BASE)[name] - BASE[name] for p in (params, found))
-    np.testing.assert_allclose(less, 0.75 * whole, rtol=1e-6)
+    before, after = (whole(generator.weights(p, BASE)[name]) - BASE[name] for p in (params, found))
+    np.testing.assert_allclose(after, 0.75 * before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_base_has_the_form_of_the_trained_weights(rank):
+    generator = Generator(rank, 8.0, ".*to_q")
+    params = {name: x + 1.0 for name, x in generator.init(KEY, BASE, SHAPES).items()}
+    found = generator.base_weights(params, BASE)
+    assert jax.tree.structure(found) == jax.tree.structure(generator.weights(params, BASE))
+    for name, value in BASE.items():
+        np.testing.assert_allclose(whole(found[name]), value, rtol=1e-6)

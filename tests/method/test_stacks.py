@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from r0_jax.method import lora, stacks
+from r0_jax.models.linear import Adapted
 from r0_jax.weights.network import Params
 
 NAMES = [
@@ -70,8 +71,10 @@ def test_adapters_act_alike_packed_and_not(params):
     packed = stacks.pack(params, stacks.groups(params))
 
     def outcome(params):
-        merged = lora.merge(base, params, 1.5)
-        return lora.squared_norm(params, 1.5) + sum(jnp.sum(x**3) for x in merged.values())
+        adapted = lora.adapt(base, params, 1.5)
+        changes = [x for x in adapted.values() if isinstance(x, Adapted)]
+        assert len(changes) == 4
+        return lora.squared_norm(params, 1.5) + sum(jnp.sum((x.a @ x.b) ** 3) for x in changes)
 
     value, grads = jax.value_and_grad(outcome)(packed)
     expected, expected_grads = jax.value_and_grad(outcome)(params)

@@ -247,6 +247,32 @@ def test_odd_lengths_reach_cudnn_as_even_ones(monkeypatch, t, s, causal):
     assert_equal(found, expected, 1e-2)
 
 
+@pytest.mark.parametrize("backend", [attention_backend.XLA, SPLASH, Backend("cudnn")])
+def test_queries_may_share_keys_which_end_at_lengths(monkeypatch, backend):
+    """Against a key for each query and a mask; with XLA in the place of cuDNN."""
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def by_xla(*arrays, **options):
+        seen.append(options.pop("implementation"))
+        return plain(*arrays, implementation="xla", **options)
+
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((2, *shape)), jnp.bfloat16)
+        for shape in ((9, 4, 16), (12, 2, 16), (12, 2, 16))
+    )
+    lengths = jnp.asarray([12, 5], jnp.int32)
+    mask = jnp.arange(12)[None] < lengths[:, None]
+    each = [jnp.repeat(x, 2, axis=2) for x in (key, value)]
+    expected = plain(query, *each, mask=mask[:, None, None])
+    monkeypatch.setattr(jax, "devices", lambda: [device("gpu", "cuda", "9.0")])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    with attention_backend.use(backend):
+        found = attention_backend.attend(query, key, value, lengths=lengths)
+    assert_equal([found], [expected], 1e-2)
+    assert seen == {"xla": ["xla"], "splash": [], "cudnn": ["cudnn"]}[backend.name]
+
+
 CUDNN_CASES = {  # name -> (t, s, channels of each of 2 heads, options, by cuDNN on any GPU)
     "self": (4096, 4096, 40, {}, True),
     "joint": (1178, 1178, 64, {}, True),

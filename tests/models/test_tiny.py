@@ -117,7 +117,12 @@ def test_the_call_reconstructs(tmp_path):
 
 @pytest.mark.parametrize(
     "config, manifest",
-    [("taesd", "taesd_diffusers"), ("taesdxl", "taesd_diffusers"), ("taesd3", "taesd3_diffusers")],
+    [
+        ("taesd", "taesd_diffusers"),
+        ("taesdxl", "taesd_diffusers"),
+        ("taesd3", "taesd3_diffusers"),
+        ("taef1", "taesd3_diffusers"),
+    ],
 )
 def test_names_and_shapes_are_those_of_the_published_file(config, manifest):
     network = abstract(config_of(config))

@@ -16,6 +16,7 @@ from fault_world import ROOT, World, environment, measured
 from process_program import STEPS, TROUBLED
 
 from r0_jax.prompts import dataset
+from r0_jax.prompts.order import Draws
 from r0_jax.workdir import checkpoint
 from r0_jax.workdir.workdir import LocalWorkdir
 
@@ -168,7 +169,7 @@ def test_four_processes_share_the_batches_and_agree(tmp_path):
     rows = {}
     for process, step, numbers in re.findall(r"^\[(\d)\] step (\d) rows (.*)$", out, re.MULTILINE):
         rows[int(step), int(process)] = [int(number) for number in numbers.split()]
-    whole = dataset.load(tmp_path / "prompts", 32, 0)
+    whole = dataset.load(tmp_path / "prompts", Draws(32, 0))
     for step, batch in enumerate(itertools.islice(whole, STEPS), start=1):
         shared = itertools.chain.from_iterable(rows[step, i] for i in range(4))
         assert batch["number"].tolist() == list(shared)

@@ -199,12 +199,15 @@ def network_of(name):
         ("stable_diffusion_3/transformer", 4, 0.62),
         ("stable_diffusion_3/transformer", 5, 0),
         ("stable_diffusion_3/text_encoder_3", 4, 0.97),
+        ("z_image/transformer", 3, 0.95),
+        ("z_image/transformer", 7, 0),
+        ("z_image/text_encoder", 8, 0.9),
         ("stable_diffusion/unet", 4, 0),
         ("stable_diffusion_3/vae", 4, 0),
         ("stable_diffusion/text_encoder", 4, 0),
     ],
 )
-def test_the_configs_rules_split_the_attention_of_t5_and_the_mmdit(name, tensor, split):
+def test_the_configs_rules_split_the_attention_of_transformers(name, tensor, split):
     """`split`: the share of weights. What the heads do not divide is as without tensor."""
     network, rules = network_of(name), base.get_config().sharding
     devices = jax.devices()[:tensor]

@@ -30,13 +30,15 @@ pytestmark = [
 ]
 
 PROMPTS = ["a red circle", "a blue square above a green star", "红色的圆"]
-XL, SD3 = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
+XL, SD3, Z = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"
 FOLDERS = {  # name -> (miniature, changes)
     "sd": ("StableDiffusionPipeline", {}),
     "taiyi": ("Taiyi", {}),
     "sdxl": (XL, {}),
     "sd3": (SD3, {}),
     "sd3_without_t5": (SD3, {"text_encoder_3": None, "tokenizer_3": None}),
+    "z_image": (Z, {"scheduler": {"shift": 6.0}}),
+    "z_image_turbo": (Z, {}),
 }
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
@@ -52,7 +54,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folders):
-    return functools.cache(lambda name: families.load(folders / name))
+    def load(name):
+        pipeline = families.load(folders / name)
+        return pipeline.sized(16, 16) if is_z_image(name) else pipeline
+
+    return functools.cache(load)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def stock(folders):
             json.loads((folders / name / "model_index.json").read_text("utf-8"))["_class_name"],
         )
         # Stock diffusers asks for parts that the index says are not there.
-        absent = FOLDERS[name][1]
+        absent = {part: None for part, changes in FOLDERS[name][1].items() if changes is None}
         pipe = kind.from_pretrained(folders / name, **absent)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -72,14 +78,21 @@ def stock(folders):
     return load
 
 
+def is_z_image(name):
+    return name.startswith("z_image")
+
+
 def noise_of(pipeline):
     return parity.normal(0, len(PROMPTS), *pipeline.latent_shape)
 
 
 def theirs(pipe, latents, steps, guidance_scale, **kwargs):
+    if isinstance(pipe, diffusers.ZImagePipeline):
+        guidance_scale -= 1  # its convention
+        kwargs = {"height": 16, "width": 16} | kwargs
     with torch.no_grad():
         return pipe(
-            PROMPTS,
+            list(PROMPTS),  # which Z-Image's overwrites
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             latents=parity.to_torch(latents),
@@ -108,7 +121,7 @@ def assert_same_images(found, expected):
     assert difference.mean() < 1e-4  # rounding; a wrong step could hide under the line above
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [name for name in FOLDERS if not is_z_image(name)])
 def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)
 
@@ -149,6 +162,8 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(loaded, stock, name):
         ("sd3", 4, 1.0),
         ("sd3_without_t5", 4, 3.0),
         ("taiyi", 4, 5.0),
+        ("z_image", 5, 5.0),
+        ("z_image_turbo", 8, 1.0),
     ],
 )
 def test_images_are_those_of_the_stock_pipeline(loaded, stock, name, steps, guidance_scale):
@@ -158,7 +173,41 @@ def test_images_are_those_of_the_stock_pipeline(loaded, stock, name, steps, guid
     assert_same_images(ours(pipeline, scheduler, guidance_scale), expected)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_the_prompt_of_z_image_is_a_chat_whose_pads_are_left_out(loaded, stock):
+    pipeline, pipe = loaded("z_image_turbo"), stock("z_image_turbo")
+    tokens = pipeline.tokenize(PROMPTS)
+    chats = [
+        pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in PROMPTS
+    ]
+    assert chats[0] == "<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n"
+    expected = pipe.tokenizer(chats, padding="max_length", max_length=512, truncation=True)
+    np.testing.assert_array_equal(tokens["input_ids"], expected.input_ids)
+    with torch.no_grad():
+        rows = pipe.encode_prompt([*PROMPTS, ""], "cpu", do_classifier_free_guidance=False)[0]
+
+    @jax.jit
+    def encode(params, tokens, empty):
+        positive = pipeline.encode_prompt(params, tokens)
+        return positive, pipeline.encode_negative(params, empty, positive)
+
+    splits = {"prompts": tokens, "empty": pipeline.empty}
+    short = pipeline.shorten(splits)
+    assert [ids["input_ids"].shape for ids in short.values()] == [(3, 32), (1, 32)]
+    params = lazy.place(pipeline.params)
+    for told in (splits, short):
+        positive, negative = encode(params, told["prompts"], told["empty"])
+        negative = {name: value[:1] for name, value in negative.items()}
+        found = {k: np.concatenate([v, negative[k]]) for k, v in positive.items()}
+        assert found["prompt_lengths"].tolist() == [len(row) for row in rows]
+        for embeds, row in zip(found["prompt_embeds"], rows, strict=True):
+            parity.assert_close(embeds[: len(row)], row.numpy(), parity.OUTPUT)
+            assert not embeds[len(row) :].any()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "z_image"])
 def test_images_of_another_size_are_those_of_the_stock_pipeline(loaded, stock, name):
     pipeline = loaded(name).sized(24, 16)
     assert pipeline.image_shape == (24, 16, 3)
@@ -176,6 +225,7 @@ def test_images_of_another_size_are_those_of_the_stock_pipeline(loaded, stock, n
         ("sd", (16, 1), "width=1 must be a multiple of 2"),
         ("sd3", (18, 16), "height=18 must be a multiple of 4"),
         ("sd3", (16, 28), "width=28 must be at most 24"),
+        ("z_image", (18, 16), "height=18 must be a multiple of 4"),
     ],
 )
 def test_sizes_that_a_pipeline_has_not(loaded, name, size, said):
@@ -183,7 +233,7 @@ def test_sizes_that_a_pipeline_has_not(loaded, name, size, said):
         loaded(name).sized(*size)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
 def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, name):
     pipeline, pipe = loaded(name), stock(name)
     config = grid.exported(pipeline.scheduler_config, 4)
@@ -192,7 +242,9 @@ def test_the_grid_of_training_is_found_by_a_stock_sampler(loaded, stock, name):
     pipe.set_progress_bar_config(disable=True)
     found = ours(pipeline, grid.grid(pipeline.scheduler_config, 4), 1.0)
     assert_same_images(found, theirs(pipe, noise_of(pipeline), 4, 1.0))
-    if name == "sd3":  # the same grid, as the card spells it
+    if name == "z_image":  # whose pipeline hands the grid to the folder's own scheduler
+        assert config.fields["shift"] == 6 and "shift_terminal" not in config.fields
+    if name != "sdxl":  # the same grid, as the card spells it
         spelled = theirs(stock(name), noise_of(pipeline), 4, 1.0, sigmas=[1, 0.75, 0.5, 0.25])
         assert_same_images(found, spelled)
         trained = grid.grid(pipeline.scheduler_config, 4)
@@ -235,7 +287,7 @@ def test_full_fine_tuning_trains_all_but_a_table_of_sines(loaded, name):
     assert all(np.array_equal(moved[name], base[name]) == (name not in params) for name in moved)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
 def test_attention_of_every_part_is_computed_by_the_chosen_backend(loaded, name):
     pipeline = loaded(name)
     splash = pipeline.attending(Backend("splash", interpret=True))
@@ -285,6 +337,7 @@ def test_another_family_is_named(folders):
     [
         (SD3, "gated: log in there and accept its licence"),
         (XL, "stable-diffusion-xl-base-1.0"),
+        (Z, "Tongyi-MAI/Z-Image-Turbo"),
         ("", "a supported family"),
     ],
 )
@@ -322,6 +375,10 @@ def test_without_weights_it_says_which_to_put_where(tmp_path, family, said):
         ("sd3", "transformer", {"joint_attention_dim": 48}, "text_encoder_3's d_model is 40"),
         ("sd3_without_t5", "transformer", {"joint_attention_dim": 32}, "add up to 40"),
         ("sd3", "transformer", {"sample_size": 14}, "sample_size = 14"),
+        ("z_image", "transformer", {"cap_feat_dim": 24}, "text_encoder's hidden_size is 20"),
+        ("z_image", "transformer", {"in_channels": 4}, "in_channels is 4"),
+        ("z_image", "transformer", {"qk_norm": False}, "qk_norm"),
+        ("z_image", "text_encoder", {"vocab_size": 9}, "the tokenizer has ids up to"),
         ("sd3", "text_encoder_2", {"max_position_embeddings": 8}, "text_encoder_2 has 8 positions"),
         (
             "taiyi",
@@ -367,6 +424,7 @@ def test_t5_that_was_not_downloaded(folders, tmp_path, loaded):
         ("sd3", "tokenizer_3/tokenizer.json"),
         ("taiyi", "tokenizer/vocab.txt"),
         ("sdxl", "tokenizer_2/merges.txt"),
+        ("z_image", "tokenizer/merges.txt"),
     ],
 )
 def test_a_missing_tokenizer_file_is_named(folders, tmp_path, name, file):

@@ -91,6 +91,20 @@ def test_tokenize(pipeline, stock, copy):
     np.testing.assert_array_equal(tokenizers.tokenize(tokenizer, PROMPTS, tiny.TOKENS), expected)
 
 
+def test_a_textual_inversion_of_several_vectors_is_all_of_them(stock, copy):
+    theirs = type(stock.tokenizer).from_pretrained(copy / "tokenizer")
+    theirs.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    theirs.save_pretrained(copy / "tokenizer")
+    prompts = ["a <cat> on a <dog>", "<dog>", "a red square"]
+    expected = theirs(
+        [stock._maybe_convert_prompt(prompt, theirs) for prompt in prompts],
+        padding="max_length", max_length=tiny.TOKENS,
+    ).input_ids  # fmt: skip
+    ours = tokenizers.load_tokenizer(copy / "tokenizer")
+    np.testing.assert_array_equal(tokenizers.tokenize(ours, prompts, tiny.TOKENS), expected)
+    assert len({"<cat>", "<cat>_1", "<cat>_2"} & set(ours.convert_ids_to_tokens(expected[0]))) == 3
+
+
 def test_prompts_that_are_cut_off_are_counted(pipeline):
     long = "a red square " * 10
     with pytest.warns(UserWarning, match=r"2 of 5 prompts \(40%\) are longer than 24 tokens"):

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import fast_xla
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +20,10 @@ from ml_collections import ConfigDict
 from configs import sd3_r0, sd15_r0, sdxl_r0, taiyi_r0
 from r0_jax import config as base
 from r0_jax.errors import InputError
+from r0_jax.evaluation.programs import Stage
 from r0_jax.parallel import sharding
-from r0_jax.plan import flops, hlo_cost, memory, predict, weightless
-from r0_jax.plan.plan import Bounds, Measured, Memory, Plan
-from r0_jax.plan.suggestions import suggest
+from r0_jax.plan import flops, hlo_cost, memory, need, predict, stages, suggestions, weightless
+from r0_jax.plan.plan import Bounds, Measured, Memory, Need, Plan
 from r0_jax.plan.topology import Chip
 from r0_jax.prompts import encoded_writer
 
@@ -34,7 +35,8 @@ libtpu = pytest.mark.skipif(
 
 
 def run(*flags: str, recipe: str = "sd15_r0.py:dryrun,r0plus") -> subprocess.CompletedProcess:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags_of_xla = f"{fast_xla.FLAGS} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags_of_xla}
     environment.pop("JAX_PLATFORMS", None)
     return subprocess.run(
         [sys.executable, "-m", "r0_jax.plan", f"--config=configs/{recipe}", *flags],
@@ -57,6 +59,14 @@ def test_measured_on_this_machine():
     found = json.loads(ended.stdout)  # and nothing else
     assert found.keys() == fields(Plan)
     assert found["memory"].keys() == fields(Memory)
+    names = [program["program"] for program in found["programs"]]
+    assert names[:3] == ["training step", "drawing", "signs of hacking"]
+    assert {"reward pickscore", "table: drawing", "table: reward hps_v2_1"} < set(names)
+    assert all(program.keys() == fields(Need) for program in found["programs"])
+    largest = max(found["programs"], key=lambda program: program["peak_bytes"])
+    assert found["evaluation"] is True
+    assert found["memory"]["program"] == largest["program"]
+    assert found["memory"]["peak_bytes"] == largest["peak_bytes"]
     assert found["measured"].keys() == fields(Measured)
     assert found["chips"] == 2 and found["memory"]["fits"] is True
     assert found["bounds"] is None
@@ -69,7 +79,7 @@ def test_measured_on_this_machine():
 
 @libtpu
 def test_compiled_for_a_slice_that_is_not_there():
-    ended = run("--topology=v5e-4", "--json")
+    ended = run("--topology=v5e-4", "--json", "--noevaluation")
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["chips"] == 4 and found["memory"]["fits"] is True
@@ -80,7 +90,10 @@ def test_compiled_for_a_slice_that_is_not_there():
     assert bounds["bound_by"] == max(bounds["seconds"], key=bounds["seconds"].get)
     assert 0 < bounds["mfu"] < 1
     assert bounds["dcn_bytes"] == 0 and "dcn" not in bounds["seconds"]
-    said = run("--topology=2xv5e-4", "--config.batch_size=8", "--config.mesh.fsdp=4").stdout
+    assert [program["program"] for program in found["programs"]] == ["training step"]
+    flags = ("--config.batch_size=8", "--config.mesh.fsdp=4", "--noevaluation")
+    said = run("--topology=2xv5e-4", *flags).stdout
+    assert "only the training step was planned" in said
     assert "fits" in said and "bound by" in said and "compiled in" in said
     assert "GB to other slices" in said and ", dcn " in said
 
@@ -113,44 +126,79 @@ def test_the_longest_of_the_bounds_decides():
     assert slow.seconds["dcn"] == 9.0 and slow.bound_by == "dcn"
 
 
-class Lowered(jax.stages.Lowered):
-    """A program of 30 bytes and 5 bytes of code, or one that the compiler has no room for."""
+class Program(jax.stages.Compiled):
+    """A program of 30 bytes and 5 bytes of code."""
 
-    def __init__(self, error: str = ""):
+    def __init__(self):
+        pass
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(peak_memory_in_bytes=30, generated_code_size_in_bytes=5)
+
+
+class Lowered(jax.stages.Lowered):
+    """A program that the compiler has room for, unless there is an error."""
+
+    def __init__(self, error: str):
         self.error = error
 
     def compile(self, compiler_options):
         assert compiler_options == {"exec_time_optimization_effort": -0.5}
         if self.error:
             raise jax.errors.JaxRuntimeError(self.error)
-        return types.SimpleNamespace(
-            memory_analysis=lambda: types.SimpleNamespace(
-                peak_memory_in_bytes=30, generated_code_size_in_bytes=5
-            ),
-            as_text=lambda: "ENTRY %main () -> f32[2] {\n  ROOT %x = f32[2]{0} custom-call()\n}\n",
-        )
+        return Program()
 
 
-@pytest.mark.parametrize(("beside", "fits"), [(65.0, True), (66.0, False)])
-def test_what_the_step_does_not_read_takes_room_too(beside, fits):
-    lying = {"parameters": 8.0}
-    held, costs = predict._compile(Lowered(), -0.5, 1.0, CHIP, lying, beside)
-    assert held == Memory(
+class Traced(jax.stages.Traced):
+    jaxpr = None
+
+    def __init__(self, traced: jax.stages.Traced, error: str):
+        self.jaxpr, self.error = traced.jaxpr, error
+
+    def lower(self, *, lowering_platforms):
+        assert lowering_platforms == ("tpu",)
+        return Lowered(self.error)
+
+
+def placed(size: int) -> jax.ShapeDtypeStruct:
+    whole = sharding.replicated(sharding.make_mesh({}, jax.devices()[:1]))
+    return jax.ShapeDtypeStruct((size,), jnp.int8, sharding=whole)
+
+
+def compiled(error: str = "", unread: int = 2) -> tuple[need.Compiled, object]:
+    """Return what is said of a program that reads 8 of the bytes that lie on a chip."""
+    read, held = placed(8), {"parameters": placed(unread)}
+    traced = jax.jit(lambda x: 2 * x).trace(read)
+    stage = Stage("drawing", jax.jit(lambda x: x), (read,), {"ema": read} | held)
+    planned = stages.Planned(stage, lambda kinds, over: [f"{over:.0f} bytes less"], "training")
+    return predict._compile(planned, Traced(traced, error), -0.5)
+
+
+@pytest.mark.parametrize(("unread", "fits"), [(65, True), (66, False)])
+def test_what_a_program_does_not_read_takes_room_too(unread, fits):
+    found, program = compiled(unread=unread)
+    assert program is not None
+    total = need.total([found], 100.0)
+    assert total.memory == Memory(
         fits,
-        peak_bytes=35 + beside,
+        program="drawing",
+        peak_bytes=35.0 + unread,
         limit_bytes=100.0,
-        by_kind={"parameters": 8.0, "code": 5.0, "activations": 22 + beside},
+        by_kind={"ema": 8.0, "parameters": unread, "code": 5.0, "activations": 22.0},
     )
-    assert costs.hbm_bytes == 8.0 and lying == {"parameters": 8.0}
+    assert total.needs[0].working_bytes == 22.0
+    assert total.suggestions == ([] if fits else ["1 bytes less"])
 
 
-def test_a_step_without_room_has_no_bounds():
+def test_a_program_without_room():
     error = "RESOURCE_EXHAUSTED: ... HLO temporaries (2.00K) exceeds available HBM"
-    held, costs = predict._compile(Lowered(error), -0.5, 1.0, CHIP, {"parameters": 8.0}, 2.0)
-    assert costs is None and not held.fits
-    assert held.peak_bytes == 2050.0 and held.by_kind["activations"] == 2042.0
+    found, program = compiled(error)
+    assert program is None
+    total = need.total([found], 1e6)
+    assert not total.memory.fits and total.memory.peak_bytes == 2050.0
+    assert total.memory.by_kind["activations"] == 2040.0
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        predict._compile(Lowered("INTERNAL: something else"), -0.5, 1.0, CHIP, {}, 0.0)
+        compiled("INTERNAL: something else")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +271,7 @@ def test_a_reward_of_ones_own_with_features_of_prompts(cache, monkeypatch):  # n
     assert not any(
         "text_model" in name for reward in built.frozen["rewards"].values() for name in reward
     )
-    assert memory.unused_bytes(trace.jaxpr.jaxpr, built) > 0
+    assert memory.beside(trace.jaxpr.jaxpr, built.abstract, memory.held(built)) > 0
 
 
 def test_prompts_that_were_encoded_with_rewards_that_are_not_here(cache, tmp_path):  # noqa: F811
@@ -266,8 +314,8 @@ def test_suggestions_go_with_the_tensor_that_is_given(cache):  # noqa: F811
 
     def suggested(**sizes):
         built = weightless.load(config, sharding.make_mesh(sizes))
-        kinds = memory.bytes_by_kind(built) | {"activations": 1.0}
-        return suggest(config, built, kinds, 1.0)
+        kinds = memory.bytes_by_kind(memory.held(built)) | {"activations": 1.0}
+        return suggestions.for_step(built, kinds, 1.0)
 
     found = suggested(data=4, tensor=2)
     assert found[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=4: ")
@@ -289,8 +337,8 @@ def test_what_is_suggested(full):
     full.batch_size, full.device_batch, full.remat = 16, 2, "calls"
     with weightless.filled(full) as config:
         built = weightless.load(config, mesh)
-        kinds = memory.bytes_by_kind(built) | {"activations": 8.0 * 2**30}
-        found = suggest(config, built, kinds, 2.0**30)
+        kinds = memory.bytes_by_kind(memory.held(built)) | {"activations": 8.0 * 2**30}
+        found = suggestions.for_step(built, kinds, 2.0**30)
     starts = [
         "--config.mesh.data=1 --config.mesh.fsdp=8",
         "--config.remat=blocks",
@@ -309,7 +357,7 @@ def test_memory_by_kind_is_that_of_the_arrays(full):
     with weightless.filled(full) as config:
         config.batch_size = 8
         built = weightless.load(config, mesh)
-        kinds = memory.bytes_by_kind(built)
+        kinds = memory.bytes_by_kind(memory.held(built))
         state = jax.jit(built.init, out_shardings=built.state_sharding)(
             {name: jax.numpy.zeros(x.shape, x.dtype) for name, x in built.frozen["base"].items()}
         )

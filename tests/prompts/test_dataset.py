@@ -1,6 +1,5 @@
-"""Prepared prompts: whole or not there, and batches that depend only on (seed, step)."""
+"""Batches of a tfds dataset, which depend only on (seed, step)."""
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tfds_prompts
 
 from r0_jax.errors import InputError
 from r0_jax.prompts import dataset, files
+from r0_jax.prompts.order import Draws
 
-PROMPTS = ["a red circle", "红色的圆在蓝色方块的左边。", "a red circle", "naïve – “quoted” 🎈"]
 EXAMPLES = 23  # prime: no batch size below divides it
 
 
@@ -21,7 +21,7 @@ EXAMPLES = 23  # prime: no batch size below divides it
 def folder(tmp_path_factory) -> Path:
     """A prepared dataset with every kind of column the trainer stores."""
     folder = tmp_path_factory.mktemp("data") / "prompts"
-    dataset.prepare(columns(), folder)
+    tfds_prompts.write(columns(), folder)
     return folder
 
 
@@ -36,18 +36,16 @@ def columns() -> dict[str, np.ndarray | list[str]]:
     }
 
 
-def take(folder: Path, count: int, **kwargs) -> list[dict[str, np.ndarray]]:
-    return list(itertools.islice(dataset.load(folder, **kwargs), count))
+def take(folder, count, batch_size, seed, step=0, **part) -> list[dict[str, np.ndarray]]:
+    draws = Draws(batch_size, seed, range(step, step + count))
+    return list(dataset.load(folder, draws, **part))
 
 
 def indices(folder: Path, count: int, **kwargs) -> np.ndarray:
     return np.concatenate([batch["index"] for batch in take(folder, count, **kwargs)])
 
 
-# --- preparing ---------------------------------------------------------------------------
-
-
-def test_prepare_keeps_every_value_and_dtype(folder):
+def test_every_value_and_dtype(folder):
     written = columns()
     [batch] = take(folder, 1, batch_size=EXAMPLES, seed=0)
     order = batch["index"]
@@ -58,68 +56,13 @@ def test_prepare_keeps_every_value_and_dtype(folder):
         np.testing.assert_array_equal(batch[name], written[name][order])
 
 
-def test_describe_counts_duplicates_once(folder):
-    digest = dataset.digest(columns()["prompt"])
-    assert dataset.describe(folder) == dataset.Summary(23, 20, digest)
-    assert digest != dataset.digest(columns()["prompt"][::-1])
-
-
-def test_prepare_prints_nothing(tmp_path, capfd):
-    dataset.prepare({"prompt": PROMPTS}, tmp_path / "prompts")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_prepare_leaves_only_the_finished_folder(tmp_path):
-    dataset.prepare({"prompt": PROMPTS}, tmp_path / "prompts")
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
-    with pytest.raises(InputError, match="exists already; delete it"):
-        dataset.prepare({"prompt": ["other"]}, tmp_path / "prompts")
-    assert files.read_prompts(tmp_path / "prompts") == PROMPTS
-
-
-def test_failed_prepare_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="shorter"):
-        dataset.prepare({"prompt": ["one", "two"], "x": np.zeros(1)}, tmp_path / "prompts")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("moment", ["rows", "rename"])
-def test_killed_prepare_is_not_taken_for_a_finished_one(tmp_path, moment):
-    folder = tmp_path / "prompts"
-    script = f"""
-import os
-import numpy as np
-from r0_jax.prompts import dataset
-class Killing(np.ndarray):
-    def __iter__(self):
-        yield self[0]
-        os._exit(9)
-column = np.zeros(2)
-if {moment!r} == "rows":
-    column = column.view(Killing)
-else:
-    os.replace = lambda *names: os._exit(9)
-dataset.prepare({{"prompt": ["first", "second"], "column": column}}, {str(folder)!r})
-"""
-    assert run_python(script).returncode == 9
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.tmp"]
-    left = (tmp_path / "prompts.tmp").rglob("dataset_info.json")
-    assert len(list(left)) == (1 if moment == "rename" else 0)
-    assert not dataset.is_prepared(folder)
-    with pytest.raises(InputError, match="is not a prepared dataset"):
-        dataset.load(folder, batch_size=2, seed=0)
-    dataset.prepare({"prompt": PROMPTS}, folder)
-    assert files.read_prompts(folder) == PROMPTS
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
-
-
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 1000)])
 def test_damaged_folder(folder, tmp_path, damage):
     shutil.copytree(folder, tmp_path / "copy")
     [records] = (tmp_path / "copy").glob("*array_record*")
     damage(records)
     with pytest.raises(InputError, match=r"copy cannot be read: "):
-        dataset.load(tmp_path / "copy", batch_size=2, seed=0)
+        dataset.load(tmp_path / "copy", Draws(2, 0))
     with pytest.raises(InputError, match=r"copy cannot be read: "):
         files.read_prompts(tmp_path / "copy")
 
@@ -172,7 +115,7 @@ def test_a_process_may_hold_parts_that_are_not_neighbours(folder):
 
 def test_uneven_split_among_processes_is_an_error(folder):
     with pytest.raises(InputError, match="batch_size 12 does not divide evenly into 5 parts"):
-        dataset.load(folder, batch_size=12, seed=0, of=5)
+        dataset.load(folder, Draws(12, 0), of=5)
 
 
 def test_batch_larger_than_the_dataset_repeats_it(folder):
@@ -182,7 +125,7 @@ def test_batch_larger_than_the_dataset_repeats_it(folder):
 
 
 def test_one_prompt_is_enough(tmp_path):
-    dataset.prepare({"prompt": ["only"]}, tmp_path / "prompts")
+    tfds_prompts.write({"prompt": ["only"]}, tmp_path / "prompts")
     for batch in take(tmp_path / "prompts", 2, batch_size=3, seed=0):
         assert batch["prompt"].tolist() == ["only"] * 3
 
@@ -201,8 +144,8 @@ def run_python(script: str) -> subprocess.CompletedProcess:
 def test_no_tensorflow_and_no_wait_at_exit(folder):
     script = f"""
 import sys, time
-from r0_jax.prompts import dataset
-batches = dataset.load({str(folder)!r}, batch_size=64, seed=0)
+from r0_jax.prompts import dataset, order
+batches = dataset.load({str(folder)!r}, order.Draws(64, 0))
 next(batches)
 print([name for name in ("tensorflow", "torch") if name in sys.modules])
 """

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import step_world
 import tensorflow_datasets as tfds
+import tfds_prompts
 from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
 from safetensors.numpy import load_file, save_file
 
-from configs import sd3_r0, sd15_r0, sdxl_r0
+from configs import sd3_r0, sd15_r0, sdxl_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import encode_prompts, prompts, rewards
 from r0_jax.errors import InputError
@@ -26,8 +27,9 @@ from r0_jax.method.objective import Objective
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.plan import weightless
-from r0_jax.prompts import dataset, encoded, encoded_writer, prepared, shards
+from r0_jax.prompts import encoded, encoded_writer, shards
 from r0_jax.prompts.files import read_prompts
+from r0_jax.prompts.order import Draws
 from r0_jax.stand_ins import miniature, miniature_reward, miniature_tokenizer
 from r0_jax.weights import lazy
 
@@ -36,6 +38,7 @@ RECIPES = {
     "sdxl": (sdxl_r0, {}),
     "sd3": (sd3_r0, {}),
     "sd3 without T5": (sd3_r0, {"text_encoder_3": None, "tokenizer_3": None}),
+    "z_image": (z_image_r0, {}),
 }
 
 
@@ -99,11 +102,14 @@ def first_loss(config, pipeline, batches):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_loss_is_that_of_text(tmp_path, name):
     config = own_copy(name, tmp_path)
-    pipeline = families.load(config.pretrained)
+    size = config.height, config.width
+    pipeline = families.load(config.pretrained).sized(*size)
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
-    prepared.prepare(config.data.prompts, tmp_path / "prompts", pipeline, found)
-    where = (config.batch_size, config.seed, 0, [0], 1)
-    expected, metrics = first_loss(config, pipeline, prepared.batches(tmp_path / "prompts", *where))
+    draws = Draws(config.batch_size, config.seed, range(1))
+    source = prompts.of(config)
+    source.prepare(tmp_path / "prompts", pipeline, found, [], draws, False)
+    batches = source.batches(tmp_path / "prompts", pipeline, found, draws, [0], 1)
+    expected, metrics = first_loss(config, pipeline, batches)
     assert metrics["norm/x0/guidance"] > 0  # which asks for the empty prompt
 
     # Of the others bfloat16 is a program more to compile.
@@ -117,18 +123,44 @@ def test_the_first_loss_is_that_of_text(tmp_path, name):
         config.data.encoded = str(tmp_path / dtype)
         source = prompts.of(config)
         source.check(config)
-        bare = source.attach(families.load(config.pretrained, text=False))
+        bare = source.attach(families.load(config.pretrained, text=False)).sized(*size)
         assert not any(part.startswith("text") for part in bare.params)
-        batches = source.batches(tmp_path, bare, found, *where)
+        batches = source.batches(tmp_path, bare, found, draws, [0], 1)
         planned = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1])).abstract[2]
         assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
             name: (x.shape, x.dtype) for name, x in next(batches).items()
         }
-        batches = source.batches(tmp_path, bare, found, *where)
+        batches = source.batches(tmp_path, bare, found, draws, [0], 1)
         loss, others = first_loss(config, bare, batches)
         assert loss == pytest.approx(float(expected), rel=tolerance)
         for metric, value in metrics.items():
             assert others[metric] == pytest.approx(float(value), rel=tolerance, abs=1e-3), metric
+
+
+def test_prompts_of_different_lengths_take_the_room_of_their_own_tokens(tmp_path):
+    lengths = np.array([3, 64, 9])
+    columns = {
+        "prompt": ["a", "b", "c"],
+        "prompt_embeds": np.random.default_rng(0).standard_normal((3, 64, 8)).astype(np.float32),
+        "prompt_lengths": lengths,
+    }
+    encoded_writer.write(tmp_path / "encoded", columns, dtype="float32")
+    opened = encoded.open_folder(tmp_path / "encoded")
+    assert opened.schema["prompt_embeds"][0] == (64, 8)
+    found = opened.read("train", [0, 1, 2])
+    assert found["prompt_lengths"].tolist() == [3, 64, 9]
+    is_text = (np.arange(64) < lengths[:, None])[..., None]
+    expected = np.where(is_text, columns["prompt_embeds"], 0)
+    np.testing.assert_array_equal(found["prompt_embeds"], expected)
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "encoded").glob("*array_record*"))
+    assert on_disk < 0.6 * columns["prompt_embeds"].nbytes
+    for wrong in (0, 65):
+        changed = columns | {"prompt_lengths": np.array([3, wrong, 9])}
+        with pytest.raises(InputError, match="prompt_lengths should be from 1 to 64"):
+            encoded_writer.write(tmp_path / "wrong", changed)
+    (tmp_path / "encoded" / "metadata.json").unlink()
+    with pytest.raises(InputError, match="prompt_embeds is not a Tensor of a fixed shape"):
+        encoded.open_folder(tmp_path / "encoded")
 
 
 def test_the_whole_job_runs_without_text_encoders(tmp_path):
@@ -543,10 +575,12 @@ def test_a_damaged_dataset_is_one_line(sdxl, tmp_path, how):
 
 
 def test_foreign_datasets_are_errors_and_their_folders_stay(sdxl, tmp_path):
-    dataset.prepare({"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p")
+    tfds_prompts.write(
+        {"prompt": ["a", "b"], "input_ids": np.zeros((2, 3), np.int32)}, tmp_path / "p"
+    )
     with pytest.raises(InputError, match=r"there are none in it"):
         check(changed(sdxl, **{"data.encoded": str(tmp_path / "p")}))
-    dataset.prepare(
+    tfds_prompts.write(
         {"prompt": ["a"], "prompt_embeds": np.zeros((1, 7, 40), np.int32)}, tmp_path / "q"
     )
     with pytest.raises(InputError, match="holds int32"):
@@ -640,3 +674,18 @@ def test_flags_that_do_not_fit_are_one_line(tmp_path):
     ]:
         assert message in one_line_error(run("encode_prompts", *flags, *wrong))
     assert not (tmp_path / "e").exists()
+
+
+def test_a_shard_that_another_process_finished_meanwhile_is_taken(tmp_path):
+    """Two processes that were given the same share by mistake."""
+    schema = {"prompt": None}
+    (shard,) = shards.plan({"train": 2}, 4)
+
+    def parts(other):
+        yield {"prompt": ["a", "b"]}
+        if other:
+            shards.write(tmp_path, shard, schema, parts(False))
+            shards.finish(tmp_path, [shard], schema)  # which removes unfinished files
+
+    shards.write(tmp_path, shard, schema, parts(True))
+    assert shards.missing(tmp_path, [shard]) == [] and len(read_prompts(tmp_path)) == 2

@@ -1,16 +1,18 @@
 """Prompts of a user's file: every format and every mistake."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 import tensorflow_datasets as tfds
+import tfds_prompts
 from pyarrow import parquet
 
 from r0_jax.errors import InputError
-from r0_jax.prompts import dataset, files
+from r0_jax.prompts import files
 
 PROMPTS = ["a red circle", "红色的圆在蓝色方块的左边。", "a red circle", "naïve – “quoted” 🎈"]
 
@@ -28,6 +30,15 @@ def test_txt(tmp_path):
 def test_txt_splits_at_line_ends_only(tmp_path):
     content = "one\u2028line\rtwo\n"
     assert files.read_prompts(write(tmp_path / "p.txt", content)) == ["one\u2028line", "two"]
+
+
+def test_a_file_is_read_as_far_as_it_is_asked_for(tmp_path):
+    path = write(tmp_path / "p.txt", b"one\n\ntwo\n\xff\n")
+    assert files.read_prompts(path, count=2) == ["one", "two"]
+    found = files.stream_prompts(path)
+    assert [next(found), next(found)] == ["one", "two"]
+    with pytest.raises(InputError, match="line 4: not UTF-8"):
+        next(found)
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -78,7 +89,7 @@ def test_parquet(tmp_path, name):
 
 
 def test_prepared_folder_is_a_tfds_folder(tmp_path):
-    dataset.prepare({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
+    tfds_prompts.write({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
     assert files.read_prompts(tmp_path / "prompts") == PROMPTS
 
 
@@ -132,7 +143,7 @@ def test_foreign_tfds_folder_without_decoding_its_images(tmp_path):
         ("p.json", '["a",\n"b"\n"c"]', "p.json, line 3: broken JSON: Expecting ','"),
         ("p.json", '{"prompt": "a"}', "p.json: expected a list, found dict"),
         ("p.json", '["a", {"id": 1}]', "p.json, item 2: no prompt or caption or text among"),
-        ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file: "),
+        ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file, or not a whole one"),
         ("p.csv", "prompt\na\n", "p.csv: cannot read prompts from .csv; give .txt, .jsonl, .json"),
         ("p.txt", "version https://git-lfs.github.com/spec/v1\n", "p.txt is a Git LFS pointer"),
         ("p", "a\n", "p: cannot read prompts from a file without suffix; give .txt"),
@@ -181,7 +192,7 @@ def test_tfds_folder_without_text(tmp_path):
 
 
 def test_tfds_folder_of_another_file_format(tmp_path):
-    dataset.prepare({"prompt": PROMPTS}, tmp_path / "prompts")
+    tfds_prompts.write({"prompt": PROMPTS}, tmp_path / "prompts")
     info = tmp_path / "prompts" / "dataset_info.json"
     text = info.read_text(encoding="utf-8")
     info.write_text(text.replace("array_record", "tfrecord"), encoding="utf-8")
@@ -200,9 +211,13 @@ def test_another_text_of_the_same_records(tmp_path):
         assert files.read_texts(write(tmp_path / name, content), ["words"]) == expected
     parquet.write_table(pyarrow.table(expected), tmp_path / "p.parquet")
     assert files.read_texts(tmp_path / "p.parquet", ["words"]) == expected
-    dataset.prepare(expected, tmp_path / "prompts")
+    tfds_prompts.write(expected, tmp_path / "prompts")
     assert files.read_texts(tmp_path / "prompts", ["words"]) == expected
     assert files.read_texts(tmp_path / "prompts") == {"prompt": expected["prompt"]}
+    damaged = [rows[0], {"prompt": "a", "words": "x\x1by"}]
+    path = write(tmp_path / "p.json", json.dumps(damaged))
+    with pytest.warns(UserWarning, match=r"left out of 1 prompt\(s\), first in item 2"):
+        assert files.read_texts(path, ["words"])["words"] == ["晨光", "x y"]
 
 
 @pytest.mark.parametrize(
@@ -228,3 +243,78 @@ def test_another_text_that_is_not_there(tmp_path, name, content, message):
         files.read_texts(write(tmp_path / name, content), ["words"])
     assert str(error.value).startswith(f"{tmp_path}/{message}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("\n<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
+        ("<?xml version='1.0'?>\n<a/>", "a web page"),
+        ('["a", "b"]\n', r"JSON: give its name the suffix \.json$"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', r"JSON: give its name the suffix \.jsonl$"),
+        ("id,prompt\n1,a cat\n", "a table with columns"),
+        ('"Caption"\t"url"\na\tb\n', "a table with columns"),
+    ],
+)
+def test_a_txt_that_holds_something_else(tmp_path, content, said):
+    with pytest.raises(InputError, match=f"p.txt is not a list of prompts but {said}"):
+        files.read_prompts(write(tmp_path / "p.txt", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[a cat], in oil\nb", "{red|blue} hat\nb", "<lora:x:1> a cat\nb", "text, bold and large\nb",
+     "a prompt, a caption\nb", "prompt\nb"],
+)  # fmt: skip
+def test_prompts_that_look_like_something_else(tmp_path, content):
+    path = write(tmp_path / "p.txt", content)
+    assert files.read_prompts(path) == content.split("\n")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
+def test_one_rule_for_the_characters_of_all_formats(tmp_path, suffix):
+    def path(prompts):
+        path = tmp_path / f"p{suffix}"
+        if suffix == ".parquet":
+            parquet.write_table(pyarrow.table({"prompt": prompts}), path)
+        elif suffix == ".txt":
+            write(path, "\n".join(prompts))
+        else:
+            lines = [json.dumps(prompt) for prompt in prompts]
+            write(path, "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]")
+        return path
+
+    counted = {".txt": "line", ".jsonl": "line", ".json": "item", ".parquet": "row"}[suffix]
+    with pytest.warns(UserWarning, match=rf"left out of 2 prompt\(s\), first in {counted} 2"):
+        found = files.read_prompts(path(["a cat", "\x1b[2Ja\x07dog", "a\ufeffb", "a\tb"]))
+    assert found == ["a cat", "[2Ja dog", "ab", "a\tb"]
+    with pytest.raises(InputError, match=r"NUL character|not UTF-8"):
+        files.read_prompts(path(["a cat", "a\x00b"]))
+    with pytest.raises(InputError, match=rf"{counted} 2: 200000 characters are no prompt"):
+        files.read_prompts(path(["a cat", "ab" * 100_000]))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("p.json", r"p\.json has 20\.0 GiB, more than 8: split it"),  # it is parsed as a whole
+        ("p.txt", r"p\.txt, line 1: longer than 64 MiB"),
+    ],
+)
+def test_a_file_of_many_gigabytes(tmp_path, name, said):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(InputError, match=said):
+        files.read_prompts(tmp_path / name)
+
+
+def test_a_tfds_folder_with_a_cut_file_or_a_pipe(tmp_path):
+    tfds_prompts.write({"prompt": PROMPTS}, tmp_path / "prompts")
+    (records,) = (tmp_path / "prompts").glob("*.array_record*")
+    os.truncate(records, records.stat().st_size // 2)
+    with pytest.raises(InputError, match="prompts cannot be read"):
+        files.read_prompts(tmp_path / "prompts")
+    records.unlink()
+    os.mkfifo(records)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        files.read_prompts(tmp_path / "prompts")

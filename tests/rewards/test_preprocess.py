@@ -223,3 +223,21 @@ def test_preprocessing_of_open_clip():
     ]:
         with pytest.raises(InputError, match=f"preprocess_cfg: {name} = "):
             preprocess.from_open_clip({name: value}, 16)
+
+
+@pytest.mark.parametrize("resize", ["bicubic", "reduce"])
+@pytest.mark.parametrize("policy", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("shape", [(90, 61), (17, 20), (8, 200), (24, 24), (1, 40)])
+def test_on_the_host_it_is_the_same(shape, policy, resize):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    prepare = Preprocess(24, policy, corner="round", resize=resize)
+    expected = prepare(jnp.asarray(image, jnp.float32)[None] / 255)[0]
+    # JAX has the places of the rows in float32, of which an error of 1e-5 is 1e-4 of an edge.
+    np.testing.assert_allclose(prepare.on_host(image), expected, atol=2e-4)
+    unit = image.astype(np.float32) / np.float32(255)
+    np.testing.assert_allclose(prepare.on_host(unit), expected, atol=2e-4)
+
+
+def test_a_thin_image_takes_the_memory_of_its_crop():
+    # Resized whole it would have 5 billion numbers.
+    assert Preprocess(224).on_host(np.zeros((40_000, 1, 3), np.uint8)).shape == (224, 224, 3)

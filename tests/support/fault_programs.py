@@ -124,9 +124,7 @@ def damage(workdir: str, count: str, seed: str) -> None:
             )
         except InputError:
             reader = "refused"
-        with checkpoint_manager.Checkpoints(
-            LocalWorkdir(copy), best_metric=config.best_metric
-        ) as checkpoints:
+        with checkpoint_manager.Checkpoints(LocalWorkdir(copy)) as checkpoints:
             restored, metadata = checkpoints.restore(target)
         step = metadata["step"]
         found = {name: digest(x) for name, x in checkpoint_manager._flatten(restored).items()}

@@ -76,7 +76,8 @@ def token_ids(length: int, words: int, ends: bool) -> np.ndarray:
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weights of one tensor in the layout of its file; the same in every process."""
-    key = key.removeprefix("text_model.")  # of which transformers keeps the file's name, or not
+    for prefix in ("text_model.", "model."):  # of which transformers keeps the file's name, or not
+        key = key.removeprefix(prefix)
     if not shape:
         return np.asarray(2.6592, np.float32)  # the logit scale
     value = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, np.float32)
@@ -443,6 +444,77 @@ def _text(
     )
 
 
+# --- Z-Image: a block at a time, for 6 and 4 G parameters do not fit into memory twice -----------
+
+
+def _z_image_block(modulation: bool) -> Case:
+    """A block of the transformer; without `modulation` one that refines captions."""
+
+    def module():
+        from diffusers.models.transformers import transformer_z_image
+
+        return transformer_z_image.ZImageTransformerBlock(
+            0, 3840, 30, 30, 1e-5, qk_norm=True, modulation=modulation
+        )
+
+    def network():
+        from r0_jax.models import transformer_z_image
+        from r0_jax.weights.network import Network
+
+        class Block(transformer_z_image.ZImageTransformerBlock):
+            def __init__(self, rngs):
+                self.config = transformer_z_image.ZImageTransformer2DConfig.from_json(
+                    config_of("z_image/transformer")
+                )
+                super().__init__(self.config, modulation=modulation, rngs=rngs)
+
+        return Network.abstract(Block)
+
+    angles = 100 * normal(2, 1, 320, 64)
+
+    def theirs(module, x, *conditioning):
+        import torch
+
+        turns = torch.polar(torch.ones(angles.shape), torch.from_numpy(angles))
+        return module(x, None, turns, *conditioning)
+
+    def ours(network, params, x, *conditioning):
+        import jax.numpy as jnp
+
+        return network(params, x, jnp.asarray(angles), None, *conditioning)
+
+    def inputs():
+        return (normal(0, 1, 320, 3840), *[normal(1, 1, 256)] * modulation)
+
+    return Case("diffusers", module, network, inputs, theirs, ours)
+
+
+def _qwen3() -> Case:
+    """The table of tokens and two of the 36 layers, which are all alike."""
+
+    def fields():
+        return config_of("z_image/text_encoder") | {"num_hidden_layers": 2}
+
+    def theirs(module, ids):
+        found = module(ids, output_hidden_states=True)
+        return [found.hidden_states[1], found.last_hidden_state]
+
+    def ours(network, params, ids):
+        import jax.numpy as jnp
+
+        ids = jnp.asarray(ids)
+        return [*network.apply(params, "hidden_states", ids, (1,)), network(params, ids)]
+
+    return Case(
+        "transformers",
+        _transformers("Qwen3Model", fields),
+        _network("qwen3.Qwen3Model", "Qwen3Config", fields),
+        lambda: (token_ids(512, 151643, False),),
+        theirs,
+        ours,
+    )
+
+
 SD3_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 BIG_G_TEXT = {
     "hidden_size": 1280,
@@ -505,6 +577,7 @@ GENERATORS = {
     "taesd": _autoencoder(
         "AutoencoderTiny", lambda: config_of("taesd"), 4, gradient=1e-2
     ),  # rounding decides a few of its ReLUs
+    "flux1_vae": _autoencoder("AutoencoderKL", lambda: config_of("z_image/vae"), 16),
     "taesd3": _autoencoder("AutoencoderTiny", lambda: config_of("taesd3"), 16),
     "clip_l_text": _text(
         "CLIPTextModel",
@@ -538,6 +611,9 @@ GENERATORS = {
         32128,
         (("", "last_hidden_state"),),
     ),
+    "z_image_block": _z_image_block(modulation=True),
+    "z_image_refiner": _z_image_block(modulation=False),
+    "qwen3_two_layers": _qwen3(),
 }
 CASES = REWARDS | GENERATORS
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorflow_datasets  # noqa: F401 (as grain)
+import tfds_prompts
 
 from r0_jax import config as base
 from r0_jax.errors import InputError
@@ -23,6 +23,7 @@ from r0_jax.method import train_state
 from r0_jax.parallel import distributed, heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
 from r0_jax.prompts import dataset
+from r0_jax.prompts.order import Draws
 from r0_jax.workdir import checkpoint, checkpoint_manager
 from r0_jax.workdir.workdir import LocalWorkdir
 
@@ -52,7 +53,7 @@ def steps(trouble: str, folder: Path, stop: StopSignal) -> None:
     size = distributed.of_first(lambda: prepare(prompts))
     split = sharding.batch_sharding(mesh)
     parts, count = sharding.local_parts(split)
-    batches = dataset.load(prompts, size, 0, 0, parts, count)
+    batches = dataset.load(prompts, Draws(size, 0), parts, count)
     add = jax.jit(lambda total, x: total + jnp.sum(x), out_shardings=sharding.replicated(mesh))
     total = jax.device_put(np.float32(0), sharding.replicated(mesh))
     for step in range(1, STEPS + 1 if trouble != "endless" else 10**6):
@@ -109,7 +110,7 @@ def save_and_restore(trouble: str, folder: Path) -> None:
 def prepare(prompts: Path) -> int:
     size = 8 * jax.process_count()
     numbers = np.arange(3 * size, dtype=np.int32)
-    dataset.prepare({"prompt": [f"prompt {i}" for i in numbers], "number": numbers}, prompts)
+    tfds_prompts.write({"prompt": [f"prompt {i}" for i in numbers], "number": numbers}, prompts)
     return size
 
 

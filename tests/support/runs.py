@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 
+import diffusers
 import forks
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,18 @@ RANK, ALPHA = 3, 6.0
 CLOSE = 2 / 255
 
 
-def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
-    """A workdir with checkpoints {step: held-out score}, each with other random parameters."""
+def write_run(workdir, pretrained, rank, scores, targets=TARGETS, size=0):
+    """A workdir with checkpoints {step: held-out score}, each with other random parameters.
+
+    `size` is that of its images, where the pretrained does not say it.
+    """
     config = {
         "pretrained": str(pretrained),
         "data": {"prompts": "prompts.txt", "encoded": ""},
         "dtype": "float32",
         "attention": "xla",
+        "height": size,
+        "width": size,
         "steps": 100,
         "batch_size": 8,
         "device_batch": 0,
@@ -56,7 +62,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
     base, shapes = pipeline.params[part], pipeline.networks[part].shapes
     generator = Generator(rank, ALPHA, targets, fixed=pipeline.fixed)
     start = jax.eval_shape(lambda base: generator.init(jax.random.key(0), base, shapes), base)
-    with Checkpoints(LocalWorkdir(workdir), best_metric="heldout/pickscore") as checkpoints:
+    with Checkpoints(LocalWorkdir(workdir)) as checkpoints:
         for step, score in scores.items():
             random = np.random.default_rng(step)
             params, ema_params = (
@@ -72,7 +78,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS):
             state = state._replace(step=jnp.int32(step), ema_params=ema_params)
             checkpoints.save(state)
             if score is not None:
-                checkpoints.add_metrics(step, {"heldout/pickscore": score})
+                checkpoints.add_metrics(step, {"heldout/pickscore": score}, score)
 
 
 @contextlib.contextmanager
@@ -105,10 +111,14 @@ def silent():
 def images_of(pipeline, steps=4, noise=LATENTS, **size):
     """Stock diffusers' images from the noise."""
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    is_z_image = isinstance(pipeline, diffusers.ZImagePipeline)
+    if is_z_image:  # it draws 1024 px unless told
+        scale = pipeline.vae_scale_factor
+        size = {"height": scale * noise.shape[1], "width": scale * noise.shape[2]} | size
     return pipeline(
-        PROMPTS,
+        list(PROMPTS),  # which Z-Image's overwrites
         num_inference_steps=steps,
-        guidance_scale=1,
+        guidance_scale=0 if is_z_image else 1,
         latents=latents,
         output_type="np",
         **size,

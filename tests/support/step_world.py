@@ -25,6 +25,7 @@ from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from r0_jax.models.linear import Conv, Linear
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from r0_jax.parallel import sharding
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -59,8 +60,8 @@ class ToyAttention(nnx.Module):
     """Not attention, but a layer of its name."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.to_k = nnx.Linear(EMBED, width, use_bias=False, rngs=rngs)
+        self.to_q = Linear(width, width, use_bias=False, rngs=rngs)
+        self.to_k = Linear(EMBED, width, use_bias=False, rngs=rngs)
 
     def __call__(self, hidden, prompt_embeds):
         gate = jnp.tanh(self.to_k(prompt_embeds).mean(axis=1))[:, None, None]
@@ -70,7 +71,7 @@ class ToyAttention(nnx.Module):
 class ToyBlock(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.attn2 = ToyAttention(width, rngs=rngs)
-        self.conv = nnx.Conv(width, width, (3, 3), rngs=rngs)
+        self.conv = Conv(width, width, (3, 3), rngs=rngs)
 
     def __call__(self, hidden, prompt_embeds):
         return hidden + self.conv(jax.nn.silu(self.attn2(hidden, prompt_embeds)))
@@ -79,10 +80,10 @@ class ToyBlock(nnx.Module):
 class ToyUNet(nnx.Module):
     def __init__(self, config: ToyConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.conv_in = nnx.Conv(config.in_channels, config.width, (3, 3), rngs=rngs)
-        self.time_embedding = nnx.Linear(2, config.width, rngs=rngs)
+        self.conv_in = Conv(config.in_channels, config.width, (3, 3), rngs=rngs)
+        self.time_embedding = Linear(2, config.width, rngs=rngs)
         self.blocks = nnx.List([ToyBlock(config.width, rngs=rngs) for _ in range(config.depth)])
-        self.conv_out = nnx.Conv(config.width, config.in_channels, (3, 3), rngs=rngs)
+        self.conv_out = Conv(config.width, config.in_channels, (3, 3), rngs=rngs)
 
     def mid_features(self, latents, timesteps, prompt_embeds):
         angle = timesteps.astype(latents.dtype)[:, None] / 1000
@@ -98,7 +99,7 @@ class ToyUNet(nnx.Module):
 
 class ToyDecoder(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv_in = nnx.Conv(channels, 12, (3, 3), rngs=rngs)
+        self.conv_in = Conv(channels, 12, (3, 3), rngs=rngs)
 
 
 class ToyVAE(nnx.Module):

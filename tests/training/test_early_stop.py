@@ -28,3 +28,6 @@ def test_a_run_that_continues_counts_from_its_file(tmp_path):
     assert due([1.9, 1.8], 3, tmp_path, step=4) == [False, True]
     assert due([1.9], 1, tmp_path, step=6) == [True]
     assert due([2.1], 1, tmp_path, step=4) == [False]
+    vetoed = [x | {"hacking/vetoed": float(x.get("m") == 2.0)} for x in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in vetoed), "utf-8")
+    assert due([1.95], 1, tmp_path, step=4) == [False]  # 1.9 was the best

@@ -33,7 +33,7 @@ class World:
         program.term_norms = lambda *arguments: {"norm/params/rewards": jnp.ones(())}
         self.checkpoints = mock.create_autospec(Checkpoints, instance=True)
         self.checkpoints.save.side_effect = lambda state: self.saw("save", int(state.step))
-        self.checkpoints.add_metrics.side_effect = lambda step, values: self.saw("add", step)
+        self.checkpoints.add_metrics.side_effect = lambda step, values, score: self.saw("add", step)
         self.validation = mock.create_autospec(Validation, instance=True)
         self.validation.side_effect = self.validate
         state = train_state.init({"a.kernel": jnp.zeros(2)}, optax.sgd(1.0))
@@ -59,7 +59,11 @@ class World:
 
     def validate(self, params, step):
         self.saw("measure", step)
-        return {"heldout/x": float(step)}, np.zeros((8, 8, 3), np.uint8)
+        return measured(float(step)), np.zeros((8, 8, 3), np.uint8)
+
+
+def measured(x, vetoed=0.0):
+    return {"heldout/x": x, "hacking/vetoed": vetoed}
 
 
 def count(state, frozen, batch, key):
@@ -116,11 +120,23 @@ def test_a_signal_in_a_measurement_leaves_it_undone(tmp_path):
 def test_no_new_best_ends_the_run(tmp_path):
     world = World(tmp_path, eval_every=1, best_metric="heldout/x", early_stop=2)
     world.validation.side_effect = lambda params, step: (
-        {"heldout/x": 0.0},
+        measured(0.0),
         np.zeros((8, 8, 3), np.uint8),
     )
     assert world.loop.run()
     assert int(world.loop.state.step) == 2  # step 0 is the best
+
+
+def test_what_is_vetoed_is_never_the_best(tmp_path):
+    world = World(tmp_path, eval_every=1, best_metric="heldout/x", early_stop=2)
+    world.validation.side_effect = lambda params, step: (
+        measured(float(step), vetoed=float(step > 1)),
+        np.zeros((8, 8, 3), np.uint8),
+    )
+    assert world.loop.run()
+    assert int(world.loop.state.step) == 3  # step 1 is the best
+    scores = [call.args[2] for call in world.checkpoints.add_metrics.call_args_list]
+    np.testing.assert_array_equal(scores, [0, 1, np.nan, np.nan])
 
 
 def test_a_transfer_that_nobody_wrote_down_is_an_error(tmp_path):

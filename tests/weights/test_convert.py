@@ -118,6 +118,9 @@ MANIFESTS = {  # of the published files -> the config published with them
     ),
     "t5xxl_encoder": ("stable_diffusion_3/text_encoder_3", NETWORKS["T5EncoderModel"][0]),
     "taiyi_bert_text_encoder": ("taiyi/text_encoder", NETWORKS["BertModel"][0]),
+    "z_image_transformer": ("z_image/transformer", NETWORKS["ZImageTransformer2DModel"][0]),
+    "qwen3_4b_text_encoder": ("z_image/text_encoder", NETWORKS["Qwen3Model"][0]),
+    "flux1_vae_16ch": ("z_image/vae", NETWORKS["AutoencoderKL"][0]),
 }
 OLD_NAMES = {
     ".query.": ".to_q.",
@@ -258,6 +261,18 @@ def test_full_precision_shards_are_preferred_to_a_variant_in_one_file(folder):
     assert all("fp16" not in file.name for file in convert.find_files(folder, STEM))
 
 
+def test_of_a_single_file_and_shards_each_library_has_its_own_choice(folder):
+    module = diffusers.AutoencoderKL.from_pretrained(folder)
+    module.save_pretrained(folder, max_shard_size="20KB")
+    shutil.copy(next(folder.glob("*-of-*")), folder / FILE)  # of another revision
+    assert len(convert.find_files(folder, STEM)) > 2
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder)
+    assert theirs.state_dict().keys() == module.state_dict().keys()
+    for path in list(folder.glob(f"{STEM}*")):
+        path.rename(folder / path.name.replace(STEM, "model"))
+    assert convert.find_files(folder, "model") == [folder / "model.safetensors"]
+
+
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 def test_a_variant_that_is_whole_is_preferred_to_shards_that_are_not_there(folder, shard):
     """A snapshot of every *.json and of the variant's weights alone."""
@@ -341,6 +356,34 @@ def test_a_missing_key_is_named_with_the_shape_it_should_have(folder, vae):
 def test_an_unexpected_key_is_named_with_its_shape(folder, vae):
     change(folder, lambda tensors: tensors.update({"ema.decay": torch.zeros(2, 5)}))
     with refused(FILE, "unexpected", "ema.decay", "(2, 5)"):
+        load(folder, vae)
+
+
+def test_keys_of_the_rest_of_a_model_are_skipped(originals, tmp_path):
+    folder = pathlib.Path(shutil.copytree(originals / "text_encoder", tmp_path / "text_encoder"))
+    (file,) = convert.find_files(folder, "model")
+    network, whole = network_of(folder), convert.load([file], network_of(folder))
+    rest = {"logit_scale": torch.zeros(()), "vision_model.x.weight": torch.zeros(2, 2)}
+    save_file(load_file(file) | rest | {"global_step": torch.zeros(1)}, file)
+    params = convert.load([file], network)
+    assert params.keys() == whole.keys()
+    assert all(np.array_equal(params[name], whole[name]) for name in params)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for dtype, value in (("float32", np.nan), ("float16", 7e4), ("bfloat16", np.inf)):
+        params = {"a.kernel": np.full((2, 2), value, np.float32)}
+        with pytest.raises(InputError, match=rf"a\.weight holds NaN or infinities in {dtype}"):
+            convert.save(params, path, dtype)
+    with pytest.raises(InputError, match="a holds NaN or infinities in float32"):
+        convert.save_tensors({"a": np.asarray([np.inf], np.float32)}, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_too_large_for_the_dtype_are_not_called_nan(folder, vae):
+    change(folder, lambda tensors: tensors.update({KEY: tensors[KEY].double() + 1e300}))
+    with refused(KEY, "numbers of float64 that are too large for float32"):
         load(folder, vae)
 
 

@@ -169,20 +169,20 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, state):
 
 def test_keeps_the_newest_and_the_best(tmp_path, small):
     scores = [0.1, 0.9, 0.3, None, float("nan"), 0.2]
-    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2) as checkpoints:
         for step, score in enumerate(scores):
             assert checkpoints.save(at(small, step))
             assert not checkpoints.save(at(small, step))  # there already
             if score is not None:
-                checkpoints.add_metrics(step, {"heldout/clip": score})
+                checkpoints.add_metrics(step, {"heldout/clip": 5.0}, score)
         checkpoints.wait()
     assert checkpoint.steps(LocalWorkdir(tmp_path)) == [1, 4, 5]
     assert checkpoint.find_step(LocalWorkdir(tmp_path), "best") == 1
     # A later run knows the best one of the former.
-    with Checkpoints(LocalWorkdir(tmp_path), keep=2, best_metric="heldout/clip") as checkpoints:
+    with Checkpoints(LocalWorkdir(tmp_path), keep=2) as checkpoints:
         for step, score in ((6, 0.8), (7, 1.0)):
             checkpoints.save(at(small, step))
-            checkpoints.add_metrics(step, {"heldout/clip": score})
+            checkpoints.add_metrics(step, {"heldout/clip": 5.0}, score)
         checkpoints.save(at(small, 8))
         checkpoints.save(at(small, 9))
         checkpoints.wait()
@@ -214,7 +214,7 @@ def test_orbax_path_escapes_its_own_name_alone(tmp_path):
 
 def test_the_best_may_be_unknown(saved):
     with pytest.raises(InputError, match="leave the step out"):
-        checkpoint.find_step(LocalWorkdir(saved), "best")  # saved with no best_metric
+        checkpoint.find_step(LocalWorkdir(saved), "best")  # saved with no score
 
 
 def test_ema_alone_for_export(saved, state, copied):
@@ -502,3 +502,31 @@ def test_checksum_sees_a_bit_a_swap_and_a_name_but_not_the_sharding(state):
         assert checksum.of_fields({"params.a": changed}) != value
     assert checksum.of_fields({"params.b": x}) != value
     assert checksum.of_fields({"params.a": x.reshape(3, 64)}) == value  # shapes are checked apart
+
+
+def test_a_damaged_best_checkpoint_is_told_and_so_is_a_renamed_one(copied):
+    workdir = LocalWorkdir(copied)
+    shutil.move(copied / "checkpoints" / "10", copied / "checkpoints" / "15")
+    with pytest.warns(UserWarning, match=r"15 is damaged .*step 10, renamed.*may be the best"):
+        checkpoint.scores(workdir)
+    with pytest.raises(InputError, match=r"checkpoints/15 is damaged"):
+        load_params(workdir, step=15)
+
+
+def test_an_old_checkpoint_on_another_disk_is_unlinked_when_it_is_due(tmp_path, small):
+    workdir = LocalWorkdir(tmp_path / "run")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(at(small, 1))
+    shutil.move(workdir.checkpoints / "1", tmp_path / "disk")
+    (workdir.checkpoints / "1").symlink_to(tmp_path / "disk")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(at(small, 2))
+    assert os.listdir(workdir.checkpoints) == ["2"] and (tmp_path / "disk").is_dir()
+
+
+def test_metadata_that_is_a_pipe_is_not_opened(copied):
+    path = copied / "checkpoints" / "10" / "metrics" / "metrics"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        checkpoint.read_metadata(LocalWorkdir(copied), 10)

@@ -1,10 +1,12 @@
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
 
+from r0_jax import config as base
 from r0_jax.errors import InputError
-from r0_jax.workdir import identity
+from r0_jax.workdir import identity, run
 from r0_jax.workdir.workdir import LocalWorkdir
 
 
@@ -173,3 +175,25 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, name):
         identity.alone(tmp_path / name),
     ):
         pass
+
+
+def test_an_edited_config_is_noticed(tmp_path):
+    whole, workdir, path = base.get_config(), LocalWorkdir(tmp_path), tmp_path / "config.json"
+    identity.check_same_run(workdir, whole)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    sealed = json.loads(path.read_text("utf-8"))
+    assert run.read_config(tmp_path).seed == sealed["seed"] == 0
+
+    path.write_text(json.dumps(sealed | {"seed": 1}), "utf-8")
+    with pytest.raises(InputError, match="is not the config of a run: bring the original back"):
+        run.read_config(tmp_path)
+    with pytest.raises(InputError, match="is not what the run wrote: it was edited"):
+        identity.check_same_run(workdir, whole)
+
+    del sealed["seal"]  # runs of r0_jax 0.1 have none
+    path.write_text(json.dumps(sealed | {"lora": sealed["lora"] | {"alpha": math.nan}}), "utf-8")
+    with pytest.raises(InputError, match=r"lora\.alpha = nan"):
+        run.read_config(tmp_path)
+    path.write_text(json.dumps(sealed), "utf-8")
+    identity.check_same_run(workdir, whole)
+    assert "seal" in json.loads(path.read_text("utf-8"))

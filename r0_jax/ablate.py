@@ -1,0 +1,90 @@
+"""Train variants of a recipe with several seeds, and write a page that compares them.
+
+    python -m r0_jax.ablate --config=configs/ablations/shapes.py --workdir=runs/results \\
+      --out=docs/reports/results.md
+
+A killed one continues with the same command. `--jobs=8` spreads the runs over eight GPUs or TPU
+chips of a host. `--only=VARIANT/seed_N` trains one run of the grid, for job queues.
+"""
+
+import contextlib
+import sys
+
+from absl import flags
+from rich.console import Console
+
+from r0_jax import cli, remote
+from r0_jax.ablation import grid, measured, page, workers
+from r0_jax.ablation.grid import Cell
+from r0_jax.errors import STOPPED, InputError
+from r0_jax.files import write_bytes
+from r0_jax.parallel.stop_signal import Stopped, StopSignal
+from r0_jax.training import train
+from r0_jax.workdir import mirror
+from r0_jax.workdir.workdir import Workdir
+
+console = Console(stderr=True)
+
+
+def define_flags() -> None:
+    """Define the flags; not on import, since flags are global and commands share names."""
+    cli.define_config()
+    cli.define_path("workdir", None, "folder of the runs, VARIANT/seed_N each", required=True)
+    cli.define_path("out", None, "Markdown file; its picture lies beside it", required=True)
+    flags.DEFINE_integer("jobs", 1, "runs at a time, each on a device of its own", lower_bound=1)
+    flags.DEFINE_string("only", None, "the one run to train, VARIANT/seed_N; writes no page")
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    given = flags.FLAGS
+    cells = grid.cells(given.config)
+    if given.only:
+        cells = [only(cells, given.only)]
+    out, root = remote.output(given.out), given.workdir.rstrip("/")
+    try:
+        with StopSignal() as stop, contextlib.ExitStack() as held:
+            if given.jobs > 1 and not given.only:
+                ended = workers.run(cells, given.jobs, sys.argv[1:])
+            else:
+                ended = all(run(cell, root, stop) for cell in cells)
+            if not ended:
+                return STOPPED
+            if not given.only:
+                workdirs = [held.enter_context(opened(root, cell)) for cell in cells]
+                found = [measured.read(cell, at) for cell, at in zip(cells, workdirs, strict=True)]
+                folders = [workdir.path for workdir in workdirs]
+                write_bytes(out, page.write(given.config, found, folders, out).encode())
+                print(f"written: {out}")
+            return 0
+    except Stopped:
+        console.print("stopped; what was trained is saved: the same command continues")
+        return STOPPED
+
+
+def only(cells: list[Cell], name: str) -> Cell:
+    """Return the cell of a name; raise InputError where there is none."""
+    for cell in cells:
+        if cell.name == name:
+            return cell
+    known = ", ".join(cell.name for cell in cells)
+    raise InputError(f"--only={name} is not a run of this ablation; they are {known}")
+
+
+def opened(root: str, cell: Cell) -> contextlib.AbstractContextManager[Workdir]:
+    """Open the workdir of a cell."""
+    return mirror.workdir(f"{root}/{cell.name}", training=True)
+
+
+def run(cell: Cell, root: str, stop: StopSignal) -> bool:
+    """Train and measure a cell unless that is done; return False if a SIGTERM ended it."""
+    console.rule(cell.name)
+    train.enable_compilation_cache(cell.config)
+    with opened(root, cell) as workdir:
+        done = measured.is_measured(workdir, cell.config)
+        return done or train.train_and_evaluate(cell.config, workdir, stop)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
