@@ -13,8 +13,8 @@ Prompts:   Chinese or English: Qwen3 reads both. The rewards of this recipe read
            Chinese prompts take those of taiyi_r0.py, in a recipe of your own.
 Hardware:  one accelerator of 80 GB, or of 40 GB if prompts are encoded before
            (r0_jax.encode_prompts); estimated, not measured. Or any number of them: batch_size must
-           be a multiple of the devices (data x fsdp). 30 heads split over 2, 3 or 5 devices of
-           mesh.tensor.
+           be a multiple of the devices (data x fsdp). mesh.tensor may be 2 or 5; 3 splits
+           attention only, and 4 the feed-forward only.
 Memory:    estimated from parameter counts. Frozen, bfloat16: transformer 12.3 GB, Qwen3 8.0 GB
            unless prompts are encoded before, VAE 0.2 GB, reward models 4.1 GB: 17 or 25 GB.
            Adapters of rank 64: 158 M parameters x 16 bytes (float32: parameter, EMA, two moments):

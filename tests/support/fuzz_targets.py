@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from mutations import value
 from PIL import Image
 
@@ -392,8 +393,9 @@ def _recipe(path: Path, folder: Path, rng: random.Random) -> None:
         *sections, last = rng.choice(_fields()).split(".")
         part = config
         for section in sections:
-            part = part[section]
-        part._fields[last] = value(rng)  # past the types of ConfigDict, as from a file
+            part = part[section] if isinstance(part, ConfigDict) else None
+        if isinstance(part, ConfigDict):  # else its section is another value already
+            part._fields[last] = value(rng)  # past the types of ConfigDict, as from a file
     config_check.check_config(config)
 
 
