@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
 
     for name, entry in [*config.rewards.items(), *config.heldout_rewards.items()]:
         reward = rewards.load(name, entry)
-        features = prepared.features(prompts, [reward]).get(reward.column)
+        features = prepared.features({reward.reads: prompts}, [reward]).get(reward.column)
         add(name, score(jax.jit(reward.score), lazy.place(reward.params), drawn, features, _BATCH))
     measure = implicit_reward(pipeline, given.seed)
     for level in LEVELS:

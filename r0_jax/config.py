@@ -322,12 +322,17 @@ def reward_entry(
     function: str = "",
     cap: float = 1e9,
     resize: str = "bicubic",
+    size: int = 448,
+    tokens: int = 128,
+    language: str = "english",
+    questions: tuple[str, ...] = (),
+    reads: str = "prompt",
 ) -> ConfigDict:
     """Return the entry of one reward.
 
     Args:
-      type: "clip_score", "hps_v2", "hps_v2_1", "pickscore", "image_reward", "chinese_clip",
-        "aesthetic" or "function".
+      type: "clip_score", "hps_v2", "hps_v2_1", "hps_v3", "pickscore", "image_reward",
+        "cycle_reward", "chinese_clip", "vlm_yes_no", "aesthetic" or "function".
       weight: the weight of its normalized gradient.
       path: folder of the weights, as published or as `r0_jax.convert_reward` makes it.
       head: safetensors file of the MLP of "aesthetic"; "" looks for it in the folder.
@@ -337,6 +342,15 @@ def reward_entry(
       resize: how images come down to the size of the reward's tower: "bicubic", with antialiasing,
         as published; "reduce": means of whole blocks of pixels first. docs/reports/rewards.md
         compares them.
+      size: hps_v3 and vlm_yes_no see size^2 pixels of an image: 448 as published, or 224 at about
+        a quarter of the image's cost. A multiple of 28.
+      tokens: of a prompt, at most so many are read by hps_v3 and vlm_yes_no. Each costs as much as
+        28 x 28 pixels, for short prompts too.
+      language: of the questions and answers of vlm_yes_no: "english" or "chinese".
+      questions: of vlm_yes_no, each with {} for the prompt; their scores are averaged. () asks
+        whether the image shows the prompt.
+      reads: the field of the prompt file that the reward reads: "prompt", or another text, such as
+        the words that the image should show.
     """
     return ConfigDict(
         {
@@ -348,5 +362,10 @@ def reward_entry(
             "function": function,
             "cap": cap,
             "resize": resize,
+            "size": size,
+            "tokens": tokens,
+            "language": language,
+            "questions": questions,
+            "reads": reads,
         }
     )

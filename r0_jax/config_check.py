@@ -143,6 +143,15 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         warnings.warn(f"no effect: {'; '.join(useless)}", stacklevel=2)
 
 
+# Field of a reward's entry -> the types that it means something to.
+_READ_BY = {
+    "size": ("hps_v3", "vlm_yes_no"),
+    "tokens": ("hps_v3", "vlm_yes_no"),
+    "language": ("vlm_yes_no",),
+    "questions": ("vlm_yes_no",),
+}
+
+
 def without_effect(config: ConfigDict) -> list[str]:
     """Return what is set, to other than its default, and changes nothing: one text a reason."""
     objective, terms, usual = config.objective, config.regularizers, base.get_config()
@@ -172,6 +181,13 @@ def without_effect(config: ConfigDict) -> list[str]:
     for name, entry in config.rewards.items():
         if not entry.weight:
             changed.setdefault("its weight is 0", []).append(f"rewards.{name}")
+    default = base.reward_entry(type="")
+    for section in ("rewards", "heldout_rewards"):
+        for name, entry in config[section].items():
+            for field, types in _READ_BY.items():
+                if entry.type not in types and entry[field] != default[field]:
+                    reason = f"its type is {entry.type}"
+                    changed.setdefault(reason, []).append(f"{section}.{name}.{field}")
     return [f"{', '.join(fields)}, as {reason}" for reason, fields in changed.items()]
 
 

@@ -8,6 +8,7 @@ A `.pt`, `.pth` or `.bin` file needs torch, which reads only tensors from it
 are checked before anything is written.
 """
 
+import functools
 import gzip
 import json
 import re
@@ -28,26 +29,28 @@ from tokenizers.pre_tokenizers import ByteLevel
 from r0_jax import cli, machine, remote
 from r0_jax.errors import InputError
 from r0_jax.files import check_not_pointer, check_writable, naming, read_json, write_bytes
-from r0_jax.models import chinese_clip, open_clip
-from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models import chinese_clip, open_clip, qwen2_vl
+from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.pipelines.tokenizers import FILES, check_files
-from r0_jax.rewards import prompt_text
+from r0_jax.rewards import hps_v3, prompt_text
 from r0_jax.rewards.aesthetic import HEAD
 from r0_jax.rewards.image_reward import SPECIAL
 from r0_jax.rewards.tower import OPEN_CLIP_CONFIG
-from r0_jax.weights import convert
+from r0_jax.weights import convert, lazy
+from r0_jax.weights.lazy import Lazy
 from r0_jax.weights.network import Network
 from r0_jax.weights.tensor_file import TensorFile
 
-Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
+Tensors = Mapping[str, Shaped[np.ndarray, "..."] | Lazy]
 Fields = dict[str, Any]
 
 # Tensors of published files that do not affect a score.
-_UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size")
+_UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size", "lm_head.")
 _BPE_MERGES = 49152 - 256 - 2  # CLIP uses this many merges of OpenAI's file
 _BPE_BYTES = 16 * 2**20  # of that file, unpacked: it has 3.2 MB
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -104,6 +107,19 @@ def _clip_files(fields: Fields) -> dict[str, Fields]:
     }
 
 
+def _image_reward(kind: type[ImageReward], model_type: str) -> Layout:
+    def tokenizer(folder: Path, fields: Fields) -> object:
+        words = ImageRewardConfig.from_json(fields).text_config.vocab_size
+        return prompt_text.wordpiece(folder, 2, words, SPECIAL)
+
+    return Layout(
+        _network(kind, ImageRewardConfig),
+        lambda fields: {"config.json": {"model_type": model_type} | fields},
+        "model.safetensors",
+        tokenizer,
+    )
+
+
 def _clip_tokenizer(folder: Path, fields: Fields) -> object:
     text = CLIPConfig.from_json(fields).text_config
     return prompt_text.clip(folder, text.max_position_embeddings, text.vocab_size)
@@ -141,17 +157,19 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
         {"CLIP-H": _CLIP_H},
         "CLIP-H",
     ),
-    "image_reward": (
+    "image_reward": (_image_reward(ImageReward, "image_reward"), {"v1.0": {}}, "v1.0"),
+    "cycle_reward": (_image_reward(CycleReward, "cycle_reward"), {"v1.0": {}}, "v1.0"),
+    "hps_v3": (
         Layout(
-            _network(ImageReward, ImageRewardConfig),
-            lambda fields: {"config.json": {"model_type": "image_reward"} | fields},
+            _network(HPSv3, Qwen2VLConfig),
+            lambda fields: {"config.json": fields | {"model_type": "hps_v3"}},
             "model.safetensors",
-            lambda folder, fields: prompt_text.wordpiece(
-                folder, 2, ImageRewardConfig.from_json(fields).text_config.vocab_size, SPECIAL
+            lambda folder, fields: hps_v3.tokens(
+                folder, Qwen2VLConfig.from_json(fields).vocab_size, 1
             ),
         ),
-        {"v1.0": {}},
-        "v1.0",
+        {"Qwen2-VL-7B": qwen2_vl.HPS_V3},
+        "Qwen2-VL-7B",
     ),
     "chinese_clip": (
         Layout(
@@ -191,7 +209,7 @@ def define_flags() -> None:
     cli.define_path(
         "tokenizer",
         None,
-        "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with such a tokenizer",
+        "bpe_simple_vocab_16e6.txt.gz, BERT's vocab.txt, or a folder with the tokenizer",
     )
     flags.DEFINE_string("architecture", None, "name of the architecture, if there are several")
     cli.define_path("architecture_config", None, "JSON file with fields of the architecture")
@@ -222,9 +240,7 @@ def convert_reward(
             write_tokenizer(tokenizer, Path(tried))
             layout.tokenizer(Path(tried), fields)
         write_tokenizer(tokenizer, out)
-    convert.save_tensors(
-        {key: np.asarray(tensors[key], order="C") for key in keys.values()}, out / layout.weights
-    )
+    convert.save_tensors({key: tensors[key] for key in keys.values()}, out / layout.weights)
     for name, contents in layout.files(fields).items():
         write_bytes(out / name, json.dumps(contents, indent=1).encode())
 
@@ -232,6 +248,7 @@ def convert_reward(
 def read_checkpoint(path: Path) -> Tensors:
     """Read the tensors of a `.safetensors` file or a pickled state_dict; execute nothing.
 
+    Those of a `.safetensors` file, which may be larger than the memory, are read when asked for.
     Remove the prefix `module.` of data-parallel training. Raise InputError for a file that is
     missing, incomplete, or holds anything but tensors.
     """
@@ -240,7 +257,10 @@ def read_checkpoint(path: Path) -> Tensors:
     check_not_pointer(path)
     if path.suffix == ".safetensors":
         file = TensorFile(path)
-        state = {key: file.read(key) for key in file.tensors}
+        state = {
+            key: lazy.computed(stored.shape, file.dtype(key), functools.partial(file.read, key))
+            for key, stored in file.tensors.items()
+        }
     else:
         state = _read_pickle(path)
     if all(key.startswith("module.") for key in state):

@@ -14,7 +14,7 @@ processes share the work by --process and --processes, or as jax.distributed cou
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,28 +68,35 @@ class Embeddings(NamedTuple):
     """Embeddings to be written.
 
     Attributes:
-      prompts: those of each split, in order.
+      texts: of each split, the prompts in order, and what rewards read besides.
       parts: shard -> its columns ("prompt_embeds", ...), in parts of its rows.
       facts: what the metadata says of them.
     """
 
-    prompts: dict[str, list[str]]
+    texts: dict[str, dict[str, list[str]]]
     parts: Callable[[Shard], Iterator[Columns]]
     facts: dict[str, Any]
 
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts of each split, in order."""
+        return {split: texts[PROMPT] for split, texts in self.texts.items()}
 
-def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
+
+def of_text(config: ConfigDict, batch_size: int, fields: Sequence[str]) -> Embeddings:
     """Compute embeddings with the pipeline's text encoders; all prompts are tokenized at once."""
     pipeline = families.load(config.pretrained, config.dtype, config.family, images=False)
-    prompts = {TRAIN: files.read_prompts(config.data.prompts), NEGATIVE: [""]}
+    texts = {TRAIN: files.read_texts(config.data.prompts, fields), NEGATIVE: {PROMPT: [""]}}
     asked = [
-        files.read_prompts(section.prompts, count=section.num_prompts)
+        itertools.islice(files.stream_rows(section.prompts, fields), section.num_prompts)
         for section in (config.eval, config.test)
         if section.prompts
     ]
     if asked:
-        prompts[EVALUATION] = list(dict.fromkeys(itertools.chain(*asked)))
-    tokens = pipeline.shorten({split: pipeline.tokenize(texts) for split, texts in prompts.items()})
+        texts[EVALUATION] = _distinct(itertools.chain(*asked), fields)
+    tokens = pipeline.shorten(
+        {split: pipeline.tokenize(found[PROMPT]) for split, found in texts.items()}
+    )
     mesh = sharding.local_mesh()
     params = lazy.place(pipeline.params, sharding.replicated(mesh))
     # Over all devices if they divide a batch.
@@ -125,12 +132,29 @@ def of_text(config: ConfigDict, batch_size: int) -> Embeddings:
         "computed_in": config.dtype,
         "text_encoders": _fingerprints(pipeline),
     }
-    return Embeddings(prompts, parts, facts)
+    return Embeddings(texts, parts, facts)
 
 
-def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
+def _distinct(rows: Iterable[files.Row], fields: Sequence[str]) -> dict[str, list[str]]:
+    """Return the columns of distinct prompts: evaluations find them by the prompt alone."""
+    found: dict[str, files.Row] = {}
+    for row in rows:
+        if found.setdefault(row[0], row) != row:
+            raise InputError(
+                f"{row[0]!r} is there twice among the evaluation prompts, with another "
+                f"{' or '.join(fields)}: keep one of them"
+            )
+    return files.texts_of(found.values(), fields)
+
+
+def of_dataset(config: ConfigDict, batch_size: int, fields: Sequence[str]) -> Embeddings:
     """Read embeddings from a dataset, perhaps of the user's own text encoder."""
     there = encoded.open_folder(config.data.encoded)
+    if fields:
+        raise InputError(
+            f"{there.folder} holds prompts without their field {fields[0]!r}, which a reward "
+            "reads: encode the file of prompts, with --config.data.encoded="
+        )
     dataset.check_shards(there.folder)
     there.check_prompts(config.data.prompts)
     embeds = [name for name in there.schema if not columns.is_features(name)]
@@ -143,15 +167,17 @@ def of_dataset(config: ConfigDict, batch_size: int) -> Embeddings:
         for found in read(shard):
             yield {name: found[name] for name in embeds}
 
-    prompts = {
-        split: [
-            text for part in read(Shard(split, 0, 1, 0, rows)) for text in part[PROMPT].tolist()
-        ]
+    texts = {
+        split: {
+            PROMPT: [
+                text for part in read(Shard(split, 0, 1, 0, rows)) for text in part[PROMPT].tolist()
+            ]
+        }
         for split, rows in there.rows.items()
     }
     kept = ("pipeline", "tokens", "computed_in", "text_encoders")
     return Embeddings(
-        prompts, parts, {name: there.metadata[name] for name in kept if name in there.metadata}
+        texts, parts, {name: there.metadata[name] for name in kept if name in there.metadata}
     )
 
 
@@ -174,10 +200,10 @@ def encode(
 ) -> bool:
     """Write this process's share of the dataset; return whether the dataset is complete."""
     find = of_dataset if config.data.encoded else of_text
-    embeddings = find(config, batch_size)
     found = load_rewards(config)
+    embeddings = find(config, batch_size, columns.read_by(found.values()))
     for reward in found.values():
-        if share := reward.truncated_share(embeddings.prompts[TRAIN]):
+        if share := reward.truncated_share(embeddings.texts[TRAIN][reward.reads]):
             warnings.warn(
                 f"the reward {reward.name} does not read the end of {share:.0%} of "
                 "the prompts: they are too long for it",
@@ -188,9 +214,12 @@ def encode(
     def device_params(name: str):
         return lazy.place(found[name].params)
 
-    def features(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def features(split: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        texts = embeddings.texts[split]
         return {
-            reward.column: np.asarray(reward.text_features(device_params(name), texts))
+            reward.column: np.asarray(
+                reward.text_features(device_params(name), texts[reward.reads][start:stop])
+            )
             for name, reward in found.items()
         }
 
@@ -199,7 +228,7 @@ def encode(
         embeddings.parts(Shard(NEGATIVE if NEGATIVE in embeddings.prompts else TRAIN, 0, 1, 0, 1))
     )
     texts = embeddings.prompts[TRAIN]
-    schema = encoded_writer.schema_of({PROMPT: texts[:1], **one, **features(texts[:1])}, dtype)
+    schema = encoded_writer.schema_of({PROMPT: texts[:1], **one, **features(TRAIN, 0, 1)}, dtype)
     entries = {**config.rewards, **config.heldout_rewards}
     facts = {
         **embeddings.facts,
@@ -225,7 +254,7 @@ def encode(
             texts, start = embeddings.prompts[shard.split], shard.start
             # Nobody asks for features of the empty prompt, and a reward may fail on it.
             known = (
-                features(texts[shard.start : shard.stop])
+                features(shard.split, shard.start, shard.stop)
                 if shard.split != NEGATIVE
                 else {
                     name: np.zeros((1, *kind[0]), kind[1])

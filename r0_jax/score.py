@@ -165,7 +165,8 @@ def score(
 
     `bad` gets the errors of the others, in order; `keep` gets scores as they come. What is `known`
     is not computed again. Each prompt is encoded once. One program is compiled for each reward;
-    for a function of the user's, which takes images as they are, one for each image shape.
+    for one that takes images as they are, such as a function of the user's, one for each image
+    shape.
     """
     rows = {i: dict(scores) for i, scores in known.items()}
     unread: dict[int, str] = {}

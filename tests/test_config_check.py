@@ -153,6 +153,7 @@ GUIDED = {"regularizers.guidance.weight": 1.0}
             "output.scale, as regularizers.output.guided is false",
         ),
         (GUIDED | {"rewards.clip.weight": 0.0}, "rewards.clip, as its weight is 0"),
+        ({"rewards.clip.size": 224}, "rewards.clip.size, as its type is clip_score"),
     ],
 )
 def test_a_setting_without_effect_is_named(override, said):

@@ -217,6 +217,24 @@ def test_image_reward(tmp_path, vocab):
     expect_without_text("image_reward", tmp_path / "out", reward)
 
 
+def test_cycle_reward(tmp_path, vocab):
+    text = IMAGE_REWARD_FIELDS["text_config"] | {"max_position_embeddings": 128}
+    fields = IMAGE_REWARD_FIELDS | {"text_config": text}
+    module = tiny.randomize(torch_twins.CycleReward(*fields.values()), seed=0)
+    torch.save(module.state_dict(), tmp_path / "CycleReward-T2I.pth")
+    convert_reward.convert_reward(
+        "cycle_reward", tmp_path / "CycleReward-T2I.pth", tmp_path / "out", vocab, fields
+    )
+    reward = rewards.load("cycle_reward", tmp_path / "out")
+    ids = BertTokenizer.from_pretrained(vocab.parent)(
+        PROMPTS, padding="max_length", max_length=128, truncation=True, return_tensors="pt"
+    ).input_ids
+    np.testing.assert_array_equal(reward.text_features(reward.params, PROMPTS), ids)
+    expect(reward, noise(40, 23), lambda x: module(ids[:2], pixels(x, "crop", "round")))
+    with pytest.raises(InputError, match="model_type = 'cycle_reward' is not image_reward"):
+        rewards.load("image_reward", tmp_path / "out")
+
+
 def test_aesthetic_head_in_the_folder_of_its_clip(tmp_path):
     folder = tiny.clip(tmp_path / "clip", seed=1)
     mlp = tiny.randomize(torch_twins.score_mlp(12), seed=4)

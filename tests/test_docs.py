@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from r0_jax import config as base
-from r0_jax import rewards
+from r0_jax import config_check, rewards
 from r0_jax.rewards import plugin
+from r0_jax.rewards.around_image import PROMPT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -120,8 +121,22 @@ def test_the_api_page_is_up_to_date():
     assert checked.returncode == 0, "run `make docs`"
 
 
+def examples_of_rewards() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read(ROOT / "docs" / "rewards.md"), re.DOTALL)
+
+
+def test_the_example_of_an_entry_is_one():
+    entry, _ = examples_of_rewards()
+    config = base.get_config()
+    with config.unlocked():
+        exec(entry, {"config": config, "reward_entry": base.reward_entry})
+    config_check.check_reward("rewards.words", config.rewards.words)
+    assert config.rewards.words.type in rewards.TYPES
+    assert all(PROMPT in question for question in config.rewards.words.questions)
+
+
 def test_the_example_of_a_reward_is_one(tmp_path, monkeypatch):
-    [example] = re.findall(r"```python\n(.*?)```", read(ROOT / "docs" / "rewards.md"), re.DOTALL)
+    _, example = examples_of_rewards()
     (tmp_path / "my_module.py").write_text(example, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     plugin.check(rewards.load("function", "my_module:brightness"), (8, 8, 3))

@@ -13,8 +13,10 @@ from torch_preprocess import noise
 from r0_jax import rewards, score
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, statistics, unfinished
+from r0_jax.rewards import plugin
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward
+from r0_jax.stand_ins import miniature_reward
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULE = """
@@ -303,6 +305,17 @@ def test_rewards_that_cannot_be_loaded(given, said, world, monkeypatch):
     with pytest.raises(InputError, match=said):
         score.load_rewards([given], "float32")
     sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("kind", ["hps_v3", "vlm_yes_no", "cycle_reward"])
+def test_rewards_that_read_image_and_prompt_together(kind, world, tmp_path):
+    miniature_reward.write_reward(tmp_path, kind)
+    [reward] = score.load_rewards([f"{kind}={tmp_path}"], "float32")
+    plugin.check(reward, (32, 48, 3), trained=False)
+    drawn = [world / "drawn" / "00000.png", world / "drawn" / "00004.png"]  # of two shapes
+    items = [score.Item(path, prompt) for path in drawn for prompt in PROMPTS[:2]]
+    rows = score.score([reward], items, 2, print)
+    assert len({row[kind] for row in rows.values()}) == 4
 
 
 def test_a_reward_named_twice(world):

@@ -87,10 +87,11 @@ class Programs:
         """{reward: (params, images, features) -> scores}."""
         return scorers(self.rewards, self.mesh)
 
-    @functools.cached_property
-    def everywhere(self) -> NamedSharding:
-        """Where a held-out reward lies while it scores: whole on every device."""
-        return sharding.replicated(self.mesh)
+    def where(self, heldout: Reward) -> dict[str, NamedSharding]:
+        """Return where a held-out reward lies while it scores: as those that are trained on do."""
+        params = heldout.scoring_params
+        shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
+        return sharding.param_sharding(shapes, self.mesh, self.config.sharding)
 
     def parts(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Return what the sampler takes, with these weights of the generator."""
@@ -119,7 +120,7 @@ class Programs:
             params = self.frozen["rewards"].get(reward.name)
             own = {}
             if params is None:
-                params = placed(reward.scoring_params, self.everywhere)
+                params = sharding.with_sharding(reward.scoring_params, self.where(reward))
                 own = {f"held-out {reward.name}": params}
             features = features_of(reward, columns, self.batch)
             yield Stage(

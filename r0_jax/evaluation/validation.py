@@ -111,7 +111,7 @@ class Validation:
         features = self.features.get(reward.column)
         params = self.frozen["rewards"].get(reward.name)
         if params is None:  # held out: it is on the devices only now
-            params = lazy.place(reward.scoring_params, self.programs.everywhere)
+            params = lazy.place(reward.scoring_params, self.programs.where(reward))
         of_rows = None if features is None else features[rows]
         scorer = self.programs.scores[reward.name]
         return score(scorer, params, drawn, of_rows, self.programs.batch, self.check)

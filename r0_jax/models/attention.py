@@ -11,8 +11,8 @@ from r0_jax.models.linear import Linear
 
 def dot_product_attention(
     query: Float[Array, "b t c"],
-    key: Float[Array, "b s c"],
-    value: Float[Array, "b s c"],
+    key: Float[Array, "b s d"],
+    value: Float[Array, "b s d"],
     heads: int,
     *,
     bias: Float[Array, "#b h t s"] | None = None,

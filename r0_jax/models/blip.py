@@ -1,6 +1,7 @@
 """ImageReward's network: BLIP's vision transformer, MED BERT that reads the image, and an MLP.
 
-It mirrors ImageReward `ImageReward.py`, `models/BLIP/{vit,med,blip_pretrain}.py`.
+It mirrors ImageReward `ImageReward.py`, `models/BLIP/{vit,med,blip_pretrain}.py`, and CycleReward,
+which differs in its MLP (cyclereward `model.py`).
 """
 
 import dataclasses
@@ -155,15 +156,32 @@ class BLIP(nnx.Module):
 
 
 class ImageReward(nnx.Module):
+    activation: str | None = None  # of the MLP
+
     def __init__(self, config: ImageRewardConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.blip = BLIP(config, rngs=rngs)
-        self.mlp = ScoreMLP(config.text_config.hidden_size, rngs=rngs)
+        self.mlp = ScoreMLP(config.text_config.hidden_size, activation=self.activation, rngs=rngs)
+
+    def raw(
+        self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
+    ) -> Float[Array, " b"]:
+        """Return what the MLP says of preprocessed images, in the dtype of its weights."""
+        token = self.blip(input_ids, images)
+        return self.mlp(token.astype(self.mlp.layers[0].kernel.get_value().dtype))
 
     def __call__(
         self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
     ) -> Float[Array, " b"]:
         """Return standardized scores of preprocessed images, in the dtype of the MLP's weights."""
-        token = self.blip(input_ids, images)
-        token = token.astype(self.mlp.layers[0].kernel.get_value().dtype)
-        return (self.mlp(token) - MEAN) / STD
+        return (self.raw(input_ids, images) - MEAN) / STD
+
+
+class CycleReward(ImageReward):
+    activation = "gelu"
+
+    def __call__(
+        self, input_ids: Int[Array, "b t"], images: Float[Array, "b h w 3"]
+    ) -> Float[Array, " b"]:
+        """Return scores of preprocessed images, in the dtype of the MLP's weights."""
+        return self.raw(input_ids, images)

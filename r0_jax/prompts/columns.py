@@ -8,9 +8,9 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from r0_jax.pipelines.pipeline import LENGTHS, Pipeline
+from r0_jax.prompts.files import PROMPT
 from r0_jax.rewards.reward import FEATURES, Reward
 
-PROMPT = "prompt"
 EMBEDS = "prompt_embeds"
 _Value = TypeVar("_Value")
 
@@ -31,6 +31,11 @@ def is_ragged(names: Container[str]) -> bool:
 def rewards_of(names: Iterable[str]) -> list[str]:
     """Return the names of the rewards that have features among some columns, sorted."""
     return sorted(name.removeprefix(FEATURES) for name in names if is_features(name))
+
+
+def read_by(rewards: Iterable[Reward]) -> list[str]:
+    """Return the names of the texts, besides the prompt, that rewards read."""
+    return sorted({r.reads for r in rewards if r.text_features is not None} - {PROMPT})
 
 
 def encoded(pipeline: Pipeline, rewards: Sequence[Reward]) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from r0_jax import machine, remote
@@ -12,7 +12,8 @@ from r0_jax.errors import InputError
 from r0_jax.files import check_not_pointer, check_regular, kind_of, loads
 from r0_jax.prompts import dataset
 
-TEXT_NAMES = ("prompt", "caption", "text")  # of a field, a column or a feature; the first counts
+PROMPT = "prompt"
+TEXT_NAMES = (PROMPT, "caption", "text")  # of a field, a column or a feature; the first counts
 _MOST_BYTES = 8 * 2**30  # of a .json file, which is parsed as a whole
 _MOST_LINE = 64 * 2**20  # bytes of a line of text or of .jsonl
 _HEAD = 100_000  # bytes of a text file that tell what it is
@@ -21,6 +22,8 @@ _MOST_ROWS = 10**8  # of a parquet file
 _MOST_CHARACTERS = 100_000  # of a prompt; encoders read a few hundred
 # Control characters but white space, and the byte order mark, also where files were joined.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
+
+Row = tuple[str, ...]  # a prompt, and further texts of its record
 
 
 def read_prompts(path: str | Path, numbered: bool = False, count: int | None = None) -> list[str]:
@@ -37,17 +40,32 @@ def read_prompts(path: str | Path, numbered: bool = False, count: int | None = N
     if not numbered:
         return list(itertools.islice(stream_prompts(path), count))
     path = _checked(path)
-    prompts = list(_stripped(path))
+    prompts = [prompt for (prompt,) in _stripped(path, ())]
     kept = [prompt for prompt in prompts if prompt]
     if not kept:
         raise InputError(f"{path} has no prompts")
     if any(prompts[len(kept) :]):  # or all blank ones are at the end
-        where = f"{_COUNTED.get(path.suffix, 'row')} {prompts.index('') + 1}"
         raise InputError(
-            f"{path}, {where} is blank, so it is unclear which images belong to the prompts after "
-            "it: remove it (r0_jax.sample skips it too)"
+            f"{_place(path, prompts.index('') + 1)} is blank, so it is unclear which images belong "
+            "to the prompts after it: remove it (r0_jax.sample skips it too)"
         )
     return kept
+
+
+def read_texts(
+    path: str | Path, fields: Sequence[str] = (), count: int | None = None
+) -> dict[str, list[str]]:
+    """Read prompts as `read_prompts` does, and further text `fields` of theirs.
+
+    Returns {"prompt": [...], field: [...], ...}, lists of one length. Raises `InputError` where a
+    prompt has no such field, or a blank one.
+    """
+    return texts_of(itertools.islice(stream_rows(path, fields), count), fields)
+
+
+def texts_of(rows: Iterable[Row], fields: Sequence[str]) -> dict[str, list[str]]:
+    """Return the texts of one or more rows by their names, as `read_texts` does."""
+    return dict(zip((PROMPT, *fields), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def stream_prompts(path: str | Path) -> Iterator[str]:
@@ -55,12 +73,23 @@ def stream_prompts(path: str | Path) -> Iterator[str]:
 
     Only `.json` is one value, which is parsed as a whole.
     """
-    path = _checked(path)
-    prompts = filter(None, _stripped(path))
-    if (first := next(prompts, None)) is None:
+    for (prompt,) in stream_rows(path):
+        yield prompt
+
+
+def stream_rows(path: str | Path, fields: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the prompts of `stream_prompts`, each with the texts that `read_texts` adds."""
+    path, is_empty = _checked(path), True
+    for number, row in enumerate(_stripped(path, fields), start=1):
+        if not row[0]:
+            continue
+        if not all(row):
+            blank = fields[row.index("") - 1]
+            raise InputError(f"{_place(path, number)}: the field {blank!r} is blank")
+        is_empty = False
+        yield row
+    if is_empty:
         raise InputError(f"{path} has no prompts")
-    yield first
-    yield from prompts
 
 
 def _checked(path: str | Path) -> Path:
@@ -80,33 +109,34 @@ def _checked(path: str | Path) -> Path:
     return path
 
 
-def _stripped(path: Path) -> Iterator[str]:
-    """Yield all prompts of a file, blank ones too, without the space around them."""
+def _stripped(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """Yield all rows of a file, blank ones too, without the space around their texts."""
     try:
         read = _read_tfds if path.is_dir() else _READERS[path.suffix]
-        for prompt in _cleaned(read(path), path):
-            yield prompt.strip()
+        for row in _cleaned(read(path, fields), path):
+            yield tuple(text.strip() for text in row)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
 
 
-def _cleaned(prompts: Iterator[str], path: Path) -> Iterator[str]:
-    """Apply the one rule for the characters and the length of prompts of any file."""
+def _cleaned(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+    """Apply the one rule for the characters and the length of texts of any file."""
     count, first = 0, None
-    for number, prompt in enumerate(prompts, start=1):
-        where = f"{path}, {_counted(path)} {number}"
-        if len(prompt) > _MOST_CHARACTERS:
-            raise InputError(
-                f"{where}: {len(prompt)} characters are no prompt (at most {_MOST_CHARACTERS})"
-            )
-        if _CONTROL.search(prompt):
-            if "\0" in prompt:
+    for number, row in enumerate(rows, start=1):
+        where = _place(path, number)
+        for text in row:
+            if len(text) > _MOST_CHARACTERS:
+                raise InputError(
+                    f"{where}: {len(text)} characters are no prompt (at most {_MOST_CHARACTERS})"
+                )
+        if any(_CONTROL.search(text) for text in row):
+            if any("\0" in text for text in row):
                 raise InputError(f"{where}: the prompt holds a NUL character: is the file damaged?")
             count, first = count + 1, first or number
-            prompt = _CONTROL.sub(lambda found: "" if found[0] == "\ufeff" else " ", prompt)
-        yield prompt
+            row = tuple(_CONTROL.sub(_replacement, text) for text in row)
+        yield row
     if first:
         warnings.warn(
             f"{path}: control characters or byte order marks are left out of {count} prompt(s), "
@@ -115,14 +145,24 @@ def _cleaned(prompts: Iterator[str], path: Path) -> Iterator[str]:
         )
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _replacement(control: re.Match[str]) -> str:
+    return "" if control[0] == "\ufeff" else " "
+
+
+def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    if fields:
+        raise InputError(
+            f"{path} holds prompts alone, but a reward reads {fields[0]!r}: give a .jsonl, .json "
+            "or .parquet file with such a field"
+        )
     with path.open("rb") as file:
         head = file.read(_HEAD).decode("utf-8-sig", "replace")
         if head.lstrip()[:1] in ("[", "{"):  # it may be JSON, which ends where the file does
             head += file.read(_MOST_JSON).decode("utf-8", "replace")
     if kind := _foreign(head):
         raise InputError(f"{path} is not a list of prompts but {kind}")
-    return _read_lines(path)
+    for line in _read_lines(path):
+        yield (line,)
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -177,21 +217,24 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    blank = ("",) * (1 + len(fields))  # kept, so that messages name the right line
     for number, line in enumerate(_read_lines(path), start=1):
-        blank = not line.strip()  # kept, so that messages name the right line
-        yield "" if blank else _prompt_of(_parse_json(line, path, number), f"{path}, line {number}")
+        if line.strip():
+            yield _row_of(_parse_json(line, path, number), fields, f"{path}, line {number}")
+        else:
+            yield blank
 
 
-def _read_json(path: Path) -> Iterator[str]:
+def _read_json(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     items = _parse_json(_read_text(path), path, 1)
     if not isinstance(items, list):
         raise InputError(f"{path}: expected a list, found {kind_of(items)}")
     for number, item in enumerate(items, start=1):
-        yield _prompt_of(item, f"{path}, item {number}")
+        yield _row_of(item, fields, f"{path}, item {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     import pyarrow  # slow to import, and only this format needs it
     from pyarrow import parquet
 
@@ -200,11 +243,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows > _MOST_ROWS:
                 raise InputError(f"{path} has more than {_MOST_ROWS} rows: split it")
-            name = _pick_name(file.schema_arrow.names, path, "columns")
-            for part in file.iter_batches(columns=[name]):  # all of that name; the first counts
-                for value in part.column(part.schema.names.index(name)).to_pylist():
+            names = _pick_names(file.schema_arrow.names, fields, path, "columns")
+            for part in file.iter_batches(columns=names):  # all of a name; the first counts
+                places = (part.schema.names.index(name) for name in names)
+                columns = (part.column(place).to_pylist() for place in places)
+                for row in zip(*columns, strict=True):
                     number += 1
-                    yield _prompt_of("" if value is None else value, f"{path}, row {number}")
+                    where = f"{path}, row {number}"
+                    yield tuple("" if x is None else _text_of(x, where) for x in row)
     except (InputError, UnicodeDecodeError):
         raise
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
@@ -215,7 +261,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         ) from None
 
 
-def _read_tfds(path: Path) -> Iterator[str]:
+def _read_tfds(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     if not dataset.is_prepared(path):
         raise InputError(
             f"{path} has no dataset_info.json; give the folder of one version of a tfds dataset, "
@@ -226,19 +272,20 @@ def _read_tfds(path: Path) -> Iterator[str]:
     builder = dataset.open_builder(path)
     features = builder.info.features
     texts = [name for name in features if isinstance(features[name], tfds.features.Text)]
-    name = _pick_name(texts, path, "text features")
+    names = _pick_names(texts, fields, path, "text features")
     if not builder.info.splits:
         raise InputError(f"{path} has no split: is the dataset complete?")
     splits = builder.info.splits
     split = dataset.SPLIT if dataset.SPLIT in splits else next(iter(splits))
     # Of each record only the text is parsed: decoding images would need other packages.
-    only_text = tfds.features.FeaturesDict({name: features[name]})
+    only_text = tfds.features.FeaturesDict({name: features[name] for name in names})
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         with dataset.reading(path):
             source = builder.as_data_source(split=split, deserialize_method=raw)
             for record in source:
-                yield only_text.deserialize_example_np(record)[name].decode("utf-8")
+                found = only_text.deserialize_example_np(record)
+                yield tuple(found[name].decode("utf-8") for name in names)
     except (InputError, UnicodeDecodeError):
         raise
     except Exception as error:  # of a record that is cut short, array_record gives nothing at all
@@ -247,7 +294,7 @@ def _read_tfds(path: Path) -> Iterator[str]:
         raise InputError(f"{path} cannot be read: is the dataset complete?") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
@@ -259,6 +306,10 @@ _COUNTED = {".txt": "line", ".jsonl": "line", ".json": "item"}
 
 def _counted(path: Path) -> str:
     return _COUNTED.get(path.suffix, "row")
+
+
+def _place(path: Path, number: int) -> str:
+    return f"{path}, {_counted(path)} {number}"
 
 
 def _read_text(path: Path) -> str:
@@ -290,10 +341,15 @@ def _parse_json(text: str, path: Path, line: int) -> object:
         ) from None
 
 
-def _prompt_of(item: object, where: str) -> str:
-    if isinstance(item, dict):
-        name = _pick_name(item, where, "fields")
-        item = item[name]
+def _row_of(item: object, fields: Sequence[str], where: str) -> Row:
+    if not isinstance(item, dict):
+        if fields:
+            raise InputError(f"{where}: no field {fields[0]!r}: it is no object")
+        return (_text_of(item, where),)
+    return tuple(_text_of(item[name], where) for name in _pick_names(item, fields, where, "fields"))
+
+
+def _text_of(item: object, where: str) -> str:
     if not isinstance(item, str):
         raise InputError(f"{where}: expected a prompt as text, found {kind_of(item)}")
     try:
@@ -303,9 +359,15 @@ def _prompt_of(item: object, where: str) -> str:
     return item
 
 
-def _pick_name(names: Sequence[str] | Mapping[str, object], where: object, kind: str) -> str:
-    for name in TEXT_NAMES:
-        if name in names:
-            return name
+def _pick_names(
+    names: Sequence[str] | Mapping[str, object], fields: Sequence[str], where: object, kind: str
+) -> list[str]:
+    """Return the name of the prompt, and `fields`; raise InputError for one that is missing."""
     found = ", ".join(map(str, names)) or "none"
-    raise InputError(f"{where}: no {' or '.join(TEXT_NAMES)} among the {kind} ({found})")
+    prompt = next((name for name in TEXT_NAMES if name in names), None)
+    if prompt is None:
+        raise InputError(f"{where}: no {' or '.join(TEXT_NAMES)} among the {kind} ({found})")
+    for field in fields:
+        if field not in names:
+            raise InputError(f"{where}: no {field} among the {kind} ({found}); a reward reads it")
+    return [prompt, *fields]

@@ -13,7 +13,7 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,9 @@ from r0_jax.files import Json, is_temporary, read_json, write_bytes, writing
 from r0_jax.parallel import heartbeat
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.pipelines.tokenizers import CutOffWarning
-from r0_jax.prompts import catalog, order, table
+from r0_jax.prompts import catalog, files, order, table
 from r0_jax.prompts.catalog import Catalog
+from r0_jax.prompts.columns import PROMPT, read_by
 from r0_jax.prompts.order import Draws
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
@@ -69,7 +70,8 @@ def prepare(
     it needs more of them. Before, what `folder` holds for other prompts or rewards is made again.
     """
     kept = _facts(folder)
-    found = _scan(path, may_be_gone=begun and kept is not None)
+    fields = read_by((*rewards, *heldout))
+    found = _scan(path, fields, may_be_gone=begun and kept is not None)
     facts = None if found is None else _describe(found, rewards)
     encoder = _Encoder(pipeline, rewards, heldout)
 
@@ -107,14 +109,17 @@ def batches(
     return order.batches(lambda rows: read(first[rows]), len(first), draws, parts, of)
 
 
-def features(prompts: Sequence[str], rewards: Sequence[Reward]) -> dict[str, NDArray]:
-    """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read prompts."""
+def features(texts: Mapping[str, Sequence[str]], rewards: Sequence[Reward]) -> dict[str, NDArray]:
+    """Return {`Reward.column`: [N, D]} of N prompts, for the rewards that read text.
+
+    `texts` are the prompts and their other texts, by the names of `Reward.reads`.
+    """
     found = {}
-    distinct = list(dict.fromkeys(prompts))
-    row = {prompt: i for i, prompt in enumerate(distinct)}
-    rows = np.asarray([row[prompt] for prompt in prompts])
     for reward in rewards:
         if reward.text_features is not None:
+            distinct = list(dict.fromkeys(texts[reward.reads]))
+            row = {text: i for i, text in enumerate(distinct)}
+            rows = np.asarray([row[text] for text in texts[reward.reads]])
             encoded = []
             for start in range(0, len(distinct), SHARD):
                 encoded.append(reward.text_features(reward.params, distinct[start : start + SHARD]))
@@ -162,16 +167,22 @@ class _Encoder:
             for reward in self._reading
         }
 
-    def columns(self, prompts: Sequence[str]) -> tuple[dict[str, NDArray], Counter[str]]:
-        """Return token ids and features; and how many prompts lose their end, by what cuts it."""
-        found, cut = self._tokenize(prompts)
+    def columns(
+        self, texts: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, NDArray], Counter[str]]:
+        """Return token ids and features; and how many prompts lose their end, by what cuts it.
+
+        `texts` are as of `features`.
+        """
+        found, cut = self._tokenize(texts[PROMPT])
         for reward in self._reading:
             assert reward.text_features is not None
-            found[reward.column] = reward.text_features(self._params[reward.name], prompts)
+            read = texts[reward.reads]
+            found[reward.column] = reward.text_features(self._params[reward.name], read)
         for reward in self._cutting:
             assert reward.truncated is not None
             why = f"are too long for the reward {reward.name}, which does not read their end"
-            cut[why] = int(reward.truncated(prompts).sum())
+            cut[why] = int(reward.truncated(texts[reward.reads]).sum())
         return found, +cut
 
     def _tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, NDArray], Counter[str]]:
@@ -199,7 +210,7 @@ def _encode(folder: Path, found: Catalog, missing: NDArray, encoder: _Encoder) -
             while count:
                 # The last two parts are one: a small one would be a program more to compile.
                 part = list(itertools.islice(texts, PART if count >= 2 * PART else count))
-                columns, lost = encoder.columns(part)
+                columns, lost = encoder.columns(files.texts_of(part, found.fields))
                 cut.update(lost)
                 count -= len(part)
                 progress.advance(len(part))
@@ -222,7 +233,7 @@ def _is_made_by(encoder: _Encoder, folder: Path, found: Catalog) -> bool:
         return True
     row = there[:1]
     kept = table.Reader(folder, len(found.first))(row)
-    made, _ = encoder.columns(list(found.texts(row)))
+    made, _ = encoder.columns(files.texts_of(found.texts(row), found.fields))
     return kept.keys() == made.keys() and all(
         _are_close(kept[name], value) for name, value in made.items()
     )
@@ -237,9 +248,9 @@ def _are_close(one: NDArray, other: NDArray) -> bool:
     return bool(np.linalg.norm(one - other) <= _SAME * np.linalg.norm(one))
 
 
-def _scan(path: str, may_be_gone: bool) -> Catalog | None:
+def _scan(path: str, fields: Sequence[str], may_be_gone: bool) -> Catalog | None:
     try:
-        return catalog.scan(path)
+        return catalog.scan(path, fields)
     except InputError:
         if may_be_gone:
             return None
@@ -288,7 +299,10 @@ def _is_older(folder: Path) -> bool:
 
 def _check_older(folder: Path, found: Catalog, begun: bool) -> None:
     """Raise InputError if an older run, whose prompts are made anew, had others."""
-    if begun and _is_older(folder) and catalog.scan(folder).digest != found.digest:
+    if not (begun and _is_older(folder)):
+        return
+    prompts = catalog.scan(found.path) if found.fields else found  # it kept no other texts
+    if catalog.scan(folder).digest != prompts.digest:
         raise InputError(
             f"{found.path} has changed since this run began: bring it back, or give another "
             "--workdir"

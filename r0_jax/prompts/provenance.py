@@ -1,10 +1,12 @@
 """What made encoded prompts: facts for metadata.json, compared where the prompts are used."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
+from r0_jax.config import reward_entry
 from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts.shards import Schema
@@ -50,6 +52,13 @@ def describe_pipeline(pipeline: Pipeline) -> Json:
     return {"family": index["_class_name"], **{k: v for k, v in entries.items() if v}}
 
 
-def describe_reward(reward: Reward, entry: ConfigDict) -> dict[str, str]:
-    """Return what identifies a reward: its weights, or the user's own function."""
-    return {"weights": reward.fingerprint(), "function": entry.function}
+def describe_reward(reward: Reward, entry: ConfigDict) -> Json:
+    """Return what identifies a reward: its weights, or the user's own function; and what it asks.
+
+    Fields at their defaults are left out, as datasets did that were written before they existed.
+    """
+    default = reward_entry(type=entry.type)
+    asked = {name: entry[name] for name in ("language", "questions", "reads")}
+    changed = {name: value for name, value in asked.items() if value != default[name]}
+    facts = {"weights": reward.fingerprint(), "function": entry.function, **changed}
+    return json.loads(json.dumps(facts))  # as it comes back: tuples are lists

@@ -14,6 +14,7 @@ from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.prompts import files, prepared
+from r0_jax.prompts.columns import PROMPT, read_by
 from r0_jax.prompts.order import Draws
 from r0_jax.prompts.source import Columns, Evaluation
 from r0_jax.rewards.reward import Reward
@@ -90,29 +91,36 @@ class TextPrompts:
         kept: Path | None = None,
     ) -> Evaluation:
         """Return the first `count` prompts of a file, tokenized, and the rewards' features."""
-        path = path or self.path
-        prompts = _read(path, count, kept is not None and kept.is_file())
+        path, fields = path or self.path, read_by(rewards)
+        texts = _read(path, fields, count, kept is not None and kept.is_file())
         if kept:
-            first = distributed.of_first(lambda: _as_kept(prompts, kept))
-            if first != prompts and path != self.path:  # `prepare` warned of the training prompts
+            first = distributed.of_first(lambda: _as_kept(texts, kept, fields))
+            if first != texts and path != self.path:  # `prepare` warned of the training prompts
                 prepared.warn_of_others(path)
-            prompts = first
-        assert prompts is not None
-        return Evaluation(prompts, pipeline.tokenize(prompts), prepared.features(prompts, rewards))
+            texts = first
+        assert texts is not None
+        prompts = texts[PROMPT]
+        return Evaluation(prompts, pipeline.tokenize(prompts), prepared.features(texts, rewards))
 
 
-def _read(path: str, count: int, may_be_gone: bool) -> list[str] | None:
+def _read(
+    path: str, fields: Sequence[str], count: int, may_be_gone: bool
+) -> dict[str, list[str]] | None:
     try:
-        return files.read_prompts(path, count=count)
+        return files.read_texts(path, fields, count)
     except InputError:
         if may_be_gone:
             return None
         raise
 
 
-def _as_kept(prompts: list[str] | None, kept: Path) -> list[str]:
+def _as_kept(
+    texts: dict[str, list[str]] | None, kept: Path, fields: Sequence[str]
+) -> dict[str, list[str]]:
     if kept.is_file():
-        return files.read_prompts(kept)
-    assert prompts is not None
-    write_bytes(kept, json.dumps(prompts, ensure_ascii=False, indent=1).encode())
-    return prompts
+        return files.read_texts(kept, fields)
+    assert texts is not None
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    plain = rows if fields else texts[PROMPT]
+    write_bytes(kept, json.dumps(plain, ensure_ascii=False, indent=1).encode())
+    return texts

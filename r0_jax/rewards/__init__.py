@@ -1,14 +1,16 @@
 """Rewards: map images and prompts to one differentiable score per image."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from r0_jax import remote
+from r0_jax.config import reward_entry
 from r0_jax.errors import InputError
 from r0_jax.files import A_PICKLE, is_pickle, pickles
-from r0_jax.rewards import aesthetic, clip_score, image_reward, plugin
+from r0_jax.rewards import aesthetic, clip_score, hps_v3, image_reward, plugin, vlm_yes_no
 from r0_jax.rewards.preprocess import RESIZES
 from r0_jax.rewards.reward import Reward
 
@@ -20,6 +22,9 @@ TYPES: dict[str, Callable[[str, ConfigDict, str, bool], Reward]] = {
     "pickscore": clip_score.load_pickscore,
     "chinese_clip": clip_score.load,
     "image_reward": image_reward.load,
+    "cycle_reward": image_reward.load_cycle_reward,
+    "hps_v3": hps_v3.load,
+    "vlm_yes_no": vlm_yes_no.load,
     "aesthetic": aesthetic.load,
     "function": plugin.load,
 }
@@ -40,16 +45,8 @@ def load(
     must be converted first.
     """
     if not isinstance(entry, ConfigDict):
-        entry = ConfigDict(
-            {
-                "type": name,
-                "path": str(entry),
-                "head": "",
-                "logit_scale": False,
-                "function": str(entry),
-                "resize": "bicubic",
-            }
-        )
+        entry = reward_entry(name, path=str(entry), function=str(entry))
+    entry = reward_entry(**entry.to_dict())  # the config of an old run lacks newer fields
     if entry.type not in TYPES:
         raise InputError(
             f"rewards.{name}.type = {entry.type!r} is unknown; known: {', '.join(TYPES)}"
@@ -58,6 +55,12 @@ def load(
         raise InputError(
             f"rewards.{name}.resize = {entry.resize!r} is unknown; known: {', '.join(RESIZES)}"
         )
+    if entry.size < 28 or entry.size % 28:
+        raise InputError(
+            f"rewards.{name}.size = {entry.size} is not a multiple of 28, the side of a token"
+        )
+    if entry.tokens < 1:
+        raise InputError(f"rewards.{name}.tokens = {entry.tokens} must be at least 1")
     for field in _NEEDED[entry.type]:
         if not entry[field]:
             raise InputError(
@@ -65,18 +68,29 @@ def load(
             )
     if entry.type != "function":
         _check_converted(name, entry)
-    return TYPES[entry.type](name, entry, dtype, text)
+    loaded = TYPES[entry.type](name, entry, dtype, text)
+    return dataclasses.replace(loaded, reads=entry.reads)
 
 
 def _check_converted(name: str, entry: ConfigDict) -> None:
-    """Check that an entry names a converted folder; else raise InputError with the command."""
+    """Check that an entry names a folder that is read; else raise InputError with the command."""
     path, out = remote.local(entry.path), "--tokenizer=PATH --out=FOLDER"
+    as_published = entry.type == "vlm_yes_no"
     if not path.exists():
+        made = (
+            "; python -m r0_jax.convert_reward makes it from the published file (docs/rewards.md)"
+        )
         raise InputError(
             f"rewards.{name}.path = {entry.path!r} does not exist: give the folder of "
-            f"its {entry.type} model; python -m r0_jax.convert_reward makes it from "
-            "the published file (docs/rewards.md)"
+            f"its {entry.type} model{'' if as_published else made}"
         )
+    if as_published:
+        if path.is_file():
+            raise InputError(
+                f"rewards.{name}.path = {entry.path!r} is a file: give the transformers folder of "
+                "a Qwen2-VL"
+            )
+        return
     if path.is_file():
         field, file = "path", path
         said = "is a file: give a transformers or open_clip folder, or"

@@ -20,18 +20,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A resize that averages blocks first leaves at least this factor to bicubic. PIL's `thumbnail`
 # leaves 2 as well; `Image.resize` calls it `reducing_gap`.
 _GAP = 2
+_FACTOR = 28  # pixels a side of one token of Qwen2-VL
 RESIZES = ("bicubic", "reduce")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """An antialiased bicubic resize (as PIL's) to a square, then normalization.
+    """An antialiased bicubic resize (as PIL's), mostly to a square, then normalization.
 
     Attributes:
       size: side of the square output, in pixels.
       policy: how an image becomes square. "crop" resizes the shortest side to `size` and crops
         the centre (CLIP, PickScore). "pad" resizes the longest side and adds black borders (HPS).
-        "squash" resizes both sides (Chinese-CLIP).
+        "squash" resizes both sides (Chinese-CLIP). "area" keeps the shape: about size^2 pixels,
+        with sides that are multiples of 28 (Qwen2-VL).
       corner: how a crop rounds a half pixel of its corner: "floor" as in transformers, or "round"
         (half to even) as in torchvision's CenterCrop.
       resize: "bicubic" resizes in one step, as published. "reduce" first averages square blocks
@@ -45,7 +47,7 @@ class Preprocess:
     corner: str = "floor"
     resize: str = "bicubic"
 
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 3"]:
         """Return normalized images. Keep bicubic overshoot: clipping it would kill gradients."""
         b, h, w, c = images.shape
         height, width = self._resized(h, w)
@@ -67,7 +69,7 @@ class Preprocess:
 
     def on_host(
         self, image: Float[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w 3"]
-    ) -> Float[np.ndarray, "s s 3"]:
+    ) -> Float[np.ndarray, "h2 w2 3"]:
         """Do the same with one image of any size, in numpy: float32 in [0, 1], or uint8.
 
         It compiles nothing, and holds little more than the image: of a crop it computes only what
@@ -79,8 +81,10 @@ class Preprocess:
             most = min(h // (_GAP * height), w // (_GAP * width))
             if most > 1:
                 image = _block_means(_unit(image)[None], most)[0]
-        kept = (min(height, self.size), min(width, self.size))
-        starts = (self._corner(height), self._corner(width)) if self.policy == "crop" else (0, 0)
+        starts, kept = (0, 0), (height, width)
+        if self.policy == "crop":
+            starts = self._corner(height), self._corner(width)
+            kept = min(height, self.size), min(width, self.size)
         if height != image.shape[0]:
             image = _resize_rows(image, height, starts[0], kept[0])
         else:
@@ -104,6 +108,8 @@ class Preprocess:
             case "pad":  # HPS rounds to the nearest
                 longest = max(h, w)
                 return tuple(max(1, round(n * (self.size / longest))) for n in (h, w))
+            case "area":
+                return smart_resize(h, w, self.size**2)
             case _:
                 return self.size, self.size
 
@@ -111,6 +117,29 @@ class Preprocess:
         """Return where the centre crop of a side begins."""
         rest = length - self.size
         return rest // 2 if self.corner == "floor" else round(rest / 2)
+
+
+def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
+    """Return sides that are multiples of 28 and nearly keep the shape, for `pixels` pixels or less.
+
+    It is `smart_resize` of qwen_vl_utils where the least and the most number of pixels are equal,
+    as HPSv3 sets them. Rounding errors are part of it: of 448^2 pixels an image of 512 px gets 448,
+    but one of 768 or 1536 px gets 420, since 15.999999999999998 is rounded down. Raise InputError
+    for an image whose one side is over 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise InputError(
+            f"an image of {height} x {width} pixels (height x width) cannot be scored: one side is "
+            "over 200 times the other"
+        )
+    sides = [max(_FACTOR, round(n / _FACTOR) * _FACTOR) for n in (height, width)]
+    if math.prod(sides) > pixels:
+        shrink = math.sqrt(height * width / pixels)
+        sides = [max(_FACTOR, math.floor(n / shrink / _FACTOR) * _FACTOR) for n in (height, width)]
+    elif math.prod(sides) < pixels:
+        grow = math.sqrt(pixels / (height * width))
+        sides = [math.ceil(n * grow / _FACTOR) * _FACTOR for n in (height, width)]
+    return sides[0], sides[1]
 
 
 def _unit(image: np.ndarray) -> Float[np.ndarray, "..."]:
@@ -214,6 +243,17 @@ def _channels(
             f"{least}, one per channel"
         )
     return tuple(map(float, value))
+
+
+def from_qwen2_vl(fields: Mapping[str, Any], size: int, resize: str) -> Preprocess:
+    """Read mean and deviation from the `fields` of a Qwen2-VL's `preprocessor_config.json`.
+
+    An image becomes about `size`^2 pixels, in place of the file's range. Raise InputError for a
+    resampling other than bicubic, a switched-off step, and an invalid mean or deviation.
+    """
+    kept = ("resample", "rescale_factor", "image_mean", "image_std", *_STEPS)
+    own = from_json({name: fields[name] for name in kept if name in fields}, size)
+    return dataclasses.replace(own, policy="area", resize=resize)
 
 
 _RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}

@@ -38,14 +38,14 @@ def clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
     embeddings of the network. The other tokenizers here raise it too.
     """
     tokenizer = load_tokenizer(folder)
-    _check_size(tokenizer, folder, vocab_size)
+    check_size(tokenizer, folder, vocab_size)
     return functools.partial(_tokenize, tokenizer, length=length)
 
 
 def open_clip(folder: Path, length: int, vocab_size: int) -> Tokenize:
     """Load open_clip's `SimpleTokenizer` from the same files: it cleans text first; pads are 0."""
     tokenizer = load_tokenizer(folder)
-    _check_size(tokenizer, folder, vocab_size)
+    check_size(tokenizer, folder, vocab_size)
 
     def tokenize(prompts: Sequence[str]) -> Tokens:
         # open_clip reads a special token inside a prompt as plain text.
@@ -97,7 +97,7 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> Any:
         raise unreadable(folder, "BERT", e) from None
     if tokenizer.pad_token_id != 0:  # the networks mask id 0
         raise InputError(f"{folder} does not hold BERT's vocabulary: [PAD] is not its first token")
-    _check_size(tokenizer, folder, vocab_size)
+    check_size(tokenizer, folder, vocab_size)
     if added and len(tokenizer) != vocab_size:
         raise InputError(
             f"{folder}: the vocabulary has {len(tokenizer)} words with "
@@ -107,7 +107,8 @@ def _bert(folder: Path, vocab_size: int, added: Sequence[str]) -> Any:
     return tokenizer
 
 
-def _check_size(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+def check_size(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+    """Raise InputError if a vocabulary is larger than the network's table of embeddings."""
     if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
         raise InputError(
             f"{folder}: the vocabulary goes up to id {largest}, but the network has "
@@ -122,15 +123,15 @@ def _tokenize(
     length: int,
     **options: bool,
 ) -> Tokens:
-    prompts = [_whole(prompt) for prompt in prompts]
-    whole = tokenizer(prompts, truncation=False, verbose=False, **options).input_ids
+    prompts = [whole(prompt) for prompt in prompts]
+    untruncated = tokenizer(prompts, truncation=False, verbose=False, **options).input_ids
     ids = tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, verbose=False, **options
     ).input_ids
-    return Tokens(np.asarray(ids, np.int32), np.asarray([len(row) > length for row in whole]))
+    return Tokens(np.asarray(ids, np.int32), np.asarray([len(row) > length for row in untruncated]))
 
 
-def _whole(prompt: str) -> str:
+def whole(prompt: str) -> str:
     """Join surrogate pairs, which some JSON contains; replace a lone surrogate."""
     return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -200,6 +201,6 @@ def clean(prompt: str) -> str:
             prompt = html.unescape(prompt)
         prompt = _TERMINAL_ESCAPE.sub("", prompt.translate(_C1))
         prompt = prompt.translate(_LIGATURES).translate(_WIDTHS).translate(_QUOTES)
-        prompt = unicodedata.normalize("NFC", _whole(prompt).translate(_INVISIBLE))
+        prompt = unicodedata.normalize("NFC", whole(prompt).translate(_INVISIBLE))
     prompt = html.unescape(html.unescape(prompt))
     return " ".join(prompt.split()).lower()

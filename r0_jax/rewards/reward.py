@@ -43,7 +43,9 @@ class Reward:
       text_parts: first parts of the names of params that only `text_features` reads.
       truncated: prompts -> bool [N], True for prompts that are too long and lose their end; None
         if the reward truncates nothing.
-      prepare: what `score` does with images first; None if a function of the user does it.
+      reads: name of the text of a prompt's record that it reads: the prompt itself, or another.
+      prepare: what `score` does with images first; None if a function of the user does it,
+        or if what it makes has not one shape for all images.
       judge: the rest of `score`: (params, prepared images [B, s, s, 3], features) -> float32 [B].
       grid: patches per side of its vision transformer; 0 without one. A generator that hacks the
         reward may repeat a pattern this many times per side.
@@ -58,6 +60,7 @@ class Reward:
     width: int | None = None
     features_dtype: Any = jnp.float32
     text_parts: tuple[str, ...] = ()
+    reads: str = "prompt"
     prepare: Preprocess | None = None
     judge: Callable[[Params, jax.Array, jax.Array | None], Float[Array, " b"]] | None = None
 

@@ -15,13 +15,14 @@ from flax import nnx
 
 from r0_jax.errors import InputError
 from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import ChineseCLIPConfig, ChineseCLIPModel
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from r0_jax.models.score_mlp import ScoreMLP
 from r0_jax.pipelines.folder import NETWORKS
-from r0_jax.rewards import aesthetic, image_reward, tower
+from r0_jax.rewards import aesthetic, hps_v3, image_reward, tower, vlm_yes_no
 from r0_jax.stand_ins import miniature_tokenizer
 from r0_jax.weights import convert, tensor_file
 from r0_jax.weights.network import Network
@@ -38,7 +39,10 @@ _PIPELINES = {
 _REWARDS = {
     "hps_v2": "hps_v2_1",
     "hps_v2_1": "hps_v2_1",
+    "hps_v3": "hps_v3",
+    "vlm_yes_no": "qwen2_vl",
     "image_reward": "image_reward",
+    "cycle_reward": "cycle_reward",
     "clip_score": "clip_score",
     "aesthetic": "clip_score",
     "pickscore": "pickscore",
@@ -102,12 +106,7 @@ def write_reward(folder: Path, kind: str) -> str:
         raise InputError(f"a reward of type {kind!r} has no published size: give it a path")
     shutil.copytree(_PUBLISHED / _REWARDS[kind], folder)
     network = Network.abstract(_tower(folder, kind))
-    if kind in ("chinese_clip", "image_reward"):
-        words = network.config.text_config.vocab_size
-        added = len(image_reward.SPECIAL) if kind == "image_reward" else 0
-        miniature_tokenizer.write_tokenizer(folder, "BertTokenizer", "[PAD]", 77, words - added)
-    else:
-        miniature_tokenizer.write_tokenizer(folder, "CLIPTokenizer", miniature_tokenizer.EOS, 77)
+    _write_tokenizer(folder, kind, network.config)
     stem = "open_clip_model" if (folder / tower.OPEN_CLIP_CONFIG).is_file() else "model"
     _write_zeros(folder / f"{stem}.safetensors", network)
     if kind == "aesthetic":
@@ -129,6 +128,20 @@ def write_decoder(folder: Path, family: str) -> str:
     return _DECODERS[family]
 
 
+def _write_tokenizer(folder: Path, kind: str, config: Any) -> None:
+    if texts := {"hps_v3": hps_v3.TEXTS, "vlm_yes_no": vlm_yes_no.TEXTS}.get(kind):
+        words = config.vocab_size - (len(hps_v3.SPECIAL) if kind == "hps_v3" else 0)
+        miniature_tokenizer.write_tokenizer(
+            folder, "Qwen2Tokenizer", "<|endoftext|>", 32768, words, texts
+        )
+    elif kind in ("chinese_clip", "image_reward", "cycle_reward"):
+        words = config.text_config.vocab_size
+        added = 0 if kind == "chinese_clip" else len(image_reward.SPECIAL)
+        miniature_tokenizer.write_tokenizer(folder, "BertTokenizer", "[PAD]", 77, words - added)
+    else:
+        miniature_tokenizer.write_tokenizer(folder, "CLIPTokenizer", miniature_tokenizer.EOS, 77)
+
+
 def _tower(folder: Path, kind: str):
     if (folder / tower.OPEN_CLIP_CONFIG).is_file():
         fields = _read(folder / tower.OPEN_CLIP_CONFIG)["model_cfg"]
@@ -136,12 +149,15 @@ def _tower(folder: Path, kind: str):
     else:
         module, parse = {
             "image_reward": (ImageReward, ImageRewardConfig),
+            "cycle_reward": (CycleReward, ImageRewardConfig),
             "chinese_clip": (ChineseCLIPModel, ChineseCLIPConfig),
+            "hps_v3": (HPSv3, Qwen2VLConfig),
+            "vlm_yes_no": (Qwen2VLForConditionalGeneration, Qwen2VLConfig),
         }.get(kind, (CLIPModel, CLIPConfig))
         fields = {
             k: v
             for k, v in _read(folder / "config.json").items()
-            if kind != "image_reward" or k != "model_type"
+            if parse is not ImageRewardConfig or k != "model_type"
         }
         config = parse.from_json(fields)
 

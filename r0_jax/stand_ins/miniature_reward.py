@@ -5,15 +5,17 @@
 They have all files of the real folders.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from r0_jax.models.blip import ImageReward, ImageRewardConfig
+from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import ChineseCLIPConfig, ChineseCLIPModel
 from r0_jax.models.clip import CLIPConfig, CLIPModel
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
+from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from r0_jax.models.score_mlp import ScoreMLP
-from r0_jax.rewards import aesthetic, image_reward, tower
+from r0_jax.rewards import aesthetic, hps_v3, image_reward, tower, vlm_yes_no
 from r0_jax.stand_ins.miniature import BERT, CLIP_TEXT
 from r0_jax.stand_ins.miniature_files import kept_folder, write_json, write_weights
 from r0_jax.stand_ins.miniature_tokenizer import EOS, TOKENS, vocabulary_size, write_tokenizer
@@ -29,6 +31,16 @@ VISION = {
     "projection_dim": 8,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
+}
+
+QWEN2_VL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
 }
 
 
@@ -112,6 +124,16 @@ def _write_chinese_clip(folder: Path, seed: int) -> None:
 
 
 def _write_image_reward(folder: Path, seed: int) -> None:
+    _write_blip(folder, seed, ImageReward, "image_reward", image_reward.LENGTH)
+
+
+def _write_cycle_reward(folder: Path, seed: int) -> None:
+    _write_blip(folder, seed, CycleReward, "cycle_reward", image_reward.CYCLE_LENGTH)
+
+
+def _write_blip(
+    folder: Path, seed: int, kind: type[ImageReward], model_type: str, length: int
+) -> None:
     write_tokenizer(folder, "BertTokenizer", "[PAD]")
     words = vocabulary_size("BertModel") + len(image_reward.SPECIAL)
     fields = {
@@ -123,18 +145,41 @@ def _write_image_reward(folder: Path, seed: int) -> None:
             "heads": 2,
         },
         "text_config": BERT
-        | {
-            "vocab_size": words,
-            "num_hidden_layers": 1,
-            "max_position_embeddings": image_reward.LENGTH,
-        },
+        | {"vocab_size": words, "num_hidden_layers": 1, "max_position_embeddings": length},
     }
-    write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", {"model_type": model_type} | fields)
     write_weights(
         folder / "model.safetensors",
         seed,
-        lambda rngs: ImageReward(ImageRewardConfig.from_json(fields), rngs=rngs),
+        lambda rngs: kind(ImageRewardConfig.from_json(fields), rngs=rngs),
     )
+
+
+def _write_hps_v3(folder: Path, seed: int) -> None:
+    texts = hps_v3.TEXTS
+    words = vocabulary_size("Qwen2VLForConditionalGeneration", texts) + len(hps_v3.SPECIAL)
+    _write_qwen2_vl(folder, seed, HPSv3, {"model_type": "hps_v3", "vocab_size": words}, texts)
+
+
+def _write_vlm_yes_no(folder: Path, seed: int) -> None:
+    texts = vlm_yes_no.TEXTS
+    words = vocabulary_size("Qwen2VLForConditionalGeneration", texts)
+    fields = {"model_type": "qwen2_vl", "vocab_size": words, "tie_word_embeddings": True}
+    _write_qwen2_vl(folder, seed, Qwen2VLForConditionalGeneration, fields, texts)
+    write_json(folder / "preprocessor_config.json", {"resample": 3, "do_resize": True})
+
+
+def _write_qwen2_vl(
+    folder: Path,
+    seed: int,
+    kind: type[HPSv3] | type[Qwen2VLForConditionalGeneration],
+    fields: dict[str, Any],
+    texts: Sequence[str],
+) -> None:
+    write_tokenizer(folder, "Qwen2Tokenizer", "<|endoftext|>", 32768, texts=texts)
+    write_json(folder / "config.json", QWEN2_VL | fields)
+    config = Qwen2VLConfig.from_json(QWEN2_VL | fields)
+    write_weights(folder / "model.safetensors", seed, lambda rngs: kind(config, rngs=rngs))
 
 
 # `type` of a reward -> the function that writes its folder.
@@ -146,6 +191,9 @@ REWARDS: dict[str, Callable[[Path, int], None]] = {
     "hps_v2_1": _write_open_clip,
     "chinese_clip": _write_chinese_clip,
     "image_reward": _write_image_reward,
+    "cycle_reward": _write_cycle_reward,
+    "hps_v3": _write_hps_v3,
+    "vlm_yes_no": _write_vlm_yes_no,
 }
 
 

@@ -1,8 +1,9 @@
 """The prompts of the miniatures, and tokenizers that know their words."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from r0_jax.stand_ins.miniature_files import write_json
 
@@ -18,7 +19,24 @@ PROMPTS = [
 ]
 TOKENS = 24  # tokens per prompt, for CLIP and BERT
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-QWEN2_SPECIAL = (EOS, "<|im_start|>", "<|im_end|>")  # in the order of their ids
+# Qwen2's special tokens, in the order of their ids, and how it splits text into words.
+QWEN2_SPECIAL = (
+    EOS,
+    "<|im_start|>",
+    "<|im_end|>",
+    *(
+        f"<|{part}_{end}|>"
+        for part in ("object_ref", "box", "quad", "vision")
+        for end in ("start", "end")
+    ),
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN2_WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # What Qwen3's template makes of a prompt, in the template's language.
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -29,11 +47,17 @@ _CHARACTERS = sorted({c for prompt in PROMPTS for c in prompt if not c.isascii()
 
 
 def write_tokenizer(
-    folder: Path, kind: str, pad: str, length: int = TOKENS, words: int = 0
+    folder: Path,
+    kind: str,
+    pad: str,
+    length: int = TOKENS,
+    words: int = 0,
+    texts: Sequence[str] = (),
 ) -> None:
     """Write a tokenizer that knows the words of `PROMPTS` and reads any text.
 
-    It pads to `length` tokens (T5: 512). BERT's vocabulary is filled up to `words` entries.
+    It pads to `length` tokens (T5: 512). The vocabulary of BERT and Qwen2 is filled up to `words`
+    entries. Qwen2's also knows most words of `texts`.
     """
     special = {"pad_token": pad, "model_max_length": length, "tokenizer_class": kind}
     if kind == "CLIPTokenizer":
@@ -42,7 +66,7 @@ def write_tokenizer(
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
         special |= {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     elif kind == "Qwen2Tokenizer":
-        vocab, merges = _qwen2_vocabulary()
+        vocab, merges = _qwen2_vocabulary(texts, words)
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
         special |= {
@@ -80,23 +104,32 @@ def write_tokenizer(
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # "!" is the first
-    merges = {}  # an ordered set; merges go from left to right
-    for word in _WORDS:
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        for i in range(1, len(symbols)):
-            merges["".join(symbols[:i]), symbols[i]] = None
+    merges = _merges([[*word[:-1], word[-1] + "</w>"] for word in _WORDS])
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BOS, EOS]
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
 
 
-def _qwen2_vocabulary() -> tuple[dict[str, int], list[str]]:
+def _merges(words: Sequence[Sequence[str]]) -> dict[tuple[str, str], None]:
+    """Return an ordered set of merges that make these words, each from left to right."""
+    return {("".join(word[:i]), word[i]): None for word in words for i in range(1, len(word))}
+
+
+def _qwen2_vocabulary(
+    texts: Sequence[str] = (), words: int = 0
+) -> tuple[dict[str, int], list[str]]:
     """Return a byte-level vocabulary that knows words with and without a space before them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = {}  # an ordered set; merges go from left to right
-    for word in [*_WORDS, *(f"Ġ{word}" for word in _WORDS), "user", "assistant"]:
-        for i in range(1, len(word)):
-            merges[word[:i], word[i]] = None
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_WORD), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    known = [word for text in texts for word, _ in split.pre_tokenize_str(text)]
+    known += [*_WORDS, *(f"Ġ{word}" for word in _WORDS), "user", "assistant"]
+    letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), _merges(known)
     tokens = [*letters, *map("".join, merges)]
+    # Letters that text never becomes: longer tokens without merges would look like lost merges.
+    tokens += [chr(0x10000 + i) for i in range(len(tokens), words - len(QWEN2_SPECIAL))]
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
 
 
@@ -117,12 +150,12 @@ def _t5_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def vocabulary_size(kind: str) -> int:
-    """Return the size of the vocabulary for a text encoder of a class."""
+def vocabulary_size(kind: str, texts: Sequence[str] = ()) -> int:
+    """Return the size of the vocabulary for a text encoder of a class; Qwen2's knows `texts`."""
     if kind == "T5EncoderModel":
         return _t5_tokenizer().get_vocab_size()
-    if kind == "Qwen3Model":
-        return len(_qwen2_vocabulary()[0]) + len(QWEN2_SPECIAL)
+    if kind in ("Qwen3Model", "Qwen2VLForConditionalGeneration"):
+        return len(_qwen2_vocabulary(texts)[0]) + len(QWEN2_SPECIAL)
     if kind == "BertModel":
         return 5 + len(_WORDS) + len(_CHARACTERS)
     return len(_clip_vocabulary()[0])

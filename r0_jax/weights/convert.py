@@ -398,7 +398,7 @@ def _tensors(params: Params, dtype: str) -> list[Tensor]:
 
 
 def save_tensors(
-    tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, np.ndarray | Lazy], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors that already have the file's names and layout, atomically."""
     tensor_file.write(

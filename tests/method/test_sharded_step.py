@@ -60,7 +60,7 @@ def of_mmdit_and_t5() -> Start:
     source = TextPrompts()
     rewards = pretrained.load_rewards(config.rewards, pipeline, config, source, trained=True)
     prompts = (PROMPTS * 8)[:8]
-    batch = pipeline.tokenize(prompts) | prepared.features(prompts, rewards)
+    batch = pipeline.tokenize(prompts) | prepared.features({"prompt": prompts}, rewards)
 
     def start(mesh):
         built = program.build(config, mesh, pipeline, rewards, source)

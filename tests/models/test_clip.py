@@ -280,7 +280,7 @@ def test_a_tower_reads_its_part_of_the_config_of_both(tmp_path):
         (CLIPTextConfig.from_json, TEXT | {"hidden_act": "mish"}, "hidden_act"),
         (CLIPVisionConfig.from_json, VISION | {"hidden_size": "16"}, "hidden_size"),
         (CLIPConfig.from_json, TEXT, "text_config"),
-        (CLIPConfig.from_json, BOTH | {"text_config": None}, "text_config is a NoneType"),
+        (CLIPConfig.from_json, BOTH | {"text_config": None}, "text_config is a null"),
         (CLIPConfig.from_json, BOTH | {"vision_config": []}, "vision_config is a list"),
         (CLIPConfig.from_json, BOTH | {"text_config_dict": [1]}, "text_config is a list"),
         (CLIPTextConfig.from_json, {"text_config": 3}, "text_config is a int"),

@@ -139,7 +139,7 @@ def test_defaults_are_those_of_transformers():
     [
         {"model_type": "umt5"},
         {"is_decoder": True},
-        {"feed_forward_proj": "gated-silu"},
+        {"feed_forward_proj": "gated-mish"},
         {"feed_forward_proj": "gated-gated-gelu"},
         {"feed_forward_proj": None},
         {"d_kv": 0},

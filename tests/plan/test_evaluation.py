@@ -93,6 +93,8 @@ def test_the_programs_are_those_that_a_validation_compiles(planned, recorded):
     assert {x for x in planned if not x.startswith("table")} == recorded.keys()
     for name, lowered in recorded.items():
         assert {x.as_text() for x in lowered} == {of_plan(planned[name]).as_text()}, name
+    held_out = planned["reward held_out"].stage.held["held-out held_out"]
+    assert not all(x.sharding.is_fully_replicated for x in held_out.values())
 
 
 def test_the_bytes_of_drawing_are_those_that_a_validation_needs(built, planned, recorded):

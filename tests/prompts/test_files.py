@@ -200,6 +200,51 @@ def test_tfds_folder_of_another_file_format(tmp_path):
         files.read_prompts(tmp_path / "prompts")
 
 
+def test_another_text_of_the_same_records(tmp_path):
+    rows = [{"prompt": "a sign", "words": "晨光"}, {"caption": "a shop", "words": "茶"}]
+    expected = {"prompt": ["a sign", "a shop"], "words": ["晨光", "茶"]}
+    lines = "\n\n".join(map(json.dumps, rows))
+    for name, content in [
+        ("p.jsonl", lines),
+        ("p.json", json.dumps([*rows, {"prompt": "", "words": "x"}])),
+    ]:
+        assert files.read_texts(write(tmp_path / name, content), ["words"]) == expected
+    parquet.write_table(pyarrow.table(expected), tmp_path / "p.parquet")
+    assert files.read_texts(tmp_path / "p.parquet", ["words"]) == expected
+    tfds_prompts.write(expected, tmp_path / "prompts")
+    assert files.read_texts(tmp_path / "prompts", ["words"]) == expected
+    assert files.read_texts(tmp_path / "prompts") == {"prompt": expected["prompt"]}
+    damaged = [rows[0], {"prompt": "a", "words": "x\x1by"}]
+    path = write(tmp_path / "p.json", json.dumps(damaged))
+    with pytest.warns(UserWarning, match=r"left out of 1 prompt\(s\), first in item 2"):
+        assert files.read_texts(path, ["words"])["words"] == ["晨光", "x y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a", "p.txt holds prompts alone, but a reward reads 'words': give a .jsonl"),
+        ("p.jsonl", '"a"', "p.jsonl, line 1: no field 'words': it is no object"),
+        ("p.jsonl", '{"prompt": "a"}', "p.jsonl, line 1: no words among the fields (prompt); a re"),
+        (
+            "p.jsonl",
+            '\n{"prompt": "a", "words": " "}',
+            "p.jsonl, line 2: the field 'words' is blan",
+        ),
+        (
+            "p.json",
+            '[{"prompt": "a", "words": 1}]',
+            "p.json, item 1: expected a prompt as text, fo",
+        ),
+    ],
+)
+def test_another_text_that_is_not_there(tmp_path, name, content, message):
+    with pytest.raises(InputError) as error:
+        files.read_texts(write(tmp_path / name, content), ["words"])
+    assert str(error.value).startswith(f"{tmp_path}/{message}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -249,11 +294,18 @@ def test_one_rule_for_the_characters_of_all_formats(tmp_path, suffix):
         files.read_prompts(path(["a cat", "ab" * 100_000]))
 
 
-def test_a_text_file_of_many_gigabytes(tmp_path):
-    with open(tmp_path / "p.txt", "wb") as file:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("p.json", r"p\.json has 20\.0 GiB, more than 8: split it"),  # it is parsed as a whole
+        ("p.txt", r"p\.txt, line 1: longer than 64 MiB"),
+    ],
+)
+def test_a_file_of_many_gigabytes(tmp_path, name, said):
+    with open(tmp_path / name, "wb") as file:
         file.truncate(20 * 2**30)
-    with pytest.raises(InputError, match=r"p\.txt has 20\.0 GiB, more than 8: split it"):
-        files.read_prompts(tmp_path / "p.txt")
+    with pytest.raises(InputError, match=said):
+        files.read_prompts(tmp_path / name)
 
 
 def test_a_tfds_folder_with_a_cut_file_or_a_pipe(tmp_path):

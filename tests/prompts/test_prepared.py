@@ -107,7 +107,9 @@ def test_batches_are_those_of_all_prompts_encoded_at_once(run, prompts):
     rows = drawn(len(prompts), steps)
     texts = {prompts[row] for row in np.concatenate(rows)}
     assert summary == (len(prompts), len(set(prompts)), len(texts))
-    whole = run.pipeline.tokenize(prompts) | prepared.features(prompts, [run.tower.reward])
+    whole = run.pipeline.tokenize(prompts) | prepared.features(
+        {"prompt": prompts}, [run.tower.reward]
+    )
     assert whole.keys() == {"input_ids", "features/tower"}
     for batch, expected in zip(run.batches(steps), rows, strict=True):
         for name, values in whole.items():
@@ -198,7 +200,7 @@ def test_features_of_another_tower_are_noticed(run, changed):
         run.start(9, begun=True)
     _, encoded = run.start(5)
     assert len(encoded) > 10  # all of them
-    whole = prepared.features(many(100), [run.tower.reward])["features/tower"]
+    whole = prepared.features({"prompt": many(100)}, [run.tower.reward])["features/tower"]
     np.testing.assert_array_equal(run.batches(5)[0]["features/tower"], whole[drawn(100, 5)[0]])
 
 

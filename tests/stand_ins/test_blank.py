@@ -42,12 +42,32 @@ def test_taiyi(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["hps_v2_1", "image_reward", "clip_score", "aesthetic", "pickscore", "chinese_clip"]
+    "kind",
+    [
+        "hps_v2_1",
+        "image_reward",
+        "cycle_reward",
+        "clip_score",
+        "aesthetic",
+        "pickscore",
+        "chinese_clip",
+    ],
 )
 def test_rewards(tmp_path, kind):
     blank.write_reward(tmp_path / kind, kind)
     reward = rewards.load(kind, str(tmp_path / kind), "bfloat16")
     assert sum(np.prod(x.shape) for x in reward.params.values()) > 3e8
+
+
+@pytest.mark.parametrize("kind", ["hps_v3", "vlm_yes_no"])
+def test_rewards_that_are_language_models(tmp_path, kind):
+    blank.write_reward(tmp_path / kind, kind)
+    reward = rewards.load(kind, str(tmp_path / kind), "bfloat16", text=False)
+    # 8.29 billion numbers in the published HPSv3, less lm_head.
+    assert sum(np.prod(x.shape) for x in reward.params.values()) == pytest.approx(7.75e9, rel=1e-3)
+    assert sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*")) < 2e7
+    # As many tokens as the published tokenizer makes of the rubric, within a third.
+    assert kind == "vlm_yes_no" or reward.width - 128 == pytest.approx(507, rel=1 / 3)
 
 
 def test_a_reward_of_no_published_size(tmp_path):

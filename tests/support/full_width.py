@@ -270,7 +270,37 @@ def _aesthetic_here():
     return Network.abstract(Aesthetic)
 
 
+# HPSv3 has 32 vision blocks, 28 language layers and 151,658 words.
+HPS_V3 = {"vocab_size": 1000, "num_hidden_layers": 1}
+BEFORE, AFTER = np.arange(15), np.arange(100, 160)
+
+
+def _hps_v3_fields():
+    published = config_of("hps_v3")
+    return published | HPS_V3 | {"vision_config": published["vision_config"] | {"depth": 1}}
+
+
+def _hps_v3_there():
+    import qwen2_vl
+
+    return qwen2_vl.HPSv3(_hps_v3_fields())
+
+
+def _hps_v3_here(network, params, images):
+    images = images.astype(params["model.embed_tokens.embedding"].dtype)
+    return network(params, images, BEFORE, AFTER[None])
+
+
 REWARDS = {
+    "hps_v3_one_layer": Case(
+        "transformers",
+        _hps_v3_there,
+        _network("qwen2_vl.HPSv3", "Qwen2VLConfig", _hps_v3_fields),
+        lambda: (normal(0, 1, 168, 112, 3),),
+        lambda module, images: module(images, BEFORE.tolist(), AFTER[None].tolist()),
+        _hps_v3_here,
+        ("rm_head.",),
+    ),
     "hps_vit_h": _open_clip("ViT-H-14"),
     "open_clip_vit_l": _open_clip("ViT-L-14"),
     "open_clip_vit_bigg": _open_clip("ViT-bigG-14"),
@@ -284,6 +314,15 @@ REWARDS = {
         _twin("ImageReward", lambda: IMAGE_REWARD["vision"], lambda: IMAGE_REWARD["text"]),
         _network("blip.ImageReward", "ImageRewardConfig", dict),
         lambda: (token_ids(35, 30000, False), normal(0, 1, 224, 224, 3)),
+        lambda module, *inputs: module(*inputs),
+        _image_reward_here,
+        ("mlp.",),
+    ),
+    "cycle_reward": Case(
+        "torch twin",
+        _twin("CycleReward", lambda: IMAGE_REWARD["vision"], lambda: IMAGE_REWARD["text"]),
+        _network("blip.CycleReward", "ImageRewardConfig", dict),
+        lambda: (token_ids(128, 30000, False), normal(0, 1, 224, 224, 3)),
         lambda module, *inputs: module(*inputs),
         _image_reward_here,
         ("mlp.",),
@@ -705,7 +744,7 @@ def fingerprint() -> str:
         weights / "network.py",
         weights / "convert.py",
         Path(__file__),
-        Path(__file__).with_name("torch_twins.py"),
+        *map(Path(__file__).with_name, ("torch_twins.py", "qwen2_vl.py")),
     ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths))
     for package in ("jax", "flax", "torch", "diffusers", "transformers"):

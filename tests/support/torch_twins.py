@@ -1,6 +1,7 @@
 """Reward networks in PyTorch, under the names of their published files, written from their papers'
 descriptions: what no library in the tests' environment holds."""
 
+import itertools
 import math
 
 import torch
@@ -297,6 +298,13 @@ def score_mlp(inputs):
     )
 
 
+def cycle_mlp(inputs):
+    """As CycleReward has it, under `layers`."""
+    widths = [inputs, 1024, 128, 64, 16, 1]
+    layers = [(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(widths)]
+    return nn.ModuleDict({"layers": nn.Sequential(*itertools.chain(*layers))[:-1]})
+
+
 class ImageReward(nn.Module):
     def __init__(self, vision, text):
         super().__init__()
@@ -323,3 +331,13 @@ class ImageReward(nn.Module):
         tokens = self.blip["visual_encoder"](images)
         x = self.blip["text_encoder"](ids, tokens)[:, 0]
         return (self.mlp["layers"](x)[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+class CycleReward(ImageReward):
+    def __init__(self, vision, text):
+        super().__init__(vision, text)
+        self.mlp = cycle_mlp(text["hidden_size"])
+
+    def forward(self, ids, images):
+        x = self.blip["text_encoder"](ids, self.blip["visual_encoder"](images))[:, 0]
+        return self.mlp["layers"](x)[:, 0]
