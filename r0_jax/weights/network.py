@@ -85,8 +85,14 @@ class Network:
 
 
 def stored_in(files: Iterable[Path]) -> int | None:
-    """Return how many tensors safetensors files hold; None without files."""
-    counts = [len(TensorFile(file).tensors) for file in files]
+    """Return how many tensors safetensors files hold; None without files, or if one is damaged.
+
+    Who reads the weights says what is damaged: what does not fit is said before.
+    """
+    try:
+        counts = [len(TensorFile(file).tensors) for file in files]
+    except InputError:
+        return None
     return sum(counts) if counts else None
 
 
