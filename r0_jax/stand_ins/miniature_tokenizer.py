@@ -125,7 +125,8 @@ def _qwen2_vocabulary(
         ]
     )
     known = [word for text in texts for word, _ in split.pre_tokenize_str(text)]
-    known += [*_WORDS, *(f"Ġ{word}" for word in _WORDS), "user", "assistant"]
+    # Those with a space first: the first merges win, and others would split them.
+    known = [*(f"Ġ{word}" for word in _WORDS), *known, *_WORDS, "user", "assistant"]
     letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), _merges(known)
     tokens = [*letters, *map("".join, merges)]
     # Letters that text never becomes: longer tokens without merges would look like lost merges.

@@ -404,7 +404,12 @@ def save_tensors(
     tensor_file.write(
         path,
         [
-            Tensor(key, value.shape, value.dtype, lambda key=key, value=value: _whole(key, value))
+            Tensor(
+                key,
+                value.shape,
+                value.dtype,
+                lambda key=key, value=value: _whole(key, np.asarray(value)),
+            )
             for key, value in tensors.items()
         ],
         metadata,

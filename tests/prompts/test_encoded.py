@@ -318,6 +318,7 @@ def columns(count, seed=0, **changes):
         "features/hps_v2_1": (8,),
         "features/clip_score": (8,),
         "features/pickscore": (8,),
+        "features/heldout_clip": (8,),
     }
     found = {
         name: rng.standard_normal((count, *shape), np.float32) for name, shape in shapes.items()
@@ -615,7 +616,7 @@ def test_a_tfds_dataset_of_the_documented_schema_will_do(sdxl, tmp_path):
                         "features__image_reward": tensor(shape=(35,), dtype=np.int32),
                         **{
                             f"features__{name}": tensor(shape=(8,), dtype=np.float32)
-                            for name in ("hps_v2_1", "clip_score", "pickscore")
+                            for name in ("hps_v2_1", "clip_score", "pickscore", "heldout_clip")
                         },
                     }
                 ),
