@@ -203,10 +203,10 @@ class Run:
         def value(name: str) -> NDArray:
             module = name.removesuffix(".kernel")
             factors = (f"{module}.lora_A.kernel", f"{module}.lora_B.kernel")
-            if name in params:
-                return np.asarray(params[name])
+            if factors[0] not in params:
+                return np.asarray(params[name] if name in params else base[name])
             start: Params = {name: jnp.asarray(base[name])}
-            adapters: Params = {n: jnp.asarray(params[n]) for n in factors if n in params}
+            adapters: Params = {factor: jnp.asarray(params[factor]) for factor in factors}
             # Accelerators would round the factors to bf16.
             with jax.default_matmul_precision("highest"):
                 return np.asarray(lora.merge(start, adapters, self.generator.scale)[name])
