@@ -172,7 +172,6 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
         f"--config.pretrained={config.pretrained}",
         "--config.sampler.num_steps=2",
         "--config.optimizer.schedule=constant",  # or its steps could not be raised
-        "--config.objective.grad_steps=2",
     ]
     for section in ("rewards", "heldout_rewards"):
         for name, entry in config[section].items():
@@ -239,10 +238,12 @@ def take_text_tower_away(folder, parts):
     for pattern in ("vocab.*", "merges.txt", "tokenizer*"):
         for path in folder.glob(pattern):
             path.unlink()
+    if not parts:  # it reads no text
+        return
     [path] = folder.glob("*.safetensors")
     weights = load_file(path)
     kept = {key: value for key, value in weights.items() if key.split(".")[0] not in parts}
-    assert len(kept) < len(weights) or not parts
+    assert len(kept) < len(weights)
     save_file(kept, path)
 
 
