@@ -120,7 +120,7 @@ def _variants(config: ConfigDict) -> str:
     )
 
 
-def write_picture(runs: Sequence[tuple[Measured, Path]], path: Path) -> list[str]:
+def write_picture(runs: Sequence[tuple[Measured, Path]], picture: Path) -> list[str]:
     """Write a picture of some runs' samples/eval, a row a model and a column a prompt.
 
     Returns the prompts.
@@ -141,7 +141,7 @@ def write_picture(runs: Sequence[tuple[Measured, Path]], path: Path) -> list[str
         ]
     # The first run has the bases and its own generator, the others theirs: the table's columns.
     drawn = [image for row in rows for image in row]
-    images.save_png(path, images.grid(np.stack(drawn), columns=len(prompts), pad=4))
+    images.save_png(picture, images.grid(np.stack(drawn), columns=len(prompts), pad=4))
     return prompts
 
 
