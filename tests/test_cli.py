@@ -170,9 +170,9 @@ def test_a_recipe_imports_what_lies_beside_it(folder, tmp_path):
 def test_recipes_of_the_package_are_found_from_any_folder(folder, tmp_path):
     flags = ["--out=o", "--fail=steps"]
     result = call(folder, "--config=configs/sdxl_r0.py:full", *flags)
-    assert (result.returncode, result.stdout) == (0, "1000 0\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "2000 0\n"), result.stderr
     result = call(folder, "--config=./configs/sdxl_r0.py:full", *flags)
-    assert (result.returncode, result.stdout) == (0, "1000 0\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "2000 0\n"), result.stderr
     # What lies in the current folder comes first.
     (folder / "configs").mkdir()
     (folder / "configs" / "sdxl_r0.py").write_text(BASE, encoding="utf-8")
