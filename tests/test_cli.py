@@ -238,7 +238,7 @@ def test_help_prints_usage_and_succeeds(folder):
         (
             ["--config=base.py", "--out=o", "--config.lora=x"],
             "--config.lora is a section of the config: set one of its fields, such as "
-            "--config.lora.alpha",
+            "--config.lora.rank",
         ),
     ],
 )
