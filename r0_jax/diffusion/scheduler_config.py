@@ -292,8 +292,7 @@ def _read(fields: Mapping[str, object], supported: _Known) -> Fields:
             fine, known = value in values, ", ".join(map(repr, values))
         else:
             fine, known = isinstance(value, values), str(values)
-        # `_flow_fields` and `_betas` check these.
-        is_checked = isinstance(value, bool) or field.startswith(("shift", "beta_"))
+        is_checked = isinstance(value, bool) or field.startswith("shift")  # by `_flow_fields`
         if fine and isinstance(value, int | float) and not is_checked:
             least, most = _BOUNDS.get(field, (-_MOST, _MOST))
             fine, known = least <= value <= most, f"numbers from {least} to {most}"  # no NaN

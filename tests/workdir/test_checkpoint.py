@@ -330,7 +330,6 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
     ("error", "is_damage"),
     [
         (PermissionError(errno.EACCES, "no"), False),
-        (MemoryError(), False),
         (ValueError("PERMISSION_DENIED: [os_error_code='13']"), False),
         (ValueError("[os_error_code='116']"), False),  # a stale handle of a network's file system
         (ValueError("[os_error_code='5']"), True),
@@ -340,6 +339,11 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(copied, monkeypatch):
 def test_what_forbids_reading_is_no_damage(tmp_path, error, is_damage):
     found = checkpoint._unreadable(tmp_path / "3", error)
     assert type(found) is (checkpoint.DamagedError if is_damage else InputError)
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    error = MemoryError()
+    assert checkpoint._unreadable(tmp_path / "3", error) is error  # told as what it is
 
 
 def test_a_damaged_step_that_was_asked_for_is_an_error(copied):
