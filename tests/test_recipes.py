@@ -113,7 +113,7 @@ def test_a_rank_that_a_layer_has_not_is_one_line(tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "lora.rank=9 is above what fits down_blocks.0.attentions.0.transformer_blocks.0" in line
+    assert "lora.rank=9 is above what fits down_blocks.0.attentions.0.proj_in" in line
     assert "use 8 at most" in line
 
 
