@@ -148,8 +148,8 @@ def get_config() -> ConfigDict:
     config.heldout_rewards = ConfigDict()
 
     # What keeps the generator near its pretrained self. A weight of 0 removes the term from the
-    # program. `output`, `feature` and `guidance` pull at x0, in the unit of the rewards: their
-    # combined pull has norm 1 for each sample. Let N be the latent elements of a sample.
+    # program. Terms from `output` on, but for `gradient`, pull at x0, in the unit of the rewards:
+    # the rewards' combined pull has norm 1 for each sample. N are the latent elements of a sample.
     config.regularizers = ConfigDict()
     # Each update takes learning rate * weight of theta - theta_pretrained away; with LoRA, of the
     # product B A. It is decoupled from Adam, as AdamW's decay is. Usual: 0.01 to 0.1.
@@ -173,6 +173,23 @@ def get_config() -> ConfigDict:
     # which `scale` has no meaning.
     config.regularizers.guidance = ConfigDict(
         {"weight": 0.0, "form": "pull", "scale": 3.0, "least": 0.02, "most": 0.98}
+    )
+
+    # weight * the descent of RG-LCM's consistency distillation loss at the noisy input of the graded
+    # call. The base, guided with w ~ U[least, most] for each sample, goes `skip` lower by one step
+    # of DDIM, a share of the trained timesteps. From there the target network predicts x0: the
+    # "generator" of this step, or its average ("ema", config.ema_decay). `form` is "huber", of
+    # constant c, or "l2". w is one less than the `scale` of the other terms: x0_prompted + w d.
+    config.regularizers.consistency = ConfigDict(
+        {
+            "weight": 0.0,
+            "least": 3.0,
+            "most": 15.0,
+            "skip": 0.02,
+            "target": "generator",
+            "form": "huber",
+            "c": 1e-3,
+        }
     )
 
     config.lora = ConfigDict()
@@ -289,7 +306,7 @@ def trained_rewards(config: ConfigDict) -> dict[str, ConfigDict]:
 def guided_regularizers(config: ConfigDict) -> list[str]:
     """Return the names of the regularizers that evaluate the base without a prompt too."""
     terms = config.regularizers
-    guided = {"output": terms.output.guided, "guidance": True}
+    guided = {"output": terms.output.guided, "guidance": True, "consistency": True}
     return [name for name, needs_empty in guided.items() if needs_empty and terms[name].weight]
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
-from r0_jax.method.directions import GUIDANCE_FORMS
+from r0_jax.method.directions import CONSISTENCY_FORMS, GUIDANCE_FORMS, TARGETS
 from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.models import attention_backend
@@ -50,6 +50,10 @@ RANGES = {
     "regularizers.guidance.most": (0, 1),
     "regularizers.guidance.scale": (0, math.inf),
     "regularizers.output.scale": (0, math.inf),
+    "regularizers.consistency.least": (0, math.inf),
+    "regularizers.consistency.most": (0, math.inf),
+    "regularizers.consistency.skip": (0.001, 1),
+    "regularizers.consistency.c": (1e-8, math.inf),  # at 0 the gradient of no distance is 0 / 0
     "processes.start_timeout": (1, math.inf),
     "processes.lost_timeout": (1, math.inf),
     "processes.hang_timeout": (1, math.inf),
@@ -86,6 +90,8 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         ("objective.normalization", config.objective.normalization, NORMALIZATIONS),
         ("objective.conflicts", config.objective.conflicts, CONFLICTS),
         ("regularizers.guidance.form", config.regularizers.guidance.form, GUIDANCE_FORMS),
+        ("regularizers.consistency.form", config.regularizers.consistency.form, CONSISTENCY_FORMS),
+        ("regularizers.consistency.target", config.regularizers.consistency.target, TARGETS),
     ):
         if value not in known:
             raise InputError(f"{field}={value!r} is unknown; use {' or '.join(map(repr, known))}")
@@ -94,7 +100,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
             f"sampler.eta={config.sampler.eta:g} must be 0 or 1: stock samplers draw no other "
             "share of the noise anew; set sampler.random_eta to train with all shares"
         )
-    for name in ("feature", "guidance"):
+    for name in ("feature", "guidance", "consistency"):
         least, most = config.regularizers[name].least, config.regularizers[name].most
         if least > most:
             raise InputError(
@@ -168,6 +174,8 @@ def without_effect(config: ConfigDict) -> list[str]:
         unused.append(guided)
     if terms.guidance.weight and terms.guidance.form == "direction":
         unused.append(direction)
+    if terms.consistency.weight and terms.consistency.form == "l2":
+        unused.append(("regularizers.consistency.c", "regularizers.consistency.form is l2"))
     unused += [
         (f"regularizers.{name}.{field}", f"regularizers.{name}.weight is 0")
         for name, term in terms.items()

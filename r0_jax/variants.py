@@ -2,10 +2,41 @@
 
 from ml_collections import ConfigDict
 
+from r0_jax import cli
 from r0_jax import config as base
 from r0_jax.errors import InputError
 
+# Families with a recipe, and what their dry runs train, in r0_jax/stand_ins/miniature.py.
+FAMILIES = {
+    "sd15": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35": "StableDiffusion3.5",
+    "z_image": "ZImagePipeline",
+    "taiyi": "Taiyi",
+}
 VARIANTS = ("r0", "r0plus", "full", "dryrun")
+
+
+def of_family(variants: str) -> tuple[ConfigDict, str, str]:
+    """Return the config of a family's own recipe, and the other arguments of `apply_variants`.
+
+    For recipes of another method, of whose variants one is a family: rg_lcm.py:sdxl,dryrun. Without
+    one it is Stable Diffusion 1.5. Raises InputError for two families or an unknown variant.
+    """
+    chosen = variants.split(",") if variants else []
+    families = [name for name in chosen if name in FAMILIES]
+    for name in chosen:
+        if name not in (*FAMILIES, *VARIANTS):
+            raise InputError(
+                f"variant {name!r} is unknown; known: a family ({', '.join(FAMILIES)}) and "
+                f"{', '.join(VARIANTS)}"
+            )
+    if len(families) > 1:
+        raise InputError(f"variants {' and '.join(families)} are two families: give one of them")
+    family = families[0] if families else "sd15"
+    others = ",".join(name for name in chosen if name not in FAMILIES)
+    return cli.read_config(f"configs/{family}_r0.py"), others, FAMILIES[family]
 
 
 def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigDict:

@@ -121,6 +121,10 @@ def test_a_reward_that_is_none(entry, said):
         ({"sampler.eta": 0.5}, "sampler.eta=0.5 must be 0 or 1: stock samplers"),
         ({"regularizers.guidance.form": "push"}, "guidance.form='push' is unknown; use 'pull' or"),
         ({"regularizers.guidance.least": 0.99}, "guidance.least=0.99 is above .*most=0.98"),
+        ({"regularizers.consistency.form": "l1"}, "consistency.form='l1' is unknown; use 'huber'"),
+        ({"regularizers.consistency.target": "x"}, "consistency.target='x' is unknown; use 'gen"),
+        ({"regularizers.consistency.least": 16.0}, "consistency.least=16 is above .*most=15"),
+        ({"regularizers.consistency.skip": 0.0}, "consistency.skip=0.0 must be from 0.001 to 1"),
         ({"rewards.clip.weight": 0.0}, "no reward has a weight and no regularizer pulls at x0"),
         ({"rewards.clip.weight": 0.0, "best_metric": "eval/clip"}, "no reward has a weight"),
     ],
@@ -148,6 +152,14 @@ GUIDED = {"regularizers.guidance.weight": 1.0}
             "guidance.scale, as regularizers.guidance.form is direction",
         ),
         ({"regularizers.gradient.samples": 3}, "gradient.samples, as .*gradient.weight is 0"),
+        (
+            {
+                "regularizers.consistency.weight": 1.0,
+                "regularizers.consistency.form": "l2",
+                "regularizers.consistency.c": 0.1,
+            },
+            "consistency.c, as regularizers.consistency.form is l2",
+        ),
         (
             {"regularizers.output.weight": 1.0, "regularizers.output.scale": 2.0},
             "output.scale, as regularizers.output.guided is false",

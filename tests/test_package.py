@@ -36,6 +36,7 @@ RECIPES = [
     "sd35_r0",
     "z_image_r0",
     "taiyi_r0",
+    "rg_lcm",
     "shapes_r0",
     "shapes_base",
 ]

@@ -9,7 +9,7 @@ from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
+from configs import rg_lcm, sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import config_check, rewards
 from r0_jax.errors import InputError
@@ -157,6 +157,33 @@ def test_variants_change_what_they_say_and_combine(name):
     with pytest.raises(InputError, match="r0 and r0plus exclude each other"):
         recipe.get_config("r0,r0plus")
     assert set(plain) == set(base.get_config())
+
+
+PEERS = {"rg_lcm": rg_lcm}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("family", RECIPES)
+def test_a_peers_recipe_is_a_familys_with_another_objective(peer, family):
+    own, found = RECIPES[family].get_config(), PEERS[peer].get_config(family)
+    for kept in ("family", "rewards", "heldout_rewards", "best_metric", "batch_size", "steps"):
+        assert found[kept] == own[kept], kept
+    assert found.lora == own.lora and found.regularizers != own.regularizers
+    assert found.regularizers.output.weight == found.regularizers.weight.weight == 0
+    for variants in (f"{family},full", f"dryrun,{family},r0"):
+        changed = PEERS[peer].get_config(variants)
+        assert not config_check.without_effect(changed)
+        assert (changed.lora.rank == 0) == ("full" in variants)
+    config_check.check_config(changed)  # of the dry run, whose pipeline is there
+    assert changed.steps == 4 and changed.objective.method == "r0"
+
+
+def test_a_peers_recipe_knows_its_families():
+    assert PEERS["rg_lcm"].get_config().family == "StableDiffusionPipeline"
+    with pytest.raises(InputError, match="'sd4' is unknown; known: a family .sd15, sdxl, sd3, sd3"):
+        PEERS["rg_lcm"].get_config("sd4")
+    with pytest.raises(InputError, match="sdxl and sd3 are two families"):
+        PEERS["rg_lcm"].get_config("sdxl,sd3")
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,23 @@ rewards' direction has norm 1 (`objective.py`), so a weight is a share of the re
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from r0_jax.diffusion import rollout
 from r0_jax.method.context import Context
 
 Direction = Float[Array, "b h w c"]
 
 GUIDANCE_FORMS = ("pull", "tdm", "direction")
+CONSISTENCY_FORMS = ("huber", "l2")
+TARGETS = ("generator", "ema")
 # Tags of the random draws, so that no two terms share their noise.
-_FEATURE, _GUIDANCE = 100, 200
+_FEATURE, _GUIDANCE, _CONSISTENCY = 100, 200, 300
 
 
 def output(context: Context, options: ConfigDict) -> Direction:
@@ -46,13 +50,12 @@ def feature(context: Context, options: ConfigDict) -> Direction:
     target = context.base_features(reference.latents, reference.timesteps)
     size = jnp.mean(target**2, axis=(1, 2, 3)) + 1e-6
 
-    def distance(x0: Direction) -> Float[Array, ""]:
+    def distance(x0: Direction) -> Float[Array, " b"]:
         drawn = context.renoise(x0, level, _FEATURE)
         features = context.base_features(drawn.latents, drawn.timesteps)
-        return jnp.sum(jnp.mean((features - target) ** 2, axis=(1, 2, 3)) / size)
+        return jnp.mean((features - target) ** 2, axis=(1, 2, 3)) / size
 
-    count = math.prod(context.x0.shape[1:])
-    return -math.sqrt(count) / 2 * jax.grad(distance)(context.x0)
+    return _descent(distance, context.x0)
 
 
 def guidance(context: Context, options: ConfigDict) -> Direction:
@@ -78,6 +81,41 @@ def guidance(context: Context, options: ConfigDict) -> Direction:
     return _per_root_of_size((options.scale - 1) * along / (size + 1e-6))
 
 
+def consistency(context: Context, options: ConfigDict) -> Direction:
+    """Descend `consistency_loss`."""
+    return _descent(consistency_loss(context, options), context.x0)
+
+
+def consistency_loss(
+    context: Context, options: ConfigDict
+) -> Callable[[Direction], Float[Array, " b"]]:
+    """Return RG-LCM's consistency distillation loss, x0 -> [B], at the generator's noisy input z.
+
+    The base is the teacher. Guided by w ~ U[options.least, options.most] for each sample, it takes
+    one step of DDIM from z, which ends options.skip lower. The loss is the distance, by
+    options.form, between x0 and what the target network predicts from there:
+
+        x0_guided = x0_empty + (1 + w) (x0_prompted - x0_empty)
+        z_s       = alpha_s x0_guided + sigma_s (z - alpha x0_guided) / sigma
+        L         = mean(sqrt((x0 - x0_target(z_s))^2 + c^2) - c)      or mean((x0 - ...)^2)
+
+    Where the step ends at the lowest level, z_s itself is the target, as a consistency model is
+    the identity there. RG-LCM takes z from real images; here it is from the generator's rollout.
+    """
+    share = rollout.uniform(context.keys, _CONSISTENCY)[:, None, None, None]
+    w = options.least + (options.most - options.least) * share
+    noised, is_lowest = context.toward(context.guided_x0(1 + w), options.skip)
+    target = jnp.where(is_lowest, noised.latents, context.clean(context.target, noised))
+
+    def distance(x0: Direction) -> Float[Array, " b"]:
+        if options.form == "l2":
+            return jnp.mean((x0 - target) ** 2, axis=(1, 2, 3))
+        root = jnp.sqrt((x0 - target) ** 2 + options.c**2)
+        return jnp.mean(root - options.c, axis=(1, 2, 3))
+
+    return distance
+
+
 def unit(x: Direction) -> Direction:
     """Scale each sample to norm 1; a sample of zeros stays as it is."""
     return x / (norm(x) + 1e-20)[:, None, None, None]
@@ -86,6 +124,12 @@ def unit(x: Direction) -> Direction:
 def norm(x: Direction) -> Float[Array, " b"]:
     """Return the Euclidean norm of each sample."""
     return jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=(1, 2, 3)))
+
+
+def _descent(loss: Callable[[Direction], Float[Array, " b"]], x0: Direction) -> Direction:
+    """Return - sqrt(N) / 2 grad_x0 of a loss of each sample that is a mean over N elements."""
+    count = math.prod(x0.shape[1:])
+    return -math.sqrt(count) / 2 * jax.grad(lambda x: jnp.sum(loss(x)))(x0)
 
 
 def _per_root_of_size(x: Direction) -> Direction:

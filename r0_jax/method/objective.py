@@ -28,6 +28,7 @@ from r0_jax.method.directions import Direction, norm, unit
 from r0_jax.method.generator import Generator
 from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import reward_gradient
+from r0_jax.method.train_state import TrainState
 from r0_jax.models import repeat
 from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.pipelines.tiny_decoder import TinyDecoder
@@ -47,7 +48,7 @@ class Objective:
     `frozen` holds what is never trained. It is an argument and never a constant of the program:
     "base" (the pretrained network), the pipeline's other parts ("vae", "text_encoder", ...),
     "rewards" ({name: params}) and "empty" (`Pipeline.empty`). Where a tiny decoder replaces the
-    VAE, it is "decoder".
+    VAE, it is "decoder". The train step adds what `read` names.
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class Objective:
             return jax.random.randint(key, (), 0, self.num_steps)
         return self.num_steps - 1
 
+    def read(self, state: TrainState) -> dict[str, Any]:
+        """Return what the loss reads of a state beside its parameters: a part of `frozen`."""
+        options = self.config.regularizers.consistency
+        return {"ema": state.ema_params} if options.weight and options.target == "ema" else {}
+
     def loss(
         self,
         params: Params,
@@ -107,7 +113,9 @@ class Objective:
         conditioning = self.pipeline.encode_prompt(frozen, batch)
         trajectory = self._rollout(params, frozen, conditioning, keys, last)
         still = lax.stop_gradient(trajectory)
-        pulls, metrics = self._pulls(frozen, batch, conditioning, still, keys, last, spreads)
+        pulls, metrics = self._pulls(
+            params, frozen, batch, conditioning, still, keys, last, spreads
+        )
         pull = self._weighed(sum(pulls.values(), start=jnp.zeros_like(still.x0)), last)
         loss = -jnp.mean(jnp.sum(lax.stop_gradient(pull) * trajectory.x0, axis=(1, 2, 3)))
         return loss, metrics
@@ -135,7 +143,7 @@ class Objective:
             conditioning = self.pipeline.encode_prompt(frozen, batch)
             _, pull_back, trajectory = jax.vjp(x0, params, has_aux=True)
             still = lax.stop_gradient(trajectory)
-            pulls, _ = self._pulls(frozen, batch, conditioning, still, keys, last, spreads)
+            pulls, _ = self._pulls(params, frozen, batch, conditioning, still, keys, last, spreads)
             each = [self._weighed(pull, last) / len(keys) for pull in pulls.values()]
 
             def norm_of(pull: Direction) -> Float[Array, ""]:
@@ -153,7 +161,7 @@ class Objective:
         return pull
 
     def _pulls(
-        self, frozen, batch, conditioning, trajectory, keys, last, spreads
+        self, params, frozen, batch, conditioning, trajectory, keys, last, spreads
     ) -> tuple[dict[str, Direction], Metrics]:
         """Return what pulls at x0, by term and with its weight, and metrics."""
         drawn = _fold(keys, _REGULARIZERS)
@@ -162,7 +170,7 @@ class Objective:
             pulls["rewards"], metrics = self._rewards_pull(
                 frozen, batch, trajectory.x0, drawn, spreads
             )
-        context = self._context(frozen, conditioning, trajectory, drawn, last)
+        context = self._context(params, frozen, conditioning, trajectory, drawn, last)
         for name, direction in DIRECTIONS.items():
             options = self.config.regularizers[name]
             if options.weight:  # at 0 the term is not even traced
@@ -228,7 +236,7 @@ class Objective:
             remat=self.config.remat == "calls",
         )
 
-    def _context(self, frozen, conditioning, trajectory, keys, last) -> Context:
+    def _context(self, params, frozen, conditioning, trajectory, keys, last) -> Context:
         def base(latents, timesteps):
             return self.pipeline.denoise(frozen["base"], latents, timesteps, conditioning)
 
@@ -247,12 +255,18 @@ class Objective:
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
 
+        def target(latents, timesteps):
+            of_target = lax.stop_gradient(frozen.get("ema", params))
+            weights = self.generator.weights(of_target, frozen["base"])
+            return self.pipeline.denoise(weights, latents, timesteps, conditioning)
+
         return Context(
             trajectory,
             keys,
             base,
             base_pair,
             base_features,
+            target,
             self.table,
             jnp.asarray(self.floors)[last] if self.config.objective.method == "r0plus" else 0.0,
         )

@@ -11,11 +11,12 @@ import jax
 from ml_collections import ConfigDict
 
 from r0_jax.method.context import Context
-from r0_jax.method.directions import feature, guidance, output
+from r0_jax.method.directions import consistency, feature, guidance, output
 
 DIRECTIONS: dict[str, Callable[[Context, ConfigDict], jax.Array]] = {
     "output": output,
     "feature": feature,
     "guidance": guidance,
+    "consistency": consistency,
 }
 ELSEWHERE = ("weight", "langevin", "gradient")

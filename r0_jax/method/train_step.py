@@ -39,10 +39,11 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         state = stacks.pack(state, stacks.groups(state.params))
         keys, last, spreads = _draws(objective, state, batch, key)
+        read = frozen | objective.read(state)
 
         def microbatch(batch, keys):
             (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, frozen, batch, keys, last, spreads
+                state.params, read, batch, keys, last, spreads
             )
             return loss, metrics, grads
 
@@ -79,7 +80,8 @@ def make_term_norms(
         if count > 1:
             parts = _cut((batch, keys), count, over_devices)
             batch, keys = jax.tree.map(lambda x: x[0], parts)
-        return objective.term_norms(state.params, frozen, batch, keys, last, spreads)
+        read = frozen | objective.read(state)
+        return objective.term_norms(state.params, read, batch, keys, last, spreads)
 
     return term_norms
 

@@ -53,6 +53,7 @@ def context(x0=None, prediction_type="epsilon", base_pair=base_pair, batch=B, fl
         base,
         base_pair,
         base_features,
+        base,
         grid.noise_levels(config),
         floor,
     )
@@ -72,6 +73,8 @@ def options(**fields):
         "scale": 3.5,
         "least": 0.02,
         "most": 0.98,
+        "skip": 0.1,
+        "c": 1e-3,
     }
     return ConfigDict(default | fields)
 

@@ -209,6 +209,7 @@ ON = {
     "output": {"weight": 0.5},
     "feature": {"weight": 0.7, "least": 0.1, "most": 0.4},
     "guidance": {"weight": 0.9, "scale": 5.0, "least": 0.1},
+    "consistency": {"weight": 0.6, "skip": 0.1, "c": 0.1},
     "gradient": {"weight": 0.5, "samples": 2, "std": 0.2},
 }
 ONE_STEP = {"sampler.num_steps": 1, "objective.grad_steps": 1, "objective.normalization": "none"}
