@@ -175,11 +175,11 @@ def get_config() -> ConfigDict:
         {"weight": 0.0, "form": "pull", "scale": 3.0, "least": 0.02, "most": 0.98}
     )
 
-    # weight * the descent of RG-LCM's consistency distillation loss at the noisy input of the graded
-    # call. The base, guided with w ~ U[least, most] for each sample, goes `skip` lower by one step
-    # of DDIM, a share of the trained timesteps. From there the target network predicts x0: the
-    # "generator" of this step, or its average ("ema", config.ema_decay). `form` is "huber", of
-    # constant c, or "l2". w is one less than the `scale` of the other terms: x0_prompted + w d.
+    # weight * the descent of RG-LCM's consistency distillation loss, at the noisy input of the
+    # graded call. The base, guided with w ~ U[least, most] for each sample, goes `skip` lower by
+    # one step of DDIM, a share of the trained timesteps. From there the target network predicts
+    # x0: the "generator" of this step, or its average ("ema", config.ema_decay). `form` is "huber",
+    # of constant c, or "l2". w is one less than the `scale` of the other terms: x0_prompted + w d.
     config.regularizers.consistency = ConfigDict(
         {
             "weight": 0.0,
@@ -189,6 +189,28 @@ def get_config() -> ConfigDict:
             "target": "generator",
             "form": "huber",
             "c": 1e-3,
+        }
+    )
+    # weight * a pull along the difference of two scores: of the base, guided at `scale` (1: not),
+    # and of a fake that is trained alongside to denoise what the generator draws (Diff-Instruct++,
+    # DMD2). Both see the output, noised to a level between `least` and `most`. `form` is "kl", or
+    # "sim": the descent of the scores' squared distance (SiD, Diff-Instruct*), at about twice the
+    # cost. The fake is adapters of `rank` on the base, scaled by 1, on the layers `targets`; "" are
+    # those of lora.targets. It is updated `updates` times a step: once on the step's own images,
+    # then on images drawn anew. Its optimizer is that of the generator, but for b1 and a learning
+    # rate that is learning_rate_ratio times as high.
+    config.regularizers.score = ConfigDict(
+        {
+            "weight": 0.0,
+            "form": "kl",
+            "scale": 1.0,
+            "least": 0.02,
+            "most": 0.98,
+            "rank": 32,
+            "targets": "",
+            "updates": 1,
+            "learning_rate_ratio": 4.0,
+            "b1": 0.0,
         }
     )
 
@@ -306,7 +328,12 @@ def trained_rewards(config: ConfigDict) -> dict[str, ConfigDict]:
 def guided_regularizers(config: ConfigDict) -> list[str]:
     """Return the names of the regularizers that evaluate the base without a prompt too."""
     terms = config.regularizers
-    guided = {"output": terms.output.guided, "guidance": True, "consistency": True}
+    guided = {
+        "output": terms.output.guided,
+        "guidance": True,
+        "consistency": True,
+        "score": terms.score.scale != 1,
+    }
     return [name for name, needs_empty in guided.items() if needs_empty and terms[name].weight]
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
-from r0_jax.method.directions import CONSISTENCY_FORMS, GUIDANCE_FORMS, TARGETS
+from r0_jax.method.directions import CONSISTENCY_FORMS, GUIDANCE_FORMS, SCORE_FORMS, TARGETS
 from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import CONFLICTS, NORMALIZATIONS
 from r0_jax.models import attention_backend
@@ -54,6 +54,13 @@ RANGES = {
     "regularizers.consistency.most": (0, math.inf),
     "regularizers.consistency.skip": (0.001, 1),
     "regularizers.consistency.c": (1e-8, math.inf),  # at 0 the gradient of no distance is 0 / 0
+    "regularizers.score.scale": (0, math.inf),
+    "regularizers.score.least": (0, 1),
+    "regularizers.score.most": (0, 1),
+    "regularizers.score.rank": (1, math.inf),
+    "regularizers.score.updates": (1, math.inf),
+    "regularizers.score.learning_rate_ratio": (0, math.inf),
+    "regularizers.score.b1": (0, 0.9999),
     "processes.start_timeout": (1, math.inf),
     "processes.lost_timeout": (1, math.inf),
     "processes.hang_timeout": (1, math.inf),
@@ -92,6 +99,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         ("regularizers.guidance.form", config.regularizers.guidance.form, GUIDANCE_FORMS),
         ("regularizers.consistency.form", config.regularizers.consistency.form, CONSISTENCY_FORMS),
         ("regularizers.consistency.target", config.regularizers.consistency.target, TARGETS),
+        ("regularizers.score.form", config.regularizers.score.form, SCORE_FORMS),
     ):
         if value not in known:
             raise InputError(f"{field}={value!r} is unknown; use {' or '.join(map(repr, known))}")
@@ -100,7 +108,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
             f"sampler.eta={config.sampler.eta:g} must be 0 or 1: stock samplers draw no other "
             "share of the noise anew; set sampler.random_eta to train with all shares"
         )
-    for name in ("feature", "guidance", "consistency"):
+    for name in ("feature", "guidance", "consistency", "score"):
         least, most = config.regularizers[name].least, config.regularizers[name].most
         if least > most:
             raise InputError(
@@ -169,7 +177,9 @@ def without_effect(config: ConfigDict) -> list[str]:
     if objective.normalization == "none":
         unused.append(("objective.delta", "objective.normalization is none"))
     if config.lora.rank == 0:
-        unused += [(f"lora.{name}", "lora.rank is 0") for name in ("alpha", "targets")]
+        unused.append(("lora.alpha", "lora.rank is 0"))
+        if not terms.score.weight or terms.score.targets:  # the fake score's may be the same
+            unused.append(("lora.targets", "lora.rank is 0"))
     if terms.output.weight and not terms.output.guided:
         unused.append(guided)
     if terms.guidance.weight and terms.guidance.form == "direction":

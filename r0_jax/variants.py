@@ -90,3 +90,5 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
             entry.path, entry.head = str(miniature_reward.kept_reward(entry.type, seed)), ""
     if config.lora.rank:  # the scale stays
         config.lora.alpha, config.lora.rank = 4 * config.lora.alpha / config.lora.rank, 4
+    if config.regularizers.score.weight:
+        config.regularizers.score.rank = 4

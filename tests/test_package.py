@@ -37,6 +37,7 @@ RECIPES = [
     "z_image_r0",
     "taiyi_r0",
     "rg_lcm",
+    "di_plus_plus",
     "shapes_r0",
     "shapes_base",
 ]

@@ -9,7 +9,7 @@ from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import rg_lcm, sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
+from configs import di_plus_plus, rg_lcm, sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
 from r0_jax import config as base
 from r0_jax import config_check, rewards
 from r0_jax.errors import InputError
@@ -18,7 +18,7 @@ from r0_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfi
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
-from r0_jax.plan import weightless
+from r0_jax.plan import memory, weightless
 from r0_jax.stand_ins import miniature_files
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network
@@ -159,7 +159,7 @@ def test_variants_change_what_they_say_and_combine(name):
     assert set(plain) == set(base.get_config())
 
 
-PEERS = {"rg_lcm": rg_lcm}
+PEERS = {"rg_lcm": rg_lcm, "di_plus_plus": di_plus_plus}
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -178,9 +178,25 @@ def test_a_peers_recipe_is_a_familys_with_another_objective(peer, family):
     assert changed.steps == 4 and changed.objective.method == "r0"
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_both_distillation_losses_are_a_step_of_each_family(family):
+    config = di_plus_plus.get_config(f"{family},dryrun")
+    config.regularizers.consistency.weight = 1.0
+    config.regularizers.score.updates = 2
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    built = weightless.load(config, mesh)
+    state, metrics = jax.eval_shape(built.step, *built.abstract)
+    assert {"norm/x0/score", "norm/x0/consistency", "train/fake_loss"} < set(metrics)
+    assert state.fake.params.keys() == built.abstract_state.params.keys()
+    # `plan` counts its bytes: parameters and two moments.
+    held = memory.bytes_by_kind(memory.held(built))
+    adapters = sum(x.size for x in jax.tree.leaves(built.abstract_state.fake.params))
+    assert held["fake score"] == pytest.approx(12 * adapters, abs=100)
+
+
 def test_a_peers_recipe_knows_its_families():
     assert PEERS["rg_lcm"].get_config().family == "StableDiffusionPipeline"
-    with pytest.raises(InputError, match="'sd4' is unknown; known: a family .sd15, sdxl, sd3, sd3"):
+    with pytest.raises(InputError, match=r"'sd4' is unknown; known: a family \(sd15, sdxl"):
         PEERS["rg_lcm"].get_config("sd4")
     with pytest.raises(InputError, match="sdxl and sd3 are two families"):
         PEERS["rg_lcm"].get_config("sdxl,sd3")

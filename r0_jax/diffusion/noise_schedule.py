@@ -117,6 +117,26 @@ def x0_and_epsilon(
     raise ValueError(prediction_type)
 
 
+def model_output(
+    prediction_type: str,
+    x0: Latents,
+    epsilon: Latents,
+    alpha: Float[Array, "..."],
+    sigma: Float[Array, "..."],
+) -> Latents:
+    """Return the network's output that stands for x0 and epsilon: undo `x0_and_epsilon`."""
+    match prediction_type:
+        case "epsilon":
+            return epsilon
+        case "sample":
+            return x0
+        case "v_prediction":
+            return alpha * epsilon - sigma * x0
+        case "flow_prediction":
+            return epsilon - x0
+    raise ValueError(prediction_type)
+
+
 def x0_gain(
     prediction_type: str, alpha: NDArray[np.float32], sigma: NDArray[np.float32]
 ) -> NDArray[np.float32]:

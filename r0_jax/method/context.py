@@ -27,6 +27,7 @@ class Context:
         average over the steps. No gradient reaches it.
       table: every timestep that the base was trained on, as a sampler whose index i is a noise
         level: clean to noisy conversions at any of them.
+      fake: (latents, timesteps) -> the fake score's output under the prompts, where there is one.
       floor: the lowest level to which x0 is noised, a share of the trained timesteps.
     """
 
@@ -38,6 +39,7 @@ class Context:
     target: Callable[[jax.Array, jax.Array], jax.Array]
     table: Scheduler
     floor: float | jax.Array = 0.0
+    fake: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     @property
     def x0(self) -> Float[Array, "b h w c"]:
@@ -85,7 +87,7 @@ class Context:
         )
         noise = rollout.normal(self.keys, tag + 1, x0.shape[1:])
         timesteps = jnp.asarray(self.table.timesteps, jnp.float32)[index]
-        return Noised(alpha * x0 + sigma * noise, timesteps, alpha, sigma)
+        return Noised(alpha * x0 + sigma * noise, timesteps, alpha, sigma, noise)
 
     def toward(self, x0: Float[Array, "b h w c"], skip: float) -> tuple["Noised", Bool[Array, ""]]:
         """Take one step of DDIM, or of Euler, from the generator's noisy input to a clean x0.
@@ -102,7 +104,7 @@ class Context:
         timestep = jnp.asarray(self.table.timesteps, jnp.float32)[index]
         latents = alpha * x0 + sigma * noise
         timesteps = jnp.full(len(latents), timestep)
-        return Noised(latents, timesteps, alpha, sigma), index == steps - 1
+        return Noised(latents, timesteps, alpha, sigma, noise), index == steps - 1
 
     def _clean(self, model_output: jax.Array, at: "rollout.Trajectory | Noised") -> jax.Array:
         kind = self.table.prediction_type
@@ -117,3 +119,4 @@ class Noised:
     timesteps: jax.Array
     alpha: jax.Array
     sigma: jax.Array
+    noise: jax.Array

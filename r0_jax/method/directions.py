@@ -24,9 +24,10 @@ Direction = Float[Array, "b h w c"]
 
 GUIDANCE_FORMS = ("pull", "tdm", "direction")
 CONSISTENCY_FORMS = ("huber", "l2")
+SCORE_FORMS = ("kl", "sim")
 TARGETS = ("generator", "ema")
 # Tags of the random draws, so that no two terms share their noise.
-_FEATURE, _GUIDANCE, _CONSISTENCY = 100, 200, 300
+_FEATURE, _GUIDANCE, _CONSISTENCY, _SCORE = 100, 200, 300, 400
 
 
 def output(context: Context, options: ConfigDict) -> Direction:
@@ -114,6 +115,50 @@ def consistency_loss(
         return jnp.mean(root - options.c, axis=(1, 2, 3))
 
     return distance
+
+
+def score(context: Context, options: ConfigDict) -> Direction:
+    """Pull what is drawn to where the base finds it likelier than the fake score does.
+
+    Both see x0 noised to a level between options.least and options.most; the base is guided at
+    options.scale, the fake is not. By options.form:
+
+        kl      (x0_base - x0_fake) / (sqrt(N) mean |x0 - x0_base|)     (Diff-Instruct, DMD2)
+        sim     the descent of twice `score_divergence`                 (SiD, Diff-Instruct*)
+
+    Those are two descents of the integral of a divergence over all levels: of Kullback and Leibler,
+    and of the squared distance of scores.
+    """
+    if options.form == "sim":
+        return 2 * _descent(lambda x0: score_divergence(context, options, x0), context.x0)
+    base, fake = _scores(context, options, context.x0)
+    return _per_root_of_size((base - fake) / _distance(context.x0, base))
+
+
+def score_divergence(context: Context, options: ConfigDict, x0: Direction) -> Float[Array, " b"]:
+    """Return mean(y (x0_fake - x0)) / mean |x0 - x0_base| with y = x0_base - x0_fake, by sample.
+
+    Its gradient passes through both predictions, and not through the divisor. It is that of the
+    squared distance of scores, if the fake is the true score of what is drawn (SiD with alpha 1).
+    """
+    base, fake = _scores(context, options, x0)
+    size = jax.lax.stop_gradient(_distance(x0, base))
+    return jnp.mean((base - fake) * (fake - x0) / size, axis=(1, 2, 3))
+
+
+def _scores(context: Context, options: ConfigDict, x0: Direction) -> tuple[Direction, Direction]:
+    """Return what the base and the fake predict of x0, noised."""
+    noised = context.renoise(x0, (options.least, options.most), _SCORE)
+    fake = context.clean(context.fake, noised)
+    if options.scale == 1:
+        return context.clean(context.base, noised), fake
+    prompted, empty = context.clean_pair(noised)
+    return empty + options.scale * (prompted - empty), fake
+
+
+def _distance(x0: Direction, other: Direction) -> Float[Array, "b 1 1 1"]:
+    size = jnp.mean(jnp.abs(x0 - other), axis=(1, 2, 3), keepdims=True)
+    return jnp.maximum(size, 1e-5)
 
 
 def unit(x: Direction) -> Direction:

@@ -21,34 +21,37 @@ from r0_jax.models.linear import Adapted
 from r0_jax.weights.network import Params, Shapes
 
 
-def targets(shapes: Shapes, pattern: str) -> list[str]:
+def targets(shapes: Shapes, pattern: str, section: str = "lora") -> list[str]:
     """Return, in order, the modules with a kernel whose whole dotted name matches the regex.
 
-    Raises InputError where there are none, or where the regex is not valid.
+    Raises InputError where there are none, or where the regex is not valid. It names the `section`
+    of the config.
     """
     modules = [name.removesuffix(".kernel") for name in shapes if name.endswith(".kernel")]
-    found = patterns.matching(pattern, modules, "lora.targets")
+    found = patterns.matching(pattern, modules, f"{section}.targets")
     if not found:
         raise InputError(
-            f"lora.targets matches no layer of the network: {pattern!r}; "
+            f"{section}.targets matches no layer of the network: {pattern!r}; "
             f"a layer is called, for example, {modules[len(modules) // 2]}"
         )
     return found
 
 
-def check_rank(shapes: Shapes, pattern: str, rank: int) -> None:
+def check_rank(shapes: Shapes, pattern: str, rank: int, section: str = "lora") -> None:
     """Raise InputError where a module's matrix is too small for adapters of this rank.
 
-    Such an adapter would hold more numbers than the weights that it stands for.
+    Such an adapter would hold more numbers than the weights that it stands for. The error names the
+    `section` of the config.
     """
-    kernels = {module: shapes[f"{module}.kernel"].shape for module in targets(shapes, pattern)}
+    modules = targets(shapes, pattern, section)
+    kernels = {module: shapes[f"{module}.kernel"].shape for module in modules}
     most = {module: min(prod(shape[:-1]), shape[-1]) for module, shape in kernels.items()}
     module = min(most, key=most.get)
     if rank > most[module]:
         raise InputError(
-            f"lora.rank={rank} is above what fits {module}, a matrix of rank "
+            f"{section}.rank={rank} is above what fits {module}, a matrix of rank "
             f"{most[module]}: use {most[module]} at most, or exclude this layer from "
-            "lora.targets"
+            f"{section}.targets"
         )
 
 

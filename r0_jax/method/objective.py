@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from r0_jax.diffusion import grid, noise_schedule, rollout
-from r0_jax.method import optim
+from r0_jax.method import fake_score, optim
 from r0_jax.method.context import Context
 from r0_jax.method.directions import Direction, norm, unit
 from r0_jax.method.generator import Generator
@@ -36,7 +36,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.weights.network import Params
 
 # Tags of the random draws of one sample.
-_NOISE, _ROLLOUT, _REGULARIZERS = range(3)
+_NOISE, _ROLLOUT, _REGULARIZERS, _FAKE = range(4)
 
 Metrics = dict[str, Float[Array, ""]]
 SQUARE = "square/"  # metrics of squared scores; the train step uses and removes them
@@ -62,6 +62,7 @@ class Objective:
     ):
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
+        self.fake = fake_score.of_config(config)
         self.num_steps = config.sampler.num_steps
         self.grid = grid.grid(pipeline.scheduler_config, self.num_steps, config.sampler.eta)
         self.table = grid.noise_levels(pipeline.scheduler_config)
@@ -86,7 +87,12 @@ class Objective:
     def read(self, state: TrainState) -> dict[str, Any]:
         """Return what the loss reads of a state beside its parameters: a part of `frozen`."""
         options = self.config.regularizers.consistency
-        return {"ema": state.ema_params} if options.weight and options.target == "ema" else {}
+        found = {}
+        if options.weight and options.target == "ema":
+            found["ema"] = state.ema_params
+        if self.fake:
+            found["fake"] = state.fake.params
+        return found
 
     def loss(
         self,
@@ -98,6 +104,8 @@ class Objective:
         spreads: dict[str, jax.Array],
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the loss and the metrics, all of them means over the batch's samples.
+
+        Where there is a fake score, its own loss adds its gradient in frozen["fake"], and 0.
 
         Args:
           batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
@@ -118,7 +126,36 @@ class Objective:
         )
         pull = self._weighed(sum(pulls.values(), start=jnp.zeros_like(still.x0)), last)
         loss = -jnp.mean(jnp.sum(lax.stop_gradient(pull) * trajectory.x0, axis=(1, 2, 3)))
+        if self.fake:
+            own = self._fake_loss(params, frozen, conditioning, still, keys, last)
+            loss += own - lax.stop_gradient(own)
+            metrics["train/fake_loss"] = own
         return loss, metrics
+
+    def fake_loss(
+        self,
+        fake: Params,
+        params: Params,
+        frozen: dict[str, Any],
+        batch: dict[str, jax.Array],
+        keys: rollout.Keys,
+        last: jax.Array | int,
+    ) -> Float[Array, ""]:
+        """Return the loss of the fake score's adapters on what the generator draws.
+
+        The other arguments are those of `loss`; they get no gradient.
+        """
+        with repeat.use(self.repeat):
+            frozen = frozen | {"fake": fake}
+            conditioning = self.pipeline.encode_prompt(frozen, batch)
+            drawn = self._rollout(lax.stop_gradient(params), frozen, conditioning, keys, last)
+            still = lax.stop_gradient(drawn)
+            return self._fake_loss(params, frozen, conditioning, still, keys, last)
+
+    def _fake_loss(self, params, frozen, conditioning, trajectory, keys, last):
+        drawn = _fold(keys, _FAKE)
+        context = self._context(params, frozen, conditioning, trajectory, drawn, last)
+        return jnp.mean(fake_score.denoising_loss(context))
 
     def term_norms(
         self,
@@ -165,6 +202,10 @@ class Objective:
     ) -> tuple[dict[str, Direction], Metrics]:
         """Return what pulls at x0, by term and with its weight, and metrics."""
         drawn = _fold(keys, _REGULARIZERS)
+        # The fake score learns from its own loss alone.
+        frozen = frozen | {
+            name: lax.stop_gradient(x) for name, x in frozen.items() if name == "fake"
+        }
         pulls, metrics = {}, {}
         if self.rewards:
             pulls["rewards"], metrics = self._rewards_pull(
@@ -260,6 +301,10 @@ class Objective:
             weights = self.generator.weights(of_target, frozen["base"])
             return self.pipeline.denoise(weights, latents, timesteps, conditioning)
 
+        def fake(latents, timesteps):
+            weights = self.fake.network.weights(frozen["fake"], frozen["base"])
+            return self.pipeline.denoise(weights, latents, timesteps, conditioning)
+
         return Context(
             trajectory,
             keys,
@@ -269,6 +314,7 @@ class Objective:
             target,
             self.table,
             jnp.asarray(self.floors)[last] if self.config.objective.method == "r0plus" else 0.0,
+            fake if self.fake else None,
         )
 
 

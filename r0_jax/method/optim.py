@@ -18,11 +18,14 @@ SCHEDULES = ("constant", "cosine")
 Params = dict[str, Shaped[Array, "..."]]
 
 
-def make_optimizer(config: ConfigDict, temperature: float = 0.0) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, temperature: float = 0.0, updates: int = 1
+) -> optax.GradientTransformation:
     """Return global-norm clipping, AdamW, and Langevin noise if `temperature` is not 0.
 
-    It reads config.optimizer, config.steps and config.seed. Weight decay acts on matrices only,
-    never on biases and norms. Raises InputError for numbers out of range.
+    It reads config.optimizer, config.steps and config.seed. A step of the training makes `updates`
+    of them, all at one learning rate. Weight decay acts on matrices only, never on biases and
+    norms. Raises InputError for numbers out of range.
     """
     c = config.optimizer
     if not c.eps > 0:  # Adam would divide 0 by 0 where a gradient is 0
@@ -37,7 +40,8 @@ def make_optimizer(config: ConfigDict, temperature: float = 0.0) -> optax.Gradie
         raise InputError(f"optimizer.clip_norm={c.clip_norm} must be positive (inf: no clipping)")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature={temperature} must be a number that is not negative")
-    schedule = learning_rate_schedule(config)
+    of_step = learning_rate_schedule(config)
+    schedule = of_step if updates == 1 else lambda count: of_step(count // updates)
     chain = [
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(schedule, c.b1, c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=_is_matrix),
@@ -126,12 +130,13 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def skip_if_nonfinite(
     old_state: TrainState, new_state: TrainState, grads_norm: Float[Array, ""]
 ) -> TrainState:
-    """Return `new_state` if the gradient norm and all its parameters are finite.
+    """Return `new_state` if the gradient norm, its parameters and its fake score are finite.
 
     Otherwise return `old_state`, whose parameters, EMA and optimizer stay as they are, with this
     skipped step counted. `step` advances in both cases, so that the next step sees other data.
     """
-    finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(global_norm(new_state.params))
+    trained = global_norm((new_state.params, new_state.fake))
+    finite: Bool[Array, ""] = jnp.isfinite(grads_norm) & jnp.isfinite(trained)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
     return kept._replace(
         step=new_state.step,

@@ -11,12 +11,13 @@ import jax
 from ml_collections import ConfigDict
 
 from r0_jax.method.context import Context
-from r0_jax.method.directions import consistency, feature, guidance, output
+from r0_jax.method.directions import consistency, feature, guidance, output, score
 
 DIRECTIONS: dict[str, Callable[[Context, ConfigDict], jax.Array]] = {
     "output": output,
     "feature": feature,
     "guidance": guidance,
     "consistency": consistency,
+    "score": score,
 }
 ELSEWHERE = ("weight", "langevin", "gradient")

@@ -13,6 +13,13 @@ from r0_jax.method.reward_spread import Moments
 Params = dict[str, jax.Array]
 
 
+class FakeState(NamedTuple):
+    """Hold the fake score's adapters and its optimizer's state."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
 class TrainState(NamedTuple):
     """Hold everything that changes from step to step.
 
@@ -24,6 +31,7 @@ class TrainState(NamedTuple):
       skipped: int32, steps whose gradients were not finite.
       skipped_in_a_row: int32, how many of them were the last ones.
       moments: of rewards whose gradients are divided by their running spread (reward_spread.py).
+      fake: of the fake score; () where there is none.
     """
 
     step: jax.Array
@@ -33,10 +41,14 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     skipped_in_a_row: jax.Array
     moments: Moments
+    fake: FakeState | tuple[()] = ()
 
 
 def init(
-    params: Params, optimizer: optax.GradientTransformation, spread_of: Sequence[str] = ()
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    spread_of: Sequence[str] = (),
+    fake: FakeState | tuple[()] = (),
 ) -> TrainState:
     """Return the state before the first step; `spread_of` names rewards that need a spread."""
     counter = jnp.zeros((), jnp.int32)
@@ -48,5 +60,6 @@ def init(
         counter,
         counter,
         reward_spread.init(spread_of),
+        fake,
     )
     return jax.tree.map(jnp.copy, state)  # a donated state must not hold one buffer twice

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from r0_jax.method import optim, reward_spread, stacks
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import SQUARE, Metrics, Objective
-from r0_jax.method.train_state import TrainState
+from r0_jax.method.train_state import FakeState, TrainState
 
 TrainStep = Callable[
     [TrainState, dict[str, Any], dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]
@@ -37,29 +37,49 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        state = stacks.pack(state, stacks.groups(state.params))
+        state = _packed(state)
         keys, last, spreads = _draws(objective, state, batch, key)
         read = frozen | objective.read(state)
 
-        def microbatch(batch, keys):
-            (loss, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, read, batch, keys, last, spreads
-            )
-            return loss, metrics, grads
+        def graded(batch, keys):
+            def loss(params, fake):
+                return objective.loss(params, read | fake, batch, keys, last, spreads)
 
-        if count == 1:
-            loss, metrics, grads = microbatch(batch, keys)
-        else:
+            fake = {"fake": state.fake.params} if objective.fake else {}
+            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state.params, fake)
 
-            def add(total, part):
-                return jax.tree.map(lambda t, x: t + x / count, total, microbatch(*part)), None
+        (loss, metrics), (grads, of_fake) = _mean(graded, (batch, keys), count, over_devices)
 
-            parts = _cut((batch, keys), count, over_devices)
-            shapes = jax.eval_shape(lambda: microbatch(*jax.tree.map(lambda x: x[0], parts)))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (loss, metrics, grads), _ = lax.scan(add, zeros, parts)
+        def train_fake(params):
+            """Return the fake score after this step, in which the generator becomes `params`."""
+            fake = objective.fake.update(state.fake, of_fake["fake"])
 
-        return _update(state, grads, loss, metrics, optimizer, config, objective.generator, frozen)
+            def again(fake, i):
+                keys, last, _ = _draws(objective, state, batch, jax.random.fold_in(key, i))
+
+                def grads(batch, keys):
+                    return jax.grad(objective.fake_loss)(
+                        fake.params, params, frozen, batch, keys, last
+                    )
+
+                means = _mean(grads, (batch, keys), count, over_devices)
+                return objective.fake.update(fake, means), None
+
+            return lax.scan(again, fake, jnp.arange(1, objective.fake.updates))[0]
+
+        if objective.fake:
+            metrics["norm/fake_grads"] = optim.global_norm(of_fake)
+        return _update(
+            state,
+            grads,
+            loss,
+            metrics,
+            optimizer,
+            config,
+            objective.generator,
+            frozen,
+            train_fake if objective.fake else None,
+        )
 
     return train_step
 
@@ -75,7 +95,7 @@ def make_term_norms(
     def term_norms(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
     ) -> Metrics:
-        state = stacks.pack(state, stacks.groups(state.params))
+        state = _packed(state)
         keys, last, spreads = _draws(objective, state, batch, key)
         if count > 1:
             parts = _cut((batch, keys), count, over_devices)
@@ -94,6 +114,28 @@ def _draws(
     size = len(next(iter(batch.values())))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
     return keys, objective.draw_last(step_key), reward_spread.std(state.moments)
+
+
+def _packed(state: TrainState) -> TrainState:
+    """Stack the arrays of a transformer's blocks, of the generator and of the fake score."""
+    if state.fake:
+        groups = stacks.groups(state.fake.params)
+        state = state._replace(fake=stacks.pack(state.fake, groups))
+    return stacks.pack(state, stacks.groups(state.params))
+
+
+def _mean(function: Callable, arguments: Any, count: int, over_devices: NamedSharding) -> Any:
+    """Return the mean of what a function returns of `count` microbatches of its arguments."""
+    if count == 1:
+        return function(*arguments)
+
+    def add(total, part):
+        return jax.tree.map(lambda t, x: t + x / count, total, function(*part)), None
+
+    parts = _cut(arguments, count, over_devices)
+    shapes = jax.eval_shape(lambda: function(*jax.tree.map(lambda x: x[0], parts)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(add, zeros, parts)[0]
 
 
 def _cut(tree: Any, count: int, over_devices: NamedSharding) -> Any:
@@ -118,6 +160,7 @@ def _update(
     config: ConfigDict,
     generator: Generator,
     frozen: dict[str, Any],
+    train_fake: Callable[[dict[str, jax.Array]], FakeState] | None,
 ) -> tuple[TrainState, Metrics]:
     # The optimizer does not count the steps that were skipped.
     rate = optim.learning_rate_schedule(config)(state.step - state.skipped)
@@ -145,6 +188,7 @@ def _update(
         state.skipped,
         state.skipped_in_a_row,
         moments,
+        train_fake(params) if train_fake else (),
     )
     new = optim.skip_if_nonfinite(state, new, norm)
     return stacks.unpack(new), {

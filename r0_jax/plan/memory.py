@@ -16,12 +16,13 @@ from r0_jax.training.program import Program
 def held(built: Program) -> dict[str, Any]:
     """Return the shapes of what lies on the devices from step to step, by kind."""
     state, frozen = built.abstract_state, built.abstract_frozen
-    rest = state._replace(params={}, ema_params={})
+    rest = state._replace(params={}, ema_params={}, fake=())
     networks = {name: part for name, part in frozen.items() if name not in ("rewards", "empty")}
     return {
         "parameters": state.params,
         "ema": state.ema_params,
         "optimizer": rest,
+        **({"fake score": state.fake} if state.fake else {}),
         **{f"frozen {name}": part for name, part in networks.items()},
         **{f"frozen {name}": part for name, part in frozen["rewards"].items()},
     }

@@ -64,7 +64,12 @@ class Program:
             if self.config.objective.normalization == "running_std"
             else []
         )
-        return train_state.init(params, self.optimizer, spread_of)
+        fake = self.objective.fake
+        if not fake:
+            return train_state.init(params, self.optimizer, spread_of)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        started = fake.init(key, base, shapes)
+        return train_state.init(params, self.optimizer, spread_of, started)
 
     @functools.cached_property
     def frozen_sharding(self) -> dict[str, Any]:
@@ -97,8 +102,7 @@ class Program:
         shapes = jax.eval_shape(self.init, self.abstract_frozen["base"])
         heads = self.pipeline.networks[self.pipeline.generator_part].heads
         return sharding.with_sharding(
-            shapes,
-            sharding.follow_params(shapes, shapes.params, self.mesh, self.config.sharding, heads),
+            shapes, sharding_of_state(shapes, self.mesh, self.config.sharding, heads)
         )
 
     @functools.cached_property
@@ -142,6 +146,23 @@ class Program:
         )
 
 
+def sharding_of_state(
+    shapes: TrainState,
+    mesh: Mesh,
+    rules: Sequence[object],
+    heads: Mapping[str, int] | None = None,
+) -> TrainState:
+    """Return the sharding of a state of shapes; `rules` and `heads` as in `param_sharding`.
+
+    The fake score's adapters have the names of the generator's, and shapes of their own.
+    """
+    found = sharding.follow_params(shapes, shapes.params, mesh, rules, heads)
+    if not shapes.fake:
+        return found
+    of_fake = sharding.follow_params(shapes.fake, shapes.fake.params, mesh, rules, heads)
+    return found._replace(fake=of_fake)
+
+
 def step_on(
     mesh: Mesh,
     objective: Objective,
@@ -177,6 +198,10 @@ def build(
     part = pipeline.generator_part
     if config.lora.rank:
         lora.check_rank(pipeline.networks[part].shapes, config.lora.targets, config.lora.rank)
+    if (score := config.regularizers.score).weight:
+        layers = score.targets or config.lora.targets
+        shapes = pipeline.networks[part].shapes
+        lora.check_rank(shapes, layers, score.rank, "regularizers.score")
     generator = Generator(
         config.lora.rank, config.lora.alpha, config.lora.targets, config.dtype, pipeline.fixed
     )

@@ -56,6 +56,7 @@ def context(x0=None, prediction_type="epsilon", base_pair=base_pair, batch=B, fl
         base,
         grid.noise_levels(config),
         floor,
+        lambda latents, timesteps: base(0.9 * latents, timesteps),
     )
 
 

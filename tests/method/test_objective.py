@@ -210,6 +210,7 @@ ON = {
     "feature": {"weight": 0.7, "least": 0.1, "most": 0.4},
     "guidance": {"weight": 0.9, "scale": 5.0, "least": 0.1},
     "consistency": {"weight": 0.6, "skip": 0.1, "c": 0.1},
+    "score": {"weight": 0.4, "scale": 2.0, "rank": 2},
     "gradient": {"weight": 0.5, "samples": 2, "std": 0.2},
 }
 ONE_STEP = {"sampler.num_steps": 1, "objective.grad_steps": 1, "objective.normalization": "none"}
@@ -252,7 +253,11 @@ def test_each_regularizer_changes_the_gradient(bare, name):
     if name == "gradient":
         assert set(metrics) == set(bare_metrics)
         return
-    assert set(metrics) - set(bare_metrics) == {f"norm/x0/{name}", f"cosine/x0/rewards~{name}"}
+    own = {"train/fake_loss"} if name == "score" else set()
+    assert set(metrics) - set(bare_metrics) == own | {
+        f"norm/x0/{name}",
+        f"cosine/x0/rewards~{name}",
+    }
     assert metrics[f"norm/x0/{name}"] > 1e-3
     assert -1 <= metrics[f"cosine/x0/rewards~{name}"] <= 1
     if name == "output":  # where training starts, the generator is its base

@@ -30,7 +30,7 @@ from r0_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditi
 from r0_jax.parallel import sharding
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
-from r0_jax.training.program import step_on
+from r0_jax.training.program import sharding_of_state, step_on
 from r0_jax.weights.network import Network, Params
 
 TOKENS, WORDS, EMBED = 6, 50, 8
@@ -281,9 +281,12 @@ class World(NamedTuple):
             if self.config.objective.normalization == "running_std"
             else []
         )
-        state = train_state.init(self.params(), optimizer, spread_of)
+        fake = self.objective.fake
+        shapes = self.pipeline.networks["unet"].shapes
+        started = fake.init(jax.random.key(4), self.frozen["base"], shapes) if fake else ()
+        state = train_state.init(self.params(), optimizer, spread_of, started)
         shapes = jax.eval_shape(lambda: state)
-        specs = sharding.follow_params(shapes, shapes.params, mesh, self.config.sharding)
+        specs = sharding_of_state(shapes, mesh, self.config.sharding)
         step = jax.jit(
             step_on(mesh, self.objective, optimizer, self.config),
             out_shardings=(specs, sharding.replicated(mesh)),
@@ -334,9 +337,12 @@ def make(
         "empty": {"input_ids": np.full((1, TOKENS), WORDS - 1, np.int32)},
     }
     frozen = jax.tree.map(jnp.asarray, frozen)
-    return World(
-        settings, pipeline, generator, Objective(pipeline, generator, rewards, settings), frozen
-    )
+    objective = Objective(pipeline, generator, rewards, settings)
+    if objective.fake:  # as in a later step
+        shapes = pipeline.networks["unet"].shapes
+        adapters = objective.fake.network.init(jax.random.key(6), frozen["base"], shapes)
+        frozen["fake"] = {name: 0.1 + value for name, value in adapters.items()}
+    return World(settings, pipeline, generator, objective, frozen)
 
 
 def place(frozen: dict[str, Any], mesh, config: ConfigDict) -> dict[str, Any]:

@@ -64,3 +64,36 @@ def rg_lcm(kind, x0, z, t, w, teacher, target, skip=20, c=1e-3, form="huber"):
     if form == "l2":
         return ((x0 - wanted) ** 2).mean((1, 2, 3))
     return (((x0 - wanted) ** 2 + c**2).sqrt() - c).mean((1, 2, 3))
+
+
+def scores(kind, x, t, n, base, fake, g):
+    alpha, sigma = levels(kind, t)
+    x_t = alpha * x + sigma * n
+    x_c, x_u = (
+        clean(kind, called(kind, base, x_t, t, prompted), x_t, alpha, sigma)
+        for prompted in (True, False)
+    )
+    return x_u + g * (x_c - x_u), clean(kind, called(kind, fake, x_t, t), x_t, alpha, sigma)
+
+
+def dmd(kind, x, t, n, base, fake, g):
+    """Diff-Instruct's integral KL with the weight of DMD2, at levels t with noise n."""
+    with torch.no_grad():
+        x_real, x_fake = scores(kind, x, t, n, base, fake, g)
+        gradient = (x_fake - x_real) / (x - x_real).abs().mean((1, 2, 3), keepdim=True)
+    return 0.5 * ((x - (x - gradient).detach()) ** 2).mean((1, 2, 3))
+
+
+def sid(kind, x, t, n, base, fake, g):
+    """The score identity loss with alpha = 1 (SiD, Diff-Instruct*)."""
+    x_real, x_fake = scores(kind, x, t, n, base, fake, g)
+    size = (x - x_real).detach().abs().mean((1, 2, 3), keepdim=True)
+    return ((x_real - x_fake) * (x_fake - x) / size).mean((1, 2, 3))
+
+
+def denoising(kind, x, t, n, fake):
+    """What the fake score is trained by: DMD2's loss of epsilon, of v where v is predicted."""
+    alpha, sigma = levels(kind, t)
+    output = called(kind, fake, alpha * x + sigma * n, t)
+    wanted = {"epsilon": n, "v_prediction": alpha * n - sigma * x, "flow": n - x}[kind]
+    return ((output - wanted) ** 2).mean((1, 2, 3))
