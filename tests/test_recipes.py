@@ -178,13 +178,12 @@ def test_a_peers_recipe_is_a_familys_with_another_objective(peer, family):
     assert changed.steps == 4 and changed.objective.method == "r0"
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
-def test_both_distillation_losses_are_a_step_of_each_family(family):
-    config = di_plus_plus.get_config(f"{family},dryrun")
+def test_both_distillation_losses_are_a_step_of_a_transformer():
+    config = di_plus_plus.get_config("sd3,dryrun")
     config.regularizers.consistency.weight = 1.0
-    config.regularizers.score.updates = 2
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    built = weightless.load(config, mesh)
+    with config.unlocked():  # other tests trace the rewards
+        config.rewards = {}
+    built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
     state, metrics = jax.eval_shape(built.step, *built.abstract)
     assert {"norm/x0/score", "norm/x0/consistency", "train/fake_loss"} < set(metrics)
     assert state.fake.params.keys() == built.abstract_state.params.keys()

@@ -53,6 +53,8 @@ def make_train_step(
         def train_fake(params):
             """Return the fake score after this step, in which the generator becomes `params`."""
             fake = objective.fake.update(state.fake, of_fake["fake"])
+            if objective.fake.updates == 1:
+                return fake
 
             def again(fake, i):
                 keys, last, _ = _draws(objective, state, batch, jax.random.fold_in(key, i))

@@ -4,10 +4,11 @@ import json
 import pathlib
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r0_jax.diffusion import grid, scheduler_config
+from r0_jax.diffusion import grid, noise_schedule, scheduler_config
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 
 parse = SchedulerConfig.from_json
@@ -87,3 +88,15 @@ def test_a_field_that_the_class_does_not_read_plays_no_part():
     pndm = {"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True, **SD}
     assert parse(pndm).noise.alphas_cumprod[-1] > 1e-3
     assert grid.exported(parse(pndm), 4).fields["rescale_betas_zero_snr"] is False
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_what_a_network_should_say_stands_for_the_clean_latents_and_the_noise(kind):
+    rng = np.random.default_rng(0)
+    x0, epsilon = (jnp.asarray(rng.standard_normal((2, 3)), jnp.float32) for _ in range(2))
+    sigma = jnp.float32(0.6)
+    alpha = 1 - sigma if kind == "flow_prediction" else jnp.float32(0.8)
+    output = noise_schedule.model_output(kind, x0, epsilon, alpha, sigma)
+    latents = alpha * x0 + sigma * epsilon
+    found = noise_schedule.x0_and_epsilon(kind, output, latents, alpha, sigma)
+    np.testing.assert_allclose(found, (x0, epsilon), atol=1e-5)

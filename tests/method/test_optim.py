@@ -102,6 +102,15 @@ def test_bad_config(changes, said):
         optim.make_optimizer(config(**changes))
 
 
+def test_all_updates_of_a_step_have_one_rate():
+    optimizer = optim.make_optimizer(config(learning_rate=4.0, warmup_steps=4), updates=2)
+    update, state, rates = jax.jit(optimizer.update), optimizer.init(PARAMS), []
+    for _ in range(4):
+        updates, state = update(GRADS, state, PARAMS)
+        rates.append(float(updates["layer.bias"][0]))
+    np.testing.assert_allclose(rates, [1, 1, 2, 2], rtol=1e-4)
+
+
 def test_langevin_adds_noise_of_the_right_size():
     params = {"a.kernel": jnp.zeros((200, 200)), "b.kernel": jnp.zeros((200, 200))}
     updates = {name: jnp.full(x.shape, 0.25) for name, x in params.items()}
