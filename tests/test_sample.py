@@ -133,7 +133,8 @@ def test_latents_that_do_not_fit(tmp_path):
         with pytest.raises(InputError, match=said):
             sample.read_latents(path, shape)
     np.savez(tmp_path / "several.npz", LATENTS)
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "shape.npy").read_bytes()[:-9])
+    np.save(tmp_path / "good.npy", LATENTS)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-9])
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no more")
     for name, said in [
