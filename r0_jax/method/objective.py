@@ -202,10 +202,8 @@ class Objective:
     ) -> tuple[dict[str, Direction], Metrics]:
         """Return what pulls at x0, by term and with its weight, and metrics."""
         drawn = _fold(keys, _REGULARIZERS)
-        # The fake score learns from its own loss alone.
-        frozen = frozen | {
-            name: lax.stop_gradient(x) for name, x in frozen.items() if name == "fake"
-        }
+        if self.fake:  # which learns from its own loss alone
+            frozen = frozen | {"fake": lax.stop_gradient(frozen["fake"])}
         pulls, metrics = {}, {}
         if self.rewards:
             pulls["rewards"], metrics = self._rewards_pull(
