@@ -47,12 +47,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     print is escaped; a terminal that is gone is no error. Options of JAX that change what a seed
     draws are set back, with a warning.
     """
-    streams.guard()
-    signals.guard()
-    logging.get_absl_logger().addFilter(_is_news)
-    logging.get_absl_handler().setFormatter(_Printable())
-    warnings.showwarning = _show_warning
     try:
+        signals.guard()
+        streams.guard()
+        logging.get_absl_logger().addFilter(_is_news)
+        logging.get_absl_handler().setFormatter(_Printable())
+        warnings.showwarning = _show_warning
         try:
             _set_jax_options()
             app.run(main, flags_parser=_parse_flags)
@@ -61,10 +61,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
                 sys.stdout.flush()  # a full disk is an error, told below
             if raised := signals.lost():
                 raise raised from None
+            signals.end_at_once()
             raise end from None
     except SystemExit:
         raise
     except BaseException as error:
+        signals.end_at_once()
         status, line = explain(error)
         if line is not None:
             print(f"error: {line}", file=sys.stderr)

@@ -8,6 +8,11 @@ A `.pt`, `.pth` or `.bin` file needs torch, which reads only tensors from it
 are checked before anything is written.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import functools
 import gzip
 import json

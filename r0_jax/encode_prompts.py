@@ -11,6 +11,11 @@ processes share the work by --process and --processes, or as jax.distributed cou
 --config.data.encoded=DIR it takes the embeddings from that dataset and adds features to them.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import functools
 import itertools
 import warnings

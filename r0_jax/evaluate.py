@@ -4,6 +4,11 @@ python -m r0_jax.evaluate --workdir=W                    three models, as the ru
 python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import contextlib
 import warnings
 from pathlib import Path

@@ -5,6 +5,11 @@
     python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import math
 import re
 from collections.abc import Iterator, Sequence
