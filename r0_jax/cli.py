@@ -19,7 +19,7 @@ from ml_collections.config_flags import config_path
 
 from r0_jax import machine, paths, signals, streams
 from r0_jax.config import make_paths_absolute
-from r0_jax.errors import BUG, InputError, disk_problem, explain, printable
+from r0_jax.errors import BUG, ConfigError, InputError, disk_problem, explain, printable
 from r0_jax.files import check_regular
 
 FLAGS = flags.FLAGS
@@ -69,7 +69,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         signals.end_at_once()
         status, line = explain(error)
         if line is not None:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {_config_file(error)}{line}", file=sys.stderr)
         elif status == BUG:
             raise
         sys.exit(status)
@@ -139,6 +139,14 @@ def config_name() -> str:
     """Return the name of --config: "sdxl_r0_r0plus" for configs/sdxl_r0.py:r0plus."""
     path, *argument = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
     return re.sub(r"[^\w.-]+", "_", "_".join([Path(path).stem, *argument]))
+
+
+def _config_file(error: BaseException) -> str:
+    """Return the file of --config for an error of it, with a colon; for other errors ""."""
+    if not (isinstance(error, ConfigError) and "config" in FLAGS and FLAGS["config"].present):
+        return ""
+    path, *_ = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
+    return f"{printable(path)}: "
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -254,7 +262,21 @@ def read_config(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
+    _check_tree(config, path, ())
     return config
+
+
+def _check_tree(section: ConfigDict, path: str, above: tuple[int, ...]) -> None:
+    """Raise InputError where a section of a config holds itself, which has no end."""
+    above = (*above, id(section))
+    for name, value in section.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            if id(value) in above:
+                raise InputError(
+                    f"{path}: the section {name!r} of the config holds itself: give each section "
+                    "its own ConfigDict"
+                )
+            _check_tree(value, path, above)
 
 
 class _Path(flags.ArgumentParser):

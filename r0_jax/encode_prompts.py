@@ -31,7 +31,7 @@ from rich.console import Console
 
 from r0_jax import cli, config_check, remote, rewards
 from r0_jax.console import EncodingProgress
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, of_config
 from r0_jax.evaluation.batches import batches
 from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
@@ -296,7 +296,8 @@ def main(argv: list[str]) -> None:
     processes = jax.process_count() if fields.processes is None else fields.processes
     if process >= processes:
         raise InputError(f"--process={process} must be below --processes={processes}")
-    config_check.check_config(config)
+    with of_config():
+        config_check.check_config(config)
     train.enable_compilation_cache(config)
     out = remote.output(fields.out)
     check_writable(out)
