@@ -97,9 +97,9 @@ def _check_size(cls: type, name: str, value: Any) -> None:
         most = _MOST_SIDE
     if not (least <= value <= most and math.isfinite(value)):  # NaN is not
         said = "NaN" if value != value else f"{value:.6g}" if abs(value) < 1e300 else "too large"
+        expected = f"at most {most}" if value > most else f"a number from {least} to {most}"
         raise InputError(
-            f"{cls.__name__}: {name} = {said} is not supported: a number from {least} to {most} is "
-            "expected"
+            f"{cls.__name__}: {name} = {said} is not supported: {expected} is expected"
         )
 
 
