@@ -228,6 +228,7 @@ def find_family(shapes: Shapes, path: Path) -> str:
 
 
 def _open(path: Path) -> TensorFile:
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     check_not_pointer(path)

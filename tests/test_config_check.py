@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 
 from r0_jax import config as base
 from r0_jax import config_check
-from r0_jax.errors import InputError
+from r0_jax.errors import ConfigError, InputError
 from r0_jax.method import optim
 from r0_jax.shapes import CHECKPOINTS
+from r0_jax.training import train
 
 
 def config(**rewards):
@@ -130,6 +131,25 @@ def test_settings_that_make_no_objective(override, said):
     found.update_from_flattened_dict(override)
     with pytest.raises(InputError, match=said):
         config_check.check_config(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", -1, "seed=-1 must be from 0"),
+        ("mesh.data", 7, r"mesh data=7 .* does not fit"),
+        ("batch_size", 0, "batch_size=0 "),
+        ("sharding", [("(", "fsdp")], r"sharding rule '\(' is not a regular expression"),
+        ("sharding", ["fsdp"], "sharding rule 'fsdp' is not a pair"),
+    ],
+)
+def test_a_command_knows_that_the_config_is_at_fault(field, value, said):
+    """It then names the file of the config."""
+    found = config()
+    found.test.prompts = ""
+    found.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=said):
+        train.check(found)
 
 
 GUIDED = {"regularizers.guidance.weight": 1.0}

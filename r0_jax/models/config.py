@@ -17,6 +17,10 @@ _MOST_NUMBER = 2**24
 _MOST_LAYERS = 10_000
 _MOST_SIDE = 8192  # of latents, or of a tower's images
 
+# Types, as JSON has them.
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_KINDS |= {type(None): "null", tuple: "a list", dict: "an object"}
+
 # What EMAModel of diffusers adds to the config.json of any network: how the average was made.
 EMA_FIELDS = frozenset(
     {
@@ -69,7 +73,7 @@ def parse(
         if not _is_of_type(values[name], known[name]):
             raise InputError(
                 f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
-                f"{known[name]} is expected"
+                f"{_named(known[name])} is expected"
             )
     try:
         return cls(**values)
@@ -178,6 +182,17 @@ def check_scaling(config: Any) -> None:
                 f"{json.dumps(getattr(config, name))} is not supported: {expected}, "
                 "and no more than a million, is expected"
             )
+
+
+def _named(annotation: Any) -> str:
+    """Return the name that a file's author knows: "a whole number", "a list", "text or null"."""
+    kinds = get_args(annotation)
+    if get_origin(annotation) is UnionType:
+        return " or ".join(map(_named, kinds))
+    if get_origin(annotation) is tuple:
+        inside = dict.fromkeys(_named(kind) for kind in kinds if kind is not ...)
+        return f"a list ({' or '.join(inside)})"
+    return _KINDS.get(annotation) or annotation.__name__
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

@@ -64,7 +64,9 @@ def cleaned(rows: Iterable[Row], path: Path, place: Callable[[int], str]) -> Ite
     finally:  # also where a reader wants the first prompts alone
         for found, where in first.items():
             said = _SAID[found].format(counts[found], where)
-            warnings.warn(f"{path}: {said}", stacklevel=2)
+            warnings.warn(
+                f"{path}: {said}", stacklevel=1
+            )  # one place: a file read twice is told once
 
 
 def _problem(row: Row) -> str:

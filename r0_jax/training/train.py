@@ -101,6 +101,7 @@ def check(config: ConfigDict) -> Mesh:
         testbed.check(config.test, config.heldout_rewards)
         mesh = sharding.make_mesh(config.mesh.to_dict())
         sharding.microbatches(config.batch_size, config.device_batch, mesh)
+        sharding.param_sharding({}, mesh, config.sharding)  # the form of the rules alone
         return mesh
 
 

@@ -1,5 +1,7 @@
 """Doubts about the encoding of prompts."""
 
+import warnings
+
 import pytest
 
 from r0_jax.prompts import files
@@ -52,3 +54,12 @@ def test_it_is_said_when_only_the_first_prompts_are_read(tmp_path):
     (tmp_path / "p.txt").write_text("a\x07b\nc\nd\n", "utf-8")
     with pytest.warns(UserWarning, match=r"left out of 1 prompt\(s\), first in line 1"):
         assert files.read_prompts(tmp_path / "p.txt", count=2) == ["a b", "c"]
+
+
+def test_a_file_that_is_read_twice_is_told_once(tmp_path):
+    (tmp_path / "p.txt").write_text("a\x07b\nc\nd\n", "utf-8")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for count in 1, 2, None:
+            files.read_prompts(tmp_path / "p.txt", count=count)
+    assert len(told) == 1
