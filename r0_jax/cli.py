@@ -20,7 +20,7 @@ from ml_collections.config_flags import config_path
 from r0_jax import machine, paths, signals, streams
 from r0_jax.config import make_paths_absolute
 from r0_jax.errors import BUG, ConfigError, InputError, disk_problem, explain, printable
-from r0_jax.files import check_regular
+from r0_jax.files import check_regular, naming
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help then lists --config under the program that defines it
@@ -249,7 +249,8 @@ def read_config(argument: str) -> ConfigDict:
         exec(compile(source, path, "exec"), module)
         if "get_config" not in module:
             raise InputError(f"config file {path} does not define get_config()")
-        config = module["get_config"](*arguments)
+        with naming(path):
+            config = module["get_config"](*arguments)
     except InputError:
         raise
     except SyntaxError as error:

@@ -52,7 +52,13 @@ def define_flags() -> None:
         "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
     flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
-    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1: classifier-free guidance")
+    flags.DEFINE_float(
+        "guidance_scale",
+        1.0,
+        "with --pipeline; above 1: classifier-free guidance",
+        lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
+    )
 
 
 def main(argv: list[str]) -> None:

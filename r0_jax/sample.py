@@ -25,6 +25,7 @@ from absl import flags
 from jaxtyping import Float
 
 from r0_jax import cli, machine, remote
+from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
@@ -75,6 +76,7 @@ def define_flags() -> None:
         1.0,
         "above 1: classifier-free guidance, with two network evaluations a step",
         lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
     )
     flags.DEFINE_list(
         "sigmas",

@@ -305,6 +305,11 @@ def test_unknown_flag_that_is_a_config_field(folder):
         ("def get_config(:\n", "recipe.py, line 1: invalid syntax"),
         ("steps = 3\n", "config file recipe.py does not define get_config()"),
         ("def get_config():\n  pass\n", "recipe.py: get_config() returned NoneType"),
+        (
+            "from r0_jax.errors import InputError\n"
+            "def get_config():\n  raise InputError('variant x is unknown')\n",
+            "recipe.py: variant x is unknown",
+        ),
         ("\nimport nothing_like_it\n", "recipe.py, line 2: ModuleNotFoundError"),
         ("def get_config():\n  return steps\n", "recipe.py, line 2: NameError: name 'steps'"),
         ("def get_config(size):\n  pass\n", "recipe.py: TypeError: get_config() missing 1"),
