@@ -4,6 +4,11 @@ python -m r0_jax.evaluate --workdir=W                    three models, as the ru
 python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import contextlib
 import warnings
 from pathlib import Path
@@ -47,7 +52,13 @@ def define_flags() -> None:
         "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
     flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
-    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1: classifier-free guidance")
+    flags.DEFINE_float(
+        "guidance_scale",
+        1.0,
+        "with --pipeline; above 1: classifier-free guidance",
+        lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
+    )
 
 
 def main(argv: list[str]) -> None:

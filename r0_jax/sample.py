@@ -5,6 +5,11 @@
     python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +25,7 @@ from absl import flags
 from jaxtyping import Float
 
 from r0_jax import cli, machine, remote
+from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
@@ -70,6 +76,7 @@ def define_flags() -> None:
         1.0,
         "above 1: classifier-free guidance, with two network evaluations a step",
         lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
     )
     flags.DEFINE_list(
         "sigmas",

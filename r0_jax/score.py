@@ -9,6 +9,11 @@ that number, from 0. Other images belong to the prompts in the order of their na
 before img_10. The contact sheet of `r0_jax.sample` is skipped.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import collections
 import json
 import math

@@ -282,6 +282,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
             ),
             ([*good, "--out", folder / "prompts.txt" / "x"], "prompts.txt is not a folder; choose"),
             ([*good, "--eta=2"], "--eta=2"),
+            ([*good, "--guidance_scale=1e308"], r"--guidance_scale=1e308: .* \[0, 1000"),
             ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
             ([*good, "--batch_size=0"], "--batch_size=0"),
             ([*good, "--seed=-1"], "--seed=-1"),

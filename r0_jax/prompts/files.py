@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from r0_jax import machine, remote
 from r0_jax.errors import InputError
 from r0_jax.files import check_not_pointer, check_regular, kind_of, loads
 from r0_jax.prompts import dataset
+from r0_jax.prompts.characters import Row, cleaned
 
 PROMPT = "prompt"
 TEXT_NAMES = (PROMPT, "caption", "text")  # of a field, a column or a feature; the first counts
@@ -19,11 +19,6 @@ _MOST_LINE = 64 * 2**20  # bytes of a line of text or of .jsonl
 _HEAD = 100_000  # bytes of a text file that tell what it is
 _MOST_JSON = 64 * 2**20  # bytes of a text file that are tried as JSON
 _MOST_ROWS = 10**8  # of a parquet file
-_MOST_CHARACTERS = 100_000  # of a prompt; encoders read a few hundred
-# Control characters but white space, and the byte order mark, also where files were joined.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
-
-Row = tuple[str, ...]  # a prompt, and further texts of its record
 
 
 def read_prompts(path: str | Path, numbered: bool = False, count: int | None = None) -> list[str]:
@@ -113,40 +108,12 @@ def _stripped(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     """Yield all rows of a file, blank ones too, without the space around their texts."""
     try:
         read = _read_tfds if path.is_dir() else _READERS[path.suffix]
-        for row in _cleaned(read(path, fields), path):
+        for row in cleaned(read(path, fields), path, lambda number: f"{_counted(path)} {number}"):
             yield tuple(text.strip() for text in row)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
-
-
-def _cleaned(rows: Iterator[Row], path: Path) -> Iterator[Row]:
-    """Apply the one rule for the characters and the length of texts of any file."""
-    count, first = 0, None
-    for number, row in enumerate(rows, start=1):
-        where = _place(path, number)
-        for text in row:
-            if len(text) > _MOST_CHARACTERS:
-                raise InputError(
-                    f"{where}: {len(text)} characters are no prompt (at most {_MOST_CHARACTERS})"
-                )
-        if any(_CONTROL.search(text) for text in row):
-            if any("\0" in text for text in row):
-                raise InputError(f"{where}: the prompt holds a NUL character: is the file damaged?")
-            count, first = count + 1, first or number
-            row = tuple(_CONTROL.sub(_replacement, text) for text in row)
-        yield row
-    if first:
-        warnings.warn(
-            f"{path}: control characters or byte order marks are left out of {count} prompt(s), "
-            f"first in {_counted(path)} {first}",
-            stacklevel=2,
-        )
-
-
-def _replacement(control: re.Match[str]) -> str:
-    return "" if control[0] == "\ufeff" else " "
 
 
 def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[Row]:
