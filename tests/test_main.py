@@ -328,6 +328,7 @@ def test_signs_of_hacking_are_logged_and_an_overlap_is_told(world):
         for line in lines
     ]
     signs = [found for found in signs if found]
+    assert [found.pop("hacking/vetoed") for found in signs] == [0.0] * len(signs)
     names = "saturation contrast edges dark colour_entropy diversity grid_energy_4".split()
     assert signs[0].keys() == {f"hacking/{name}" for name in names}
     assert signs[0] == pytest.approx(dict.fromkeys(signs[0], 1.0), abs=1e-4)  # it is the base

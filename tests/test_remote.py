@@ -379,7 +379,7 @@ def test_checkpoints_are_saved_restored_and_read(store, gcs, tmp_path, monkeypat
                 # What is measured up to a checkpoint is there before it.
                 assert (there / "metrics.jsonl").read_text() == f"{step}\n"
                 write(workdir.path, **{"metrics.jsonl": f"{step} measured\n"})
-                checkpoints.add_metrics(step, {"heldout/x": -step}, -step)
+                checkpoints.add_metrics(step, {"heldout/x": -step}, -float(step))
                 checkpoints.wait()
             wait_for(lambda: (there / "checkpoints/3/metrics/metrics").exists())
         assert (workdir.path / "checkpoints").exists() == url.startswith("s3")
