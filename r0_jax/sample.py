@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
         )
         text["latents"] = Path(fields.latents).name
     texts = [prompt.text for prompt in prompts]
-    job = {**text, **identity(source, texts, latents), "dtype": fields.dtype, "naming": naming}
+    job = {**text, **identity(source, texts, latents), "dtype": fields.dtype}
     images = Gallery(out, texts, targets, layout.notes(prompts, naming), job)
     images.begin(fields.overwrite)
     if fields.overwrite and processes > 1 and images.stale:

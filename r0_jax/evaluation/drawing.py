@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def draw(
 
 
 def identity(
-    source: Source, prompts: Sequence[str], latents: Float[np.ndarray, "n h w c"] | None
+    source: Source, prompts: Sequence[str], latents: Float[np.ndarray, "n h w c"] | None = None
 ) -> dict[str, object]:
     """Return what tells other weights, steps, sizes, prompts and noise apart."""
     scheduler = source.scheduler
@@ -152,12 +152,17 @@ def identity(
         "timesteps": np.asarray(scheduler.timesteps).tolist(),
         "sigmas": np.asarray(scheduler.sigmas).tolist(),
         "size": list(source.pipeline.image_shape[:2]),
-        "weights": row_fingerprint({jax.tree_util.keystr(path): leaf for path, leaf in leaves}),
+        "weights": row_fingerprint({_name(path): leaf for path, leaf in leaves}),
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
     }
     if latents is not None:
         found["noise"] = hashlib.sha256(latents.tobytes()).hexdigest()[:16]
     return found
+
+
+def _name(path: Sequence[Any]) -> str:
+    """Return the name of a leaf of parts of a pipeline: that of its tensor comes last."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def draw_missing(
@@ -195,13 +200,18 @@ def draw_missing(
 def _timed(
     drawn: Iterator[Float[np.ndarray, "b h w 3"]], seconds: list[float]
 ) -> Iterator[Float[np.ndarray, "b h w 3"]]:
-    """Yield batches; append the seconds an image that each took to come."""
+    """Yield batches; append the seconds an image that each took to come.
+
+    All take as long as the first, which is full: the last one is filled up.
+    """
+    size = 0
     while True:
         start = time.perf_counter()
         batch = next(drawn, None)
         if batch is None:
             return
-        seconds.append((time.perf_counter() - start) / len(batch))
+        size = size or len(batch)
+        seconds.append((time.perf_counter() - start) / size)
         yield batch
 
 

@@ -1,5 +1,6 @@
 """The images that `r0_jax.sample` writes: a killed call continues, a finished one is listed."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -44,7 +45,9 @@ class Gallery:
         job: Mapping[str, object],
     ):
         self.out, self._prompts, self._targets, self._notes = out, prompts, targets, notes
+        paths = "\n".join(target.path for target in targets)
         self._job = loads(json.dumps(job))
+        self._job["files"] = hashlib.sha256(paths.encode()).hexdigest()[:16]
         self._is_new, self.stale = False, list[Path]()
 
     def begin(self, overwrite: bool) -> None:
