@@ -103,7 +103,8 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_data(wheel):
         for path in (ROOT / "r0_jax").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    recipes = {f"r0_jax/recipes/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    configs = ROOT / "configs"
+    recipes = {f"r0_jax/recipes/{x.relative_to(configs).as_posix()}" for x in configs.rglob("*.py")}
     assert package == wanted | recipes
     # What the line above would not miss if the checkout lacked it.
     assert {f"r0_jax/recipes/{name}.py" for name in RECIPES} < recipes

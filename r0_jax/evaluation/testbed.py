@@ -98,7 +98,7 @@ class Testbed:
     heldout: list[Reward]
     tokens: Tokens
     features: dict[str, np.ndarray]  # of the rewards that read prompts
-    image_features: Callable[[np.ndarray], np.ndarray] | None
+    image_features: Callable[[np.ndarray, int], np.ndarray] | None
 
     @classmethod
     def build(cls, config: ConfigDict, pipeline: Pipeline) -> "Testbed":
@@ -125,8 +125,7 @@ class Testbed:
 
     def measure(self, model: Model) -> Measured:
         """Draw and judge an image of each prompt, and several of some for diversity."""
-        mesh = sharding.global_mesh()
-        size = batch_size(self.config, len(self.prompts), mesh)
+        mesh, size = sharding.global_mesh(), self.batch_size
         warm_up(model, self.tokens, self.pipeline, size)
         scorers = programs.scorers(self.rewards + self.heldout, mesh)
         parts: dict[str, list[np.ndarray]] = {}
@@ -179,13 +178,20 @@ class Testbed:
             )
         return entries
 
+    @property
+    def batch_size(self) -> int:
+        """How many images every program works on at a time."""
+        return batch_size(self.config, len(self.prompts), sharding.global_mesh())
+
     @functools.cached_property
     def reference(self) -> "Reference | None":
         """What the Frechet distance is to: rendered scenes of the same prompts."""
         if self.image_features is None or self.config.test.world != "shapes":
             return None
         features, again = (
-            self.image_features(world.render_prompts(self.prompts, self.config.seed + i))
+            self.image_features(
+                world.render_prompts(self.prompts, self.config.seed + i), self.batch_size
+            )
             for i in range(2)
         )
         return Reference(features, self._bootstrap(statistics.frechet_distance, again, features))
@@ -230,7 +236,7 @@ class Testbed:
             found[name] = score(scorers[reward.name], params, drawn, of_rows, size)
             del params
         if self.image_features is not None and self.reference is not None:
-            found[FEATURES] = self.image_features(drawn)
+            found[FEATURES] = self.image_features(drawn, size)
         return found
 
     def _diversity(self, model: Model, size: int) -> np.ndarray:
@@ -241,7 +247,7 @@ class Testbed:
         for rows in chunks(len(prompts), size, self.pipeline.image_shape):
             part = prompts[rows.start : rows.stop]
             drawn = self._draw(model, part, rows, self.config.seed + 1, size)
-            features.append(self.image_features(drawn))
+            features.append(self.image_features(drawn, size))
         return statistics.diversity(np.concatenate(features).reshape(count, each, -1))
 
 
@@ -266,15 +272,18 @@ def warm_up(model: Model, tokens: Tokens, pipeline: Pipeline, size: int) -> None
     model.sampler(model.params, take(tokens, first), noise, keys).block_until_ready()
 
 
-def _image_features(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Return images [N, h, w, 3] -> unit-length features of the held-out tower [N, D]."""
+def _image_features(config: ConfigDict) -> Callable[[np.ndarray, int], np.ndarray] | None:
+    """Return (images [N, h, w, 3], size) -> unit-length features of the held-out tower [N, D].
+
+    All parts have `size` images, so that one program is compiled.
+    """
     found = table_programs.feature_tower(config)
     if found is None:
         return None
     mesh = sharding.global_mesh()
     params = lazy.place(found.params, sharding.replicated(mesh))
     encode = table_programs.image_features(found, config.dtype, mesh)
-    return lambda x: score(encode, params, x, None, batch_size(config, len(x), mesh))
+    return lambda x, size: score(encode, params, x, None, size)
 
 
 def evaluate_run(run: Run, step: str = "") -> dict[str, Any]:
