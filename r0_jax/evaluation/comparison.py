@@ -133,9 +133,12 @@ def _scores(
         return {}
     problems: list[str] = []
     kept = Unfinished(out / f"{contender.name}.scores", contender.items, judges.job)
-    rows = scoring.score(
-        judges.rewards, contender.items, batch_size, problems.append, kept.keep, kept.read()
-    )
+    try:
+        rows = scoring.score(
+            judges.rewards, contender.items, batch_size, problems.append, kept.keep, kept.read()
+        )
+    finally:
+        kept.close()
     if problems:
         raise InputError(f"{contender.name}: {problems[0]}")
     kept.remove()

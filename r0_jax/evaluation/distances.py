@@ -19,10 +19,11 @@ SIGMA, SCALE = 10.0, 1000.0  # of the published kernel, and what the published n
 _BLOCK = 1024  # rows of the kernel's matrix that are held
 
 Features = Float[ArrayLike, "n d"]
+Reference = Float[ArrayLike, "m d"]
 Distance = Callable[[np.ndarray, np.ndarray], float]
 
 
-def cmmd(ours: Features, reference: Features) -> float:
+def cmmd(ours: Features, reference: Reference) -> float:
     """Return 1000 x the biased squared MMD under exp(-|x - y|^2 / 200), >= 0 but for rounding.
 
     Both sets are features [N, D] of unit length. Every pair counts, also an image with itself, as
@@ -32,7 +33,7 @@ def cmmd(ours: Features, reference: Features) -> float:
     return float(_weighted(ours, reference, *(np.ones((len(x), 1)) for x in (ours, reference)))[0])
 
 
-def cmmd_ci(ours: Features, reference: Features, seed: int = 0, samples: int = 200) -> dict:
+def cmmd_ci(ours: Features, reference: Reference, seed: int = 0, samples: int = 200) -> dict:
     """Return `cmmd` with a 95 % interval, {"value", "ci95"}, from resampling both sets.
 
     The interval is the spread of the replicates, moved to the value, as in `bootstrap_ci`. All
@@ -48,7 +49,7 @@ def cmmd_ci(ours: Features, reference: Features, seed: int = 0, samples: int = 2
     return _around(float(value), np.asarray(replicates))
 
 
-def frechet_ci(ours: Features, reference: Features, seed: int = 0, samples: int = 50) -> dict:
+def frechet_ci(ours: Features, reference: Reference, seed: int = 0, samples: int = 50) -> dict:
     """Return `statistics.frechet_distance` with a 95 % interval from resampling both sets."""
     ours, reference = _checked(ours), _checked(reference)
     rng = np.random.default_rng(seed)
@@ -61,7 +62,7 @@ def frechet_ci(ours: Features, reference: Features, seed: int = 0, samples: int 
     return _around(statistics.frechet_distance(ours, reference), np.asarray(replicates))
 
 
-def floor(distance: Distance, reference: Features, count: int, seed: int = 0) -> dict[str, Any]:
+def floor(distance: Distance, reference: Reference, count: int, seed: int = 0) -> dict[str, Any]:
     """Return the distance of two disjoint random parts of the reference, and their size.
 
     Each part has `count` images, or half of the reference where it is smaller. Between sets of this
