@@ -147,7 +147,8 @@ def test_a_run_its_base_and_a_peer_side_by_side(folder, tmp_path):
     assert os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns == stamp  # not drawn again
     table = json.loads((out / "eval.json").read_text("utf-8"))
     ours, theirs = table["models"]["r0_4"], table["models"]["peer"]
-    assert theirs["reward/clip_score"] == pytest.approx(ours["reward/clip_score"])
+    for name in ("reward/clip_score", "sign/saturation", "diversity"):
+        assert theirs[name]["value"] == pytest.approx(ours[name]["value"])
     assert abs(theirs["cmmd"]["value"]) < 1e-6 < table["models"]["base_1_guided"]["cmmd"]["value"]
     assert theirs["frechet_clip"]["value"] < 1e-6 < theirs["frechet_clip_floor"]["value"]
     assert "seconds_per_image" not in theirs and "reward/clip_score" in table["differences"]["peer"]
@@ -201,10 +202,11 @@ def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys
             "overwrite": False,
         },
     )
+    compared = dict.fromkeys(("rewards", "against", "images"))
     config = run.read_config(folder / "run")
     config.attention = "cudnn"
     monkeypatch.setattr(evaluate.run, "read_config", lambda workdir: config)
-    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields))
+    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields, **compared))
     monkeypatch.setattr(
         evaluate, "evaluate_run", lambda opened, step: seen.append(opened.config.attention)
     )
