@@ -12,13 +12,12 @@ import tiny
 from runs import check_refusals, commands, write_run
 
 from r0_jax import config as base
-from r0_jax import evaluate, rewards, sample
+from r0_jax import evaluate, rewards
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, world
 from r0_jax.files import check_writable
 from r0_jax.training import train
 from r0_jax.workdir import run
-from r0_jax.workdir.workdir import LocalWorkdir
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +133,6 @@ def test_a_run_its_base_and_a_peer_side_by_side(folder, tmp_path):
                 expected = np.mean(reward(np.stack(drawn), [prompt] * 2))
                 found = arrays[f"{name}/reward/clip_score"][i]
                 np.testing.assert_allclose(found, expected, atol=1e-4)
-    # The noise is the same: what `sample` draws with these seeds.
-    source = sample.from_run(LocalWorkdir(folder / "run"))
-    [drawn] = sample.draw(source, prompts)
-    assert np.abs(images.load_png(out / "images/r0_4/00002_0.png") - drawn[2]).max() < 2 / 255
 
     shutil.copytree(out / "images" / "r0_4", peer)
     stamp = os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns
