@@ -43,15 +43,22 @@ def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
     return series, unreadable
 
 
-def draw(values: dict[int, float], label: str) -> str:
+def draw(
+    values: dict[int, float],
+    label: str,
+    marked: int | None = None,
+    bounds: tuple[float, ...] = (),
+) -> str:
     """Return an SVG of one metric over the steps, with its last value at the line's end.
+
+    A dotted line stands at the step `marked`, dashed lines at the values `bounds`.
 
     A long run falls into at most 100 bins. The line is the mean of each bin. The band around it
     goes from the smallest to the largest value, so that no spike is lost. Positive values that span
     more than a factor of 30 get a logarithmic axis. `label` names the value axis.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     steps = np.array(sorted(step for step, value in values.items() if math.isfinite(value)))
     heights = np.array([values[step] for step in steps.tolist()])
@@ -60,11 +67,15 @@ def draw(values: dict[int, float], label: str) -> str:
         [(steps[i].mean(), heights[i].min(), heights[i].mean(), heights[i].max()) for i in bins]
     ).T
     # pyplot would change the caller's matplotlib.
-    figure = Figure(figsize=(3.2, 1.9), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(3.2, 1.9))
+    axes = figure.add_axes((0.2, 0.24, 0.62, 0.64))  # a layout engine would draw everything twice
     if len(bins) < len(steps):
         axes.fill_between(x, low, high, color=_LINE, alpha=0.22, linewidth=0)
     axes.plot(x, mean, color=_LINE, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3)
+    if marked is not None:
+        axes.axvline(marked, color=_TEXT, linewidth=0.9, linestyle=":")
+    for bound in bounds:
+        axes.axhline(bound, color=_TEXT, linewidth=0.9, linestyle="--")
     axes.annotate(
         f"{mean[-1]:.4g}",
         (x[-1], mean[-1]),
@@ -80,6 +91,7 @@ def draw(values: dict[int, float], label: str) -> str:
     if low.min() > 0 and high.max() > 30 * low.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))

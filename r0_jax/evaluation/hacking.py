@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from r0_jax.errors import InputError
 
+VETOED = "hacking/vetoed"  # the metric that keeps a checkpoint from being the best
 _LUMA = (0.299, 0.587, 0.114)
 _MEANS = ("saturation", "contrast", "edges", "dark", "colour_entropy")
 _DARK = 0.05  # luminance

@@ -21,9 +21,9 @@ import rich.text
 from PIL import Image
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import curves
+from r0_jax.evaluation import curves, hacking
 from r0_jax.evaluation.images import load_png, to_uint8
-from r0_jax.files import Json, check_regular, loads, write_bytes
+from r0_jax.files import Json, check_regular, loads, read_json, write_bytes
 
 _PROMPTS_SHOWN = 12
 _GRIDS_SHOWN = 6
@@ -64,6 +64,7 @@ _CURVES = [
     ("reward/", "Training rewards", "reward", "c1"),
     ("heldout/", "Held-out rewards", "held-out reward", "c2"),
     ("norm/x0/", "Pull of each term at x0", "L2 norm", "c3"),
+    ("hacking/", "Signs of hacking", "multiple of the base", "c2"),
     ("cosine/x0/", "Agreement of terms with the rewards", "cosine", "c3"),
     ("norm/params/", "Gradient of each term", "L2 norm", "c4"),
     ("norm/", "Other norms", "L2 norm", "c4"),
@@ -143,7 +144,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         raise InputError(f"{workdir} is not a folder; give the --workdir of a run.")
     sections = {
         "Result": _result(workdir / "eval.json"),
-        "Curves": _curves(workdir / "metrics.jsonl"),
+        "Curves": _curves(workdir / "metrics.jsonl", workdir / "config.json"),
         "Side by side": _side_by_side(workdir / "samples" / "eval"),
         "Samples during training": _training_samples(workdir / "samples"),
         "Configuration": _configuration(workdir / "config.json"),
@@ -220,19 +221,32 @@ def _differences(evaluation: dict) -> str:
 <tbody>{body}</tbody></table></div>"""
 
 
-def _curves(path: Path) -> str:
+def _curves(path: Path, config_path: Path) -> str:
     if not path.is_file():
         return _missing("metrics.jsonl", "training")
     series, unreadable = curves.read(path)
+    config = _fields(config_path)
+    best, bounds = _best_step(series, config.get("best_metric")), _bounds(config.get("veto"))
+    last = max((step for values in series.values() for step in values), default=0)
     parts = [
-        """<p class="soft">Line: mean; band: smallest to largest value in each hundredth of the run
+        f"""<p class="soft">Step {last} of {html.escape(str(config.get("steps", "?")))}.
+Line: mean; band: smallest to largest value in each hundredth of the run
 (no band while there are fewer than 100 values); the number is where the line ends.</p>"""
     ]
+    if best is not None:
+        parts.append(
+            f"""<p>The best checkpoint is that of step {best}, by
+{html.escape(str(config["best_metric"]))}: the dotted lines.</p>"""
+        )
+    if bounds:
+        parts.append('<p class="soft">Dashed: the bounds of config.veto.</p>')
     if unreadable:
         parts.append(_note(f"Lines of metrics.jsonl that could not be read: {unreadable}."))
     for prefix, heading, label, colour in _CURVES:
         names = sorted(name for name in series if name.startswith(prefix))
-        panels = "".join(_panel(name, series.pop(name), label) for name in names)
+        panels = "".join(
+            _panel(name, series.pop(name), label, best, bounds.get(name, ())) for name in names
+        )
         if not panels and prefix:
             panels = _note(f"metrics.jsonl has no {prefix}… values.")
         if panels:
@@ -240,11 +254,42 @@ def _curves(path: Path) -> str:
     return "".join(parts)
 
 
-def _panel(name: str, values: dict[int, float], label: str) -> str:
+def _best_step(series: dict[str, dict[int, float]], metric: object) -> int | None:
+    """Return the step of the highest value of a metric among those without a veto."""
+    vetoed = series.get(hacking.VETOED, {})
+    values = {
+        step: value
+        for step, value in series.get(str(metric), {}).items()
+        if math.isfinite(value) and not vetoed.get(step)
+    }
+    return max(values, key=values.__getitem__, default=None)
+
+
+def _bounds(veto: object) -> dict[str, tuple[float, ...]]:
+    """Return {metric: its bounds} of the veto in a config.json, without what is not readable."""
+    pairs = veto.items() if isinstance(veto, dict) else ()
+    return {
+        f"hacking/{name}": tuple(map(float, pair))
+        for name, pair in pairs
+        if isinstance(pair, list) and all(isinstance(x, int | float) for x in pair)
+    }
+
+
+def _panel(
+    name: str, values: dict[int, float], label: str, best: int | None, bounds: tuple[float, ...]
+) -> str:
     bad = sum(not math.isfinite(value) for value in values.values())
     note = _note(f"{bad} of {len(values)} values are not finite.") if bad else ""
-    chart = curves.draw(values, label) if bad < len(values) else ""
+    chart = curves.draw(values, label, best, bounds) if bad < len(values) else ""
     return f"<figure><figcaption>{html.escape(name)}</figcaption>{chart}{note}</figure>"
+
+
+def _fields(path: Path) -> Json:
+    """Return a config.json, {} where there is none that can be read: its own section says so."""
+    try:
+        return read_json(path)
+    except (OSError, InputError):
+        return {}
 
 
 def _side_by_side(folder: Path) -> str:
@@ -421,7 +466,7 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .panels figcaption { font-weight: 600; }
 .c1 { --line: var(--c1); } .c2 { --line: var(--c2); } .c3 { --line: var(--c3); }
 .c4 { --line: var(--c4); } .c5 { --line: var(--c5); }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible; }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .pairs { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
 .pairs figure { display: flex; flex-direction: column; justify-content: space-between; gap: .3rem; }

@@ -22,7 +22,6 @@ from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 
 Images = Float[np.ndarray, "n h w 3"]
-VETOED = "hacking/vetoed"  # the metric that keeps a checkpoint from being the best
 
 
 class Validation:
@@ -81,7 +80,7 @@ class Validation:
         found = hacking.relative(signs, self.base_signs)
         vetoed = hacking.outside(found, self.veto)
         values = {f"hacking/{name}": value for name, value in found.items()}
-        values[VETOED] = float(len(vetoed))
+        values[hacking.VETOED] = float(len(vetoed))
         for name, parts in scores.items():
             kind = "heldout" if name in self.heldout else "eval"
             values[f"{kind}/{name}"] = float(np.mean(np.concatenate(parts)))

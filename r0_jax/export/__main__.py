@@ -5,11 +5,13 @@ python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffuse
 python -m r0_jax.export --workdir=W --out=DIR --format=kohya    LoRA for ComfyUI, A1111, Forge
 """
 
+from pathlib import Path
 from typing import get_args
 
 from absl import flags
 
 from r0_jax import cli, remote
+from r0_jax.export import hub
 from r0_jax.export.folder import Format, export
 from r0_jax.weights import convert
 from r0_jax.workdir import mirror
@@ -51,11 +53,19 @@ def define_flags() -> None:
         "name of the pretrained pipeline in the model card: "
         "its name on the Hub, or a path that readers have",
     )
+    flags.DEFINE_string(
+        "push_to_hub",
+        None,
+        "upload the export to the Hugging Face Hub as the model owner/name, which is private if it "
+        "is new",
+    )
 
 
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
+    if fields.push_to_hub is not None:
+        hub.check(fields.push_to_hub)
     with mirror.workdir(fields.workdir) as workdir:
         step = export(
             workdir,
@@ -70,6 +80,9 @@ def main(argv: list[str]) -> None:
             base_model=fields.base_model,
         )
     print(f"step {step} of {fields.workdir} is in {fields.out} ({fields.format})")
+    if fields.push_to_hub is not None:
+        message = f"Export step {step} ({fields.format})"
+        print(f"uploaded: {hub.push(Path(fields.out), fields.push_to_hub, message)}")
 
 
 if __name__ == "__main__":

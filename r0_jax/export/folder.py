@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from r0_jax import files
 from r0_jax.errors import InputError
-from r0_jax.export import comfyui, kohya, model_card
+from r0_jax.export import comfyui, examples, kohya, licence, model_card
 from r0_jax.files import copy_file, pickles, read_json, temporary_name
 from r0_jax.method import lora
 from r0_jax.pipelines.folder import mend_sample_size
@@ -75,7 +75,18 @@ def export(
         for path in run.pretrained.glob("LICENSE*"):
             if path.is_file():
                 copy_file(path, building / path.name, run.pretrained)
-        card = model_card.write(run, form, chosen, ema, dtype, base_model, name, no_workflow)
+        card = model_card.write(
+            run,
+            form,
+            chosen,
+            ema,
+            dtype,
+            base_model,
+            name,
+            no_workflow,
+            licence.of_folder(run.pretrained),
+            examples.copy(run, chosen, building) if ema else [],  # evaluated are averaged weights
+        )
         (building / "README.md").write_text(card, encoding="utf-8")
         _move(building, out.resolve())
     return chosen

@@ -47,9 +47,14 @@ _BLOCK = re.compile(
 )
 
 
+def supports(family: str) -> bool:
+    """Return whether kohya's format has names for a class of pipelines."""
+    return family in _FAMILIES
+
+
 def check_family(family: str) -> None:
     """Check that kohya's format supports a class of pipelines; raise InputError if not."""
-    if family not in _FAMILIES:
+    if not supports(family):
         raise InputError(
             f"--format=kohya is for Stable Diffusion 1.x, 2.x and SDXL, not for "
             f"{describe(family)}: use --format=peft, which ComfyUI reads too"

@@ -2,15 +2,19 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import ModelCardData
 from ml_collections import ConfigDict
 
 from r0_jax import remote
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import printable
 from r0_jax.evaluation import report
-from r0_jax.export import comfyui
+from r0_jax.export import comfyui, kohya
+from r0_jax.export.examples import Example
 from r0_jax.workdir.run import Run
 
 MADE_WITH = "Written by `python -m r0_jax.export"  # marks an export: --overwrite looks for it
@@ -26,35 +30,32 @@ def write(
     base_model: str,
     name: str,
     no_workflow: str,
+    licence: dict[str, str],
+    examples: Sequence[Example],
 ) -> str:
     """Return the model card of an export in the format `form`.
 
     Its Python snippet runs in the exported folder, which is called `name`. `base_model` is the
     name of the pretrained pipeline for readers. `no_workflow` is what `comfyui.why_not` returned.
+    `licence` has the Hub's fields of the pretrained model's licence. `examples` are images in the
+    exported folder.
     """
     num_steps, is_lora = run.config.sampler.num_steps, form != "diffusers"
-    tags = ["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora
-    listed = "\n".join(f"- {tag}" for tag in tags)
     rows = "\n".join(
         f"| {_escape(label)} | {_escape(value)} |"
         for label, value in _recipe(run, step, ema, base_model).items()
     )
     return f"""---
-base_model: {_string(base_model)}
-base_model_relation: {"adapter" if is_lora else "finetune"}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-{listed}
+{_metadata(is_lora, base_model, licence, examples)}
 ---
 
 # {_escape(base_model.rstrip("/").split("/")[-1])} in {num_steps} steps
 
 A text-to-image generator that takes {num_steps} steps without guidance, made from
 {_code(base_model)} by regularized reward maximization (R0) with r0_jax. It is a derivative of that
-model, whose licence applies.
+model, whose licence applies{_named(licence)}.
 
-## Use
+{_shown(examples)}## Use
 
 In this folder (elsewhere, replace `"."` by its path or its name on the Hub):
 
@@ -70,6 +71,41 @@ In this folder (elsewhere, replace `"."` by its path or its name on the Hub):
 
 {_numbers(run.workdir.path / "eval.json")}{MADE_WITH} --format={form}`.
 """
+
+
+def _metadata(
+    is_lora: bool, base_model: str, licence: dict[str, str], examples: Sequence[Example]
+) -> str:
+    """Return the fields that the Hub reads, as YAML."""
+    optional: dict[str, Any] = dict(licence)
+    if examples:
+        optional["widget"] = [{"text": x.prompt, "output": {"url": x.file}} for x in examples]
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter" if is_lora else "finetune",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "few-step", "r0"] + ["lora"] * is_lora,
+        **optional,
+    ).to_yaml()
+
+
+def _named(licence: dict[str, str]) -> str:
+    name = licence.get("license_name") or licence.get("license")
+    return f" ({_escape(name)})" if name else ""
+
+
+def _shown(examples: Sequence[Example]) -> str:
+    """Return the images as a table, each above its prompt."""
+    if not examples:
+        return ""
+    rows = [
+        [f"![{_escape(x.prompt)}]({x.file})" for x in examples],
+        ["---"] * len(examples),
+        [_escape(x.prompt) for x in examples],
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\nNot chosen: the first prompts of the run's last evaluation.\n\n"
 
 
 _LORA_NOTES = """
@@ -150,6 +186,8 @@ def _program_notes(run: Run, form: str, name: str, no_workflow: str) -> str:
 In ComfyUI, which supports the published architectures, drop `{comfyui.FILE}` onto the
 canvas. Its note says where to put the files.
 """
+    if form != "kohya" and kohya.supports(run.index["_class_name"]):
+        notes += "\nInvokeAI reads only the single file of `--format=kohya`.\n"
     if form == "kohya" and run.config.sampler.eta == 1:
         notes += """
 A1111 and Forge have no sampler that draws as this model was trained: their LCM visits other

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from r0_jax.evaluation import curves
-from r0_jax.evaluation.validation import VETOED
+from r0_jax.evaluation.hacking import VETOED
 
 
 class EarlyStop:

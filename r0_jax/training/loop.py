@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from r0_jax.config import trained_rewards
 from r0_jax.console import console
-from r0_jax.evaluation.validation import VETOED, Validation
+from r0_jax.evaluation.hacking import VETOED
+from r0_jax.evaluation.validation import Validation
 from r0_jax.method.train_state import TrainState
 from r0_jax.parallel import heartbeat, replicas, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
@@ -22,6 +23,7 @@ from r0_jax.training.early_stop import EarlyStop
 from r0_jax.training.profile import Profile
 from r0_jax.training.program import Program
 from r0_jax.training.step_log import StepLog
+from r0_jax.training.watch import Watch
 from r0_jax.workdir.checkpoint_manager import Checkpoints
 
 Batch = dict[str, jax.Array]
@@ -82,7 +84,7 @@ class Loop:
             self.config, job.folder, self.first if start.resumed else None, start.measured
         )
         self.profile = Profile(self.config.profile, job.folder, self.first)
-        self.balance = Balance()
+        self.balance, self.watch = Balance(), Watch(job.folder)
         self._batches = job.batches_from(self.first)
         self._peeked: Batch | None = None  # read already, for the step that comes
 
@@ -199,6 +201,8 @@ class Loop:
             best = values.get(self.config.best_metric, math.nan)
             score = math.nan if values[VETOED] else best
             self.job.checkpoints.add_metrics(self.step, values, score)
+            if jax.process_index() == 0:
+                self.watch.write()
             self.early.add(score)
             self.balance.check()
 

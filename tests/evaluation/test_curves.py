@@ -67,10 +67,10 @@ def test_a_long_run_is_binned_and_its_spike_stays_in_the_band():
 
 
 def test_only_positive_values_over_decades_get_a_logarithmic_axis():
-    hundred = "1 0 2"  # matplotlib sets 10^2 glyph by glyph
-    assert hundred in texts(curves.draw({1: 3.0, 2: 120.0}, "norm"))
-    assert hundred not in texts(curves.draw({1: 90.0, 2: 120.0}, "norm"))
-    assert hundred not in texts(curves.draw({1: 0.0, 2: 120.0}, "norm"))
+    decades = {"10", "100"}
+    assert decades <= set(texts(curves.draw({1: 3.0, 2: 120.0}, "norm")))
+    assert not decades <= set(texts(curves.draw({1: 90.0, 2: 120.0}, "norm")))
+    assert not decades <= set(texts(curves.draw({1: 0.0, 2: 120.0}, "norm")))
 
 
 def test_rounding_coordinates_spares_the_numbers_one_reads():

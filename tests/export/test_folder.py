@@ -307,6 +307,7 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
     workdir = tmp_path / "run"
     shutil.copytree(runs / "lora", workdir)
     (workdir / "eval.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    write_examples(workdir, ["a `red` circle", "红色的圆"])
     form = "peft" if name == "peft" else "diffusers"
     export.export(LocalWorkdir(workdir), tmp_path / "out", form, base_model=str(pretrained))
     front, snippet, text = card(tmp_path / "out")
@@ -328,9 +329,34 @@ def test_the_card_and_its_snippet(runs, pretrained, tmp_path, name, monkeypatch)
     assert ("The scale of the LoRA is 1" in text) == (name == "peft")
     assert "timesteps 999, 749, 499, 249" in text and 'timestep_spacing="trailing"' in text
 
+    # The best checkpoint is step 10: images of another one do not show what it draws.
+    assert "widget" not in front and not (tmp_path / "out" / "images").exists()
+    (workdir / "eval.json").write_text(json.dumps(evaluation | {"checkpoint": "step 10"}))
+    export.export(LocalWorkdir(workdir), tmp_path / "shown", form, base_model=str(pretrained))
+    front, _, text = card(tmp_path / "shown")
+    assert front["widget"] == [
+        {"text": "a `red` circle", "output": {"url": "images/0.png"}},
+        {"text": "红色的圆", "output": {"url": "images/1.png"}},
+    ]
+    assert (tmp_path / "shown" / "images" / "1.png").read_bytes() == b"image 1"
+    assert r"| ![a \`red\` circle](images/0.png) | ![红色的圆](images/1.png) |" in text
+    export.export(LocalWorkdir(workdir), tmp_path / "raw", form, ema=False)
+    assert "widget" not in card(tmp_path / "raw")[0]
+
     monkeypatch.chdir(tmp_path / "out")
     exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "out" / "image.png").exists()
+
+
+def write_examples(workdir, prompts):
+    """What an evaluation leaves, with bytes for images."""
+    folder = workdir / "samples" / "eval" / "r0_4"
+    folder.mkdir(parents=True)
+    lines = []
+    for i, prompt in enumerate(prompts):
+        (folder / f"{i:04d}.png").write_bytes(f"image {i}".encode())
+        lines.append(json.dumps({"prompt": prompt, "files": {"r0_4": f"r0_4/{i:04d}.png"}}))
+    (folder.parent / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_the_card_without_an_evaluation_names_the_base_as_others_know_it(runs, exported, tmp_path):
