@@ -7,6 +7,11 @@ A killed one continues with the same command. `--jobs=8` spreads the runs over e
 chips of a host. `--only=VARIANT/seed_N` trains one run of the grid, for job queues.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import contextlib
 import sys
 

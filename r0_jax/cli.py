@@ -19,8 +19,8 @@ from ml_collections.config_flags import config_path
 
 from r0_jax import machine, paths, signals, streams
 from r0_jax.config import make_paths_absolute
-from r0_jax.errors import BUG, InputError, disk_problem, explain, printable
-from r0_jax.files import check_regular
+from r0_jax.errors import BUG, ConfigError, InputError, disk_problem, explain, printable
+from r0_jax.files import check_regular, naming
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help then lists --config under the program that defines it
@@ -47,12 +47,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     print is escaped; a terminal that is gone is no error. Options of JAX that change what a seed
     draws are set back, with a warning.
     """
-    streams.guard()
-    signals.guard()
-    logging.get_absl_logger().addFilter(_is_news)
-    logging.get_absl_handler().setFormatter(_Printable())
-    warnings.showwarning = _show_warning
     try:
+        signals.guard()
+        streams.guard()
+        logging.get_absl_logger().addFilter(_is_news)
+        logging.get_absl_handler().setFormatter(_Printable())
+        warnings.showwarning = _show_warning
         try:
             _set_jax_options()
             app.run(main, flags_parser=_parse_flags)
@@ -61,13 +61,15 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
                 sys.stdout.flush()  # a full disk is an error, told below
             if raised := signals.lost():
                 raise raised from None
+            signals.end_at_once()
             raise end from None
     except SystemExit:
         raise
     except BaseException as error:
+        signals.end_at_once()
         status, line = explain(error)
         if line is not None:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {_config_file(error)}{line}", file=sys.stderr)
         elif status == BUG:
             raise
         sys.exit(status)
@@ -137,6 +139,14 @@ def config_name() -> str:
     """Return the name of --config: "sdxl_r0_r0plus" for configs/sdxl_r0.py:r0plus."""
     path, *argument = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
     return re.sub(r"[^\w.-]+", "_", "_".join([Path(path).stem, *argument]))
+
+
+def _config_file(error: BaseException) -> str:
+    """Return the file of --config for an error of it, with a colon; for other errors ""."""
+    if not (isinstance(error, ConfigError) and "config" in FLAGS and FLAGS["config"].present):
+        return ""
+    path, *_ = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
+    return f"{printable(path)}: "
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -239,7 +249,8 @@ def read_config(argument: str) -> ConfigDict:
         exec(compile(source, path, "exec"), module)
         if "get_config" not in module:
             raise InputError(f"config file {path} does not define get_config()")
-        config = module["get_config"](*arguments)
+        with naming(path):
+            config = module["get_config"](*arguments)
     except InputError:
         raise
     except SyntaxError as error:
@@ -252,7 +263,21 @@ def read_config(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise InputError(f"{path}: get_config() returned {kind}, not a ConfigDict")
+    _check_tree(config, path, ())
     return config
+
+
+def _check_tree(section: ConfigDict, path: str, above: tuple[int, ...]) -> None:
+    """Raise InputError where a section of a config holds itself, which has no end."""
+    above = (*above, id(section))
+    for name, value in section.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            if id(value) in above:
+                raise InputError(
+                    f"{path}: the section {name!r} of the config holds itself: give each section "
+                    "its own ConfigDict"
+                )
+            _check_tree(value, path, above)
 
 
 class _Path(flags.ArgumentParser):

@@ -37,6 +37,7 @@ TENSOR_PARALLEL = (
     (r"(layers|\w+_refiner)\..*\.feed_forward\.w[13](\.lora_B)?\.kernel", "column"),
     (r"(layers|\w+_refiner)\..*\.feed_forward\.w2(\.lora_A)?\.kernel", "row"),
 )
+MOST_GUIDANCE = 1000  # of any guidance scale; published ones are at most 20
 # Fields that hold a path, besides `path` and `head` of each reward's entry.
 PATHS = (
     "pretrained",

@@ -8,6 +8,11 @@ A `.pt`, `.pth` or `.bin` file needs torch, which reads only tensors from it
 are checked before anything is written.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import functools
 import gzip
 import json
@@ -28,7 +33,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from r0_jax import cli, machine, remote
 from r0_jax.errors import InputError
-from r0_jax.files import check_not_pointer, check_writable, naming, read_json, write_bytes
+from r0_jax.files import (
+    check_not_pointer,
+    check_regular,
+    check_writable,
+    naming,
+    read_json,
+    write_bytes,
+)
 from r0_jax.models import chinese_clip, open_clip, qwen2_vl
 from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
@@ -252,6 +264,7 @@ def read_checkpoint(path: Path) -> Tensors:
     Remove the prefix `module.` of data-parallel training. Raise InputError for a file that is
     missing, incomplete, or holds anything but tensors.
     """
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     check_not_pointer(path)
@@ -346,6 +359,7 @@ def write_tokenizer(source: Path, out: Path) -> None:
 
     Raise InputError if `source` is none of these.
     """
+    check_regular(source)
     if not source.exists():
         raise InputError(f"--tokenizer={source}: no such file or folder")
     check_not_pointer(source)

@@ -8,6 +8,11 @@ checkpoint holds neither configs nor tokenizers. They come from a diffusers fold
 family, which needs no weights. Nothing is downloaded.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import contextlib
 import json
 import logging
@@ -223,6 +228,7 @@ def find_family(shapes: Shapes, path: Path) -> str:
 
 
 def _open(path: Path) -> TensorFile:
+    check_regular(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     check_not_pointer(path)

@@ -11,6 +11,11 @@ processes share the work by --process and --processes, or as jax.distributed cou
 --config.data.encoded=DIR it takes the embeddings from that dataset and adds features to them.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import functools
 import itertools
 import warnings
@@ -26,7 +31,7 @@ from rich.console import Console
 
 from r0_jax import cli, config_check, remote, rewards
 from r0_jax.console import EncodingProgress
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, of_config
 from r0_jax.evaluation.batches import batches
 from r0_jax.files import check_writable
 from r0_jax.parallel import sharding
@@ -291,7 +296,8 @@ def main(argv: list[str]) -> None:
     processes = jax.process_count() if fields.processes is None else fields.processes
     if process >= processes:
         raise InputError(f"--process={process} must be below --processes={processes}")
-    config_check.check_config(config)
+    with of_config():
+        config_check.check_config(config)
     train.enable_compilation_cache(config)
     out = remote.output(fields.out)
     check_writable(out)

@@ -1,9 +1,11 @@
 """Errors of users, told in one line, and their exit statuses."""
 
+import contextlib
 import errno
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 
 from r0_jax import machine
 
@@ -34,12 +36,25 @@ class InputError(Exception):
     """
 
 
+class ConfigError(InputError):
+    """An invalid config. Commands say before the message what file they have it from."""
+
+
 class UnreachableError(InputError):
     """An object store that does not answer. The exit status is 1, since a restart may help."""
 
 
 class Terminated(BaseException):
     """A SIGTERM came. Like KeyboardInterrupt it passes by what catches errors, and cleans up."""
+
+
+@contextlib.contextmanager
+def of_config() -> Iterator[None]:
+    """Let every InputError inside be a ConfigError."""
+    try:
+        yield
+    except InputError as error:
+        raise ConfigError(str(error)) from None
 
 
 def explain(error: BaseException) -> tuple[int, str | None]:

@@ -10,6 +10,11 @@ With --rewards, --against or --images it compares models on the same prompts and
 (docs/benchmarks.md). The same command continues a killed comparison.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import contextlib
 import dataclasses
 import warnings
@@ -77,7 +82,13 @@ def define_flags() -> None:
         "with --pipeline, by default 4; in a comparison also of a run, as it trained by default",
         lower_bound=1,
     )
-    flags.DEFINE_float("guidance_scale", 1.0, "with --pipeline; above 1: classifier-free guidance")
+    flags.DEFINE_float(
+        "guidance_scale",
+        1.0,
+        "with --pipeline; above 1: classifier-free guidance",
+        lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
+    )
     _define_comparison()
 
 
@@ -95,7 +106,11 @@ def _define_comparison() -> None:
         "against_steps", None, "of the base; default: as the run's test says, or 25", lower_bound=1
     )
     flags.DEFINE_float(
-        "against_guidance_scale", None, "of the base; default: as the run's test says, or 7.5"
+        "against_guidance_scale",
+        None,
+        "of the base; default: as the run's test says, or 7.5",
+        lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
     )
     flags.DEFINE_integer(
         "samples_per_prompt", 1, "in a comparison; from 2 on it measures diversity", lower_bound=1

@@ -63,13 +63,20 @@ def problem(error: BaseException | None) -> str | None:
             isinstance(error, RuntimeError | ValueError | OSError) and _MEMORY.search(text)
         ):
             return _memory_line(error)
-        if isinstance(error, RuntimeError) and text.startswith(_BACKENDS):
+        if (isinstance(error, RuntimeError) and text.startswith(_BACKENDS)) or _no_backend(error):
+            said = text.splitlines()[0][:300] if text else os.environ.get("JAX_PLATFORMS", "")
             return (
-                f"JAX cannot start the device that it is asked for ({text.splitlines()[0][:300]}): "
+                f"JAX cannot start the device that it is asked for ({said}): "
                 "set JAX_PLATFORMS to what this machine has, such as cpu, or install JAX for it"
             )
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def _no_backend(error: BaseException) -> bool:
+    """Return whether JAX found that no backend of those asked for exists, which it only asserts."""
+    frames = traceback.extract_tb(error.__traceback__) or [traceback.FrameSummary("", 0, "")]
+    return isinstance(error, AssertionError) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 def _memory_line(error: BaseException) -> str:

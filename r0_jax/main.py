@@ -3,6 +3,11 @@
 Here are only its flags and its exit status; the rest is in training/train.py.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 from pathlib import Path
 
 from absl import flags

@@ -9,12 +9,18 @@
 command continues a killed call. Several processes share the work by --process and --processes.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from r0_jax import cli, remote
+from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.evaluation import gallery
 from r0_jax.evaluation.drawing import (
@@ -85,6 +91,7 @@ def define_flags() -> None:
         1.0,
         "above 1: classifier-free guidance, with two network evaluations a step",
         lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
     )
     flags.DEFINE_list(
         "sigmas",

@@ -11,6 +11,11 @@ before img_10. The contact sheet of `r0_jax.sample` is skipped. A list of images
 as `r0_jax.sample` writes it in any layout, needs no --prompts.
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import json
 import os
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ PROGRAM = '''
 import errno, os, signal
 from absl import flags, logging
 from r0_jax import cli
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, of_config
 
 CONFIG = cli.define_config()
 OUT = cli.define_path("out", None, "where to write")
@@ -26,6 +26,9 @@ flags.mark_flag_as_required("out")
 def main(argv):
     if FAIL.value == "input":
         raise InputError("prompts.txt has no prompts")
+    if FAIL.value == "config":
+        with of_config():
+            raise InputError("steps=0 must be at least 1")
     if FAIL.value == "interrupt":
         # A shell's background jobs ignore SIGINT, and so would this child of theirs.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,6 +159,19 @@ def test_paths_of_a_config_are_absolute_and_other_fields_stay(folder, tmp_path):
     result = call(folder, *flags, "--config.rewards.a.head=~/h", env={"HOME": str(tmp_path)})
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"o None gs://b/x {tmp_path}/h {folder}/models/a clip_score\n"
+
+
+def test_an_invalid_config_is_told_with_its_file(folder):
+    line = error_line(call(folder, "--config=base.py", "--out=o", "--fail=config"))
+    assert line == "base.py: steps=0 must be at least 1"
+
+
+def test_a_config_that_holds_itself_is_told(folder):
+    source = BASE + "before = get_config\ndef get_config():\n    config = before()\n"
+    source += "    with config.unlocked():\n        config.more = config\n    return config\n"
+    (folder / "circle.py").write_text(source, encoding="utf-8")
+    line = error_line(call(folder, "--config=circle.py", "--out=o"))
+    assert line.startswith("circle.py: the section 'more' of the config holds itself")
 
 
 def test_a_recipe_imports_what_lies_beside_it(folder, tmp_path):
@@ -289,6 +305,11 @@ def test_unknown_flag_that_is_a_config_field(folder):
         ("def get_config(:\n", "recipe.py, line 1: invalid syntax"),
         ("steps = 3\n", "config file recipe.py does not define get_config()"),
         ("def get_config():\n  pass\n", "recipe.py: get_config() returned NoneType"),
+        (
+            "from r0_jax.errors import InputError\n"
+            "def get_config():\n  raise InputError('variant x is unknown')\n",
+            "recipe.py: variant x is unknown",
+        ),
         ("\nimport nothing_like_it\n", "recipe.py, line 2: ModuleNotFoundError"),
         ("def get_config():\n  return steps\n", "recipe.py, line 2: NameError: name 'steps'"),
         ("def get_config(size):\n  pass\n", "recipe.py: TypeError: get_config() missing 1"),

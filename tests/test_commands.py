@@ -43,6 +43,7 @@ TEXTS = {
     "base_model",
     "check",
     "only",
+    "push_to_hub",
     "step",
     "task",
     "topology",

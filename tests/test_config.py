@@ -1,5 +1,9 @@
 """The base of all recipes."""
 
+import importlib
+import sys
+
+import pytest
 from ml_collections import ConfigDict
 
 from r0_jax import config as base
@@ -30,6 +34,13 @@ def test_a_config_of_other_fields_stays():
     before = config.to_dict()
     base.make_paths_absolute(config)
     assert config.to_dict() == before
+
+
+def test_recipes_of_the_first_version_find_it_under_its_old_name():
+    sys.modules.pop("configs.common", None)
+    with pytest.warns(UserWarning, match="write `from r0_jax import config as common`"):
+        common = importlib.import_module("configs.common")
+    assert (common.get_config, common.reward_entry) == (base.get_config, base.reward_entry)
 
 
 def get_field(config, field):

@@ -1,6 +1,7 @@
 """What a config may hold."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from ml_collections import ConfigDict
 
 from r0_jax import config as base
 from r0_jax import config_check
-from r0_jax.errors import InputError
+from r0_jax.errors import ConfigError, InputError
 from r0_jax.method import optim
 from r0_jax.shapes import CHECKPOINTS
+from r0_jax.training import train
 
 
 def config(**rewards):
@@ -61,6 +63,9 @@ def test_only_a_clip_norm_may_be_infinite():
         {"lora.alpha": math.inf},
         {"objective.delta": math.nan},
         {"regularizers.guidance.scale": math.nan},
+        {"regularizers.guidance.scale": 1e308},
+        {"test.guidance_scale": 1e30},
+        {"test.guidance_scale": -1.0},
         {"regularizers.guidance.most": 1.5},
         {"regularizers.feature.least": -0.1},
         {"regularizers.weight.weight": math.inf},
@@ -70,7 +75,7 @@ def test_numbers_that_no_step_survives(override):
     found = config()
     found.update_from_flattened_dict(override)
     [(field, value)] = override.items()
-    with pytest.raises(InputError, match=f"^{field}={value} must be"):
+    with pytest.raises(InputError, match=re.escape(f"{field}={value} must be")):
         config_check.check_config(found)
 
 
@@ -130,6 +135,25 @@ def test_settings_that_make_no_objective(override, said):
     found.update_from_flattened_dict(override)
     with pytest.raises(InputError, match=said):
         config_check.check_config(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", -1, "seed=-1 must be from 0"),
+        ("mesh.data", 7, r"mesh data=7 .* does not fit"),
+        ("batch_size", 0, "batch_size=0 "),
+        ("sharding", [("(", "fsdp")], r"sharding rule '\(' is not a regular expression"),
+        ("sharding", ["fsdp"], "sharding rule 'fsdp' is not a pair"),
+    ],
+)
+def test_a_command_knows_that_the_config_is_at_fault(field, value, said):
+    """It then names the file of the config."""
+    found = config()
+    found.test.prompts = ""
+    found.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=said):
+        train.check(found)
 
 
 GUIDED = {"regularizers.guidance.weight": 1.0}

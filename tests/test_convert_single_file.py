@@ -549,6 +549,7 @@ def test_bad_input_is_one_line(world, tmp_path):
             (["--out=o"], "missing --checkpoint"),
             ([*call(good), "--chekpoint=x"], "unknown flag --chekpoint; did you mean --checkpoint"),
             (call(tmp_path / "none.safetensors"), "none.safetensors: no such file"),
+            (call("/dev/zero"), "/dev/zero is a pipe or a device, not a file"),
             (
                 call(tmp_path / "old.ckpt"),
                 "old.ckpt is a pickle, .*get the checkpoint as .safetensors",

@@ -1,5 +1,10 @@
 """Too little memory and a backend that does not start are errors of the user, in one line."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -48,6 +53,24 @@ def test_the_phase_and_its_fields_come_from_where_the_error_was_raised():
     assert "while training" in fail("training/loop.py", "")
     assert "config.device_batch" in fail("training/loop.py", "")
     assert "while reading weights" in fail("weights/lazy.py", "")
+
+
+@pytest.mark.parametrize("platform", ["rocm", "moon"])
+def test_a_backend_that_is_not_there_is_one_line(platform):
+    """JAX raises an AssertionError without a word for those that it knows."""
+    program = (
+        "import jax\nfrom r0_jax import errors\n"
+        "try:\n    jax.devices()\nexcept BaseException as error:\n    print(errors.explain(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": platform},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("(2, "), done.stderr
+    assert "JAX cannot start the device" in done.stdout and platform in done.stdout
 
 
 def test_an_error_that_hides_the_machines_is_still_the_machines():

@@ -316,6 +316,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
             ([*good, "--layout=hpsv2"], "prompt 0 has no field style"),
             ([*good, "--layout=dpg", "--samples_per_prompt=3"], "makes no grid of 2 x 2: give 4"),
             ([*good, "--id_column=id"], "prompt 0: no id among the fields"),
+            ([*good, "--guidance_scale=1e308"], r"--guidance_scale=1e308: .* \[0, 1000"),
             ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
             ([*good, "--batch_size=0"], "--batch_size=0"),
             ([*good, "--seed=-1"], "--seed=-1"),

@@ -295,7 +295,8 @@ def _read(fields: Mapping[str, object], supported: _Known) -> Fields:
         is_checked = isinstance(value, bool) or field.startswith("shift")  # by `_flow_fields`
         if fine and isinstance(value, int | float) and not is_checked:
             least, most = _BOUNDS.get(field, (-_MOST, _MOST))
-            fine, known = least <= value <= most, f"numbers from {least} to {most}"  # no NaN
+            fine = least <= value <= most  # no NaN
+            known = f"at most {most}" if value > most else f"numbers from {least} to {most}"
         if not fine:
             shown = repr(value) if not isinstance(value, int) or abs(value) < 1e300 else "too large"
             raise InputError(f"{name} with {field}={shown} is not supported; supported: {known}")

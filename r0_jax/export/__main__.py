@@ -5,6 +5,11 @@ python -m r0_jax.export --workdir=W --out=DIR --format=peft     LoRA for diffuse
 python -m r0_jax.export --workdir=W --out=DIR --format=kohya    LoRA for ComfyUI, A1111, Forge
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 from pathlib import Path
 from typing import get_args
 

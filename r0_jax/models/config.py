@@ -17,6 +17,10 @@ _MOST_NUMBER = 2**24
 _MOST_LAYERS = 10_000
 _MOST_SIDE = 8192  # of latents, or of a tower's images
 
+# Types, as JSON has them.
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_KINDS |= {type(None): "null", tuple: "a list", dict: "an object"}
+
 # What EMAModel of diffusers adds to the config.json of any network: how the average was made.
 EMA_FIELDS = frozenset(
     {
@@ -69,7 +73,7 @@ def parse(
         if not _is_of_type(values[name], known[name]):
             raise InputError(
                 f"{cls.__name__}: {name} = {json.dumps(value)} is not supported: "
-                f"{known[name]} is expected"
+                f"{_named(known[name])} is expected"
             )
     try:
         return cls(**values)
@@ -97,9 +101,9 @@ def _check_size(cls: type, name: str, value: Any) -> None:
         most = _MOST_SIDE
     if not (least <= value <= most and math.isfinite(value)):  # NaN is not
         said = "NaN" if value != value else f"{value:.6g}" if abs(value) < 1e300 else "too large"
+        expected = f"at most {most}" if value > most else f"a number from {least} to {most}"
         raise InputError(
-            f"{cls.__name__}: {name} = {said} is not supported: a number from {least} to {most} is "
-            "expected"
+            f"{cls.__name__}: {name} = {said} is not supported: {expected} is expected"
         )
 
 
@@ -178,6 +182,17 @@ def check_scaling(config: Any) -> None:
                 f"{json.dumps(getattr(config, name))} is not supported: {expected}, "
                 "and no more than a million, is expected"
             )
+
+
+def _named(annotation: Any) -> str:
+    """Return the name that a file's author knows: "a whole number", "a list", "text or null"."""
+    kinds = get_args(annotation)
+    if get_origin(annotation) is UnionType:
+        return " or ".join(map(_named, kinds))
+    if get_origin(annotation) is tuple:
+        inside = dict.fromkeys(_named(kind) for kind in kinds if kind is not ...)
+        return f"a list ({' or '.join(inside)})"
+    return _KINDS.get(annotation) or annotation.__name__
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

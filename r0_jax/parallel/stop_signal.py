@@ -1,22 +1,15 @@
 """SIGTERM, by which machines are taken back: the run saves what it trained first."""
 
 import contextlib
-import os
 import signal
-import sys
-import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from types import FrameType
 
 import jax
 import numpy as np
 
+from r0_jax import signals
 from r0_jax.parallel import sharding
-
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
-else:  # Python keeps the class to itself
-    UnraisableHookArgs = object
 
 
 class Stopped(BaseException):
@@ -42,24 +35,17 @@ class StopSignal:
         self._asked: jax.Array | None = None  # the last answer of all processes
 
     def __enter__(self) -> "StopSignal":
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._again
+        self._handling = signals.handling(signal.SIGTERM, self._note, Stopped, lost=self._forget)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-        if sys.unraisablehook == self._again:
-            sys.unraisablehook = self._unraisable
+        self._handling.__exit__(None, None, None)
 
-    def _again(self, event: UnraisableHookArgs) -> None:
-        """Send the signal again if a callback swallowed it, say of the garbage collector."""
-        if isinstance(event.exc_value, Stopped):
-            self.came = False
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        else:
-            self._unraisable(event)
+    def _forget(self) -> None:
+        self.came = False  # the signal comes again, and is to raise again
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         again, self.came = self.came, True
         if (

@@ -183,7 +183,8 @@ def open_folder(
             continue  # the tokenizer of a missing encoder
         if found not in allowed:
             raise InputError(
-                f"{path}/model_index.json: {part} is a {found}, not a {' or '.join(allowed[:2])}"
+                f"{path}/model_index.json {f'says {found} of' if found else 'lacks'} {part}: "
+                f"{' or '.join(allowed[:2])} is expected"
             )
         kinds[part] = found
     scheduler_file = path / "scheduler" / "scheduler_config.json"

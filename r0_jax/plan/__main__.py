@@ -23,6 +23,11 @@ end if the config has test.prompts. `--noevaluation` compiles the step alone, wh
     suggestions
 """
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 import dataclasses
 import json
 

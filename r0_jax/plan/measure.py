@@ -11,7 +11,7 @@ from jax.stages import Traced
 from ml_collections import ConfigDict
 
 from r0_jax import config_check
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, of_config
 from r0_jax.parallel import sharding
 from r0_jax.plan import flops, memory, need, stages, weightless
 from r0_jax.plan.need import Compiled
@@ -32,10 +32,11 @@ def measure(config: ConfigDict, name: str, steps: int, evaluation: bool = True) 
     device = jax.devices()[0]
     if name == "local" and device.platform == "cpu":
         raise InputError("--topology=local: JAX finds no accelerator here; use --topology=cpu")
-    config_check.check_config(config)
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    sharding.microbatches(config.batch_size, config.device_batch, mesh)
-    built = weightless.load(config, mesh)
+    with of_config():
+        config_check.check_config(config)
+        mesh = sharding.make_mesh(config.mesh.to_dict())
+        sharding.microbatches(config.batch_size, config.device_batch, mesh)
+        built = weightless.load(config, mesh)
     begin = time.perf_counter()
     step = stages.of_training_step(built)
     traced = step.stage.run.trace(*step.stage.arguments)

@@ -13,6 +13,7 @@ from jax.stages import Traced
 from ml_collections import ConfigDict
 
 from r0_jax import config_check
+from r0_jax.errors import of_config
 from r0_jax.parallel import sharding
 from r0_jax.plan import flops, hlo_cost, memory, need, stages, weightless
 from r0_jax.plan.flops import Flops
@@ -35,10 +36,11 @@ def predict(
 
     Without `evaluation` the training step alone.
     """
-    config_check.check_config(config, devices[0])
-    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    sharding.microbatches(config.batch_size, config.device_batch, mesh)
-    built = weightless.load(config, mesh)
+    with of_config():
+        config_check.check_config(config, devices[0])
+        mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+        sharding.microbatches(config.batch_size, config.device_batch, mesh)
+        built = weightless.load(config, mesh)
     begin = time.perf_counter()
     step = stages.of_training_step(built)
     traced = step.stage.run.trace(*step.stage.arguments)

@@ -1,5 +1,10 @@
 """Trains one stage: python -m r0_jax.pretrain --config=configs/shapes_base.py:STAGE [--out=DIR]."""
 
+from r0_jax import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # until cli.run: the imports below take seconds
+
 from pathlib import Path
 
 from absl import flags

@@ -1,23 +1,18 @@
 """Prompts from a user's file: text, tables, JSON, parquet, or a tfds dataset."""
 
 import itertools
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from r0_jax import remote
 from r0_jax.errors import InputError
 from r0_jax.files import check_not_pointer, check_regular, kind_of
+from r0_jax.prompts.characters import Row, cleaned
 from r0_jax.prompts.formats import READERS, TEXT_NAMES, Item, read_tfds
 
 PROMPT = "prompt"
 SUFFIXES = tuple(READERS)
-_MOST_CHARACTERS = 100_000  # of a prompt; encoders read a few hundred
-# Control characters but white space, and the byte order mark, also where files were joined.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 
-Row = tuple[str, ...]  # a prompt, and further texts of its record
 Record = Mapping[str, object]  # all fields of a prompt
 
 
@@ -133,44 +128,19 @@ def _stripped(
 
     try:
         read = read_tfds if path.is_dir() else READERS[path.suffix]
+        items, again = itertools.tee(read(path, pick))
         rows = (
-            (item, _row_of(item, fields, column, _place(path, number)))
-            for number, item in enumerate(read(path, pick), start=1)
+            _row_of(item, fields, column, _place(path, number))
+            for number, item in enumerate(items, start=1)
         )
-        for item, row in _cleaned(rows, path):
+        # The rows come first, since their end may warn.
+        found = cleaned(rows, path, lambda number: f"{_counted(path)} {number}")
+        for row, item in zip(found, again, strict=False):
             yield item, tuple(text.strip() for text in row)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:  # parquet and tfds hold any bytes
         raise InputError(f"{path}: a prompt is not UTF-8: {error.object[:40]!r}") from None
-
-
-def _cleaned(rows: Iterator[tuple[Item, Row]], path: Path) -> Iterator[tuple[Item, Row]]:
-    """Apply the one rule for the characters and the length of texts of any file."""
-    count, first = 0, None
-    for number, (item, row) in enumerate(rows, start=1):
-        where = _place(path, number)
-        for text in row:
-            if len(text) > _MOST_CHARACTERS:
-                raise InputError(
-                    f"{where}: {len(text)} characters are no prompt (at most {_MOST_CHARACTERS})"
-                )
-        if any(_CONTROL.search(text) for text in row):
-            if any("\0" in text for text in row):
-                raise InputError(f"{where}: the prompt holds a NUL character: is the file damaged?")
-            count, first = count + 1, first or number
-            row = tuple(_CONTROL.sub(_replacement, text) for text in row)
-        yield item, row
-    if first:
-        warnings.warn(
-            f"{path}: control characters or byte order marks are left out of {count} prompt(s), "
-            f"first in {_counted(path)} {first}",
-            stacklevel=2,
-        )
-
-
-def _replacement(control: re.Match[str]) -> str:
-    return "" if control[0] == "\ufeff" else " "
 
 
 # What messages count in a file; in tables and a tfds folder they count rows.

@@ -28,7 +28,8 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     del text
     folder = remote.local(entry.path)
     with naming(folder):
-        config = Qwen2VLConfig.from_json(check_type(folder, "hps_v3"))
+        with naming(folder / "config.json"):
+            config = Qwen2VLConfig.from_json(check_type(folder, "hps_v3"))
         files = convert.find_files(folder, "model")
         network = Network.abstract(lambda rngs: HPSv3(config, rngs=rngs), stored_in(files))
     params = convert.open_params(files, network, "float32")

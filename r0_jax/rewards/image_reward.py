@@ -57,7 +57,8 @@ def _load(
     """
     folder = remote.local(entry.path)
     with naming(folder):
-        config = ImageRewardConfig.from_json(_config(folder, model_type))
+        with naming(folder / "config.json"):
+            config = ImageRewardConfig.from_json(_config(folder, model_type))
         files = convert.find_files(folder, "model")
         network = Network.abstract(lambda rngs: kind(config, rngs=rngs), stored_in(files))
     params = convert.open_params(files, network, "float32")

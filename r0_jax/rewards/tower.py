@@ -113,7 +113,8 @@ def normalize(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
 
 
 def _load_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
-    config = CLIPConfig.from_json(fields)
+    with naming(folder / "config.json"):
+        config = CLIPConfig.from_json(fields)
     tokenize = (
         prompt_text.clip(
             folder, config.text_config.max_position_embeddings, config.text_config.vocab_size
@@ -125,13 +126,15 @@ def _load_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> 
 
 
 def _load_chinese_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
-    config = ChineseCLIPConfig.from_json(fields)
+    with naming(folder / "config.json"):
+        config = ChineseCLIPConfig.from_json(fields)
     tokenize = _chinese(prompt_text.wordpiece, folder, config.text_config) if text else None
     return _from_transformers(folder, ChineseCLIPModel, config, tokenize, dtype)
 
 
 def _load_cn_clip(folder: Path, fields: dict[str, Any], dtype: str, text: bool) -> Tower:
-    config = CNCLIPConfig.from_json(fields)
+    with naming(folder / "config.json"):
+        config = CNCLIPConfig.from_json(fields)
     return _build(
         CNCLIP,
         config,
@@ -214,7 +217,8 @@ def _load_open_clip(folder: Path, dtype: str, text: bool) -> Tower:
     fields = read_json(folder / OPEN_CLIP_CONFIG)
     if not isinstance(fields.get("model_cfg"), dict):
         raise InputError(f"{folder / OPEN_CLIP_CONFIG} has no model_cfg")
-    config = OpenCLIPConfig.from_json(fields["model_cfg"])
+    with naming(folder / OPEN_CLIP_CONFIG):
+        config = OpenCLIPConfig.from_json(fields["model_cfg"])
     tokenize = (
         prompt_text.open_clip(folder, config.text_cfg.context_length, config.text_cfg.vocab_size)
         if text

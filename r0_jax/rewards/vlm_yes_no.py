@@ -60,7 +60,8 @@ def load(name: str, entry: ConfigDict, dtype: str, text: bool) -> Reward:
     _check(name, entry)
     folder = remote.local(entry.path)
     with naming(folder):
-        config = Qwen2VLConfig.from_json(check_type(folder, "qwen2_vl"))
+        with naming(folder / "config.json"):
+            config = Qwen2VLConfig.from_json(check_type(folder, "qwen2_vl"))
         files = convert.find_files(folder, "model")
         network = Network.abstract(
             lambda rngs: Qwen2VLForConditionalGeneration(config, words=2, rngs=rngs),

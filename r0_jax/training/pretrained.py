@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from r0_jax import prompts, rewards
 from r0_jax.config import trained_rewards
 from r0_jax.diffusion import schedulers
+from r0_jax.errors import of_config
 from r0_jax.parallel import heartbeat
 from r0_jax.pipelines import families
 from r0_jax.pipelines.pipeline import Pipeline
@@ -38,8 +39,9 @@ def load(config: ConfigDict) -> Pretrained:
     source = prompts.of(config)
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
     heartbeat.beat("the pretrained pipeline's files")
-    pipeline = source.attach(pipeline).sized(config.height, config.width)
-    source.check(config)
+    with of_config():
+        pipeline = source.attach(pipeline).sized(config.height, config.width)
+        source.check(config)
     if config.test.prompts:  # too many steps for the base would only show after the training
         schedulers.from_folder(pipeline.scheduler_config, config.test.base_steps)
     trained_on = load_rewards(trained_rewards(config), pipeline, config, source, trained=True)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from r0_jax import config_check, remote
 from r0_jax.console import console
-from r0_jax.errors import InputError
+from r0_jax.errors import InputError, of_config
 from r0_jax.evaluation import report, testbed
 from r0_jax.evaluation.validation import Validation
 from r0_jax.parallel import distributed, heartbeat, sharding
@@ -58,7 +58,8 @@ def _train(
     """Return whether the training came to its end; `held` keeps other runs out of the folder."""
     mesh = check(config)
     models = pretrained.load(config)
-    built = program.build(config, mesh, models.pipeline, models.rewards, models.prompts)
+    with of_config():
+        built = program.build(config, mesh, models.pipeline, models.rewards, models.prompts)
     begun, digest = distributed.of_first(
         lambda: take_workdir(config, workdir, models.pipeline, held)
     )
@@ -95,11 +96,13 @@ def check(config: ConfigDict) -> Mesh:
     It is also invalid in a process where it differs from that of process 0.
     """
     identity.check_same_everywhere(config)
-    config_check.check_config(config)
-    testbed.check(config.test, config.heldout_rewards)
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    sharding.microbatches(config.batch_size, config.device_batch, mesh)
-    return mesh
+    with of_config():
+        config_check.check_config(config)
+        testbed.check(config.test, config.heldout_rewards)
+        mesh = sharding.make_mesh(config.mesh.to_dict())
+        sharding.microbatches(config.batch_size, config.device_batch, mesh)
+        sharding.param_sharding({}, mesh, config.sharding)  # the form of the rules alone
+        return mesh
 
 
 def take_workdir(

@@ -607,7 +607,7 @@ def test_an_index_whose_parts_are_no_pairs(copy, part, entry):
 def test_a_part_without_a_library_is_none(copy):
     """As diffusers reads it."""
     edit(copy / "model_index.json", text_encoder=[None, "CLIPTextModel"])
-    with refused("text_encoder is a None, not a CLIPTextModel"):
+    with refused("model_index.json lacks text_encoder: CLIPTextModel"):
         stable_diffusion.load(copy)
 
 

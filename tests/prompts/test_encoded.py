@@ -459,7 +459,7 @@ def test_prompts_are_found_by_their_text(sdxl):
     assert tokens.keys() == found.tokens.keys()
     for name, values in found.tokens.items():
         np.testing.assert_array_equal(tokens[name], values[::-1])
-    with pytest.raises(InputError, match="'unseen' of .* is not among the evaluation prompts"):
+    with pytest.raises(InputError, match=r"'unseen' of .* is not among the evaluation prompts"):
         source.tokens(["unseen"], path, pipeline)
 
 

@@ -133,6 +133,17 @@ def test_a_folder_that_the_processor_of_transformers_5_wrote(folder, tmp_path):
         tower.load(tmp_path)
 
 
+def test_an_invalid_config_is_told_with_its_file(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"projection_dim": "16"}))
+    with pytest.raises(InputError) as error:
+        tower.load(tmp_path)
+    assert str(error.value) == (
+        f'{tmp_path / "config.json"}: CLIPConfig: projection_dim = "16" is not supported: '
+        "a whole number is expected"
+    )
+
+
 def test_an_open_clip_folder_whose_preprocessing_is_no_object(tmp_path):
     fields = {"model_cfg": OPEN_CLIP, "preprocess_cfg": "x"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(fields))
