@@ -1,5 +1,6 @@
 """Prompts from a user's file: text, tables, JSON, parquet, or a tfds dataset."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,19 @@ def _checked(path: str | Path) -> Path:
     return path
 
 
+def _pick(
+    fields: Sequence[str],
+    column: str | None,
+    path: Path,
+    whole: bool,
+    names: Sequence[str],
+    kind: str,
+) -> Sequence[str]:
+    """Return which of a file's columns are read: all where `whole`."""
+    asked = _pick_names(names, fields, column, path, kind)
+    return list(dict.fromkeys(names)) if whole else asked
+
+
 def _stripped(
     path: Path, fields: Sequence[str] = (), column: str | None = None, whole: bool = False
 ) -> Iterator[tuple[Item, Row]]:
@@ -122,10 +136,7 @@ def _stripped(
     With `whole`, an item has all fields, not those alone that are asked for.
     """
 
-    def pick(names: Sequence[str], kind: str) -> Sequence[str]:
-        asked = _pick_names(names, fields, column, path, kind)
-        return list(dict.fromkeys(names)) if whole else asked
-
+    pick = functools.partial(_pick, fields, column, path, whole)
     try:
         read = read_tfds if path.is_dir() else READERS[path.suffix]
         items, again = itertools.tee(read(path, pick))
