@@ -1,7 +1,13 @@
-"""Makes the result table of a run, or of any pipeline of the embedded world.
+"""Makes the result table of a run, of a pipeline of the embedded world, or of models side by side.
 
-python -m r0_jax.evaluate --workdir=W                    three models, as the run's config says
-python -m r0_jax.evaluate --pipeline=DIR --out=DIR2      that pipeline alone
+    python -m r0_jax.evaluate --workdir=W                  three models, as the run's config says
+    python -m r0_jax.evaluate --pipeline=DIR --out=DIR2    that pipeline alone
+    python -m r0_jax.evaluate --workdir=W --prompts=FILE --out=DIR2 \\
+        --rewards=hps_v2_1=/path,pickscore=/path --images=peer=/path/of/images
+
+With --rewards, --against or --images it compares models on the same prompts and noise: the base
+(--against, or the run's own pretrained), then the generator, then folders of images made elsewhere
+(docs/benchmarks.md). The same command continues a killed comparison.
 """
 
 from r0_jax import signals
@@ -10,6 +16,7 @@ if __name__ == "__main__":
     signals.end_at_once()  # until cli.run: the imports below take seconds
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,24 +28,42 @@ from r0_jax import cli, remote
 from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
-from r0_jax.evaluation import report
+from r0_jax.evaluation import (
+    comparison,
+    contenders,
+    hpsv2,
+    image_features,
+    report,
+    scoring,
+)
+from r0_jax.evaluation.comparison import Contender, Judges
+from r0_jax.evaluation.drawing import Options, Source, from_pipeline, from_run
 from r0_jax.evaluation.image_sampler import ImageSampler
+from r0_jax.evaluation.pairing import Item, list_images
 from r0_jax.evaluation.testbed import Model, Testbed, evaluate_models, evaluate_run
+from r0_jax.evaluation.unfinished import job_of
 from r0_jax.files import check_writable
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
+from r0_jax.prompts import records
+from r0_jax.prompts.records import Prompt
+from r0_jax.rewards import tower
 from r0_jax.shapes.measures import set_measures
 from r0_jax.workdir import mirror, run
 from r0_jax.workdir.workdir import Workdir
+
+_CMMD = (336, 768)  # pixels a side and width of the features of published CMMD
+# Rewards whose tower tells how different the samples of a prompt are.
+_SEEING = ("clip_score", "hps_v2", "hps_v2_1", "pickscore", "chinese_clip")
 
 
 def define_flags() -> None:
     """Define the flags; not on import, since flags are global and commands share names."""
     cli.define_path("workdir", None, "folder of a run: measures base and generator")
     cli.define_path("pipeline", None, "diffusers folder: measures it alone")
-    cli.define_path("out", None, "with --pipeline: folder for eval.json and images")
-    flags.DEFINE_bool("overwrite", False, "with --pipeline: replace the eval.json in --out")
+    cli.define_path("out", None, "with --pipeline or a comparison: folder for eval.json and images")
+    flags.DEFINE_bool("overwrite", False, "with --out: replace the eval.json and images in it")
     cli.define_path("prompts", None, "file of test prompts; default: the recipe's")
     flags.DEFINE_integer(
         "num_prompts", None, "how many of them; default: the recipe's", lower_bound=2
@@ -51,7 +76,12 @@ def define_flags() -> None:
     cli.define_path(
         "pretrained", None, "with --workdir: the run's pretrained pipeline, if it has moved"
     )
-    flags.DEFINE_integer("num_inference_steps", 4, "with --pipeline", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_inference_steps",
+        None,
+        "with --pipeline, by default 4; in a comparison also of a run, as it trained by default",
+        lower_bound=1,
+    )
     flags.DEFINE_float(
         "guidance_scale",
         1.0,
@@ -59,11 +89,50 @@ def define_flags() -> None:
         lower_bound=0,
         upper_bound=base.MOST_GUIDANCE,
     )
+    _define_comparison()
+
+
+def _define_comparison() -> None:
+    cli.define_named_paths("rewards", "compare by them: type=folder, ..., or name:type=folder")
+    cli.define_path("against", None, "compare with this diffusers folder, the first of the table")
+    cli.define_named_paths("images", "compare with images made elsewhere: name=folder, ...")
+    cli.define_path(
+        "features",
+        None,
+        "CLIP folder that sees diversity and the distance to --reference; default: of the rewards",
+    )
+    cli.define_path("reference", None, "folder of real images, for CMMD and the Frechet distance")
+    flags.DEFINE_integer(
+        "against_steps", None, "of the base; default: as the run's test says, or 25", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "against_guidance_scale",
+        None,
+        "of the base; default: as the run's test says, or 7.5",
+        lower_bound=0,
+        upper_bound=base.MOST_GUIDANCE,
+    )
+    flags.DEFINE_integer(
+        "samples_per_prompt", 1, "in a comparison; from 2 on it measures diversity", lower_bound=1
+    )
+    flags.DEFINE_string("column", None, "in a comparison: of the prompts")
+    flags.DEFINE_integer("batch_size", 16, "in a comparison: images at once", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "in a comparison")
+    for side in ("height", "width"):
+        flags.DEFINE_integer(
+            side,
+            0,
+            "of a comparison's images; default: the pipeline's, or the run's",
+            lower_bound=0,
+        )
 
 
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
+    if fields.rewards or fields.against or fields.images:
+        compare(fields)
+        return
     if (fields.workdir is None) == (fields.pipeline is None):
         raise InputError("give either --workdir=W or --pipeline=DIR")
     with (
@@ -116,17 +185,156 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         table = evaluate_run(opened, fields.step)
     else:
         pipeline = families.load(fields.pipeline)
-        scheduler = grid.of_folder(pipeline.scheduler_config, fields.num_inference_steps)
+        steps = fields.num_inference_steps or 4
+        scheduler = grid.of_folder(pipeline.scheduler_config, steps)
         model = Model(
             ImageSampler(pipeline, scheduler, fields.guidance_scale, mesh=sharding.global_mesh()),
             pipeline.params,
         )
-        name = f"{Path(fields.pipeline).resolve().name}_{fields.num_inference_steps}"
+        name = f"{Path(fields.pipeline).resolve().name}_{steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
     report.print_table(table)
     print(f"written: {folder / 'eval.json'}")
     if workdir is not None:
         print(f"report: {report.write_report(folder)}")
+
+
+def compare(fields: Any) -> None:
+    """Compare models as the flags say."""
+    if fields.workdir is not None and fields.pipeline is not None:
+        raise InputError("give either --workdir=W or --pipeline=DIR")
+    if not (fields.workdir or fields.pipeline or fields.images):
+        raise InputError("--against compares with --workdir=W, --pipeline=DIR or --images=NAME=DIR")
+    if missing := [f"--{name}=..." for name in ("prompts", "out") if not fields[name].value]:
+        raise InputError(f"a comparison needs {' and '.join(missing)} (see --help)")
+    if fields.pipeline is not None and (fields.step or fields.pretrained):
+        raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
+    out = remote.output(fields.out)
+    if (out / "eval.json").exists() and not fields.overwrite:
+        raise InputError(
+            f"{out / 'eval.json'} exists already; choose another --out or replace it with "
+            "--overwrite"
+        )
+    check_writable(out)
+    every = records.read(fields.prompts, fields.column)
+    prompts = every[: fields.num_prompts]
+    judges = _judges(fields)
+    found = _drawn(fields, prompts, out)
+    for item in fields.images or ():
+        name, _, where = item.partition("=")
+        if not (name and where):
+            raise InputError(f"--images: {item!r} should read name=folder")
+        texts = [prompt.text for prompt in every]
+        found.append(contenders.of_folder(name, remote.local(where), texts, len(prompts)))
+    names = [contender.name for contender in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two models are called {twice!r}: give one another name or other steps")
+    facts = {
+        "seed": fields.seed or 0,
+        "samples_per_prompt": fields.samples_per_prompt,
+        "rewards": fields.rewards or [],
+        "features": fields.features or "of the first reward with a CLIP",
+        "reference": fields.reference or "",
+    }
+    table = comparison.compare(found, prompts, judges, out, facts, fields.batch_size)
+    report.print_table(table)
+    for name, rewards in table.get("hpsv2", {}).items():
+        hpsv2.print_table(name, rewards)
+    print(f"written: {out / 'eval.json'}")
+    print(f"report: {report.write_report(out)}")
+
+
+def _judges(fields: Any) -> Judges:
+    """Load the rewards and the CLIP that sees features, and look at the reference with it."""
+    given, dtype = fields.rewards or [], fields.dtype
+    found = scoring.load_rewards(given, dtype)
+    split = [scoring.split(item) for item in given]
+    seeing = fields.features or next((x for _, kind, x in split if kind in _SEEING), None)
+    eyes, reference = None, None
+    if seeing is not None:
+        eyes = tower.load(seeing, dtype, text=False)
+        eyes = eyes._replace(prepare=dataclasses.replace(eyes.prepare, policy="squash"))
+    if fields.reference is not None:
+        if eyes is None:
+            raise InputError("--reference needs --features=DIR, a CLIP folder")
+        if (eyes.prepare.size, eyes.width) != _CMMD:
+            warnings.warn(
+                f"published CMMD is of CLIP ViT-L/14 at 336 pixels, which {seeing} is not: compare "
+                "its values with each other only",
+                stacklevel=2,
+            )
+        real = [Item(path, "") for path in list_images(remote.local(fields.reference))]
+        if len(real) < 4:
+            raise InputError(f"{fields.reference} holds {len(real)} images, fewer than 4")
+        reference = image_features.encode(eyes, real, fields.batch_size)
+    kinds = {name: kind for name, kind, _ in split}
+    return Judges(found, kinds, eyes, job_of(found, given, dtype), reference)
+
+
+def _drawn(fields: Any, prompts: list[Prompt], out: Path) -> list[Contender]:
+    """Draw with the base, and with the generator or pipeline, as the flags say."""
+    if fields.workdir is None:
+        ours = None
+        if fields.pipeline is not None:
+            steps = fields.num_inference_steps or 4
+            name = f"{Path(fields.pipeline).resolve().name}_{steps}"
+            source = _sized(from_pipeline(fields.pipeline, steps), fields)
+            ours = (name, source, fields.guidance_scale)
+        return _draw_all(fields, prompts, out, fields.against, 25, 7.5, ours)
+    with mirror.workdir(fields.workdir) as workdir:
+        steps = fields.num_inference_steps
+        source = _sized(from_run(workdir, steps, fields.step, fields.pretrained), fields)
+        test = run.open_run(workdir, fields.pretrained).config.get("test") or {}
+        return _draw_all(
+            fields,
+            prompts,
+            out,
+            fields.against or str(source.pipeline.folder),
+            test.get("base_steps", 25),
+            test.get("guidance_scale", 7.5),
+            (f"r0_{len(source.scheduler.timesteps)}", source, 1.0),
+        )
+
+
+def _draw_all(
+    fields: Any,
+    prompts: list[Prompt],
+    out: Path,
+    against: str | None,
+    steps: int,
+    guidance_scale: float,
+    ours: tuple[str, Source, float] | None,
+) -> list[Contender]:
+    """Draw with the folder `against`, in these steps unless flags say others, and with ours."""
+    found = []
+    if against is not None:
+        steps = fields.against_steps or steps
+        if fields.against_guidance_scale is not None:
+            guidance_scale = fields.against_guidance_scale
+        base = from_pipeline(against, steps)
+        size = base.pipeline.image_shape if ours is None else ours[1].pipeline.image_shape
+        base = base._replace(pipeline=base.pipeline.sized(*size[:2]))
+        name = Path(against).resolve().name if fields.against else "base"
+        guided = "_guided" if guidance_scale > 1 else ""
+        found.append((f"{name}_{steps}{guided}", base, guidance_scale))
+    if ours is not None:
+        found.append(ours)
+    return [
+        contenders.drawn(
+            name,
+            source,
+            prompts,
+            fields.samples_per_prompt,
+            Options(guidance, fields.seed or 0, fields.dtype, fields.batch_size),
+            out / "images" / name,
+            fields.overwrite,
+        )
+        for name, source, guidance in found
+    ]
+
+
+def _sized(source: Source, fields: Any) -> Source:
+    return source._replace(pipeline=source.pipeline.sized(fields.height, fields.width))
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -3,6 +3,10 @@
     python -m r0_jax.sample --pipeline=DIR --prompts=FILE --out=DIR --num_inference_steps=25 \\
         --guidance_scale=7.5
     python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR
+    python -m r0_jax.sample --workdir=W --prompts=FILE --out=DIR --layout=geneval
+
+`--layout` writes the files that a benchmark's public scorer reads (docs/benchmarks.md). The same
+command continues a killed call. Several processes share the work by --process and --processes.
 """
 
 from r0_jax import signals
@@ -10,52 +14,35 @@ from r0_jax import signals
 if __name__ == "__main__":
     signals.end_at_once()  # until cli.run: the imports below take seconds
 
-import math
-import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import rich.console
-import rich.progress
 from absl import flags
-from jaxtyping import Float
 
-from r0_jax import cli, machine, remote
+from r0_jax import cli, remote
 from r0_jax import config as base
-from r0_jax.diffusion import grid
-from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images
-from r0_jax.evaluation.batches import batches
-from r0_jax.evaluation.image_sampler import ImageSampler
-from r0_jax.evaluation.noise import draw_noise
-from r0_jax.files import check_not_pointer, check_regular, check_writable
-from r0_jax.parallel import sharding
-from r0_jax.pipelines import families
-from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
-from r0_jax.prompts import encoded, files
+from r0_jax.evaluation import gallery
+from r0_jax.evaluation.drawing import (
+    Options,
+    Source,
+    draw,
+    draw_missing,
+    from_pipeline,
+    from_run,
+    identity,
+)
+from r0_jax.evaluation.gallery import Gallery
+from r0_jax.evaluation.layouts import LAYOUTS, Naming
+from r0_jax.evaluation.noise import MOST_PROMPTS, MOST_SAMPLES, read_latents
+from r0_jax.files import check_writable
+from r0_jax.prompts import encoded, files, records
 from r0_jax.prompts.source import PromptSource
 from r0_jax.prompts.text import TextPrompts
-from r0_jax.weights import lazy
-from r0_jax.weights.network import Params
 from r0_jax.workdir import mirror
-from r0_jax.workdir.run import open_run
-from r0_jax.workdir.workdir import Workdir
 
+__all__ = ["Source", "draw", "from_pipeline", "from_run", "read_latents"]  # for programs of users
 _TEXT = TextPrompts()
-_ON_SHEET = 64  # images at most; viewers do not open a sheet of more
-
-
-class Source(NamedTuple):
-    """What draws images."""
-
-    pipeline: Pipeline
-    params: dict[str, Params]  # of every part
-    scheduler: Scheduler
 
 
 def define_flags() -> None:
@@ -65,9 +52,37 @@ def define_flags() -> None:
         "workdir", None, "or the folder of a run: its generator (EMA) on the grid it was trained on"
     )
     cli.define_path(
-        "prompts", None, ".txt, .jsonl, .json, .parquet or a tfds folder", required=True
+        "prompts",
+        None,
+        f"{', '.join(files.SUFFIXES)}, a tfds folder, or a folder of such files",
+        required=True,
     )
-    cli.define_path("out", None, "folder for 00000.png, ... and contact_sheet.png", required=True)
+    flags.DEFINE_string("column", None, "of the prompts; default: prompt, caption or text")
+    flags.DEFINE_string(
+        "id_column", None, "of the prompts' ids; default: as the layout says, or id"
+    )
+    cli.define_path("out", None, "folder for images, prompts.jsonl and a sheet", required=True)
+    flags.DEFINE_enum("layout", "flat", list(LAYOUTS), "names of the images, for a public scorer")
+    flags.DEFINE_integer(
+        "samples_per_prompt",
+        None,
+        "images of each prompt; default: as the layout's benchmark asks for",
+        lower_bound=1,
+        upper_bound=MOST_SAMPLES,
+    )
+    flags.DEFINE_string("model_name", None, "in paths of a layout; default: of the source's folder")
+    flags.DEFINE_enum(
+        "language",
+        "en",
+        ["en", "zh", "en_long", "zh_long"],
+        "of prompts: with --layout=unigenbench",
+    )
+    flags.DEFINE_integer(
+        "process", None, "number of this process among those that share the work", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "processes", None, "number of processes that share the work", lower_bound=1
+    )
     flags.DEFINE_integer(
         "num_inference_steps", None, "default: 4, or as many as the run trained", lower_bound=1
     )
@@ -95,11 +110,11 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed",
         0,
-        "of the noise; image i depends on the seed and i, not on the batch",
+        "of the noise; an image depends on the seed, the number of its prompt and of its sample",
         lower_bound=0,
         upper_bound=2**32 - 1,
     )
-    cli.define_path("latents", None, ".npy with the noise itself: [prompts, h, w, c], N(0, 1)")
+    cli.define_path("latents", None, ".npy with the noise itself: [images, h, w, c], N(0, 1)")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "the networks compute in it")
     flags.DEFINE_string(
         "step",
@@ -121,139 +136,66 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             side, 0, "of the images in pixels; default: the pipeline's, or the run's", lower_bound=0
         )
-    flags.DEFINE_bool("overwrite", False, "replace the images of an earlier call in --out")
-
-
-def from_pipeline(
-    folder: str | Path,
-    num_inference_steps: int,
-    sigmas: Sequence[float | int] | None = None,
-    eta: float | int | None = None,
-    prompts: PromptSource = _TEXT,
-) -> Source:
-    """Load a diffusers folder, sampled by its own scheduler; `sigmas` as for stock SD3 pipelines.
-
-    `eta` is for DDIM. For encoded `prompts` the folder needs no text encoders.
-    """
-    pipeline = prompts.attach(families.load(folder, text=prompts.text))
-    scheduler = grid.of_folder(pipeline.scheduler_config, num_inference_steps, sigmas)
-    if eta is not None:
-        scheduler = scheduler.with_eta(eta)
-    return Source(pipeline, pipeline.params, scheduler)
-
-
-def from_run(
-    workdir: Workdir,
-    num_inference_steps: int | None = None,
-    step: str = "",
-    pretrained: str | Path | None = None,
-    eta: float | int | None = None,
-    prompts: PromptSource = _TEXT,
-) -> Source:
-    """Load the EMA generator of a run, in float32, on its grid; `step` as for `Run.choose_step`.
-
-    `eta`, 0 or 1, replaces that of the run. For encoded `prompts` its pipeline needs no text
-    encoders.
-    """
-    run = open_run(workdir, pretrained, text=prompts.text)
-    chosen = run.choose_step(step)
-    try:
-        pipeline = run.pipeline
-    except InputError as problem:
-        if prompts.text and (folder := run.config.data.encoded):
-            raise InputError(
-                f"{problem} (the run was trained without text encoders: "
-                f"sample it so too, with --encoded={folder})"
-            ) from None
-        raise
-    weights = run.weights(run.params(chosen), "float32")
-    scheduler = grid.grid(
-        pipeline.scheduler_config,
-        num_inference_steps or run.config.sampler.num_steps,
-        run.config.sampler.eta if eta is None else eta,
-    )
-    params = pipeline.params | {pipeline.generator_part: weights}
-    return Source(prompts.attach(pipeline), params, scheduler)
-
-
-def draw(
-    source: Source,
-    prompts: list[str],
-    *,
-    guidance_scale: float = 1.0,
-    seed: int = 0,
-    latents: Float[np.ndarray, "n h w c"] | None = None,
-    dtype: str = "float32",
-    batch_size: int = 16,
-    tokens: Tokens | None = None,
-) -> Iterator[Float[np.ndarray, "b h w 3"]]:
-    """Yield batches of images in [0, 1], in the order of the prompts; compiled once.
-
-    Image i belongs to prompt i. Its noise depends on (seed, i). latents[i], standard normal noise,
-    replaces it where images start. `tokens` are what the pipeline takes of the prompts; by default
-    its tokenizers make them.
-    """
-    pipeline, params, scheduler = source
-    mesh = sharding.local_mesh()
-    draw_images = ImageSampler(pipeline, scheduler, guidance_scale, mesh)
-    params = lazy.place(params, sharding.replicated(mesh), dtype)
-    tokens = pipeline.tokenize(prompts) if tokens is None else tokens
-    batch_size = min(batch_size, len(prompts))
-    for indices, count in batches(len(prompts), batch_size):
-        noise, keys = draw_noise(jax.random.key(seed), jnp.asarray(indices), pipeline.latent_shape)
-        noise = noise if latents is None else jnp.asarray(latents[indices])
-        drawn = draw_images(params, take(tokens, indices), noise, keys)
-        yield np.asarray(drawn)[:count]
-
-
-def read_latents(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
-    """Read the noise in a .npy file, as float32; raise InputError that says what is expected."""
-    expected = f"expected a .npy file of finite numbers of shape {list(shape)}, [N, h, w, c]"
-    check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            _check_header(path, file, shape, expected)
-            latents = np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; {expected}") from None
-    except InputError:
-        raise
-    except Exception as error:  # numpy raises any kind for a broken header or zip file
-        if machine.problem(error):
-            raise
-        check_not_pointer(path)
-        raise InputError(f"{path} is not a whole .npy file of numbers; {expected}") from None
-    if not isinstance(latents, np.ndarray):
-        raise InputError(f"{path} holds several arrays; {expected}")
-    if latents.shape != shape:
-        raise InputError(f"{path} has shape {list(latents.shape)}; {expected}")
-    if not np.issubdtype(latents.dtype, np.floating):
-        raise InputError(f"{path} holds {latents.dtype}, not floating-point numbers; {expected}")
-    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
-        latents = latents.astype(np.float32)
-    if not np.isfinite(latents).all():
-        raise InputError(f"{path} holds NaN or infinite numbers; {expected}")
-    return latents
-
-
-def _check_header(path: str | Path, file: BinaryIO, shape: tuple[int, ...], expected: str) -> None:
-    """Raise InputError where a .npy file says another shape, before so much is allocated."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
-        )
-        found, _, _ = read(file)
-    except Exception:  # of any kind in a broken header; np.load finds the same
-        found = shape
-    file.seek(0)
-    if found != shape:
-        raise InputError(f"{path} has shape {list(found)}; {expected}")
+    flags.DEFINE_bool("overwrite", False, "replace the images of another call in --out")
 
 
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
+    _check_flags(fields)
+    process, processes = _share(fields)
+    out = remote.output(fields.out)
+    if not gallery.is_recorded(out):
+        gallery.check_free(out, fields.overwrite)
+    check_writable(out)
+    layout = LAYOUTS[fields.layout]
+    naming = Naming(
+        fields.samples_per_prompt or layout.samples,
+        fields.model_name or Path(fields.workdir or fields.pipeline).absolute().name,
+        fields.language,
+    )
+    prompts = records.read(fields.prompts, fields.column, fields.id_column, layout.ids)
+    if naming.samples > 1 and len(prompts) > MOST_PROMPTS:
+        raise InputError(f"{fields.prompts} has more than {MOST_PROMPTS} prompts: split it")
+    targets = layout.targets(prompts, naming)
+    read_by = _TEXT if fields.encoded is None else encoded.open_folder(fields.encoded)
+    if fields.guidance_scale > 1:
+        read_by.check_guidance("--guidance_scale")
+    source = _source(fields, read_by)
+    pipeline = source.pipeline
+    layout.check_shape(pipeline.image_shape, naming.samples)
+    text: dict[str, object] = {
+        "seed": fields.seed,
+        "num_inference_steps": len(source.scheduler.timesteps),
+        "guidance_scale": fields.guidance_scale,
+        "eta": source.scheduler.eta,
+    }
+    latents = None
+    if fields.latents is not None:
+        latents = read_latents(
+            remote.local(fields.latents), (len(prompts) * naming.samples, *pipeline.latent_shape)
+        )
+        text["latents"] = Path(fields.latents).name
+    texts = [prompt.text for prompt in prompts]
+    job = {**text, **identity(source, texts, latents), "dtype": fields.dtype}
+    images = Gallery(out, texts, targets, layout.notes(prompts, naming), job)
+    images.begin(fields.overwrite)
+    if fields.overwrite and processes > 1 and images.stale:
+        raise InputError(
+            "--overwrite is for one process: delete the folder of --out, or its images"
+        )
+    tokens = read_by.tokens(texts, fields.prompts, pipeline)
+    options = Options(fields.guidance_scale, fields.seed, fields.dtype, fields.batch_size)
+    draw_missing(images, source, texts, tokens, options, text, latents, process, processes)
+    if not images.finish():
+        print(f"the share of process {process} is in {out}; other processes are still drawing")
+        return
+    of = f" of the first {len(images.shown)}" if len(images.shown) < len(targets) else ""
+    print(f"{len(targets)} images are in {out}, and contact_sheet.png{of}")
+
+
+def _check_flags(fields: Any) -> None:
+    """Raise InputError for flags that do not go together."""
     if (fields.pipeline is None) == (fields.workdir is None):
         raise InputError("give either --pipeline=DIR or --workdir=W")
     if fields.workdir is not None and fields.sigmas:
@@ -262,18 +204,22 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--eta={fields.eta:g} must be 0 or 1 with --workdir")
     if fields.pipeline is not None and (fields.step or fields.pretrained):
         raise InputError("--step and --pretrained go with --workdir, not with --pipeline")
-    out = remote.output(fields.out)
-    earlier = _earlier(out)
-    if earlier and not fields.overwrite:
-        raise InputError(
-            f"{out} holds images already ({earlier[0].name}); choose another --out or "
-            "replace them with --overwrite"
-        )
-    check_writable(out)
-    prompts = files.read_prompts(fields.prompts)
-    read_by = _TEXT if fields.encoded is None else encoded.open_folder(fields.encoded)
-    if fields.guidance_scale > 1:
-        read_by.check_guidance("--guidance_scale")
+    if fields.language != "en" and fields.layout != "unigenbench":
+        raise InputError("--language goes with --layout=unigenbench")
+
+
+def _share(fields: Any) -> tuple[int, int]:
+    """Return the number of this process and of all that share the work."""
+    if (fields.process is None) != (fields.processes is None):
+        raise InputError("--process and --processes go together")
+    process, processes = fields.process or 0, fields.processes or 1
+    if process >= processes:
+        raise InputError(f"--process={process} must be below --processes={processes}")
+    return process, processes
+
+
+def _source(fields: Any, read_by: PromptSource) -> Source:
+    """Load what the flags say, at the size that they say."""
     if fields.workdir is None:
         sigmas = _read_sigmas(fields.sigmas)
         steps = fields.num_inference_steps or (len(sigmas) if sigmas else 4)
@@ -288,30 +234,7 @@ def main(argv: list[str]) -> None:
                 fields.eta,
                 read_by,
             )
-    text = {
-        "seed": fields.seed,
-        "num_inference_steps": len(source.scheduler.timesteps),
-        "guidance_scale": fields.guidance_scale,
-        "eta": source.scheduler.eta,
-    }
-    source = source._replace(pipeline=source.pipeline.sized(fields.height, fields.width))
-    latents = None
-    if fields.latents is not None:
-        latents = read_latents(
-            remote.local(fields.latents), (len(prompts), *source.pipeline.latent_shape)
-        )
-        text["latents"] = Path(fields.latents).name
-    drawn = draw(
-        source,
-        prompts,
-        guidance_scale=fields.guidance_scale,
-        seed=fields.seed,
-        latents=latents,
-        dtype=fields.dtype,
-        batch_size=fields.batch_size,
-        tokens=read_by.evaluation(fields.prompts, len(prompts), source.pipeline, []).tokens,
-    )
-    _write(out, prompts, drawn, text, math.ceil(len(prompts) / fields.batch_size))
+    return source._replace(pipeline=source.pipeline.sized(fields.height, fields.width))
 
 
 def _read_sigmas(texts: list[str] | None) -> list[float] | None:
@@ -326,45 +249,6 @@ def _read_sigmas(texts: list[str] | None) -> list[float] | None:
     if not all(1 >= sigma > after for sigma, after in zip(sigmas, ends, strict=True)):
         raise InputError(f"--sigmas={','.join(texts)}: expected numbers from 1 down to above 0")
     return sigmas
-
-
-def _earlier(out: Path) -> list[Path]:
-    """Return the files that an earlier call wrote there."""
-    names = re.compile(r"\d{5,}\.png|contact_sheet\.(png|html)")
-    return sorted(path for path in out.glob("*.*") if names.fullmatch(path.name))
-
-
-def _write(
-    out: Path,
-    prompts: list[str],
-    drawn: Iterator[np.ndarray],
-    text: dict[str, object],
-    count: int,
-) -> None:
-    console = rich.console.Console(stderr=True)
-    shown, written = [], 0
-    for batch in rich.progress.track(
-        drawn, "sampling", total=count, console=console, disable=not console.is_terminal
-    ):
-        broken = ~np.isfinite(batch).all(axis=(1, 2, 3))
-        if broken.any():
-            prompt = prompts[written + int(broken.argmax())]
-            raise InputError(
-                f"the image of {prompt!r} is NaN, so it is not written: try --dtype=float32, and "
-                "check that the pipeline's weights are whole"
-            )
-        if not written:
-            for path in _earlier(out):  # else images of a longer list would stay among the new ones
-                path.unlink()
-        for image in batch:
-            path, prompt = out / f"{written:05d}.png", prompts[written]
-            images.save_png(path, image, {"prompt": prompt, "index": written, **text})
-            written += 1
-        shown = [*shown, *batch[: max(0, _ON_SHEET - len(shown))]]
-    sheet = out / "contact_sheet.png"
-    images.contact_sheet(np.stack(shown), prompts[: len(shown)], sheet)
-    of = f" of the first {len(shown)}" if len(shown) < written else ""
-    print(f"{written} images are in {out}, and {sheet.name}{of}")
 
 
 if __name__ == "__main__":

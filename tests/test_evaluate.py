@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import types
 
 import jax
+import numpy as np
 import pytest
 import tiny
-from runs import check_refusals, write_run
+from runs import check_refusals, commands, write_run
 
 from r0_jax import config as base
-from r0_jax import evaluate
+from r0_jax import evaluate, rewards
 from r0_jax.errors import InputError
-from r0_jax.evaluation import world
+from r0_jax.evaluation import images, world
 from r0_jax.files import check_writable
 from r0_jax.training import train
 from r0_jax.workdir import run
@@ -51,6 +53,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "table" / "eval.json").write_text("{}", encoding="utf-8")
     pipeline = ["--pipeline", folder / "base", "--prompts=p.txt"]
+    against = ["--against", folder / "base"]
     out = ["--out", tmp_path / "out"]
 
     check_refusals(
@@ -82,6 +85,11 @@ def test_bad_input_is_one_line(folder, tmp_path):
                 "model_index.json is missing",
             ),
             ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
+            (against, "--against compares with --workdir=W, --pipeline=DIR or --images"),
+            ([*pipeline, *against], r"a comparison needs --out=\.\.\. \(see --help\)"),
+            ([*pipeline, *against, "--out", tmp_path / "table"], "eval.json exists already; "),
+            ([*pipeline, *against, *out], "p.txt: no such file"),
+            ([*pipeline, *out, "--rewards=hps=/x"], "p.txt: no such file"),
             ([*pipeline, *out, "--seed=-1"], "--seed=-1"),
             ([*pipeline, *out, "--seed=4294967295"], "--seed=4294967295"),
             ([*pipeline, *out, "--num_inference_steps=0"], "--num_inference_steps=0"),
@@ -89,6 +97,57 @@ def test_bad_input_is_one_line(folder, tmp_path):
     )
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "table" / "eval.json").read_text("utf-8") == "{}"
+
+
+def test_a_run_its_base_and_a_peer_side_by_side(folder, tmp_path):
+    """The peer has the run's own images, so its numbers are those of the run."""
+    tiny.clip(tmp_path / "clip", seed=1)
+    prompts = ["a red square", "a blue circle", "a star"]
+    (tmp_path / "p.csv").write_text("\n".join(["Prompt", *prompts]), "utf-8")
+    peer, out = tmp_path / "peer", tmp_path / "out"
+
+    def call(*flags):
+        return [
+            *("--workdir", folder / "run", "--prompts", tmp_path / "p.csv", "--column=Prompt"),
+            *("--out", out, "--rewards", f"clip_score={tmp_path / 'clip'}", "--batch_size=3"),
+            *("--samples_per_prompt=2", "--against_steps=1", "--against_guidance_scale=3"),
+            *flags,
+        ]
+
+    [(status, said, err)] = commands("r0_jax.evaluate", [call()])
+    assert (status, err) == (0, ""), said
+    table = json.loads((out / "eval.json").read_text("utf-8"))
+    assert list(table["models"]) == ["base_1_guided", "r0_4"]
+    for name, calls in (("base_1_guided", 2), ("r0_4", 4)):
+        entries = table["models"][name]
+        assert entries["network_calls"]["value"] == calls
+        assert entries["seconds_per_image"]["value"] > 0 and entries["diversity"]["value"] > 0
+        assert len(list((out / "images" / name).glob("0*.png"))) == 6
+    reward = rewards.load("clip_score", tmp_path / "clip")
+    with np.load(out / "eval_values.npz") as arrays:
+        for name in table["models"]:
+            for i, prompt in enumerate(prompts):
+                drawn = [
+                    images.load_png(out / "images" / name / f"{i:05d}_{j}.png") for j in (0, 1)
+                ]
+                expected = np.mean(reward(np.stack(drawn), [prompt] * 2))
+                found = arrays[f"{name}/reward/clip_score"][i]
+                np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    shutil.copytree(out / "images" / "r0_4", peer)
+    stamp = os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns
+    more = ["--images", f"peer={peer}", "--reference", peer, "--overwrite"]
+    [(status, said, err)] = commands("r0_jax.evaluate", [call(*more)])
+    assert status == 0 and err.startswith("warning: published CMMD is of CLIP ViT-L/14 at 336")
+    assert os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns == stamp  # not drawn again
+    table = json.loads((out / "eval.json").read_text("utf-8"))
+    ours, theirs = table["models"]["r0_4"], table["models"]["peer"]
+    for name in ("reward/clip_score", "sign/saturation", "diversity"):
+        assert theirs[name]["value"] == pytest.approx(ours[name]["value"])
+    assert abs(theirs["cmmd"]["value"]) < 1e-6 < table["models"]["base_1_guided"]["cmmd"]["value"]
+    assert theirs["frechet_clip"]["value"] < 1e-6 < theirs["frechet_clip_floor"]["value"]
+    assert "seconds_per_image" not in theirs and "reward/clip_score" in table["differences"]["peer"]
+    assert (out / "report.html").stat().st_size > 10_000
 
 
 def test_where_results_can_be_written(tmp_path, monkeypatch):
@@ -138,10 +197,11 @@ def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys
             "overwrite": False,
         },
     )
+    compared = dict.fromkeys(("rewards", "against", "images"))
     config = run.read_config(folder / "run")
     config.attention = "cudnn"
     monkeypatch.setattr(evaluate.run, "read_config", lambda workdir: config)
-    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields))
+    monkeypatch.setattr(evaluate.flags, "FLAGS", types.SimpleNamespace(**fields, **compared))
     monkeypatch.setattr(
         evaluate, "evaluate_run", lambda opened, step: seen.append(opened.config.attention)
     )

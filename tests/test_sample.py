@@ -101,6 +101,18 @@ def test_an_image_depends_on_seed_and_index_but_not_on_the_batch(folder):
     assert difference(stock(folder / "ddim", 2, prompts, noise_of(7, 5)), drawn) > 0.02
 
 
+def test_samples_of_a_prompt_keep_their_noise(folder):
+    source = sample.from_pipeline(folder / "pndm", 1)
+    asked = [(1, 0), (0, 1), (1, 2)]
+    [drawn] = sample.draw(source, PROMPTS, samples=asked)
+    [first] = sample.draw(source, PROMPTS)
+    assert difference(drawn[0], first[1]) < 1e-5
+    assert min(difference(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.05
+    [given] = sample.draw(source, PROMPTS, samples=asked, latents=LATENTS[[1, 0, 2]])
+    [theirs] = sample.draw(source, PROMPTS, latents=LATENTS)
+    assert difference(given[:2], theirs[[1, 0]]) < 1e-5
+
+
 def test_noise_is_one_draw_an_index():
     key = jax.random.key(3)
     noise, keys = draw_noise(key, jnp.arange(1000), (4, 4, 2))
@@ -151,35 +163,6 @@ def test_latents_that_do_not_fit(tmp_path):
     assert read.dtype == np.float32 and np.array_equal(read, LATENTS)
 
 
-def test_a_new_call_leaves_none_of_an_old_ones_images(tmp_path, capsys):
-    def write(count, value):
-        batches = iter([np.full((count, 8, 8, 3), value, np.float32)])
-        sample._write(tmp_path, ["a"] * count, batches, {"seed": 1}, 1)
-
-    (tmp_path / "mine.png").write_bytes(b"untouched")
-    write(70, 0.25)
-    assert "contact_sheet.png of the first 64" in capsys.readouterr().out
-    assert len(sample._earlier(tmp_path)) == 71
-    write(2, 0.75)
-    assert sorted(os.listdir(tmp_path)) == [
-        "00000.png",
-        "00001.png",
-        "contact_sheet.png",
-        "mine.png",
-    ]
-    assert images.load_png(tmp_path / "00001.png").mean() > 0.7
-
-
-def test_images_that_are_not_finite_are_not_written(tmp_path):
-    images.save_png(tmp_path / "00000.png", np.ones((8, 8, 3)))
-    drawn = np.zeros((2, 8, 8, 3), np.float32)
-    drawn[1, 3, 4, 0] = np.nan
-    with pytest.raises(InputError, match="the image of 'b' is NaN, so it is not written"):
-        sample._write(tmp_path, ["a", "b"], iter([drawn]), {}, 1)
-    assert os.listdir(tmp_path) == ["00000.png"]
-    assert images.load_png(tmp_path / "00000.png").min() == 1
-
-
 # --- the command -------------------------------------------------------------------------
 
 
@@ -209,6 +192,10 @@ def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
         ("a", stock(folder / "ddim", 3)),
         ("b", stock(tmp_path / "exported", 4, noise=noise_of(2**32 - 1, 3))),
     ]:
+        assert [*map(json.loads, (tmp_path / name / "prompts.jsonl").read_text().splitlines())] == [
+            {"id": f"{i:05d}", "prompt": prompt, "image_path": f"{i:05d}.png"}
+            for i, prompt in enumerate(PROMPTS)
+        ]
         files = [f"{i:05d}.png" for i in range(3)]
         assert {*files, "contact_sheet.png"} <= set(os.listdir(tmp_path / name))
         drawn = np.stack([images.load_png(tmp_path / name / file) for file in files])
@@ -223,6 +210,47 @@ def test_the_command_draws_what_stock_diffusers_draws(folder, tmp_path):
             "eta": "0.0",
             "latents": "latents.npy",
         }
+
+
+def test_processes_share_a_layout_and_a_killed_one_continues(folder, tmp_path):
+    """The files are those of one process that draws all, byte for byte."""
+    rows = [
+        {"item": f"p{i}", "prompt": prompt, "category": "Text_Rendering"}
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+
+    def call(out, *flags):
+        return [
+            *("--pipeline", folder / "pndm", "--prompts", path, "--out", tmp_path / out),
+            *("--layout=oneig", "--id_column=item", "--num_inference_steps=1", "--batch_size=6"),
+            *flags,
+        ]
+
+    share = [call("b", f"--process={i}", "--processes=2") for i in range(2)]
+    names = [f"images/text/pndm/p{i}.webp" for i in range(3)]
+    results = commands("r0_jax.sample", [call("a"), share[0], share[1], share[0]])
+    assert [(status, err) for status, _, err in results] == [(0, "")] * 4
+    said = [out.replace(str(tmp_path), "") for _, out, _ in results]
+    whole = "3 images are in /b, and contact_sheet.png\n"
+    assert said[1:] == [
+        "the share of process 0 is in /b; other processes are still drawing\n",
+        whole,
+        whole,
+    ]
+    for name in names:
+        written = (tmp_path / "b" / name).read_bytes()
+        assert written == (tmp_path / "a" / name).read_bytes()
+        with Image.open(tmp_path / "b" / name) as image:
+            assert image.size == (32, 32)
+    # As after a kill before the end, with a file half written under a hidden name.
+    (tmp_path / "b" / "prompts.jsonl").unlink()
+    (tmp_path / "b" / "images/text/pndm/.p1.webp.00.tmp").write_bytes(b"half")
+    again, other = commands("r0_jax.sample", [call("b"), call("b", "--seed=1")])
+    assert again[0] == 0 and other[0] == 2 and "holds images already" in other[2]
+    assert (tmp_path / "b" / "prompts.jsonl").is_file()
+    assert sorted(os.listdir(tmp_path / "b/images/text/pndm")) == ["p0.webp", "p1.webp", "p2.webp"]
 
 
 def test_a_sampler_that_is_not_here_is_replaced_and_told(folder, tmp_path):
@@ -282,6 +310,12 @@ def test_bad_input_is_one_line(folder, tmp_path):
             ),
             ([*good, "--out", folder / "prompts.txt" / "x"], "prompts.txt is not a folder; choose"),
             ([*good, "--eta=2"], "--eta=2"),
+            ([*good, "--language=zh"], "--language goes with --layout=unigenbench"),
+            ([*good, "--process=1"], "--process and --processes go together"),
+            ([*good, "--process=2", "--processes=2"], "--process=2 must be below --processes=2"),
+            ([*good, "--layout=hpsv2"], "prompt 0 has no field style"),
+            ([*good, "--layout=dpg", "--samples_per_prompt=3"], "makes no grid of 2 x 2: give 4"),
+            ([*good, "--id_column=id"], "prompt 0: no id among the fields"),
             ([*good, "--guidance_scale=1e308"], r"--guidance_scale=1e308: .* \[0, 1000"),
             ([*good, "--num_inference_steps=0"], "--num_inference_steps=0"),
             ([*good, "--batch_size=0"], "--batch_size=0"),

@@ -12,7 +12,7 @@ from torch_preprocess import noise
 
 from r0_jax import rewards, score
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, statistics, unfinished
+from r0_jax.evaluation import images, pairing, statistics, unfinished
 from r0_jax.rewards import plugin
 from r0_jax.rewards.preprocess import Preprocess
 from r0_jax.rewards.reward import Reward
@@ -91,6 +91,28 @@ def test_a_folder_is_scored_and_what_cannot_be_is_named(world):
     entry = statistics.mean_ci(np.asarray([row["clip_score"] for row in rows]))
     assert f"{entry['value']:.4f}" in table and f"{entry['ci95'][0]:.4f}" in table
     assert "33%" in table  # one prompt of three is too long
+
+
+def test_a_list_of_images_brings_its_prompts(world, tmp_path):
+    images.save_png(tmp_path / "a" / "0000.png", noise(24, 24)[0])
+    images.save_png(tmp_path / "b" / "0000.png", noise(24, 24)[1])
+    rows = [
+        {"id": name, "prompt": f"a {name}", "image_path": f"{name}/0000.png"} for name in ("a", "b")
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    flags = [f"--images={path}", "--rewards=function=mine:redness", f"--out={tmp_path / 's.jsonl'}"]
+    done = run(world, *flags)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["file"], row["prompt"]) for row in found] == [
+        ("a/0000.png", "a a"),
+        ("b/0000.png", "a b"),
+    ]
+    np.testing.assert_allclose(found[1]["function"], noise(24, 24)[1][..., 0].mean(), atol=3e-3)
+    path.write_text('{"prompt": "x"}', "utf-8")
+    with pytest.raises(InputError, match="the record of 'x' has no image_path"):
+        pairing.read_listing(path)
 
 
 def test_files_as_users_have_them(tmp_path):

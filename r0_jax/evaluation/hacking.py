@@ -73,6 +73,11 @@ def signs(rows: Rows, grids: Sequence[int]) -> dict[str, float]:
     return found | dict(sorted(energies.items()))
 
 
+def of_images(rows: Rows) -> dict[str, Float[np.ndarray, " n"]]:
+    """Return those of the signs that each image has by itself: the five means of `signs`."""
+    return {name: np.asarray(rows[:, i], np.float64) for i, name in enumerate(_MEANS)}
+
+
 def relative(now: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     """Return each sign divided by the base's; 1 is no change, or a sign that neither shows.
 

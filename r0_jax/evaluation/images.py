@@ -68,6 +68,26 @@ def save_png(
     write_bytes(path, buffer.getvalue())
 
 
+def save_image(
+    path: str | os.PathLike,
+    image: Shaped[ArrayLike, "h w c"],
+    text: Mapping[str, object] | None = None,
+) -> None:
+    """Write an image in the format of its suffix: .png as `save_png` does, .jpg or .webp.
+
+    JPEG has quality 95 and its colours at full resolution; WebP is lossless. Both drop `text`.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".png":
+        return save_png(path, image, text)
+    buffer, drawn = io.BytesIO(), Image.fromarray(to_uint8(image))
+    if suffix == ".jpg":
+        drawn.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        drawn.save(buffer, "WEBP", lossless=True)
+    write_bytes(path, buffer.getvalue())
+
+
 def load_png(path: str | os.PathLike) -> Float[np.ndarray, "h w 3"]:
     """Read an image as RGB in [0, 1], upright; save_png's images come back to within 1 / 255.
 

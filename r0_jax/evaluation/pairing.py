@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from r0_jax.errors import InputError
+from r0_jax.prompts import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -18,10 +19,10 @@ class Item(NamedTuple):
     prompt: str
 
 
-def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
-    """Return images with their prompts, and warnings of missing images.
+def list_images(folder: Path) -> list[Path]:
+    """Return the images in a folder but its contact sheet, as people count: img_2 before img_10.
 
-    Raises InputError where names do not tell which prompt an image belongs to.
+    Raises InputError where there are none.
     """
     if not folder.is_dir():
         raise InputError(f"--images={folder} is not a folder")
@@ -37,6 +38,15 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
     )
     if not found:
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
+    """Return images with their prompts, and warnings of missing images.
+
+    Raises InputError where names do not tell which prompt an image belongs to.
+    """
+    found = list_images(folder)
     others = [path for path in found if not re.fullmatch(r"\d+", path.stem)]
     if not others:
         by_number: dict[int, Path] = {}
@@ -60,6 +70,20 @@ def pair(folder: Path, prompts: Sequence[str]) -> tuple[list[Item], list[str]]:
             f"prompts: name images by the number of their prompt, from 0{but}"
         )
     return [Item(*both) for both in zip(found, prompts, strict=True)], []
+
+
+def read_listing(path: Path) -> list[Item]:
+    """Return the images that a `prompts.jsonl` lists, with their prompts.
+
+    A relative `image_path` begins in the folder of the list. Raises InputError for a line without.
+    """
+    found = []
+    for prompt, record in files.stream_records(path):
+        image = record.get("image_path")
+        if not isinstance(image, str) or not image:
+            raise InputError(f"{path}: the record of {prompt!r} has no image_path")
+        found.append(Item(path.parent / image, prompt))
+    return found
 
 
 def doubt(items: Sequence[Item]) -> str | None:

@@ -49,6 +49,7 @@ class Unfinished:
         """Append scores."""
         line = [self._job, [[self._key(i), dict(scores)] for i, scores in rows.items()]]
         if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             flags_ = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             self._file = os.fdopen(os.open(self.path, flags_, 0o644), "ab", buffering=0)
             try:
@@ -63,10 +64,15 @@ class Unfinished:
             self._file.write(b"\n")  # the end of half a line
         self._file.write(json.dumps(line).encode() + b"\n")
 
-    def remove(self) -> None:
-        """Remove the file: --out holds all of it."""
+    def close(self) -> None:
+        """Stop appending; the scores stay."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Remove the file: --out holds all of it."""
+        self.close()
         self.path.unlink(missing_ok=True)
 
     def _key(self, index: int) -> tuple[str, int, int, str]:

@@ -19,7 +19,7 @@ from r0_jax import remote
 from r0_jax.config import guided_regularizers
 from r0_jax.errors import InputError
 from r0_jax.files import Json, read_json
-from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.prompts import columns, dataset, files, provenance, shards
 from r0_jax.prompts.columns import EMBEDS, PROMPT
 from r0_jax.prompts.order import Draws
@@ -203,6 +203,11 @@ class EncodedPrompts:
             named = _named(batch)
             yield {name: named[name] for name in names}
 
+    def tokens(self, prompts: Sequence[str], path: str, pipeline: Pipeline) -> Tokens:
+        """Return the embeddings of prompts of a file, found among the evaluation prompts."""
+        found = self.read(EVALUATION, self._find(prompts, path))
+        return {name: found[name] for name in pipeline.embeds}
+
     def evaluation(
         self,
         path: str,
@@ -232,7 +237,9 @@ class EncodedPrompts:
 
         Raises InputError for a prompt that is not there.
         """
-        prompts = files.read_prompts(path, count=count)
+        return self._find(files.read_prompts(path, count=count), path)
+
+    def _find(self, prompts: Sequence[str], path: str) -> list[int]:
         rows = []
         for prompt in prompts:
             row = self._evaluation_rows.get(prompt)

@@ -86,6 +86,12 @@ class PromptSource(Protocol):
     ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of the batches of `draws`, as `order.batches` does."""
 
+    def tokens(self, prompts: Sequence[str], path: str, pipeline: Pipeline) -> Tokens:
+        """Return what `Pipeline.encode_prompt` takes of some prompts, which are of the file `path`.
+
+        Raises InputError for a prompt that is not there.
+        """
+
     def evaluation(
         self,
         path: str,

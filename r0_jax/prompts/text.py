@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
 from r0_jax.parallel import distributed
-from r0_jax.pipelines.pipeline import Pipeline
+from r0_jax.pipelines.pipeline import Pipeline, Tokens
 from r0_jax.prompts import files, prepared
 from r0_jax.prompts.columns import PROMPT, read_by
 from r0_jax.prompts.order import Draws
@@ -81,6 +81,10 @@ class TextPrompts:
     ) -> Iterator[dict[str, NDArray]]:
         """Yield parts of batches of what `prepare` wrote, which was for these rewards."""
         return prepared.batches(folder, draws, parts, of)
+
+    def tokens(self, prompts: Sequence[str], path: str, pipeline: Pipeline) -> Tokens:
+        """Return the token ids of prompts."""
+        return pipeline.tokenize(prompts)
 
     def evaluation(
         self,

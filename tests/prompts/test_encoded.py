@@ -450,6 +450,19 @@ def test_a_dataset_that_fits_is_taken(sdxl):
     check(sdxl)
 
 
+def test_prompts_are_found_by_their_text(sdxl):
+    source = prompts.of(sdxl)
+    pipeline = source.attach(families.load(sdxl.pretrained, family=sdxl.family, text=False))
+    path = sdxl.eval.prompts
+    found = source.evaluation(path, 2, pipeline, [])
+    tokens = source.tokens(found.prompts[::-1], path, pipeline)
+    assert tokens.keys() == found.tokens.keys()
+    for name, values in found.tokens.items():
+        np.testing.assert_array_equal(tokens[name], values[::-1])
+    with pytest.raises(InputError, match=r"'unseen' of .* is not among the evaluation prompts"):
+        source.tokens(["unseen"], path, pipeline)
+
+
 def changed(config, **fields):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(fields)

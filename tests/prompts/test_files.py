@@ -88,6 +88,17 @@ def test_parquet(tmp_path, name):
     assert files.read_prompts(tmp_path / "p.parquet") == PROMPTS
 
 
+def test_tables(tmp_path):
+    text = '\ufeffid,prompt,note\r\n1,"a ""big"", red\nbox",x\r\n\r\n2, ,y\r\n3,红,z\r\n'
+    path = write(tmp_path / "p.csv", text)
+    assert files.read_prompts(path) == ['a "big", red\nbox', "红"]
+    assert files.read_texts(path, ["note"])["note"] == ["x", "z"]
+    path = write(tmp_path / "p.tsv", "Prompt\tCategory\na cat, sitting\tAnimals\n")
+    assert list(files.stream_records(path, "Prompt")) == [
+        ("a cat, sitting", {"Prompt": "a cat, sitting", "Category": "Animals"})
+    ]
+
+
 def test_prepared_folder_is_a_tfds_folder(tmp_path):
     tfds_prompts.write({"prompt": PROMPTS, "x": np.zeros((4, 2))}, tmp_path / "prompts")
     assert files.read_prompts(tmp_path / "prompts") == PROMPTS
@@ -144,7 +155,12 @@ def test_foreign_tfds_folder_without_decoding_its_images(tmp_path):
         ("p.json", '{"prompt": "a"}', "p.json: expected a list, found dict"),
         ("p.json", '["a", {"id": 1}]', "p.json, item 2: no prompt or caption or text among"),
         ("p.parquet", b"not parquet at all", "p.parquet: not a parquet file, or not a whole one"),
-        ("p.csv", "prompt\na\n", "p.csv: cannot read prompts from .csv; give .txt, .jsonl, .json"),
+        ("p.md", "prompt\na\n", "p.md: cannot read prompts from .md; give .txt, .csv, .tsv, .json"),
+        ("p.csv", "id,url\n1,x\n", "p.csv: no prompt or caption or text among the columns (id, ur"),
+        ("p.csv", "", "p.csv: no prompt or caption or text among the columns (none)"),
+        ("p.csv", "prompt,id\na,1\nb\n", "p.csv, row 2: 1 cells, but the first line names 2 colu"),
+        ("p.tsv", 'prompt\tid\n"a\t1\nb\t2\n', "p.tsv, row 1: 1 cells, but the first line names"),
+        ("p.csv", b"prompt\n\xe9\n", "p.csv: a prompt is not UTF-8"),
         ("p.txt", "version https://git-lfs.github.com/spec/v1\n", "p.txt is a Git LFS pointer"),
         ("p", "a\n", "p: cannot read prompts from a file without suffix; give .txt"),
     ],
@@ -223,8 +239,8 @@ def test_another_text_of_the_same_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "a", "p.txt holds prompts alone, but a reward reads 'words': give a .jsonl"),
-        ("p.jsonl", '"a"', "p.jsonl, line 1: no field 'words': it is no object"),
+        ("p.txt", "a", "p.txt, line 1: no field 'words': it is a prompt alone, so give a file wi"),
+        ("p.jsonl", '"a"', "p.jsonl, line 1: no field 'words': it is a prompt alone"),
         ("p.jsonl", '{"prompt": "a"}', "p.jsonl, line 1: no words among the fields (prompt); a re"),
         (
             "p.jsonl",

@@ -73,6 +73,9 @@ def build(world: Path, whole: bool) -> None:
     (text / "p.txt").write_text("\n".join(PROMPTS) + "\n", "utf-8")
     (text / "p.json").write_text(json.dumps(PROMPTS), "utf-8")
     (text / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    (text / "p.csv").write_text(
+        "id,prompt\n" + "".join(f'{i},"{p}"\n' for i, p in enumerate(PROMPTS))
+    )
     parquet.write_table(pyarrow.table({"caption": PROMPTS}), text / "p.parquet")
     for name, family in (("sd15", "StableDiffusionPipeline"), ("sd3", "StableDiffusion3Pipeline")):
         miniature.write(world / name / "p", family)
@@ -319,7 +322,9 @@ _COMMANDS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "sample": (
         {"pipeline": "W/sd15/p", "prompts": "W/prompts/p.txt", "out": "F/o", "latents": "/nowhere"},
         ("num_inference_steps", "guidance_scale", "sigmas", "eta", "seed", "dtype", "step",
-         "height", "width", "batch_size", "overwrite", "encoded", "pretrained", "workdir"),
+         "height", "width", "batch_size", "overwrite", "encoded", "pretrained", "workdir", "layout",
+         "column", "id_column", "samples_per_prompt", "model_name", "language", "process",
+         "processes"),
     ),
     "score": (
         {"images": "W/images", "prompts": "W/prompts/p.txt", "rewards": "clip_score=/nowhere",
