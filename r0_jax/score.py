@@ -77,7 +77,7 @@ def summary(
         table.add_row(
             reward.name,
             f"{entry['value']:.4f}",
-            f"{low:.4f} to {high:.4f}",
+            f"{low:.4f} to {high:.4f}" if len(rows) > 1 else "–",
             "" if cut is None else f"{cut:.0%}",
         )
     return table
