@@ -1,6 +1,8 @@
 import pytest
 
+from configs.ablations import claims, shapes
 from r0_jax.ablation import grid
+from r0_jax.config_check import check_config
 from r0_jax.errors import InputError
 
 RECIPE = """
@@ -78,10 +80,30 @@ def test_a_recipe_is_no_ablation_and_an_ablation_needs_test_prompts(recipe, tmp_
 
 
 def test_the_shipped_ablations_are_grids():
-    from configs.ablations import shapes
-
     cells = grid.cells(shapes.get_config())
     assert len(cells) == 15 and cells[0].config.test.num_prompts == 1000
     alone = cells[2].config
     assert not any(entry.weight for entry in alone.rewards.values())
     assert alone.regularizers.guidance.weight == cells[0].config.regularizers.guidance.weight > 0
+
+
+@pytest.mark.parametrize(
+    "variants, count", [("", 8 * 5), ("parts", 7 * 5), ("search", 8 * 3), ("parts,search", 7 * 3)]
+)
+@pytest.mark.filterwarnings("ignore:no effect")
+@pytest.mark.filterwarnings("ignore:no regularizer keeps")  # of the controls
+def test_the_claims_are_grids_of_runs_that_start(variants, count):
+    cells = grid.cells(claims.get_config(variants))
+    assert len(cells) == count and len({cell.name for cell in cells}) == count
+    prompts = "validation.txt" if "search" in variants else "test.txt"
+    objectives = set()
+    for cell in cells[: len({cell.variant for cell in cells})]:  # of the first seed
+        check_config(cell.config)
+        assert cell.config.test.prompts.endswith(f"/{prompts}")
+        objectives.add(cell.config.to_json())
+    assert len(objectives) == len({cell.variant for cell in cells})
+
+
+def test_claims_know_their_variants():
+    with pytest.raises(InputError, match="use parts, search or both"):
+        claims.get_config("all")
