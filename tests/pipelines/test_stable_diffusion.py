@@ -425,11 +425,11 @@ def test_a_path_that_is_no_folder(tmp_path):
             "is SDXL (StableDiffusionXLPipeline), not Stable Diffusion 1.x",
         ),
         ({"_class_name": None}, "supported: StableDiffusionPipeline"),
-        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
-        ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "says T5EncoderModel of text_encoder"),
+        ({"unet": ["diffusers", "UNet2DModel"]}, "says UNet2DModel of unet"),
         ({"vae": [None, None]}, "vae"),
         ({"vae": []}, "vae"),
-        ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny"),
+        ({"vae": ["diffusers", "AutoencoderTiny"]}, "says AutoencoderTiny of vae"),
     ],
 )
 def test_another_family_is_named(copy, changes, said):
