@@ -1,0 +1,105 @@
+"""The train step here and its twin in PyTorch, on miniatures: that both are the same, and that a
+wrong gradient is told."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.step import __main__ as step
+from benchmarks.step import agreement, report
+from benchmarks.step.agreement import Agreement
+from benchmarks.step.ours import INPUTS, Ours
+from benchmarks.step.report import Pair, Timing
+from benchmarks.step.turns import First
+from benchmarks.step.twin import VARIANTS, Twin
+from r0_jax import config as base
+from r0_jax.stand_ins import miniature, miniature_reward
+
+
+@pytest.fixture(scope="module", params=["r0", "r0plus"])
+def sides(request, tmp_path_factory):
+    """(our first step, the twin before it, the folder)"""
+    folder = tmp_path_factory.mktemp("step")
+    miniature.write(folder / "pipeline", "StableDiffusionPipeline")
+    miniature_reward.write_reward(folder / "clip", "clip_score")
+    config = step.configure(request.param, batch=2, steps=3)
+    config.pretrained, config.sampler.num_steps, config.objective.grad_steps = (
+        str(folder / "pipeline"),
+        2,
+        2,
+    )
+    with config.unlocked():
+        del config.rewards.preference
+        config.rewards.clip_score = base.reward_entry("clip_score", path=str(folder / "clip"))
+    torch.set_num_threads(1)
+    ours = Ours(config, folder)
+    first = ours.first()
+    assert ours.run(1, 1) > 0
+    return first, Twin(config, folder, INPUTS, VARIANTS["eager, channels_last"]), folder
+
+
+def test_the_twin_takes_the_same_first_step(sides):
+    ours, twin, folder = sides
+    found = agreement.compare(ours, twin.first(), folder)
+    assert found.holds, found
+    assert {"train/loss", "norm/x0/guidance", "norm/reward_grads/clip_score"} < set(found.apart)
+    assert ours.flops > 0 and math.isfinite(ours.metrics["train/loss"])
+    assert twin.run(1, 1) > 0
+
+
+class Halved(torch.autograd.Function):
+    """What passes forward as it is, and half of which comes back."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.linspace(0, 1, gradient.shape[-1])
+
+
+class WrongGradient(nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, *given):
+        return Halved.apply(self.decoder(*given))
+
+
+def test_a_wrong_gradient_of_the_decoder_is_told(sides):
+    ours, twin, folder = sides
+    fresh = Twin(twin.config, folder, INPUTS, VARIANTS["eager"])
+    fresh.vae.decoder = WrongGradient(fresh.vae.decoder)
+    found = agreement.compare(ours, fresh.first(), folder)
+    assert not found.holds
+    assert found.apart["reward/clip_score"] < 1e-4  # what it draws is right
+    assert found.apart[agreement.GRADIENT] > 0.01
+
+
+def test_what_is_missing_or_not_a_number_differs(tmp_path):
+    assert agreement.distance({"a": np.ones(2)}, {"a": np.ones(2)}) == 0
+    assert agreement.distance({"a": np.ones(2)}, {"a": np.full(2, np.nan)}) == math.inf
+    assert agreement.distance({"a": np.ones(2)}, {}) == math.inf
+    assert not Agreement({"norm/grads": math.inf}).holds
+
+
+def test_a_row_has_a_ratio_only_where_the_first_steps_agree():
+    first = First({}, "", 3.0, flops=1e9)
+    here = Timing(first, [1.0, 2.0, 4.0], 10**9, 10**9)
+    there = here._replace(seconds=[3.0, 5.0, 6.0])
+    right = Pair("eager", here, there, Agreement({"gradient": 1e-5}))
+    wrong = Pair(
+        "torch.compile",
+        here._replace(seconds=[]),
+        there._replace(seconds=[]),
+        Agreement({"gradient": 0.5}),
+    )
+    ours, eager, compiled = report.rows([right, wrong], batch=8)
+    assert ours[:4] == ["r0_jax", "2.000", "4.0", "1"]
+    assert eager[:4] == ["PyTorch, eager", "5.000", "1.6", "2.50"]
+    assert compiled[1:4] == ["", "", "none"] and compiled[-1] == "**5e-01, gradient**"
