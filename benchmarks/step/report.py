@@ -101,14 +101,14 @@ def text(pairs: list[Pair], config: ConfigDict, recipe: str, rounds: int, steps:
     flops = pairs[0].ours.first.flops / 1e9
     return f"""    python -m benchmarks.step {measure.given_flags()}
 
-The whole train step of `{recipe}`, {config.batch_size} images of {config.batch_size} prompts that
-are encoded before, in {config.dtype}. PyTorch runs the networks of diffusers and transformers with
-the same weights, prompts and rewards. The first step has the same noise too. A row has times only
-if that step agrees: loss, scores, norms and the whole gradient, to {TOLERANCE:g} of their size. The
-last column is the largest difference. The two sides take turns, each in a process of its own,
-{rounds} rounds of {steps} steps after a round that is not timed. Seconds are medians of rounds. "Times as
-long" is the median over rounds, next to each other. A first step compiles. GFLOP/s are of
-{flops:.1f} GFLOP a step, our count of products. Memory is resident.
+The whole train step of `{recipe}`: {config.batch_size} images, of prompts that are encoded before,
+in {config.dtype}. PyTorch runs the networks of diffusers and transformers with the same weights,
+prompts and rewards. In the first step the noise is the same too. A row has times only if that step
+agrees: loss, scores, norms and the whole gradient, to {TOLERANCE:g} of their size. The last column
+is the largest difference. The two sides take turns, each in a process of its own: {rounds} rounds
+of {steps} steps, after one that is not timed. Seconds are medians of the rounds. "Times as long" is
+the median over rounds that follow each other. A first step compiles. GFLOP/s are of {flops:.1f}
+GFLOP a step, our count of the products. Memory is resident.
 
 {measure.table(HEADER, rows(pairs, config.batch_size))}
 {wrong}

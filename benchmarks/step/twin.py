@@ -193,7 +193,7 @@ class Twin:
         return total
 
     def rollout(self, draws: Draws, last: int) -> Call:
-        """Draw with the generator up to call `last`; the last `grad_steps` calls have a gradient."""
+        """Draw up to call `last`; the last `grad_steps` calls have a gradient."""
         is_plus = self.config.objective.method == "r0plus"
         first = last + 1 - (1 if is_plus else self.config.objective.grad_steps)
         latents = draws.noise

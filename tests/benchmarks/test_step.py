@@ -1,5 +1,4 @@
-"""The train step here and its twin in PyTorch, on miniatures: that both are the same, and that a
-wrong gradient is told."""
+"""The train step here and its twin in PyTorch, on miniatures."""
 
 import math
 
@@ -26,11 +25,10 @@ def sides(request, tmp_path_factory):
     miniature.write(folder / "pipeline", "StableDiffusionPipeline")
     miniature_reward.write_reward(folder / "clip", "clip_score")
     config = step.configure(request.param, batch=2, steps=3)
-    config.pretrained, config.sampler.num_steps, config.objective.grad_steps = (
-        str(folder / "pipeline"),
-        2,
-        2,
-    )
+    config.pretrained = str(folder / "pipeline")
+    config.sampler.num_steps = config.objective.grad_steps = 2
+    (folder / "prompts.txt").write_text("red\nblue\n")
+    config.data.prompts = str(folder / "prompts.txt")
     with config.unlocked():
         del config.rewards.preference
         config.rewards.clip_score = base.reward_entry("clip_score", path=str(folder / "clip"))
@@ -50,8 +48,8 @@ def test_the_twin_takes_the_same_first_step(sides):
     assert twin.run(1, 1) > 0
 
 
-class Halved(torch.autograd.Function):
-    """What passes forward as it is, and half of which comes back."""
+class Faded(torch.autograd.Function):
+    """What passes forward as it is, and whose gradient loses its left side on the way back."""
 
     @staticmethod
     def forward(context, x):
@@ -68,7 +66,7 @@ class WrongGradient(nn.Module):
         self.decoder = decoder
 
     def forward(self, *given):
-        return Halved.apply(self.decoder(*given))
+        return Faded.apply(self.decoder(*given))
 
 
 def test_a_wrong_gradient_of_the_decoder_is_told(sides):
