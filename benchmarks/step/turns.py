@@ -19,7 +19,7 @@ class First(NamedTuple):
       metrics: by the names of the package's train step.
       gradient: file of the gradient of the loss, by the names of the checkpoint.
       seconds: that it took, with all compilation.
-      flops: of a step, computing nothing twice; 0 where the side does not count them.
+      flops: of a step, on average; 0 where the side does not count them.
     """
 
     metrics: dict[str, float]
