@@ -19,18 +19,11 @@ from benchmarks.fullsize import watch
 from benchmarks.step import agreement, report
 from benchmarks.step.report import Pair, Timing
 from benchmarks.step.turns import Worker
+from benchmarks.step.variants import VARIANTS
 from configs import shapes_r0
 from r0_jax import cli
 from r0_jax.errors import InputError
 from r0_jax.files import write_bytes
-
-VARIANTS = (
-    "eager",
-    "eager, channels_last",
-    "aot_eager",
-    "torch.compile",
-    "torch.compile, channels_last",
-)
 
 
 def define_flags() -> None:
@@ -39,7 +32,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 4, "of a round", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "that are timed", lower_bound=1)
     flags.DEFINE_multi_enum(
-        "variant", VARIANTS, VARIANTS, "ways to run PyTorch; repeat the flag for several"
+        "variant",
+        list(VARIANTS),
+        list(VARIANTS),
+        "ways to run PyTorch; repeat the flag for several",
     )
     cli.define_path("out", None, "Markdown file for the section; printed by default")
 
@@ -60,17 +56,23 @@ def main(argv: list[str]) -> None:
     if not Path("/proc/self/clear_refs").exists():
         raise InputError("memory is read from /proc, which only Linux has")
     config = configure(given.method, given.batch, 1 + given.steps * (1 + given.rounds))
-    pairs = []
+    pairs, broken = [], []
     with tempfile.TemporaryDirectory() as folder:
         write_bytes(Path(folder, "config.json"), config.to_json().encode())
         with Worker("benchmarks.step.ours", folder) as ours:
             first = ours.first()
             start = watch.peak(ours.process.pid)
             for variant in given.variant:
-                with Worker("benchmarks.step.twin", folder, variant) as twin:
-                    pairs.append(pair(variant, Timing(first, [], start, 0), ours, twin, folder))
+                try:
+                    with Worker("benchmarks.step.twin", folder, variant) as twin:
+                        pairs.append(pair(variant, Timing(first, [], start, 0), ours, twin, folder))
+                except InputError as error:  # a compiler of PyTorch may not work on this machine
+                    print(f"PyTorch, {variant}: {error}", file=sys.stderr)
+                    broken.append(variant)
+    if not pairs:
+        raise InputError("no way to run PyTorch worked: see above")
     recipe = "configs/shapes_r0.py" + ("" if given.method == "r0" else f":{given.method}")
-    section = report.text(pairs, config, recipe, given.rounds, given.steps)
+    section = report.text(pairs, broken, config, recipe, given.rounds, given.steps)
     measure.publish(given.out, report.heading(config), section)
 
 

@@ -90,14 +90,16 @@ def heading(config: ConfigDict) -> str:
     return f"## The train step here and in PyTorch: shapes, {method}"
 
 
-def text(pairs: list[Pair], config: ConfigDict, recipe: str, rounds: int, steps: int) -> str:
-    """Return the section."""
-    failed = [pair for pair in pairs if not pair.agreement.holds]
+def text(
+    pairs: list[Pair], broken: list[str], config: ConfigDict, recipe: str, rounds: int, steps: int
+) -> str:
+    """Return the section; `broken` are variants that ended with an error."""
     wrong = "".join(
         f"\n- PyTorch, {pair.variant}: {pair.agreement.worst} is "
         f"{pair.agreement.apart[pair.agreement.worst]:.1%} off, so it is not timed."
-        for pair in failed
-    )
+        for pair in pairs
+        if not pair.agreement.holds
+    ) + "".join(f"\n- PyTorch, {variant}: ended with an error." for variant in broken)
     flops = pairs[0].ours.first.flops / 1e9
     return f"""    python -m benchmarks.step {measure.given_flags()}
 

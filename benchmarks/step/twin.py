@@ -26,28 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.step import turns
 from benchmarks.step.torch_rewards import ClipScore
 from benchmarks.step.turns import First
+from benchmarks.step.variants import VARIANTS, Variant
 from r0_jax.files import read_json
-
-
-class Variant(NamedTuple):
-    """How PyTorch runs the networks.
-
-    Attributes:
-      backend: of torch.compile; "" runs them eagerly.
-      channels_last: the memory format of convolutions.
-    """
-
-    backend: str = ""
-    channels_last: bool = False
-
-
-VARIANTS = {
-    "eager": Variant(),
-    "eager, channels_last": Variant(channels_last=True),
-    "aot_eager": Variant("aot_eager"),
-    "torch.compile": Variant("inductor"),
-    "torch.compile, channels_last": Variant("inductor", channels_last=True),
-}
 
 
 class Draws(NamedTuple):

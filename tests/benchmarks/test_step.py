@@ -14,7 +14,8 @@ from benchmarks.step.agreement import Agreement
 from benchmarks.step.ours import INPUTS, Ours
 from benchmarks.step.report import Pair, Timing
 from benchmarks.step.turns import First
-from benchmarks.step.twin import VARIANTS, Twin
+from benchmarks.step.twin import Twin
+from benchmarks.step.variants import VARIANTS
 from r0_jax import config as base
 from r0_jax.stand_ins import miniature, miniature_reward
 from r0_jax.weights import convert
@@ -64,7 +65,7 @@ def sides(tmp_path_factory):
 
 def test_the_twin_takes_the_same_first_step(sides):
     ours, make, folder = sides
-    twin = make("eager, channels_last")
+    twin = make("eager+channels_last")
     found = agreement.compare(ours, twin.first(), folder)
     assert found.holds, found
     assert {"train/loss", "norm/grads", "norm/reward_grads/clip_score"} < set(found.apart)
@@ -119,7 +120,7 @@ def test_a_row_has_a_ratio_only_where_the_first_steps_agree():
     there = here._replace(seconds=[3.0, 5.0, 6.0])
     right = Pair("eager", here, there, Agreement({"gradient": 1e-5}))
     wrong = Pair(
-        "torch.compile",
+        "compile",
         here._replace(seconds=[]),
         there._replace(seconds=[]),
         Agreement({"gradient": 0.5}),
@@ -128,3 +129,7 @@ def test_a_row_has_a_ratio_only_where_the_first_steps_agree():
     assert ours[:4] == ["r0_jax", "2.000", "4.0", "1"]
     assert eager[:4] == ["PyTorch, eager", "5.000", "1.6", "2.50"]
     assert compiled[1:4] == ["", "", "none"] and compiled[-1] == "**5e-01, gradient**"
+    config = step.configure("r0plus", batch=8, steps=3)
+    told = report.text([right, wrong], ["aot_eager"], config, "a recipe", rounds=3, steps=1)
+    assert "compile: gradient is 50.0% off, so it is not timed." in told
+    assert "aot_eager: ended with an error." in told
