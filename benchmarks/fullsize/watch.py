@@ -53,14 +53,14 @@ def watch(
         )
         try:
             for window in windows:
-                begin, peak = time.perf_counter(), 0
-                _clear_peak(process.pid)
+                begin, most = time.perf_counter(), 0
+                clear_peak(process.pid)
                 while (running := process.poll() is None) and not window.ended():
                     time.sleep(_PAUSE)
-                    peak = max(peak, _peak(process.pid))
+                    most = max(most, peak(process.pid))
                 found[window.name] = {
                     "seconds": time.perf_counter() - begin,
-                    "peak_bytes": float(peak),
+                    "peak_bytes": float(most),
                 }
                 if not running:
                     break
@@ -75,12 +75,13 @@ def watch(
     return found
 
 
-def _clear_peak(process: int) -> None:
+def clear_peak(process: int) -> None:
+    """Let `peak` count from now on."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
-def _peak(process: int) -> int:
-    """Return the most bytes of memory that a process has held; 0 when it is gone."""
+def peak(process: int) -> int:
+    """Return the most bytes that a process has held since `clear_peak`; 0 when it is gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
