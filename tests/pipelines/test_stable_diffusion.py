@@ -425,7 +425,10 @@ def test_a_path_that_is_no_folder(tmp_path):
             "is SDXL (StableDiffusionXLPipeline), not Stable Diffusion 1.x",
         ),
         ({"_class_name": None}, "supported: StableDiffusionPipeline"),
-        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "says T5EncoderModel of text_encoder"),
+        (
+            {"text_encoder": ["transformers", "T5EncoderModel"]},
+            "says T5EncoderModel of text_encoder",
+        ),
         ({"unet": ["diffusers", "UNet2DModel"]}, "says UNet2DModel of unet"),
         ({"vae": [None, None]}, "vae"),
         ({"vae": []}, "vae"),
