@@ -84,7 +84,7 @@ def flip_a_bit(path):
 
 def ended(program):
     """Status, and what it said on standard output and error."""
-    out, err = program.communicate(timeout=300)
+    out, err = program.communicate(timeout=900)
     return program.returncode, out, err
 
 
@@ -200,7 +200,7 @@ def test_two_processes_killed_and_started_again_equal_one(tmp_path):
         f"--workdir={tmp_path / 'two'}",
     ]
     program = launch(2, "-m", "r0_jax.main", *flags)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while len(checkpoint.steps(LocalWorkdir(tmp_path / "two"))) < 2:
         assert program.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
