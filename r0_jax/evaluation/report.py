@@ -269,7 +269,7 @@ def _bounds(veto: object) -> dict[str, tuple[float, ...]]:
     """Return {metric: its bounds} of the veto in a config.json, without what is not readable."""
     pairs = veto.items() if isinstance(veto, dict) else ()
     return {
-        f"hacking/{name}": tuple(map(float, pair))
+        f"hacking/{name}": tuple(float(x) for x in pair if abs(x) < 1e300)  # inf is no bound
         for name, pair in pairs
         if isinstance(pair, list) and all(isinstance(x, int | float) for x in pair)
     }

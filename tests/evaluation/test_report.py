@@ -180,7 +180,8 @@ def test_report_of_a_whole_run(tmp_path):
 
 
 def test_the_best_checkpoint_and_the_bounds_of_the_veto_are_drawn(tmp_path):
-    config = {"steps": 9, "best_metric": "heldout/clip", "veto": {"contrast": [0.5, 2], "dark": 3}}
+    config = {"steps": 9, "best_metric": "heldout/clip", "veto": {}}
+    config["veto"] = {"contrast": [0.5, 2], "vetoed": [0, 10**400], "dark": 3}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     lines = [
         {"step": step, "heldout/clip": clip, "hacking/contrast": 1.0, "hacking/vetoed": vetoed}
@@ -194,7 +195,7 @@ def test_the_best_checkpoint_and_the_bounds_of_the_veto_are_drawn(tmp_path):
     assert "The best checkpoint is that of step 1, by\nheldout/clip" in shown
     charts = {re.match(r"[^<]*", x)[0]: x for x in whole.split("<figcaption>")[1:]}
     broken_lines = {name: chart.count("stroke-dasharray") for name, chart in charts.items()}
-    assert broken_lines == {"heldout/clip": 1, "hacking/contrast": 1 + 2, "hacking/vetoed": 1}
+    assert broken_lines == {"heldout/clip": 1, "hacking/contrast": 1 + 2, "hacking/vetoed": 1 + 1}
     for broken in ("{", "[]", '{"veto": 3, "best_metric": null}'):
         (tmp_path / "config.json").write_text(broken, encoding="utf-8")
         assert "best checkpoint" not in report.write_report(tmp_path).read_text(encoding="utf-8")

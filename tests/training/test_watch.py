@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 from r0_jax.evaluation import report
 from r0_jax.training import watch
 
@@ -22,3 +24,9 @@ def test_the_report_is_written_unless_it_costs_much(tmp_path, monkeypatch):
     assert written[0] == 100.0
     assert all(later - earlier >= 2.0 * 50 for earlier, later in itertools.pairwise(written))
     assert len(written) == 3
+
+
+def test_a_broken_table_of_an_earlier_end_does_not_end_the_training(tmp_path):
+    (tmp_path / "eval.json").write_text("{", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"not written: .*eval\.json"):
+        watch.Watch(tmp_path).write()
