@@ -284,14 +284,14 @@ def _drawn(fields: Any, prompts: list[Prompt], out: Path) -> list[Contender]:
     with mirror.workdir(fields.workdir) as workdir:
         steps = fields.num_inference_steps
         source = _sized(from_run(workdir, steps, fields.step, fields.pretrained), fields)
-        test = run.open_run(workdir, fields.pretrained).config.get("test") or {}
+        test = run.read_config(workdir.path).test
         return _draw_all(
             fields,
             prompts,
             out,
             fields.against or str(source.pipeline.folder),
-            test.get("base_steps", 25),
-            test.get("guidance_scale", 7.5),
+            test.base_steps,
+            test.guidance_scale,
             (f"r0_{len(source.scheduler.timesteps)}", source, 1.0),
         )
 

@@ -53,6 +53,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS, size=0):
         "objective": {"method": "r0plus"},
         "rewards": {"hps": {"weight": 1.0}, "clip": {"weight": 0.5}},
         "heldout_rewards": {"pickscore": {"weight": 1.0}},
+        "test": {"prompts": "", "base_steps": 25, "guidance_scale": 7.5},
         "regularizers": {"weight": {"weight": 0.01}, "output": {"weight": 0.0}},
     }
     workdir.mkdir()
