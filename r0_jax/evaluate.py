@@ -42,7 +42,7 @@ from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.pairing import Item, list_images
 from r0_jax.evaluation.testbed import Model, Testbed, evaluate_models, evaluate_run
 from r0_jax.evaluation.unfinished import job_of
-from r0_jax.files import check_writable
+from r0_jax.files import check_writable, is_plain_name
 from r0_jax.models import attention_backend
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
@@ -161,13 +161,7 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         folder, config, pretrained = remote.output(fields.out), base.get_config(), ""
         set_measures(config)
         _check_free(folder, fields.overwrite)
-    if not isinstance(config.get("test"), ConfigDict):
-        raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
-    fields_of_test = (f"test.{name}" for name in base.get_config().test if name not in config.test)
-    if missing := [*(name for name in ("draw_batch",) if name not in config), *fields_of_test]:
-        raise InputError(
-            f"{folder}/config.json has no {missing[0]}: it is of an older run, or cut short"
-        )
+    _check_test(folder, config)
     check_writable(folder / "samples" / "eval")
     with config.unlocked():
         config.pretrained = pretrained
@@ -199,6 +193,17 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         print(f"report: {report.write_report(folder)}")
 
 
+def _check_test(folder: Path, config: ConfigDict) -> None:
+    """Raise InputError for a config of a workdir that does not say how its run is measured."""
+    if not isinstance(config.get("test"), ConfigDict):
+        raise InputError(f"{folder}/config.json has no test, so it is not the config of an R0 run")
+    fields_of_test = (f"test.{name}" for name in base.get_config().test if name not in config.test)
+    if missing := [*(name for name in ("draw_batch",) if name not in config), *fields_of_test]:
+        raise InputError(
+            f"{folder}/config.json has no {missing[0]}: it is of an older run, or cut short"
+        )
+
+
 def compare(fields: Any) -> None:
     """Compare models as the flags say."""
     if fields.workdir is not None and fields.pipeline is not None:
@@ -218,14 +223,9 @@ def compare(fields: Any) -> None:
     check_writable(out)
     every = records.read(fields.prompts, fields.column)
     prompts = every[: fields.num_prompts]
+    peers = _peers(fields, [prompt.text for prompt in every], len(prompts))
     judges = _judges(fields)
-    found = _drawn(fields, prompts, out)
-    for item in fields.images or ():
-        name, _, where = item.partition("=")
-        if not (name and where):
-            raise InputError(f"--images: {item!r} should read name=folder")
-        texts = [prompt.text for prompt in every]
-        found.append(contenders.of_folder(name, remote.local(where), texts, len(prompts)))
+    found = _drawn(fields, prompts, out) + peers
     names = [contender.name for contender in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two models are called {twice!r}: give one another name or other steps")
@@ -242,6 +242,19 @@ def compare(fields: Any) -> None:
         hpsv2.print_table(name, rewards)
     print(f"written: {out / 'eval.json'}")
     print(f"report: {report.write_report(out)}")
+
+
+def _peers(fields: Any, prompts: list[str], count: int) -> list[Contender]:
+    """Return the images made elsewhere of the first `count` prompts."""
+    found = []
+    for item in fields.images or ():
+        name, _, where = item.partition("=")
+        if not (is_plain_name(name) and where):
+            raise InputError(
+                f"--images: {item!r} should read name=folder, where the name is that of a file"
+            )
+        found.append(contenders.of_folder(name, remote.local(where), prompts, count))
+    return found
 
 
 def _judges(fields: Any) -> Judges:
@@ -282,16 +295,17 @@ def _drawn(fields: Any, prompts: list[Prompt], out: Path) -> list[Contender]:
             ours = (name, source, fields.guidance_scale)
         return _draw_all(fields, prompts, out, fields.against, 25, 7.5, ours)
     with mirror.workdir(fields.workdir) as workdir:
+        config = run.read_config(workdir.path)
+        _check_test(workdir.path, config)
         steps = fields.num_inference_steps
         source = _sized(from_run(workdir, steps, fields.step, fields.pretrained), fields)
-        test = run.read_config(workdir.path).test
         return _draw_all(
             fields,
             prompts,
             out,
             fields.against or str(source.pipeline.folder),
-            test.base_steps,
-            test.guidance_scale,
+            config.test.base_steps,
+            config.test.guidance_scale,
             (f"r0_{len(source.scheduler.timesteps)}", source, 1.0),
         )
 

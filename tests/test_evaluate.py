@@ -55,6 +55,8 @@ def test_bad_input_is_one_line(folder, tmp_path):
     pipeline = ["--pipeline", folder / "base", "--prompts=p.txt"]
     against = ["--against", folder / "base"]
     out = ["--out", tmp_path / "out"]
+    (tmp_path / "two.txt").write_text("a\nb\n", encoding="utf-8")
+    compared = [*pipeline[:2], *against, *out, "--prompts", tmp_path / "two.txt"]
 
     check_refusals(
         "r0_jax.evaluate",
@@ -85,6 +87,11 @@ def test_bad_input_is_one_line(folder, tmp_path):
                 "model_index.json is missing",
             ),
             ([*moved, "--pretrained", folder / "base"], "moved has no checkpoint yet"),
+            ([*compared, "--images", f"a/b={tmp_path}"], "the name is that of a file"),
+            (
+                [*foreign[:2], *out, *against, "--prompts", tmp_path / "two.txt"],
+                "config.json has no test, so it is not the config of an R0 run",
+            ),
             (against, "--against compares with --workdir=W, --pipeline=DIR or --images"),
             ([*pipeline, *against], r"a comparison needs --out=\.\.\. \(see --help\)"),
             ([*pipeline, *against, "--out", tmp_path / "table"], "eval.json exists already; "),

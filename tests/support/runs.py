@@ -15,7 +15,7 @@ import optax
 import torch
 import yaml
 
-from r0_jax import sample
+from r0_jax import config, sample
 from r0_jax.method import train_state
 from r0_jax.method.generator import Generator
 from r0_jax.pipelines import families
@@ -36,7 +36,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS, size=0):
 
     `size` is that of its images, where the pretrained does not say it.
     """
-    config = {
+    fields = {
         "pretrained": str(pretrained),
         "data": {"prompts": "prompts.txt", "encoded": ""},
         "dtype": "float32",
@@ -53,11 +53,11 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS, size=0):
         "objective": {"method": "r0plus"},
         "rewards": {"hps": {"weight": 1.0}, "clip": {"weight": 0.5}},
         "heldout_rewards": {"pickscore": {"weight": 1.0}},
-        "test": {"prompts": "", "base_steps": 25, "guidance_scale": 7.5},
+        "test": config.get_config().test.to_dict(),
         "regularizers": {"weight": {"weight": 0.01}, "output": {"weight": 0.0}},
     }
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (workdir / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     pipeline = families.load(pretrained)
     part = pipeline.generator_part
     base, shapes = pipeline.params[part], pipeline.networks[part].shapes
