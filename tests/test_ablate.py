@@ -15,7 +15,7 @@ from r0_jax.ablation import page, workers
 from r0_jax.ablation.grid import Cell
 from r0_jax.errors import STOPPED, InputError
 from r0_jax.evaluation import images
-from r0_jax.evaluation.testbed import VALUES
+from r0_jax.evaluation.results import VALUES
 
 GUIDED, SEEDS, VARIANTS = "base_25_guided", (0, 1), ("R0", "rewards alone")
 

@@ -16,7 +16,7 @@ from r0_jax.ablation import measured
 from r0_jax.ablation.measured import Measured
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, report, statistics, verdicts
-from r0_jax.evaluation.testbed import FEATURES
+from r0_jax.evaluation.results import FEATURES
 from r0_jax.evaluation.verdicts import Target, Values
 from r0_jax.files import loads
 

@@ -4,8 +4,6 @@ The images lie in files, so a killed comparison continues, and images of other p
 same table.
 """
 
-import io
-import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -15,11 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import distances, hacking, hpsv2, image_features, scoring, statistics
+from r0_jax.evaluation import (
+    distances,
+    hacking,
+    hpsv2,
+    image_features,
+    results,
+    scoring,
+    statistics,
+)
 from r0_jax.evaluation.pairing import Item
-from r0_jax.evaluation.testbed import SHOWN, VALUES, finite
 from r0_jax.evaluation.unfinished import Unfinished
-from r0_jax.files import write_bytes
 from r0_jax.prompts.records import Prompt
 from r0_jax.rewards.reward import Reward
 from r0_jax.rewards.tower import Tower
@@ -171,7 +175,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure contenders; write and return the contents of `out`/eval.json.
 
-    Differences are to the first contender, prompt by prompt. Also writes `VALUES`, and for the
+    Differences are to the first contender, prompt by prompt. Also writes the values, and for the
     report the first prompts with their images.
     """
     styles = hpsv2.styles_of(prompts)
@@ -196,12 +200,15 @@ def compare(
         for name, found in measured.items()
         for metric, values in found.values.items()
     }
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    write_bytes(out / VALUES, file.getvalue())
-    _write_shown(out / "samples" / "eval", contenders, prompts)
-    text = json.dumps(finite(table), indent=1, allow_nan=False)
-    write_bytes(out / "eval.json", text.encode("utf-8"))
+    each = {c.name: len(c.items) // len(prompts) for c in contenders}
+    files = {
+        c.name: [
+            os.path.relpath(item.path, out / results.IMAGES)
+            for item in c.items[:: each[c.name]][: results.SHOWN]
+        ]
+        for c in contenders
+    }
+    results.write(out, table, arrays, [prompt.text for prompt in prompts], files)
     return table
 
 
@@ -210,8 +217,8 @@ def _entries(
 ) -> dict[str, Any]:
     """Return {metric: {"value", "ci95"}} of one contender."""
     entries = {name: statistics.mean_ci(values) for name, values in found.values.items()}
-    for reward, results in _benchmark(found, judges, styles or ()).items():
-        for style, result in results.items():
+    for reward, by_style in _benchmark(found, judges, styles or ()).items():
+        for style, result in by_style.items():
             entries[f"hpsv2/{reward}, {style}"] = {
                 "value": result["mean"],
                 "ci95": result["ci95"],
@@ -252,17 +259,3 @@ def _benchmark(found: Measured, judges: Judges, styles: Sequence[str]) -> dict[s
         for name, kind in judges.kinds.items()
         if kind in hpsv2.TYPES
     }
-
-
-def _write_shown(folder: Path, contenders: Sequence[Contender], prompts: Sequence[Prompt]) -> None:
-    """List the first prompts with an image of each contender, for the report."""
-    lines = []
-    for i, prompt in enumerate(prompts[:SHOWN]):
-        files = {
-            c.name: os.path.relpath(c.items[i * (len(c.items) // len(prompts))].path, folder)
-            for c in contenders
-        }
-        lines.append(
-            json.dumps({"index": i, "prompt": prompt.text, "files": files}, ensure_ascii=False)
-        )
-    write_bytes(folder / "prompts.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "replace"))

@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import io
-import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +15,11 @@ from r0_jax import prompts, rewards
 from r0_jax.config import trained_rewards
 from r0_jax.console import console
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, programs, statistics, table_programs, world
+from r0_jax.evaluation import images, programs, results, statistics, table_programs, world
 from r0_jax.evaluation.batches import batch_size, chunks, draw, fill, score
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.noise import fixed_noise
-from r0_jax.files import write_bytes
+from r0_jax.evaluation.results import FEATURES, SHOWN
 from r0_jax.parallel import distributed, sharding
 from r0_jax.pipelines.pipeline import Pipeline, Tokens, take
 from r0_jax.prompts.files import read_prompts
@@ -30,10 +27,6 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 from r0_jax.weights.network import Params
 from r0_jax.workdir.run import Run
-
-SHOWN = 12  # prompts; the report shows their images
-VALUES = "eval_values.npz"  # beside eval.json: what its numbers are means of
-FEATURES = "features"  # of images in VALUES, for the Frechet distance; "reference" has the scenes
 
 
 class Model(NamedTuple):
@@ -334,7 +327,7 @@ def evaluate_models(
         if jax.process_index() == 0:
             for i, file in enumerate(files[name]):
                 images.save_png(
-                    folder / "samples" / "eval" / file,
+                    folder / results.IMAGES / file,
                     found.shown[i],
                     {"prompt": testbed.prompts[i]},
                 )
@@ -344,13 +337,12 @@ def evaluate_models(
         name: testbed.differences(measured[name], measured[first]) for name in others
     }
     if jax.process_index() == 0:
-        _write_values(folder / VALUES, testbed, measured)
-        _write(folder, testbed, table, files)
+        results.write(folder, table, _values(testbed, measured), testbed.prompts, files)
     return table
 
 
-def _write_values(path: Path, testbed: Testbed, measured: dict[str, Measured]) -> None:
-    """Write "MODEL/METRIC" arrays, one value a prompt, and the features of images and scenes."""
+def _values(testbed: Testbed, measured: dict[str, Measured]) -> dict[str, np.ndarray]:
+    """Return "MODEL/METRIC" arrays, one value a prompt, and the features of images and scenes."""
     arrays = {
         f"{name}/{metric}": values
         for name, found in measured.items()
@@ -359,36 +351,4 @@ def _write_values(path: Path, testbed: Testbed, measured: dict[str, Measured]) -
     if testbed.reference is not None:
         arrays |= {f"{name}/{FEATURES}": found.features for name, found in measured.items()}
         arrays[f"reference/{FEATURES}"] = testbed.reference.features
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    write_bytes(path, file.getvalue())
-
-
-def _write(
-    folder: Path, testbed: Testbed, table: dict[str, Any], files: dict[str, list[str]]
-) -> None:
-    lines = [
-        json.dumps(
-            {
-                "index": i,
-                "prompt": prompt,
-                "files": {name: paths[i] for name, paths in files.items()},
-            },
-            ensure_ascii=False,
-        )
-        for i, prompt in enumerate(testbed.prompts[:SHOWN])
-    ]
-    write_bytes(
-        folder / "samples" / "eval" / "prompts.jsonl", ("\n".join(lines) + "\n").encode("utf-8")
-    )
-    text = json.dumps(finite(table), indent=1, allow_nan=False)
-    write_bytes(folder / "eval.json", text.encode("utf-8"))
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity by None, at any depth: JSON has neither."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return arrays

@@ -12,7 +12,7 @@ import numpy as np
 from r0_jax import machine
 from r0_jax.errors import InputError
 from r0_jax.evaluation import statistics
-from r0_jax.evaluation.testbed import FEATURES, VALUES
+from r0_jax.evaluation.results import FEATURES, VALUES
 from r0_jax.files import check_regular
 
 # "MODEL/METRIC" -> a value a prompt, of one seed.
