@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -92,20 +93,25 @@ def change(path, before, after):
     path.write_text(text.replace(before, after), "utf-8")
 
 
+@contextlib.contextmanager
 def run(program, *arguments):
     """A process of its own with one device, to be killed or to run into a full disk."""
     header = (
         "import sys; sys.path[:0] = ['tests/support', 'tests/workdir']\n"
         "import test_checkpoint as t\n"
     )
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", header + program, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_xla.FLAGS},
-    )
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -381,8 +387,8 @@ while not any(p.is_file() for p in (checkpoints.folder / "2.orbax-checkpoint-tmp
     pass
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    child = run(program, tmp_path)
-    out, err = child.communicate(timeout=60)
+    with run(program, tmp_path) as child:
+        out, err = child.communicate(timeout=60)
     assert (out, err, child.returncode) == ("", "", -signal.SIGKILL)
     assert set(os.listdir(tmp_path / "checkpoints")) == {"1", "2.orbax-checkpoint-tmp"}
     assert checkpoint.steps(LocalWorkdir(tmp_path)) == [1]
@@ -408,14 +414,15 @@ try:
         big = {f"big.{i}": t.jnp.asarray(x) for i, x in enumerate(noise)}
         checkpoints.save(t.at(state._replace(params=big), int(state.step) + 1))
         print(len(t.jax.devices()), "device, saving", flush=True)
-        time.sleep(60)
+        while True:
+            time.sleep(0.1)  # a signal just before a long sleep does not shorten it
 except Stop:
     print("stopped")
 """
-    child = run(program, copied)
-    assert child.stdout.readline() == "1 device, saving\n", child.stderr.read()
-    child.terminate()
-    out, err = child.communicate(timeout=60)
+    with run(program, copied) as child:
+        assert child.stdout.readline() == "1 device, saving\n", child.stderr.read()
+        child.terminate()
+        out, err = child.communicate(timeout=60)
     assert (out, err, child.returncode) == ("stopped\n", "", 0)
     assert set(os.listdir(copied / "checkpoints")) == {"10", "20", "21"}
     assert len(load_params(LocalWorkdir(copied), "params")[0]) == 8
@@ -458,7 +465,8 @@ def test_what_the_disk_refuses_is_one_line():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
         folder = Path(folder).resolve()
         os.chmod(folder, 0o755)
-        out, err = run(REFUSED, folder).communicate(timeout=60)  # and the process does end
+        with run(REFUSED, folder) as child:
+            out, err = child.communicate(timeout=60)  # and the process does end
         lines = err.splitlines()
         for how, reason in [
             ("read-only", "permission denied"),
