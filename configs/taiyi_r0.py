@@ -3,8 +3,13 @@
 Command:   python -m r0_jax.main --config=configs/taiyi_r0.py --workdir=runs/taiyi \\
              --config.pretrained=/path/to/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 \\
              --config.data.prompts=prompts.txt
-Variants:  taiyi_r0.py:r0plus, :full, :dryrun, or several with commas. The dry run needs no weights:
+Variants:  taiyi_r0.py:english, :r0plus, :full, :dryrun, or several with commas. The dry run needs no
+           weights:
            python -m r0_jax.main --config=configs/taiyi_r0.py:dryrun --workdir=runs/dry
+English:   :english adds HPS v2.1, and PickScore as a held-out judge of another family. Both read
+           English, so each line of the prompt files needs a translation in a second field:
+             {"prompt": "一只红色的猫", "english": "a red cat"}
+           The generator and Chinese-CLIP read the Chinese prompt.
 Weights:   IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 in diffusers' format. Its weights are
            published as pickles, which are never read here: once, with PyTorch and diffusers,
              pipe = StableDiffusionPipeline.from_pretrained(hub_name, safety_checker=None)
@@ -21,7 +26,8 @@ Memory:    estimated from parameter counts: as sd15_r0.py, but reward models 2.5
            here, not 77.
 Hours:     not measured; about 1.8 on one H100, as sd15_r0.py.
 Numbers:   none measured here, and the paper has none. English rewards cannot judge a Chinese
-           prompt; Chinese-CLIP can, and so can one of your own (type "function").
+           prompt; Chinese-CLIP can, and so can one of your own (type "function"). The weight and
+           the cap of HPS v2.1 are those of the other recipes.
 """
 
 from ml_collections import ConfigDict
@@ -32,8 +38,10 @@ from r0_jax.variants import apply_variants
 
 
 def get_config(variants: str = "") -> ConfigDict:
+    chosen = variants.split(",")
     config = published.get_config()
     config.family = "StableDiffusionPipeline"
+    of_english = config.rewards.hps_v2_1, config.heldout_rewards.pickscore
     with config.unlocked():
         config.rewards = ConfigDict(
             {
@@ -44,8 +52,13 @@ def get_config(variants: str = "") -> ConfigDict:
         config.heldout_rewards = ConfigDict(
             {"heldout_chinese_clip": reward_entry("chinese_clip", path="models/clip_cn_vit-h-14")}
         )
+        if "english" in chosen:
+            config.rewards.hps_v2_1, config.heldout_rewards.pickscore = of_english
+            for entry in of_english:
+                entry.reads = "english"
     config.best_metric = "heldout/heldout_chinese_clip"
     config.device_batch = 4
     config.regularizers.guidance.scale = 7.5
     config.test.guidance_scale = 7.5
-    return apply_variants(config, variants, "Taiyi")
+    others = ",".join(name for name in chosen if name != "english")
+    return apply_variants(config, others, "Taiyi")

@@ -75,7 +75,10 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
 
     folder = miniatures.kept(miniature)
     config.pretrained = str(folder / "pipeline")
-    config.data.prompts = config.eval.prompts = config.test.prompts = str(folder / "prompts.txt")
+    sections = (config.rewards, config.heldout_rewards)
+    texts = {entry.reads for section in sections for entry in section.values()}
+    prompts = folder / ("prompts.jsonl" if "english" in texts else "prompts.txt")
+    config.data.prompts = config.eval.prompts = config.test.prompts = str(prompts)
     config.dtype = "float32"
     if config.height:  # of a family whose networks do not say it
         config.height = config.width = 16
@@ -85,7 +88,7 @@ def dry_run(config: ConfigDict, miniature: str) -> None:
     config.eval.term_norms = False
     config.test.num_prompts, config.test.base_steps = 4, 3
     config.test.diversity_prompts, config.test.samples_per_prompt = 2, 2
-    for seed, section in enumerate((config.rewards, config.heldout_rewards)):
+    for seed, section in enumerate(sections):
         for entry in section.values():  # each of the type that the recipe trains on
             entry.path, entry.head = str(miniature_reward.kept_reward(entry.type, seed)), ""
     if config.lora.rank:  # the scale stays

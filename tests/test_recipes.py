@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -19,6 +20,7 @@ from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import NETWORKS
 from r0_jax.plan import memory, weightless
+from r0_jax.prompts import columns, files
 from r0_jax.stand_ins import miniature_files
 from r0_jax.weights import convert
 from r0_jax.weights.network import Network
@@ -95,6 +97,25 @@ def test_rewards_are_the_papers_and_a_dry_run_has_the_same_types(name):
             folders.add(entry.path)
     assert len(folders) == len(plain.rewards) + len(plain.heldout_rewards)
     assert plain.best_metric.removeprefix("heldout/") in plain.heldout_rewards
+
+
+def test_rewards_of_english_judge_taiyi_by_a_translation():
+    plain, english = taiyi_r0.get_config(), taiyi_r0.get_config("english,r0plus")
+    assert set(english.rewards) - set(plain.rewards) == {"hps_v2_1"}
+    assert set(english.heldout_rewards) - set(plain.heldout_rewards) == {"pickscore"}
+    assert english.objective.method == "r0plus"
+    dry = taiyi_r0.get_config("dryrun,english")
+    entries = dict(dry.rewards) | dict(dry.heldout_rewards)
+    loaded = [rewards.load(name, entry) for name, entry in entries.items()]
+    assert {reward.name for reward in loaded if reward.reads == "english"} == {
+        "hps_v2_1",
+        "pickscore",
+    }
+    texts = files.read_texts(dry.data.prompts, columns.read_by(loaded))
+    assert not all(map(str.isascii, texts["prompt"])) and all(map(str.isascii, texts["english"]))
+    plain_file = Path(dry.data.prompts).with_name("prompts.txt")
+    with pytest.raises(InputError, match="english"):
+        files.read_texts(plain_file, columns.read_by(loaded))
 
 
 def test_the_adapters_of_sd35_are_on_its_second_attention_too():

@@ -5,6 +5,8 @@
 They have all parts and files of the real folders.
 """
 
+import itertools
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,14 +222,19 @@ _CLASSES = {"Taiyi": "StableDiffusionPipeline", "StableDiffusion3.5": "StableDif
 
 
 def kept(name: str) -> Path:
-    """Return a folder in the user's cache with pipeline/, one of `MINIATURES`, and prompts.txt.
+    """Return a folder in the user's cache with pipeline/, one of `MINIATURES`, and prompts.
 
-    The first call makes the folder; later calls return the same one.
+    prompts.txt has one a line; in prompts.jsonl each has an "english" text too. The first call
+    makes the folder; later calls return the same one.
     """
 
     def make(folder: Path) -> None:
         write(folder / "pipeline", name)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        english = itertools.cycle(filter(str.isascii, PROMPTS))
+        rows = [{"prompt": x, "english": y} for x, y in zip(PROMPTS, english, strict=False)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
 
     return kept_folder(name, make)
 
