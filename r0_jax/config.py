@@ -106,9 +106,13 @@ def get_config() -> ConfigDict:
     config.data.encoded = ""
 
     config.sampler = ConfigDict()
-    # Network calls of the generator, at most 4. It is trained on the grid that a stock sampler
-    # with trailing spacing visits in that number of steps.
+    # Steps of the generator, at most 50. It is trained on the grid that a stock sampler with
+    # trailing spacing visits in that number of steps. R0 takes at most 4; relatives that keep many
+    # steps, such as ReFL and DRaFT, take more.
     config.sampler.num_steps = 4
+    # Classifier-free guidance of each step, in training, evaluations, samples and exports. 1 is
+    # none: a step calls the network once. Above 1 a step calls it with and without the prompt.
+    config.sampler.guidance_scale = 1.0
     # In training each step of each sample draws eta ~ U[0, 1]. Varied paths work against hacking.
     config.sampler.random_eta = True
     # The share of each step's noise that is drawn anew: 0 as in DDIM and Euler, or 1 as in LCM.
@@ -117,11 +121,20 @@ def get_config() -> ConfigDict:
     config.sampler.eta = 0.0
 
     config.objective = ConfigDict()
-    # "r0" rewards the last image, with gradients through the last grad_steps calls. "r0plus"
-    # rewards the one-shot prediction of a random call, with a gradient through that call alone.
+    # "r0" rewards the last image, with gradients through the last grad_steps steps. "r0plus"
+    # rewards the one-shot prediction of a random step, with a gradient through that step alone.
+    # "refl" does so with one of the last late_steps steps. "drtune" rewards the prediction of such
+    # a step too; gradients go through the network's outputs, not its inputs, at grad_steps steps
+    # that are evenly spaced up to it.
     config.objective.method = "r0"
-    # For "r0": how many of the last calls carry a gradient (num_steps: all, as in the paper).
+    # For "r0": how many of the last steps carry a gradient (num_steps: all, as in the paper; fewer:
+    # DRaFT-K). For "drtune": how many of all.
     config.objective.grad_steps = 4
+    # For "refl" and "drtune": how many of the last steps may be rewarded.
+    config.objective.late_steps = 10
+    # For "r0" with grad_steps=1: so many times the last step is also made from its own image under
+    # fresh noise, and rewarded (DRaFT-LV takes 2).
+    config.objective.noises = 0
     # Folder of a tiny autoencoder, in diffusers' format, that decodes for the rewards in training:
     # TAESD for Stable Diffusion 1.x, TAESDXL for SDXL, TAESD3 for SD3, TAEF1 for Z-Image. "" uses
     # the pipeline's own VAE. Samples and evaluations always use the VAE.
@@ -326,8 +339,8 @@ def trained_rewards(config: ConfigDict) -> dict[str, ConfigDict]:
     return {name: entry for name, entry in config.rewards.items() if entry.weight}
 
 
-def guided_regularizers(config: ConfigDict) -> list[str]:
-    """Return the names of the regularizers that evaluate the base without a prompt too."""
+def guided_parts(config: ConfigDict) -> list[str]:
+    """Return the parts of a config that call a network without a prompt too, by dotted names."""
     terms = config.regularizers
     guided = {
         "output": terms.output.guided,
@@ -335,7 +348,12 @@ def guided_regularizers(config: ConfigDict) -> list[str]:
         "consistency": True,
         "score": terms.score.scale != 1,
     }
-    return [name for name, needs_empty in guided.items() if needs_empty and terms[name].weight]
+    found = [
+        f"regularizers.{name}"
+        for name, needs_empty in guided.items()
+        if needs_empty and terms[name].weight
+    ]
+    return found + ["sampler.guidance_scale"] * (config.sampler.guidance_scale > 1)
 
 
 def is_path(field: str) -> bool:

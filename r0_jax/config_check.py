@@ -10,15 +10,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from r0_jax import config as base
-from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
 from r0_jax.method.directions import CONSISTENCY_FORMS, GUIDANCE_FORMS, SCORE_FORMS, TARGETS
 from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import CONFLICTS, NORMALIZATIONS
+from r0_jax.method.reward_step import METHODS
 from r0_jax.models import attention_backend
 from r0_jax.pipelines import families
 
 REMATS = ("blocks", "calls", "none")
+MOST_STEPS = 50  # of a sampler in training
 # Field -> (least, most) value; other checks cover the other fields.
 RANGES = {
     "seed": (0, 2**32 - 1),
@@ -34,7 +35,10 @@ RANGES = {
     "width": (0, math.inf),
     "max_skipped_in_a_row": (1, math.inf),
     "ema_decay": (0, 1),
-    "sampler.num_steps": (1, grid.MOST_STEPS),
+    "sampler.num_steps": (1, MOST_STEPS),
+    "sampler.guidance_scale": (1, base.MOST_GUIDANCE),
+    "objective.late_steps": (1, math.inf),
+    "objective.noises": (0, math.inf),
     "eval.num_prompts": (1, math.inf),
     "eval.grid": (1, math.inf),
     "lora.rank": (0, math.inf),
@@ -88,13 +92,10 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         # An infinite clip_norm means no clipping; method/optim.py checks it.
         if isinstance(value, float) and not math.isfinite(value) and field != "optimizer.clip_norm":
             raise InputError(f"{field}={value} must be a finite number")
-    if config.objective.method not in ("r0", "r0plus"):
-        raise InputError(
-            f"objective.method={config.objective.method!r} is unknown; use 'r0' or 'r0plus'"
-        )
     if config.remat not in REMATS:
         raise InputError(f"remat={config.remat!r} is unknown; use {', '.join(map(repr, REMATS))}")
     for field, value, known in (
+        ("objective.method", config.objective.method, METHODS),
         ("objective.normalization", config.objective.normalization, NORMALIZATIONS),
         ("objective.conflicts", config.objective.conflicts, CONFLICTS),
         ("regularizers.guidance.form", config.regularizers.guidance.form, GUIDANCE_FORMS),
@@ -115,12 +116,7 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
             raise InputError(
                 f"regularizers.{name}.least={least:g} is above regularizers.{name}.most={most:g}"
             )
-    r0 = config.objective.method == "r0"
-    if r0 and not 1 <= config.objective.grad_steps <= config.sampler.num_steps:
-        raise InputError(
-            f"objective.grad_steps={config.objective.grad_steps} must be between 1 "
-            f"and sampler.num_steps={config.sampler.num_steps}"
-        )
+    _check_steps(config.objective, config.sampler.num_steps)
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype={config.dtype!r} is not supported; use 'float32' or 'bfloat16'")
     attention_backend.check(config.attention, config.dtype, device)
@@ -158,6 +154,26 @@ def check_config(config: ConfigDict, device: Any = None) -> None:
         warnings.warn(f"no effect: {'; '.join(useless)}", stacklevel=2)
 
 
+def _check_steps(objective: ConfigDict, num_steps: int) -> None:
+    """Check which steps are rewarded and carry a gradient, of `num_steps`; raise InputError."""
+    method, grad_steps, late = objective.method, objective.grad_steps, objective.late_steps
+    steps = f"sampler.num_steps={num_steps}"
+    if method in ("refl", "drtune") and late > num_steps:
+        raise InputError(f"objective.late_steps={late} must be at most {steps}")
+    if method == "r0" and not 1 <= grad_steps <= num_steps:
+        raise InputError(f"objective.grad_steps={grad_steps} must be between 1 and {steps}")
+    if method == "drtune" and not 1 <= grad_steps <= (most := num_steps - late + 1):
+        raise InputError(
+            f"objective.grad_steps={grad_steps} must be between 1 and {most}: with {steps} and "
+            f"objective.late_steps={late} no more steps may come before the rewarded one"
+        )
+    if objective.noises and (method != "r0" or grad_steps != 1):
+        raise InputError(
+            f"objective.noises={objective.noises} needs objective.method='r0' and "
+            "objective.grad_steps=1: only the last step is made again"
+        )
+
+
 # Field of a reward's entry -> the types that it means something to.
 _READ_BY = {
     "size": ("hps_v3", "vlm_yes_no"),
@@ -173,8 +189,10 @@ def without_effect(config: ConfigDict) -> list[str]:
     guided = "regularizers.output.scale", "regularizers.output.guided is false"
     direction = "regularizers.guidance.scale", "regularizers.guidance.form is direction"
     unused: list[tuple[str, str]] = []  # (field, the reason)
-    if objective.method == "r0plus":
-        unused.append(("objective.grad_steps", "objective.method is r0plus"))
+    if objective.method in ("r0plus", "refl"):
+        unused.append(("objective.grad_steps", f"objective.method is {objective.method}"))
+    if objective.method in ("r0", "r0plus"):
+        unused.append(("objective.late_steps", f"objective.method is {objective.method}"))
     if objective.normalization == "none":
         unused.append(("objective.delta", "objective.normalization is none"))
     if config.lora.rank == 0:

@@ -306,7 +306,7 @@ def _drawn(fields: Any, prompts: list[Prompt], out: Path) -> list[Contender]:
             fields.against or str(source.pipeline.folder),
             config.test.base_steps,
             config.test.guidance_scale,
-            (f"r0_{len(source.scheduler.timesteps)}", source, 1.0),
+            (f"r0_{len(source.scheduler.timesteps)}", source, source.guidance_scale),
         )
 
 

@@ -88,8 +88,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_float(
         "guidance_scale",
-        1.0,
-        "above 1: classifier-free guidance, with two network evaluations a step",
+        None,
+        "above 1: classifier-free guidance, with two network evaluations a step; default: 1, or "
+        "as the run trained",
         lower_bound=0,
         upper_bound=base.MOST_GUIDANCE,
     )
@@ -159,15 +160,18 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{fields.prompts} has more than {MOST_PROMPTS} prompts: split it")
     targets = layout.targets(prompts, naming)
     read_by = _TEXT if fields.encoded is None else encoded.open_folder(fields.encoded)
-    if fields.guidance_scale > 1:
-        read_by.check_guidance("--guidance_scale")
     source = _source(fields, read_by)
+    guidance_scale = fields.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = source.guidance_scale
+    if guidance_scale > 1:
+        read_by.check_guidance("--guidance_scale")
     pipeline = source.pipeline
     layout.check_shape(pipeline.image_shape, naming.samples)
     text: dict[str, object] = {
         "seed": fields.seed,
         "num_inference_steps": len(source.scheduler.timesteps),
-        "guidance_scale": fields.guidance_scale,
+        "guidance_scale": guidance_scale,
         "eta": source.scheduler.eta,
     }
     latents = None
@@ -185,7 +189,7 @@ def main(argv: list[str]) -> None:
             "--overwrite is for one process: delete the folder of --out, or its images"
         )
     tokens = read_by.tokens(texts, fields.prompts, pipeline)
-    options = Options(fields.guidance_scale, fields.seed, fields.dtype, fields.batch_size)
+    options = Options(guidance_scale, fields.seed, fields.dtype, fields.batch_size)
     draw_missing(images, source, texts, tokens, options, text, latents, process, processes)
     if not images.finish():
         print(f"the share of process {process} is in {out}; other processes are still drawing")

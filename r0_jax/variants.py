@@ -39,6 +39,26 @@ def of_family(variants: str) -> tuple[ConfigDict, str, str]:
     return cli.read_config(f"configs/{family}_r0.py"), others, FAMILIES[family]
 
 
+def many_steps(variants: str, num_steps: int) -> tuple[ConfigDict, str, str]:
+    """Return what `of_family` does, with the settings of relatives that keep many guided steps.
+
+    The sampler takes `num_steps` at the guidance of the family's base. Of R0's regularizers the
+    pull to the pretrained weights stays. Batch, steps and average are those of FlowBP
+    (arXiv 2606.11075).
+    """
+    config, *others = of_family(variants)
+    config.sampler.num_steps = num_steps
+    config.sampler.guidance_scale = config.test.guidance_scale
+    config.sampler.random_eta = False
+    config.test.base_steps = num_steps
+    weight = config.regularizers.weight.weight
+    config.regularizers = base.get_config().regularizers
+    config.regularizers.weight.weight = weight
+    config.steps, config.batch_size, config.ema_decay = 300, 64, 0.995
+    config.optimizer.schedule, config.optimizer.warmup_steps = "constant", 10
+    return config, *others
+
+
 def apply_variants(config: ConfigDict, variants: str, miniature: str) -> ConfigDict:
     """Change a recipe's config to the variants of its command line, and return it.
 

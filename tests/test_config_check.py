@@ -124,6 +124,15 @@ def test_a_reward_that_is_none(entry, said):
     ("override", "said"),
     [
         ({"sampler.eta": 0.5}, "sampler.eta=0.5 must be 0 or 1: stock samplers"),
+        ({"sampler.num_steps": 51}, "sampler.num_steps=51 must be from 1 to 50"),
+        ({"sampler.guidance_scale": 0.5}, "sampler.guidance_scale=0.5 must be from 1 to"),
+        ({"objective.method": "dpo"}, "objective.method='dpo' is unknown; use 'r0' or 'r0plus' or"),
+        ({"objective.method": "refl"}, "late_steps=10 must be at most sampler.num_steps=4"),
+        (
+            {"objective.method": "drtune", "objective.late_steps": 2},
+            "grad_steps=4 must be between 1 and 3: with sampler.num_steps=4",
+        ),
+        ({"objective.noises": 2}, "noises=2 needs objective.method='r0' and .*grad_steps=1"),
         ({"regularizers.guidance.form": "push"}, "guidance.form='push' is unknown; use 'pull' or"),
         ({"regularizers.guidance.least": 0.99}, "guidance.least=0.99 is above .*most=0.98"),
         ({"regularizers.score.form": "js"}, "score.form='js' is unknown; use 'kl' or 'sim'"),
@@ -170,6 +179,15 @@ GUIDED = {"regularizers.guidance.weight": 1.0}
     ("override", "said"),
     [
         ({"objective.method": "r0plus", "objective.grad_steps": 2}, "objective.grad_steps, as"),
+        (
+            {
+                "objective.method": "refl",
+                "objective.late_steps": 2,
+                "objective.grad_steps": 2,
+            },
+            "objective.grad_steps, as",
+        ),
+        ({"objective.late_steps": 2}, "objective.late_steps, as objective.method is r0"),
         ({"objective.normalization": "none", "objective.delta": 1.0}, "objective.delta, as"),
         ({"lora.rank": 0, "lora.alpha": 8.0, "lora.targets": "x"}, "lora.alpha, lora.targets, as"),
         ({"regularizers.guidance.scale": 7.5}, "guidance.scale, as .*guidance.weight is 0"),

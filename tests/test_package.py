@@ -38,6 +38,8 @@ RECIPES = [
     "taiyi_r0",
     "rg_lcm",
     "di_plus_plus",
+    "refl",
+    "draft",
     "shapes_r0",
     "shapes_base",
 ]

@@ -10,7 +10,18 @@ from dry_runs import ROOT, cache, run  # noqa: F401 (cache is a fixture)
 from published import config_of
 from runs import commands
 
-from configs import di_plus_plus, rg_lcm, sd3_r0, sd15_r0, sd35_r0, sdxl_r0, taiyi_r0, z_image_r0
+from configs import (
+    di_plus_plus,
+    draft,
+    refl,
+    rg_lcm,
+    sd3_r0,
+    sd15_r0,
+    sd35_r0,
+    sdxl_r0,
+    taiyi_r0,
+    z_image_r0,
+)
 from r0_jax import config as base
 from r0_jax import config_check, rewards
 from r0_jax.errors import InputError
@@ -180,10 +191,10 @@ def test_variants_change_what_they_say_and_combine(name):
     assert set(plain) == set(base.get_config())
 
 
-PEERS = {"rg_lcm": rg_lcm, "di_plus_plus": di_plus_plus}
+PEERS = {"rg_lcm": rg_lcm, "di_plus_plus": di_plus_plus, "refl": refl, "draft": draft}
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", ["rg_lcm", "di_plus_plus"])
 @pytest.mark.parametrize("family", RECIPES)
 def test_a_peers_recipe_is_a_familys_with_another_objective(peer, family):
     own, found = RECIPES[family].get_config(), PEERS[peer].get_config(family)
@@ -197,6 +208,37 @@ def test_a_peers_recipe_is_a_familys_with_another_objective(peer, family):
         assert (changed.lora.rank == 0) == ("full" in variants)
     config_check.check_config(changed)  # of the dry run, whose pipeline is there
     assert changed.steps == 4 and changed.objective.method == "r0"
+
+
+@pytest.mark.parametrize("peer", ["refl", "draft"])
+@pytest.mark.parametrize("family", RECIPES)
+def test_a_relatives_recipe_keeps_the_guided_steps_of_a_familys_base(peer, family):
+    own, found = RECIPES[family].get_config(), PEERS[peer].get_config(family)
+    for kept in ("family", "rewards", "heldout_rewards", "best_metric", "lora", "veto"):
+        assert found[kept] == own[kept], kept
+    assert found.sampler.guidance_scale == own.test.guidance_scale == found.test.guidance_scale
+    assert found.sampler.num_steps == found.test.base_steps >= 40 and not found.sampler.random_eta
+    weights = {name: term.weight for name, term in found.regularizers.items() if term.weight}
+    assert weights == {"weight": own.regularizers.weight.weight}
+    for variants in (f"{family},full", f"dryrun,{family}"):
+        changed = PEERS[peer].get_config(variants)
+        assert not config_check.without_effect(changed)
+    config_check.check_config(changed)
+
+
+@pytest.mark.parametrize("method", ["refl", "draft", "drtune"])
+def test_a_relatives_step_of_a_transformer(method):
+    config = (refl if method == "refl" else draft).get_config("sd3,dryrun")
+    if method == "draft":
+        config.objective.noises = 2
+    if method == "drtune":
+        config.objective.method, config.objective.grad_steps = "drtune", 3
+    with config.unlocked():  # other tests trace the rewards
+        config.rewards = {}
+    config.regularizers.output.weight = 1.0
+    built = weightless.load(config, sharding.make_mesh({}, jax.devices()[:1]))
+    _, metrics = jax.eval_shape(built.step, *built.abstract)
+    assert "norm/x0/output" in metrics
 
 
 def test_both_distillation_losses_are_a_step_of_a_transformer():

@@ -4,7 +4,8 @@ Command:   python -m r0_jax.ablate --config=configs/ablations/claims.py --workdi
              --out=claims.md
            The variant :parts leaves one part of R0 out at a time; :search measures on validation
            prompts, where settings may be chosen. Both with commas between them.
-Hardware:  2 CPU cores, 3 GiB; a quarter of an hour a run, guessed from configs/ablations/shapes.py.
+Hardware:  2 CPU cores, 3 GiB; a quarter of an hour a run, guessed from configs/ablations/shapes.py;
+           about an hour for those that keep 25 guided steps.
            --jobs=8 spreads the runs over the GPUs or chips of a host.
 Numbers:   none yet. The weights of the distillation losses are guesses: choose them by :search
            before a result of this page is reported.
@@ -27,6 +28,14 @@ _CONSISTENCY = (
 )
 _SCORE = ("regularizers.score.weight=1", "regularizers.score.scale=3")
 
+# Of the relatives that keep the many guided steps of the base. They have no regularizer.
+_MANY_STEPS = (
+    *_NO_REGULARIZERS,
+    "sampler.num_steps=25",
+    "sampler.guidance_scale=3",
+    "sampler.eta=0",
+)
+
 METHODS = {
     "R0": (),
     "R0+": ("objective.method=r0plus",),
@@ -41,6 +50,10 @@ METHODS = {
     ),
     "guidance alone": (*_NO_REWARDS, "regularizers.output.weight=0"),
     "rewards alone": _NO_REGULARIZERS,
+    "ReFL": (*_MANY_STEPS, "objective.method=refl", "objective.late_steps=6"),
+    "DRaFT-1": (*_MANY_STEPS, "objective.grad_steps=1"),
+    "DRaFT-LV": (*_MANY_STEPS, "objective.grad_steps=1", "objective.noises=2"),
+    "DRTune": (*_MANY_STEPS, "objective.method=drtune", "objective.grad_steps=3"),
 }
 PARTS = {
     "R0": (),

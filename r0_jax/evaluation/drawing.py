@@ -41,6 +41,7 @@ class Source(NamedTuple):
     pipeline: Pipeline
     params: dict[str, Params]  # of every part
     scheduler: Scheduler
+    guidance_scale: float = 1.0  # that it was made for
 
 
 class Options(NamedTuple):
@@ -101,7 +102,8 @@ def from_run(
         run.config.sampler.eta if eta is None else eta,
     )
     params = pipeline.params | {pipeline.generator_part: weights}
-    return Source(prompts.attach(pipeline), params, scheduler)
+    guidance_scale = run.config.sampler.guidance_scale
+    return Source(prompts.attach(pipeline), params, scheduler, guidance_scale)
 
 
 def draw(
@@ -123,7 +125,7 @@ def draw(
     normal noise, replaces it where image i starts. `tokens` are what the pipeline takes of the
     prompts; by default its tokenizers make them.
     """
-    pipeline, params, scheduler = source
+    pipeline, params, scheduler, _ = source
     mesh = sharding.local_mesh()
     draw_images = ImageSampler(pipeline, scheduler, guidance_scale, mesh)
     params = lazy.place(params, sharding.replicated(mesh), dtype)

@@ -151,8 +151,9 @@ def _struct(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def few_step_sampler(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> ImageSampler:
     """Return what draws in the steps that a config trains."""
-    steps = grid.grid(pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta)
-    return ImageSampler(pipeline, steps, 1.0, mesh, repeat.of_config(config, mesh))
+    sampler, blocks = config.sampler, repeat.of_config(config, mesh)
+    steps = grid.grid(pipeline.scheduler_config, sampler.num_steps, sampler.eta)
+    return ImageSampler(pipeline, steps, sampler.guidance_scale, mesh, blocks)
 
 
 def scorers(rewards: Sequence[Reward], mesh: Mesh) -> dict[str, Callable[..., jax.Array]]:

@@ -236,7 +236,9 @@ def workflow(
             )
         (latents,) = graph.add(2, "EmptyLatentImage", **size, batch_size=1)
     (positive,) = graph.add(1, "CLIPTextEncode", clip=clip, text=prompt)
-    (negative,) = graph.add(1, "CLIPTextEncode", "Negative, unused at cfg 1", clip=clip, text="")
+    guidance_scale = run.config.sampler.guidance_scale
+    title = "Negative, unused at cfg 1" if guidance_scale == 1 else "Negative, empty as in training"
+    (negative,) = graph.add(1, "CLIPTextEncode", title, clip=clip, text="")
     name_there = "lcm" if run.config.sampler.eta == 1 else "euler"
     (sampler,) = graph.add(2, "KSamplerSelect", sampler_name=name_there)
     listed = ", ".join(np.format_float_positional(sigma, trim="-") for sigma in sigmas(run))
@@ -253,7 +255,7 @@ def workflow(
         add_noise=True,
         noise_seed=0,
         control_after_generate="randomize",
-        cfg=1.0,
+        cfg=float(guidance_scale),
     )
     (image,) = graph.add(4, "VAEDecode", samples=samples, vae=vae)
     graph.add(4, "SaveImage", images=image, filename_prefix=name)

@@ -173,12 +173,12 @@ def metadata(run: Run, written: Tensors, name: str, step: int, base_model: str) 
         "modelspec.implementation": implementation,
         "modelspec.title": title,
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.description": f"Draws with {base_model} in {steps} steps without guidance, "
+        "modelspec.description": f"Draws with {base_model} in {steps} steps {run.guidance}, "
         "made by regularized reward maximization (R0).",
         "modelspec.date": datetime.date.today().isoformat(),
         "modelspec.hash_sha256": f"0x{digest}",
-        "modelspec.usage_hint": f"Strength 1, {steps} steps, CFG scale 1, sampler Euler, schedule "
-        "Simple.",
+        "modelspec.usage_hint": f"Strength 1, {steps} steps, CFG scale "
+        f"{run.config.sampler.guidance_scale:g}, sampler Euler, schedule Simple.",
         "modelspec.tags": "few-step",
         "modelspec.prediction_type": _prediction(run),
     }

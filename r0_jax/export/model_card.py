@@ -51,7 +51,7 @@ def write(
 
 # {_escape(base_model.rstrip("/").split("/")[-1])} in {num_steps} steps
 
-A text-to-image generator that takes {num_steps} steps without guidance, made from
+A text-to-image generator that takes {num_steps} steps {run.guidance}, made from
 {_code(base_model)} by regularized reward maximization (R0) with r0_jax. It is a derivative of that
 model, whose licence applies{_named(licence)}.
 
@@ -138,13 +138,18 @@ def _snippet(run: Run, form: str, dtype: str, base_model: str, name: str) -> str
         ]
     call = (
         f'"{PROMPT}", num_inference_steps={run.config.sampler.num_steps}, '
-        f"guidance_scale={run.pipeline.no_guidance}"
+        f"guidance_scale={_stock_guidance(run)}"
     )
     if run.pipeline.size:
         height, width, _ = run.pipeline.image_shape
         call += f", height={height}, width={width}"
     lines += [f"image = pipeline({call}).images[0]", 'image.save("image.png")']
     return "\n".join(lines)
+
+
+def _stock_guidance(run: Run) -> str:
+    """Return the guidance in the convention of the stock pipeline."""
+    return f"{run.config.sampler.guidance_scale - 1 + run.pipeline.no_guidance:g}"
 
 
 def _grid_notes(run: Run) -> str:
@@ -197,7 +202,8 @@ timesteps.
         file, tag = _code(f"{name}.safetensors"), _code(f"<lora:{name}:1>")
         notes += f"""
 In A1111 and Forge, put {file} into models/Lora and write {tag} in the
-prompt. Choose sampler Euler, schedule type Simple, {steps} sampling steps and CFG scale 1.
+prompt. Choose sampler Euler, schedule type Simple, {steps} sampling steps and CFG scale
+{run.config.sampler.guidance_scale:g}.
 """
     return notes
 
@@ -219,7 +225,7 @@ def _recipe(run: Run, step: int, ema: bool, base_model: str) -> dict[str, object
         "regularizers": _weighted(config.regularizers),
         "images per step": config.batch_size,
         "seed": config.seed,
-        "sampler": f"{config.sampler.num_steps} steps, {drawn}",
+        "sampler": f"{config.sampler.num_steps} steps {run.guidance}, {drawn}",
         "sampler in training": f"{config.sampler.num_steps} steps, {eta}",
         **{f"{name} at this step": f"{x:.4g}" for name, x in scores.items() if x is not None},
     }

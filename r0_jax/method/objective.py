@@ -1,6 +1,6 @@
 """The method on one page: what the generator draws is pulled at x0, by rewards and by terms.
 
-    trajectory = the few-step sampler run from noise            R0: all K steps, R0+: a random one
+    trajectory = the sampler run from noise         R0: all K steps, R0+: a random one (reward_step)
     image      = decode(x0)
     g          = weighted sum of the rewards' image gradients, each normalized by sample
     pull       = unit(g d image / d x0) + sum_j weight_j direction_j           [B, h, w, c]
@@ -22,12 +22,13 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from r0_jax.diffusion import grid, noise_schedule, rollout
-from r0_jax.method import fake_score, optim
+from r0_jax.method import fake_score, optim, reward_step
 from r0_jax.method.context import Context
 from r0_jax.method.directions import Direction, norm, unit
 from r0_jax.method.generator import Generator
 from r0_jax.method.regularizers import DIRECTIONS
 from r0_jax.method.reward_gradient import reward_gradient
+from r0_jax.method.reward_step import Drawn
 from r0_jax.method.train_state import TrainState
 from r0_jax.models import repeat
 from r0_jax.pipelines.pipeline import Pipeline
@@ -36,7 +37,7 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.weights.network import Params
 
 # Tags of the random draws of one sample.
-_NOISE, _ROLLOUT, _REGULARIZERS, _FAKE = range(4)
+_NOISE, _ROLLOUT, _REGULARIZERS, _FAKE, _NOISED = range(5)
 
 Metrics = dict[str, Float[Array, ""]]
 SQUARE = "square/"  # metrics of squared scores; the train step uses and removes them
@@ -63,8 +64,9 @@ class Objective:
         self.pipeline, self.generator, self.rewards = pipeline, generator, rewards
         self.config, self.decoder = config, decoder
         self.fake = fake_score.of_config(config)
-        self.num_steps = config.sampler.num_steps
-        self.grid = grid.grid(pipeline.scheduler_config, self.num_steps, config.sampler.eta)
+        self.grid = grid.grid(
+            pipeline.scheduler_config, config.sampler.num_steps, config.sampler.eta
+        )
         self.table = grid.noise_levels(pipeline.scheduler_config)
         # Of each step of the grid: |d x0 / d network output|, and the level that it ends at as a
         # share of the trained timesteps. They weigh R0+'s random step.
@@ -73,16 +75,10 @@ class Objective:
         )
         self.floors = grid.levels_after(self.grid, self.table)
         self.repeat = blocks
-        self.grad_steps = 1 if config.objective.method == "r0plus" else config.objective.grad_steps
 
-    def draw_last(self, key: jax.Array) -> jax.Array | int:
-        """Return the step whose prediction is rewarded: the last one, or for R0+ a random one.
-
-        All samples of a batch share it, so that only the steps up to it run.
-        """
-        if self.config.objective.method == "r0plus":
-            return jax.random.randint(key, (), 0, self.num_steps)
-        return self.num_steps - 1
+    def draw(self, key: jax.Array) -> Drawn:
+        """Return what a training step rewards."""
+        return reward_step.draw(self.config, key)
 
     def read(self, state: TrainState) -> dict[str, Any]:
         """Return what the loss reads of a state beside its parameters: a part of `frozen`."""
@@ -100,7 +96,7 @@ class Objective:
         frozen: dict[str, Any],
         batch: dict[str, jax.Array],
         keys: rollout.Keys,
-        last: jax.Array | int,
+        drawn: Drawn,
         spreads: dict[str, jax.Array],
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the loss and the metrics, all of them means over the batch's samples.
@@ -111,23 +107,24 @@ class Objective:
           batch: the columns of `Pipeline.tokenize` ("input_ids" [B, T], ...) or `Pipeline.embeds`,
             and `Reward.column` [B, D] for rewards that read prompts.
           keys: one a sample.
-          last: the step whose prediction is rewarded, by `draw_last`.
+          drawn: what is rewarded, by `draw`.
           spreads: of each reward's scores, for objective.normalization = "running_std".
         """
         with repeat.use(self.repeat):
-            return self._loss(params, frozen, batch, keys, last, spreads)
+            return self._loss(params, frozen, batch, keys, drawn, spreads)
 
-    def _loss(self, params, frozen, batch, keys, last, spreads):
+    def _loss(self, params, frozen, batch, keys, drawn, spreads):
         conditioning = self.pipeline.encode_prompt(frozen, batch)
-        trajectory = self._rollout(params, frozen, conditioning, keys, last)
+        trajectory = self._rollout(params, frozen, conditioning, keys, drawn)
+        conditioning, batch, keys = self._rewarded(conditioning, batch, keys)
         still = lax.stop_gradient(trajectory)
         pulls, metrics = self._pulls(
-            params, frozen, batch, conditioning, still, keys, last, spreads
+            params, frozen, conditioning, batch, keys, still, drawn, spreads
         )
-        pull = self._weighed(sum(pulls.values(), start=jnp.zeros_like(still.x0)), last)
+        pull = self._weighed(sum(pulls.values(), start=jnp.zeros_like(still.x0)), drawn)
         loss = -jnp.mean(jnp.sum(lax.stop_gradient(pull) * trajectory.x0, axis=(1, 2, 3)))
         if self.fake:
-            own = self._fake_loss(params, frozen, conditioning, still, keys, last)
+            own = self._fake_loss(params, frozen, conditioning, still, keys, drawn)
             loss += own - lax.stop_gradient(own)
             metrics["train/fake_loss"] = own
         return loss, metrics
@@ -139,7 +136,7 @@ class Objective:
         frozen: dict[str, Any],
         batch: dict[str, jax.Array],
         keys: rollout.Keys,
-        last: jax.Array | int,
+        drawn: Drawn,
     ) -> Float[Array, ""]:
         """Return the loss of the fake score's adapters on what the generator draws.
 
@@ -148,13 +145,14 @@ class Objective:
         with repeat.use(self.repeat):
             frozen = frozen | {"fake": fake}
             conditioning = self.pipeline.encode_prompt(frozen, batch)
-            drawn = self._rollout(lax.stop_gradient(params), frozen, conditioning, keys, last)
-            still = lax.stop_gradient(drawn)
-            return self._fake_loss(params, frozen, conditioning, still, keys, last)
+            params = lax.stop_gradient(params)
+            still = lax.stop_gradient(self._rollout(params, frozen, conditioning, keys, drawn))
+            conditioning, batch, keys = self._rewarded(conditioning, batch, keys)
+            return self._fake_loss(params, frozen, conditioning, still, keys, drawn)
 
-    def _fake_loss(self, params, frozen, conditioning, trajectory, keys, last):
-        drawn = _fold(keys, _FAKE)
-        context = self._context(params, frozen, conditioning, trajectory, drawn, last)
+    def _fake_loss(self, params, frozen, conditioning, trajectory, keys, drawn):
+        own = _fold(keys, _FAKE)
+        context = self._context(params, frozen, conditioning, trajectory, own, drawn)
         return jnp.mean(fake_score.denoising_loss(context))
 
     def term_norms(
@@ -163,7 +161,7 @@ class Objective:
         frozen: dict[str, Any],
         batch: dict[str, jax.Array],
         keys: rollout.Keys,
-        last: jax.Array | int,
+        drawn: Drawn,
         spreads: dict[str, jax.Array],
     ) -> Metrics:
         """Return "norm/params/TERM": the norm of the loss's gradient by each term alone.
@@ -173,15 +171,16 @@ class Objective:
         """
 
         def x0(params: Params) -> tuple[Direction, rollout.Trajectory]:
-            trajectory = self._rollout(params, frozen, conditioning, keys, last)
+            trajectory = self._rollout(params, frozen, conditioning, keys, drawn)
             return trajectory.x0, trajectory
 
         with repeat.use(self.repeat):
             conditioning = self.pipeline.encode_prompt(frozen, batch)
             _, pull_back, trajectory = jax.vjp(x0, params, has_aux=True)
             still = lax.stop_gradient(trajectory)
-            pulls, _ = self._pulls(params, frozen, batch, conditioning, still, keys, last, spreads)
-            each = [self._weighed(pull, last) / len(keys) for pull in pulls.values()]
+            around = self._rewarded(conditioning, batch, keys)
+            pulls = self._pulls(params, frozen, *around, still, drawn, spreads)[0]
+            each = [self._weighed(pull, drawn) / len(pull) for pull in pulls.values()]
 
             def norm_of(pull: Direction) -> Float[Array, ""]:
                 return optim.global_norm(pull_back(pull))
@@ -191,25 +190,25 @@ class Objective:
             norms = list(map(norm_of, each)) if unrolled else lax.map(norm_of, jnp.stack(each))
         return {f"norm/params/{name}": norms[i] for i, name in enumerate(pulls)}
 
-    def _weighed(self, pull: Direction, last: jax.Array | int) -> Direction:
+    def _weighed(self, pull: Direction, drawn: Drawn) -> Direction:
         """Undo, for R0+, that x0 moves more per change of the network at noisier steps."""
         if self.config.objective.method == "r0plus":
-            return pull / jnp.asarray(self.gains)[last]
+            return pull / jnp.asarray(self.gains)[drawn.last]
         return pull
 
     def _pulls(
-        self, params, frozen, batch, conditioning, trajectory, keys, last, spreads
+        self, params, frozen, conditioning, batch, keys, trajectory, drawn, spreads
     ) -> tuple[dict[str, Direction], Metrics]:
         """Return what pulls at x0, by term and with its weight, and metrics."""
-        drawn = _fold(keys, _REGULARIZERS)
+        keys = _fold(keys, _REGULARIZERS)
         if self.fake:  # which learns from its own loss alone
             frozen = frozen | {"fake": lax.stop_gradient(frozen["fake"])}
         pulls, metrics = {}, {}
         if self.rewards:
             pulls["rewards"], metrics = self._rewards_pull(
-                frozen, batch, trajectory.x0, drawn, spreads
+                frozen, batch, trajectory.x0, keys, spreads
             )
-        context = self._context(params, frozen, conditioning, trajectory, drawn, last)
+        context = self._context(params, frozen, conditioning, trajectory, keys, drawn)
         for name, direction in DIRECTIONS.items():
             options = self.config.regularizers[name]
             if options.weight:  # at 0 the term is not even traced
@@ -254,35 +253,70 @@ class Objective:
             return self.decoder.decode_unclipped(frozen["decoder"], x0)
         return self.pipeline.decode_unclipped(frozen["vae"], x0)
 
-    def _rollout(self, params, frozen, conditioning, keys, last) -> rollout.Trajectory:
-        def denoiser(weights: Params) -> rollout.Denoise:
-            return lambda latents, timesteps: self.pipeline.denoise(
-                weights, latents, timesteps, conditioning
-            )
-
+    def _rollout(self, params, frozen, conditioning, keys, drawn) -> rollout.Trajectory:
+        """Return the trajectory; with `noises` a sample has predictions one after the other."""
         weights = self.generator.weights(params, frozen["base"])
-        return rollout.rollout(
-            denoiser(weights),
-            denoiser(lax.stop_gradient(weights)),
+        still = lax.stop_gradient(weights)
+        options = self.config.objective
+        arguments = (
+            self._denoiser(weights, frozen, conditioning),
+            self._denoiser(still, frozen, conditioning),
             self.grid,
             rollout.normal(keys, _NOISE, self.pipeline.latent_shape),
             _fold(keys, _ROLLOUT),
-            last=last,
-            grad_steps=self.grad_steps,
-            random_eta=self.config.sampler.random_eta,
-            eta=self.config.sampler.eta,
-            unroll=self.config.objective.unroll,
-            remat=self.config.remat == "calls",
         )
+        fields = {
+            "last": drawn.last,
+            "random_eta": self.config.sampler.random_eta,
+            "eta": self.config.sampler.eta,
+            "unroll": options.unroll,
+            "remat": self.config.remat == "calls",
+        }
+        if drawn.graded is not None:
+            return rollout.rollout_by_outputs(*arguments, graded=drawn.graded, **fields)
+        grad_steps = 1 if reward_step.is_random(self.config) else options.grad_steps
+        found = rollout.rollout(*arguments, grad_steps=grad_steps, **fields)
+        if not options.noises:
+            return found
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, options.noises, axis=0), conditioning)
+        denoise = self._denoiser(weights, frozen, repeated)
+        again = _fold(keys, _NOISED)
+        return rollout.noised_anew(denoise, self.grid, found, again, drawn.last, options.noises)
 
-    def _context(self, params, frozen, conditioning, trajectory, keys, last) -> Context:
-        def base(latents, timesteps):
-            return self.pipeline.denoise(frozen["base"], latents, timesteps, conditioning)
+    def _rewarded(self, conditioning, batch, keys):
+        """Return these of each prediction that `_rollout` returns."""
+        if not (noises := self.config.objective.noises):
+            return conditioning, batch, keys
+        count = 1 + noises
+        conditioning, batch = jax.tree.map(
+            lambda x: jnp.repeat(x, count, axis=0), (conditioning, batch)
+        )
+        each = jax.vmap(jax.random.fold_in)(
+            jnp.repeat(keys, count), jnp.tile(jnp.arange(count), len(keys))
+        )
+        return conditioning, batch, each
 
-        def base_pair(latents, timesteps):
+    def _denoiser(self, weights: Params, frozen, conditioning) -> rollout.Denoise:
+        """Return the network as the sampler calls it, with its guidance."""
+        if self.config.sampler.guidance_scale == 1:
+            return lambda latents, timesteps: self.pipeline.denoise(
+                weights, latents, timesteps, conditioning
+            )
+        pair = self._pair(weights, frozen, conditioning)
+
+        def guided(latents, timesteps):
+            prompted, empty = pair(latents, timesteps)
+            return empty + self.config.sampler.guidance_scale * (prompted - empty)
+
+        return guided
+
+    def _pair(self, weights: Params, frozen, conditioning):
+        """Return a function to the network's outputs with the prompts and without, in one call."""
+
+        def pair(latents, timesteps):
             empty = self.pipeline.encode_negative(frozen, frozen["empty"], conditioning)
             output = self.pipeline.denoise(
-                frozen["base"],
+                weights,
                 *jax.tree.map(both, (latents, timesteps), (latents, timesteps)),
                 jax.tree.map(both, conditioning, empty),
             )
@@ -290,6 +324,12 @@ class Objective:
 
         def both(a, b):  # alternating, so that each device keeps its own samples
             return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+        return pair
+
+    def _context(self, params, frozen, conditioning, trajectory, keys, drawn) -> Context:
+        def base(latents, timesteps):
+            return self.pipeline.denoise(frozen["base"], latents, timesteps, conditioning)
 
         def base_features(latents, timesteps):
             return self.pipeline.features(frozen["base"], latents, timesteps, conditioning)
@@ -307,11 +347,11 @@ class Objective:
             trajectory,
             keys,
             base,
-            base_pair,
+            self._pair(frozen["base"], frozen, conditioning),
             base_features,
             target,
             self.table,
-            jnp.asarray(self.floors)[last] if self.config.objective.method == "r0plus" else 0.0,
+            jnp.asarray(self.floors)[drawn.last] if reward_step.is_random(self.config) else 0.0,
             fake if self.fake else None,
         )
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from r0_jax.method import optim, reward_spread, stacks
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import SQUARE, Metrics, Objective
+from r0_jax.method.reward_step import Drawn
 from r0_jax.method.train_state import FakeState, TrainState
 
 TrainStep = Callable[
@@ -38,12 +39,12 @@ def make_train_step(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         state = _packed(state)
-        keys, last, spreads = _draws(objective, state, batch, key)
+        keys, drawn, spreads = _draws(objective, state, batch, key)
         read = frozen | objective.read(state)
 
         def graded(batch, keys):
             def loss(params, fake):
-                return objective.loss(params, read | fake, batch, keys, last, spreads)
+                return objective.loss(params, read | fake, batch, keys, drawn, spreads)
 
             fake = {"fake": state.fake.params} if objective.fake else {}
             return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(state.params, fake)
@@ -57,11 +58,11 @@ def make_train_step(
                 return fake
 
             def again(fake, i):
-                keys, last, _ = _draws(objective, state, batch, jax.random.fold_in(key, i))
+                keys, drawn, _ = _draws(objective, state, batch, jax.random.fold_in(key, i))
 
                 def grads(batch, keys):
                     return jax.grad(objective.fake_loss)(
-                        fake.params, params, frozen, batch, keys, last
+                        fake.params, params, frozen, batch, keys, drawn
                     )
 
                 means = _mean(grads, (batch, keys), count, over_devices)
@@ -98,24 +99,24 @@ def make_term_norms(
         state: TrainState, frozen: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array
     ) -> Metrics:
         state = _packed(state)
-        keys, last, spreads = _draws(objective, state, batch, key)
+        keys, drawn, spreads = _draws(objective, state, batch, key)
         if count > 1:
             parts = _cut((batch, keys), count, over_devices)
             batch, keys = jax.tree.map(lambda x: x[0], parts)
         read = frozen | objective.read(state)
-        return objective.term_norms(state.params, read, batch, keys, last, spreads)
+        return objective.term_norms(state.params, read, batch, keys, drawn, spreads)
 
     return term_norms
 
 
 def _draws(
     objective: Objective, state: TrainState, batch: dict[str, jax.Array], key: jax.Array
-) -> tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]:
-    """Return the samples' keys, the step that is rewarded and the spread of each reward."""
+) -> tuple[jax.Array, Drawn, dict[str, jax.Array]]:
+    """Return the samples' keys, what is rewarded and the spread of each reward."""
     step_key, sample_key = jax.random.split(jax.random.fold_in(key, state.step))
     size = len(next(iter(batch.values())))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(size))
-    return keys, objective.draw_last(step_key), reward_spread.std(state.moments)
+    return keys, objective.draw(step_key), reward_spread.std(state.moments)
 
 
 def _packed(state: TrainState) -> TrainState:

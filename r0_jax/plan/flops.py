@@ -7,6 +7,7 @@ import jax
 from jax.stages import Traced
 from ml_collections import ConfigDict
 
+from r0_jax.method import reward_step
 from r0_jax.plan import jaxpr_cost
 from r0_jax.training.program import Program
 
@@ -28,9 +29,9 @@ def of_step(built: Program, traced: Traced) -> Flops:
 def expected_trips(config: ConfigDict) -> float:
     """Return how often the one loop of drawn length goes round on average.
 
-    It makes the network calls of R0+ that come before the graded one.
+    It makes the network calls before the rewarded one, where that is drawn.
     """
-    return (config.sampler.num_steps - 1) / 2 if config.objective.method == "r0plus" else 1.0
+    return reward_step.mean_before(config) if reward_step.is_random(config) else 1.0
 
 
 def _model(built: Program, trips: float) -> float:

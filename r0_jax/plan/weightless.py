@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from r0_jax import prompts, remote, rewards
-from r0_jax.config import guided_regularizers, trained_rewards
+from r0_jax.config import guided_parts, trained_rewards
 from r0_jax.console import console
 from r0_jax.pipelines import families
 from r0_jax.pipelines.folder import read_index
@@ -74,8 +74,8 @@ def load(config: ConfigDict, mesh: Mesh) -> Program:
     pipeline = families.load(config.pretrained, config.dtype, config.family, text=source.text)
     trained_on = _load_rewards(trained_rewards(config), config, source)
     pipeline = source.attach(pipeline).sized(config.height, config.width)
-    for name in guided_regularizers(config):
-        source.check_guidance(f"regularizers.{name}")
+    for name in guided_parts(config):
+        source.check_guidance(name)
     return program.build(config, mesh, pipeline, trained_on, source)
 
 

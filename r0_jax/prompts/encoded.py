@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from r0_jax import remote
-from r0_jax.config import guided_regularizers
+from r0_jax.config import guided_parts
 from r0_jax.errors import InputError
 from r0_jax.files import Json, read_json
 from r0_jax.pipelines.pipeline import Pipeline, Tokens
@@ -100,8 +100,8 @@ class EncodedPrompts:
         for section in (config.eval, config.test):
             if section.prompts:
                 self.find(section.prompts, section.num_prompts)
-        for name in guided_regularizers(config):
-            self.check_guidance(f"regularizers.{name}")
+        for name in guided_parts(config):
+            self.check_guidance(name)
         if config.test.prompts and config.test.guidance_scale > 1:
             self.check_guidance("the base's guidance in test")
 

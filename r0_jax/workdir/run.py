@@ -44,6 +44,7 @@ _NEEDED = (
     "sampler.num_steps",
     "sampler.eta",
     "sampler.random_eta",
+    "sampler.guidance_scale",
     "objective.method",
     "rewards",
     "heldout_rewards",
@@ -121,6 +122,12 @@ class Run:
         """For stock pipelines: `config.sampler.num_steps` steps of it visit the trained grid."""
         sampler = self.config.sampler
         return grid.exported(self.pipeline.scheduler_config, sampler.num_steps, sampler.eta)
+
+    @property
+    def guidance(self) -> str:
+        """How its steps are guided, in words that follow "4 steps"."""
+        scale = self.config.sampler.guidance_scale
+        return "without guidance" if scale == 1 else f"with guidance {scale:g}"
 
     @property
     def left_out(self) -> list[str]:

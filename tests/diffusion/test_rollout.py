@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.diffusion import rollout as rollout_
@@ -250,3 +251,111 @@ def test_gradient_flows_through_the_last_steps_only(last, grad_steps):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4)
     assert frozen == 0 and gradient != 0
+
+
+# --- Relatives that keep many steps, against PyTorch ----------------------------------------------
+
+FAMILIES = {
+    "epsilon": SD,
+    "v": SD | {"prediction_type": "v_prediction"},
+    "flow": SD3,
+}
+
+
+def twin(theta, latents, timestep):
+    return torch.sin(latents.flip(-1) * theta + timestep / 500)
+
+
+def twin_x0_and_epsilon(scheduler, output, x, i):
+    alpha, sigma = float(scheduler.alphas[i]), float(scheduler.sigmas[i])
+    match scheduler.prediction_type:
+        case "epsilon":
+            return (x - sigma * output) / alpha, output
+        case "v_prediction":
+            return alpha * x - sigma * output, alpha * output + sigma * x
+        case "flow_prediction":
+            return x - sigma * output, x + alpha * output
+
+
+def twin_of_drtune(theta, scheduler, last, graded, eta):
+    """DRTune, step by step: inputs are detached, and outputs too but for the graded ones."""
+    noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys(), 1)
+    x = torch.tensor(np.asarray(start(), np.float64))
+    for i in range(last + 1):
+        output = twin(theta, x.detach(), float(scheduler.timesteps[i]))
+        output = output if i in graded else output.detach()
+        x0, epsilon = twin_x0_and_epsilon(scheduler, output, x, i)
+        noise = torch.tensor(np.asarray(rollout_.normal(noise_keys, i, SHAPE), np.float64))
+        epsilon = (1 - eta**2) ** 0.5 * epsilon + eta * noise
+        x = float(scheduler.next_alphas[i]) * x0 + float(scheduler.next_sigmas[i]) * epsilon
+    return x0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("last", "graded", "eta"), [(7, (1, 4, 7), 0.0), (5, (0, 2, 4), 0.6), (6, (0, 1, 2), 1.0)]
+)
+def test_gradients_flow_through_outputs_alone(family, last, graded, eta):
+    scheduler = grid.grid(parse(FAMILIES[family]), 8)
+    weights = np.sin(np.arange(BATCH * np.prod(SHAPE))).reshape(BATCH, *SHAPE)
+
+    @jax.jit
+    def found(theta, last, graded):
+        def value(theta):
+            return jnp.sum(
+                weights
+                * rollout_.rollout_by_outputs(
+                    functools.partial(network, theta),
+                    functools.partial(network, jax.lax.stop_gradient(theta)),
+                    scheduler,
+                    start(),
+                    keys(),
+                    last=last,
+                    graded=graded,
+                    random_eta=False,
+                    eta=eta,
+                ).x0
+            )
+
+        return jax.value_and_grad(value)(theta)
+
+    value, gradient = found(1.3, jnp.asarray(last), jnp.asarray(graded))
+    theta = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    expected = (torch.tensor(weights) * twin_of_drtune(theta, scheduler, last, graded, eta)).sum()
+    expected.backward()
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-3)
+    assert float(gradient) == pytest.approx(float(theta.grad), rel=2e-4, abs=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_call_made_again_under_fresh_noise(family):
+    """DRaFT-LV: no gradient flows through the image that is noised."""
+    scheduler = grid.grid(parse(FAMILIES[family]), 4)
+    weights = np.cos(np.arange(3 * BATCH * np.prod(SHAPE))).reshape(3 * BATCH, *SHAPE)
+
+    def draw(theta):
+        denoise = functools.partial(network, theta)
+        first = trajectory(theta, 1.3, scheduler, 3, 1, 0.0)
+        return first, rollout_.noised_anew(denoise, scheduler, first, keys(), 3, 2)
+
+    first, found = jax.jit(draw)(1.3)
+    value, gradient = jax.jit(jax.value_and_grad(lambda t: jnp.sum(weights * draw(t)[1].x0)))(1.3)
+    theta = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    expected = 0.0
+    for sample in range(BATCH):
+        x = torch.tensor(np.asarray(first.latents[sample], np.float64))
+        for again in range(3):
+            if again:
+                noise = rollout_.normal(keys(), again - 1, SHAPE)[sample]
+                clean = torch.tensor(np.asarray(first.x0[sample], np.float64))
+                x = float(first.alpha) * clean + float(first.sigma) * torch.tensor(
+                    np.asarray(noise, np.float64)
+                )
+            output = twin(theta, x, float(scheduler.timesteps[3]))
+            x0, _ = twin_x0_and_epsilon(scheduler, output, x, 3)
+            row = 3 * sample + again
+            np.testing.assert_allclose(found.x0[row], x0.detach(), atol=1e-4)
+            expected = expected + (torch.tensor(weights[row]) * x0).sum()
+    expected.backward()
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-4)
+    assert float(gradient) == pytest.approx(float(theta.grad), rel=1e-4, abs=1e-4)

@@ -280,3 +280,29 @@ def test_a_run_of_another_size_is_drawn_and_described_so(world, tmp_path):
     with silent():
         theirs = images_of(stock(tmp_path / "out"), noise=noise_of(source), height=24, width=16)
     assert difference(theirs, ours(source, noise_of(source))) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
+def test_a_run_of_many_guided_steps_is_drawn_and_described_so(world, tmp_path, name):
+    workdir = shutil.copytree(world / name / "lora", tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    config["sampler"] |= {"num_steps": 9, "guidance_scale": 3.5}
+    (workdir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = sample.from_run(LocalWorkdir(workdir))
+    assert len(source.scheduler.timesteps) == 9
+    export.export(LocalWorkdir(workdir), tmp_path / "out", "diffusers")
+    _, snippet, text = card(tmp_path / "out")
+    assert "takes 9 steps with guidance 3.5, made from" in text
+    stocks = 2.5 if name == "z_image" else 3.5
+    assert f"num_inference_steps=9, guidance_scale={stocks:g}" in snippet
+    if (workflow := tmp_path / "out" / "workflow.json").exists():
+        assert 3.5 in sum(
+            (n["widgets_values"] for n in json.loads(workflow.read_text())["nodes"]), []
+        )
+    noise = noise_of(source)
+    with silent():
+        theirs = images_of(stock(tmp_path / "out"), 9, noise, 3.5)
+    drawn = ours(source, noise)
+    print(f"{name}: stock diffusers against ours {difference(theirs, drawn):.1e}")
+    assert difference(theirs, drawn) < CLOSE
+    assert difference(ours(source._replace(guidance_scale=1.0), noise), drawn) > 5 * CLOSE

@@ -10,6 +10,7 @@ from step_world import REWARDS, ToyConfig, assert_close, batch, sample_keys
 from r0_jax.diffusion import rollout
 from r0_jax.method import objective, reward_gradient
 from r0_jax.method.objective import Objective
+from r0_jax.method.reward_step import Drawn
 from r0_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from r0_jax.rewards.reward import Reward
 
@@ -53,10 +54,14 @@ def drawn_x0(world, params, eta):
         world.frozen["text_encoder"], jnp.asarray(batch(B)["input_ids"])
     ).last_hidden_state
 
+    of_empty = world.pipeline.encode_prompt(world.frozen, world.frozen["empty"])["prompt_embeds"]
     latents = fixed_normal(np.zeros(B), 0, (4, 4, 4))
     for i, t in enumerate([999, 749, 499, 249]):
         alpha, sigma = np.float32([products[i] ** 0.5, (1 - products[i]) ** 0.5])
         output = network(base, latents, jnp.full(B, float(t)), embeds)
+        if (scale := world.config.sampler.guidance_scale) != 1:
+            empty = network(base, latents, jnp.full(B, float(t)), of_empty)
+            output = empty + scale * (output - empty)
         if world.objective.table.prediction_type == "epsilon":
             x0, epsilon = (latents - sigma * output) / alpha, output
         else:
@@ -102,12 +107,18 @@ def loss_by_hand(params, world, eta, normalization):
 
 
 @pytest.mark.parametrize(
-    ("normalization", "prediction_type"), [("none", "v_prediction"), ("per_sample", "epsilon")]
+    ("normalization", "prediction_type", "scale"),
+    [("none", "v_prediction", 1.0), ("per_sample", "epsilon", 1.0), ("none", "v_prediction", 2.5)],
 )
-def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_type):
+def test_gradient_equals_plain_autodiff(monkeypatch, normalization, prediction_type, scale):
     monkeypatch.setattr(rollout, "normal", fixed_normal)
     world = step_world.make(
-        {"objective.normalization": normalization, "sampler.eta": 0.6, "sampler.random_eta": False},
+        {
+            "objective.normalization": normalization,
+            "sampler.eta": 0.6,
+            "sampler.random_eta": False,
+            "sampler.guidance_scale": scale,
+        },
         prediction_type=prediction_type,
     )
     params = world.params()
@@ -148,9 +159,52 @@ def test_r0plus_at_the_last_step_is_r0_with_one_step_of_gradient(r0plus):
 
 
 def test_r0_rewards_the_last_step_and_r0plus_any(r0plus):
-    assert step_world.make().objective.draw_last(jax.random.key(0)) == 3
-    draws = [int(r0plus.objective.draw_last(jax.random.key(i))) for i in range(40)]
+    assert step_world.make().objective.draw(jax.random.key(0)).last == 3
+    draws = [int(r0plus.objective.draw(jax.random.key(i)).last) for i in range(40)]
     assert set(draws) == {0, 1, 2, 3}
+
+
+def test_draft_lv_rewards_the_last_step_and_copies_of_it_under_fresh_noise():
+    settings = {"objective.grad_steps": 1, "sampler.random_eta": False, "sampler.eta": 0.0}
+    plain = step_world.make(settings)
+    world = step_world.make(settings | {"objective.noises": 2})
+    params, keys = world.params(), sample_keys(B)
+
+    def rewarded(params, world=world):
+        conditioning = world.pipeline.encode_prompt(world.frozen, batch(B))
+        drawn = world.objective.draw(jax.random.key(0))
+        return world.objective._rollout(params, world.frozen, conditioning, keys, drawn)
+
+    found = jax.jit(rewarded)(params)
+    of_sample = np.asarray(found.x0).reshape(B, 3, *found.x0.shape[1:])
+    first = jax.jit(lambda p: rewarded(p, world=plain))(params)
+    np.testing.assert_allclose(of_sample[:, 0], first.x0, atol=1e-5)
+    noise = (found.latents - found.alpha * np.repeat(first.x0, 3, axis=0)) / found.sigma
+    noise = np.asarray(noise).reshape(of_sample.shape)[:, 1:]
+    assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.15
+    assert len({round(float(x), 4) for x in noise[..., 0, 0, 0].ravel()}) == 2 * B
+    # A third of the loss is the plain one's; the batch's mean is over all predictions.
+    (_, metrics), grads = world.value_and_grad(params, batch(B), last=3)
+    (_, one), alone = plain.value_and_grad(params, batch(B), last=3)
+    assert abs(metrics["reward/agreement"] - one["reward/agreement"]) > 1e-5
+    assert all(np.linalg.norm(x - alone[name]) > 0 for name, x in grads.items())
+    assert metrics["norm/x0/rewards"] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_drtune_trains_by_the_outputs_of_the_steps_it_draws(calls):
+    changes = {"objective.method": "drtune", "objective.grad_steps": 2, "objective.late_steps": 2}
+    world = step_world.make(changes)
+    params, keys = world.params(), sample_keys(B)
+    for last, graded in [(3, [1, 3]), (2, [0, 1])]:
+        calls.clear()
+        drawn = Drawn(jnp.asarray(last), jnp.asarray(graded))
+        found = world.program()(params, world.frozen, batch(B), keys, drawn, {})
+        jax.block_until_ready(found)
+        jax.effects_barrier()
+        times = np.array([999, 749, 499, 249])
+        # A step that is drawn is run once more, and again on the way back.
+        assert sorted(calls) == sorted([*times[: last + 1], *2 * list(times[graded])])
+        assert all(np.linalg.norm(x) > 0 for x in found[1].values())
 
 
 @pytest.fixture
@@ -330,14 +384,19 @@ def test_a_weight_means_the_same_at_any_resolution_and_number_of_channels(family
 LARGE = ToyConfig(sample_size=16, width=32, depth=4)
 
 
-def temporary_bytes(steps, method="r0"):
+def temporary_bytes(steps, method="r0", grad_steps=None):
     world = step_world.make(
-        {"sampler.num_steps": steps, "objective.grad_steps": steps, "objective.method": method},
+        {
+            "sampler.num_steps": steps,
+            "objective.grad_steps": grad_steps or steps,
+            "objective.method": method,
+            "objective.late_steps": 1,
+        },
         LARGE,
     )
     shapes = jax.eval_shape(world.params)
-    last = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = world.program().lower(shapes, world.frozen, batch(8), sample_keys(8), last, {})
+    drawn = jax.eval_shape(world.objective.draw, jax.random.key(0))
+    lowered = world.program().lower(shapes, world.frozen, batch(8), sample_keys(8), drawn, {})
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -361,6 +420,13 @@ def test_unrolled_is_the_same_step():
         grads.append(gradient)
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert_close(*grads, 1e-4)
+
+
+def test_memory_of_drtune_grows_by_latents_of_the_graded_steps_only():
+    latents = 8 * 16 * 16 * 4 * 4
+    few, many = (temporary_bytes(steps, "drtune", grad_steps=3) for steps in (4, 50))
+    assert abs(many - few) < 0.5 * latents
+    assert many - temporary_bytes(50, "drtune", grad_steps=1) <= 2 * 2.2 * latents
 
 
 def test_memory_of_r0plus_does_not_grow_with_the_steps():

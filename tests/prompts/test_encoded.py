@@ -24,6 +24,7 @@ from r0_jax import encode_prompts, prompts, rewards
 from r0_jax.errors import InputError
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
+from r0_jax.method.reward_step import Drawn
 from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.plan import weightless
@@ -95,7 +96,7 @@ def first_loss(config, pipeline, batches):
     params = {name: value + 0.1 for name, value in params.items()}
     keys = step_world.sample_keys(config.batch_size)
     batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
-    loss = jax.jit(lambda *args: objective.loss(*args, 0, {}))
+    loss = jax.jit(lambda *args: objective.loss(*args, Drawn(0), {}))
     return loss(params, frozen, batch, keys)
 
 

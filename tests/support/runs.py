@@ -49,7 +49,7 @@ def write_run(workdir, pretrained, rank, scores, targets=TARGETS, size=0):
         "draw_batch": 0,
         "seed": 3,
         "lora": {"rank": rank, "alpha": ALPHA, "targets": targets},
-        "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True},
+        "sampler": {"num_steps": 4, "eta": 0.0, "random_eta": True, "guidance_scale": 1.0},
         "objective": {"method": "r0plus"},
         "rewards": {"hps": {"weight": 1.0}, "clip": {"weight": 0.5}},
         "heldout_rewards": {"pickscore": {"weight": 1.0}},
@@ -109,8 +109,8 @@ def silent():
     assert [x for x in said if not x.startswith(expected)] == []
 
 
-def images_of(pipeline, steps=4, noise=LATENTS, **size):
-    """Stock diffusers' images from the noise."""
+def images_of(pipeline, steps=4, noise=LATENTS, guidance_scale=1, **size):
+    """Stock diffusers' images from the noise; a guidance of 1 is none."""
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     is_z_image = isinstance(pipeline, diffusers.ZImagePipeline)
     if is_z_image:  # it draws 1024 px unless told
@@ -119,7 +119,7 @@ def images_of(pipeline, steps=4, noise=LATENTS, **size):
     return pipeline(
         list(PROMPTS),  # which Z-Image's overwrites
         num_inference_steps=steps,
-        guidance_scale=0 if is_z_image else 1,
+        guidance_scale=guidance_scale - 1 if is_z_image else guidance_scale,
         latents=latents,
         output_type="np",
         **size,
@@ -127,7 +127,8 @@ def images_of(pipeline, steps=4, noise=LATENTS, **size):
 
 
 def ours(source, noise=LATENTS):
-    return np.concatenate(list(sample.draw(source, PROMPTS, latents=noise)))
+    drawn = sample.draw(source, PROMPTS, latents=noise, guidance_scale=source.guidance_scale)
+    return np.concatenate(list(drawn))
 
 
 def difference(a, b):

@@ -23,6 +23,7 @@ from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.method import optim, train_state
 from r0_jax.method.generator import Generator
 from r0_jax.method.objective import Objective
+from r0_jax.method.reward_step import Drawn
 from r0_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from r0_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from r0_jax.models.linear import Conv, Linear
@@ -266,7 +267,7 @@ class World(NamedTuple):
     def value_and_grad(self, params, batch, last, keys=None):
         """((loss, metrics), grads), compiled."""
         keys = sample_keys(len(batch["input_ids"])) if keys is None else keys
-        return self.program()(params, self.frozen, batch, keys, last, {})
+        return self.program()(params, self.frozen, batch, keys, Drawn(last), {})
 
     def program(self):
         return _program(self.objective)
