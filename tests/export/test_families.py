@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from r0_jax import sample
+from r0_jax.export import comfyui
 from r0_jax.export import folder as export
 from r0_jax.stand_ins import miniature
 from r0_jax.weights import convert
