@@ -3,8 +3,8 @@
 Command:   python -m r0_jax.main --config=configs/taiyi_r0.py --workdir=runs/taiyi \\
              --config.pretrained=/path/to/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 \\
              --config.data.prompts=prompts.txt
-Variants:  taiyi_r0.py:english, :r0plus, :full, :dryrun, or several with commas. The dry run needs no
-           weights:
+Variants:  taiyi_r0.py:english, :r0plus, :full, :dryrun, or several with commas. The dry run needs
+           no weights:
            python -m r0_jax.main --config=configs/taiyi_r0.py:dryrun --workdir=runs/dry
 English:   :english adds HPS v2.1, and PickScore as a held-out judge of another family. Both read
            English, so each line of the prompt files needs a translation in a second field:
