@@ -51,7 +51,13 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     out = remote.output(given.out)
     if given.results:
-        return write(out, results.read(remote.local(given.results)))
+        path = remote.local(given.results)
+        try:
+            return write(out, results.read(path))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not whole ({error!r}): take the copy of its ablation"
+            ) from None
     if given.config is None or given.workdir is None:
         raise InputError("give --config and --workdir, or --results alone")
     cells = grid.cells(given.config)

@@ -111,7 +111,16 @@ def test_a_page_is_written_again_from_its_results(tmp_path, monkeypatch, train):
     assert main(monkeypatch, tmp_path, **there | {"out": str(elsewhere)}) == 0
     assert "Side by side" not in elsewhere.read_text("utf-8")
     assert "(page.curves.png)" in elsewhere.read_text("utf-8")
-    for text, said in [("{", "is not the results file"), ('{"recipe": 1}', "no variants")]:
+    bent = [
+        json.dumps(json.loads(found.read_text("utf-8")) | {name: value})
+        for name, value in [("curves", 3), ("models", {"R0": 1}), ("variants", [])]
+    ]
+    for text, said in [
+        ("{", "is not the results file"),
+        ('{"recipe": 1}', "no variants"),
+        (json.dumps(json.loads(found.read_text("utf-8")) | {"models": {}}), "no models"),
+        *((text, "is not whole") for text in bent),
+    ]:
         found.write_text(text)
         with pytest.raises(InputError, match=said):
             main(monkeypatch, tmp_path, **there)

@@ -70,7 +70,10 @@ def read(path: Path) -> Json:
         found = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not the results file of an ablation ({error})") from None
-    missing = [name for name in _FIELDS if not isinstance(found, dict) or name not in found]
+    named = found if isinstance(found, dict) else {}
+    missing = [name for name in _FIELDS if name not in named]
+    if not missing and not found["models"]:
+        missing = ["models"]
     if missing:
         raise InputError(f"{path} is not the results file of an ablation: no {missing[0]}")
     return found
