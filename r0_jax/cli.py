@@ -107,8 +107,8 @@ def _show_warning(message: Warning | str, *where: object) -> None:
     print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
-def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Define the required flag `--config=FILE.py[:argument]` and overrides `--config.field=value`.
+def define_config(required: bool = True) -> flags.FlagHolder[ConfigDict]:
+    """Define the flag `--config=FILE.py[:argument]` and overrides `--config.field=value`.
 
     Its value is the result of the file's `get_config([argument])`, with overrides, with absolute
     paths, and locked. If configs/NAME.py does not exist, it is the package's own recipe.
@@ -119,7 +119,8 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     # It would read the files of --flagfile here, where no error is told in a line.
     FLAGS["config"]._sys_argv = None
     FLAGS["config"].parser = _ConfigFile()
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     return holder
 
 

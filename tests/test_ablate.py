@@ -1,6 +1,7 @@
 """The command that trains the runs of an ablation and writes its page."""
 
 import json
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -11,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from r0_jax import ablate
-from r0_jax.ablation import page, workers
+from r0_jax.ablation import results, training_curves, workers
 from r0_jax.ablation.grid import Cell
 from r0_jax.errors import STOPPED, InputError
 from r0_jax.evaluation import images
@@ -42,6 +43,10 @@ def trained(config, workdir, stop):
     images.save_png(folder / "samples" / "eval" / "0.png", np.zeros((8, 8, 3)))
     record = {"prompt": "红色的圆", "files": dict.fromkeys(models, "0.png")}
     (folder / "samples" / "eval" / "prompts.jsonl").write_text(json.dumps(record), "utf-8")
+    logged = [{"step": i, "reward/clip": 0.1 * i, "train/loss": 1.0} for i in range(1, 41)]
+    logged[3]["reward/clip"] = float("nan")
+    logged[-1]["heldout/clip"] = 0.25 + config.seed
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, logged)), "utf-8")
     return True
 
 
@@ -64,7 +69,7 @@ def main(monkeypatch, tmp_path, **given):
         {"recipe": "r.py", "variants": (("R0", ()), ("rewards alone", ("a=0", "b=1")))}
     )
     found = {"config": config, "workdir": str(tmp_path / "runs"), "out": str(tmp_path / "out.md")}
-    values = mock.Mock(**({"jobs": 1, "only": None} | found | given))
+    values = mock.Mock(**({"jobs": 1, "only": None, "results": None} | found | given))
     monkeypatch.setattr(flags, "FLAGS", values)
     return ablate.main([])
 
@@ -82,6 +87,57 @@ def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, train):
     assert "4 test prompts" in text and "seeds 0, 1" in text and "1. 红色的圆" in text
     assert "- **rewards alone**: `r.py`, `a=0`, `b=1`" in text
     assert images.load_png(tmp_path / "out.png").shape[0] > 3 * 8  # three rows
+    assert "(out.png)" in text and "(out.curves.png)" in text
+    curves = json.loads((tmp_path / "out.json").read_text("utf-8"))["curves"]
+    assert list(curves) == list(VARIANTS) and set(curves["R0"][0]) == {
+        "reward/clip",
+        "heldout/clip",
+    }
+    assert [seed["heldout/clip"] for seed in curves["R0"]] == [[[40, 0.25]], [[40, 1.25]]]
+    # 39 finite values in 20 parts of two, the last of one.
+    assert curves["R0"][0]["reward/clip"][:2] == [[1.5, 0.15], [4, 0.4]]
+    assert curves["R0"][0]["reward/clip"][-1] == [40, 4]
+
+
+def test_a_page_is_written_again_from_its_results(tmp_path, monkeypatch, train):
+    assert main(monkeypatch, tmp_path) == 0
+    first = (tmp_path / "out.md").read_text("utf-8")
+    shutil.rmtree(tmp_path / "runs")
+    found = tmp_path / "out.json"
+    there = {"config": None, "workdir": None, "results": str(found)}
+    assert main(monkeypatch, tmp_path, **there) == 0
+    assert (tmp_path / "out.md").read_text("utf-8") == first
+    elsewhere = tmp_path / "other" / "page.md"  # without the picture
+    assert main(monkeypatch, tmp_path, **there | {"out": str(elsewhere)}) == 0
+    assert "Side by side" not in elsewhere.read_text("utf-8")
+    assert "(page.curves.png)" in elsewhere.read_text("utf-8")
+    bent = [
+        json.dumps(json.loads(found.read_text("utf-8")) | {name: value})
+        for name, value in [("curves", 3), ("models", {"R0": 1}), ("variants", [])]
+    ]
+    for text, said in [
+        ("{", "is not the results file"),
+        ('{"recipe": 1}', "no variants"),
+        (json.dumps(json.loads(found.read_text("utf-8")) | {"models": {}}), "no models"),
+        *((text, "is not whole") for text in bent),
+    ]:
+        found.write_text(text)
+        with pytest.raises(InputError, match=said):
+            main(monkeypatch, tmp_path, **there)
+    with pytest.raises(InputError, match="give --config and --workdir, or --results alone"):
+        main(monkeypatch, tmp_path, config=None)
+
+
+def test_curves_are_a_panel_a_metric(tmp_path):
+    points = [[float(step), 0.1 * step] for step in range(5)]
+    seed = {"heldout/clip": points, "norm/x0/rewards": points, "hacking/dark": points}
+    # A seed that stopped early, and a variant that did not log a metric.
+    curves = {"R0": [seed, seed | {"heldout/clip": points[:3]}], "alone": [{"reward/hps": points}]}
+    drawn = training_curves.draw(curves)
+    assert training_curves._names(curves) == ["heldout/clip", "reward/hps"]
+    (tmp_path / "curves.png").write_bytes(drawn)
+    assert images.load_png(tmp_path / "curves.png").std() > 0.05
+    assert training_curves.draw({"R0": [{}]}) == b""
 
 
 def test_a_sigterm_leaves_no_page(tmp_path, monkeypatch, train):
@@ -122,4 +178,4 @@ def test_runs_are_spread_over_devices(tmp_path, monkeypatch, status):
 
 
 def test_versions_are_named():
-    assert "jax" in page.versions()
+    assert "jax" in results.versions()

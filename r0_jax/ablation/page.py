@@ -1,55 +1,26 @@
-"""The Markdown page of an ablation: tables, verdicts, curves' picture, and how it was made."""
+"""The Markdown page of an ablation and its two pictures, from its results."""
 
-import importlib.metadata
-import os
-import platform
-import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from r0_jax.ablation import measured
-from r0_jax.ablation.measured import Measured
+from r0_jax.ablation import results as results_file
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, report, statistics, verdicts
-from r0_jax.evaluation.results import FEATURES
-from r0_jax.evaluation.verdicts import Target, Values
+from r0_jax.evaluation import images, report
 from r0_jax.files import loads
 
 _COLUMNS = 10  # of the picture
-# What the variants are compared in. Reading many differences at once, some look real by chance.
-_COMPARED = (
-    Target("judge accuracy", "judge_accuracy", 1),
-    Target("held-out CLIP score", "heldout_clip_score", 1),
-    Target("diversity", "diversity", 1),
-    Target("Frechet distance", FEATURES, 1),
-)
 
 
-def write(config: ConfigDict, found: Sequence[Measured], folders: Sequence[Path], out: Path) -> str:
-    """Write the picture of the first seed beside `out`, and return the page.
-
-    `folders` are the workdirs of `found`.
-    """
-    first = [
-        (one, path)
-        for one, path in zip(found, folders, strict=True)
-        if one.cell.seed == found[0].cell.seed
-    ]
-    prompts = write_picture(first, out.with_suffix(".png"))
-    columns = measured.columns(found)
-    pooled = {"models": {name: measured.pool(seeds) for name, seeds in columns.items()}}
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(one.cell.seed for one in found))
-    values, variants = measured.by_seed(found), [name for name, _ in config.variants]
-    guided = next(iter(columns))
-    listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, start=1))
+def write(results: Mapping[str, Any], picture: str, curves: str) -> str:
+    """Return the page; `picture` and `curves` are the names of pictures beside it, or ""."""
+    pooled = results_file.pooled(results)
+    first, seeds = results["variants"][0][0], ", ".join(map(str, results["seeds"]))
     return f"""# Results
 
-{found[0].evaluation["prompts"]} test prompts that neither the base nor a variant was trained on.
+{results["prompts"]} test prompts that neither the base nor a variant was trained on.
 Training and noise have the seeds {seeds}. Every model of a seed has the same prompts and noise.
 Values are means over the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
 
@@ -59,47 +30,40 @@ Values are means over the seeds; ± reaches to the farther end of all seeds' 95 
 Differences are paired: the same prompt and noise for both models. The interval holds for other
 prompts and for other trainings. "Undecided" means that it holds values of both sides.
 
-{verdicts.table(values, variants[0], guided)}
-{_comparison(values, variants)}## The variants
+{_targets(results["targets"])}
+{_differences(results["differences"], first)}## The variants
 
-{_variants(config)}
-## Side by side
+{_variants(results)}
+{_training(curves)}{_side_by_side(results, picture)}## How this was made
 
-Rows: {", ".join(map(report.label, columns))}. Each column has one prompt and one noise.
+    {results["made_by"]["command"]}
 
-![{len(prompts)} prompts, drawn by each model]({out.with_suffix(".png").name})
-
-{listed}
-
-## How this was made
-
-    {shlex.join(["python", "-m", "r0_jax.ablate", *sys.argv[1:]])}
-
-{versions()}
+{results["made_by"]["versions"]}
 """
 
 
-def _comparison(values: Sequence[Values], variants: Sequence[str]) -> str:
+def _targets(entries: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| target | difference | 95 % interval | reached |", "|---|---:|---:|---|"]
+    for entry in entries:
+        factor = "" if entry["factor"] == 1 else f" (ours - {entry['factor']:g} x theirs)"
+        lines.append(
+            f"| {entry['what']}{factor} | {entry['value']:+.4f} | {_interval(entry)} | "
+            f"{entry['reached']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _differences(entries: Sequence[Mapping[str, Any]], first: str) -> str:
     """Return the section that compares each variant with the first; "" for a single variant."""
-    first, *others = variants
-    rows = []
-    for other in others:
-        for target in _COMPARED:
-            names = [f"{name}/{target.metric}" for name in (other, first)]
-            both = [seed for seed in values if all(name in seed for name in names)]
-            if both:
-                rows.append((other, target, verdicts.difference(both, other, first, target)))
-    if not rows:
+    if not entries:
         return ""
-    adjusted = statistics.holm([statistics.p_value(entry) for _, _, entry in rows])
     lines = [f"| variant | metric | less {first} | 95 % interval | p (Holm) |"]
     lines.append("|---|---|---:|---:|---:|")
-    for (other, target, entry), p in zip(rows, adjusted, strict=True):
-        low, high = entry["ci95"]
-        lines.append(
-            f"| {other} | {target.what} | {entry['value']:+.4f} | {low:+.4f} to {high:+.4f} | "
-            f"{p:.3f} |"
-        )
+    lines += [
+        f"| {entry['variant']} | {entry['metric']} | {entry['value']:+.4f} | {_interval(entry)} | "
+        f"{entry['p_holm']:.3f} |"
+        for entry in entries
+    ]
     table = "\n".join(lines)
     return f"""## The variants beside {first}
 
@@ -110,23 +74,56 @@ The same pairs. p is adjusted for reading all rows together.
 """
 
 
-def _variants(config: ConfigDict) -> str:
+def _interval(entry: Mapping[str, Any]) -> str:
+    low, high = entry["ci95"]
+    return f"{low:+.4f} to {high:+.4f}"
+
+
+def _variants(results: Mapping[str, Any]) -> str:
     """Return a list of what each variant changes in the recipe."""
     return "".join(
-        f"- **{name}**: `{config.recipe}`"
+        f"- **{name}**: `{results['recipe']}`"
         + "".join(f", `{override}`" for override in overrides)
         + "\n"
-        for name, overrides in config.variants
+        for name, overrides in results["variants"]
     )
 
 
-def write_picture(runs: Sequence[tuple[Measured, Path]], picture: Path) -> list[str]:
+def _training(curves: str) -> str:
+    if not curves:
+        return ""
+    return f"""## Over training
+
+Lines are means over the seeds; bands reach from the lowest to the highest seed.
+
+![Held-out rewards, training rewards, signs of hacking and pulls over the steps]({curves})
+
+"""
+
+
+def _side_by_side(results: Mapping[str, Any], picture: str) -> str:
+    if not picture:
+        return ""
+    rows, prompts = ", ".join(map(report.label, results["models"])), results["shown"]
+    listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, start=1))
+    return f"""## Side by side
+
+Rows: {rows}. Each column has one prompt and one noise.
+
+![{len(prompts)} prompts, drawn by each model]({picture})
+
+{listed}
+
+"""
+
+
+def write_picture(folders: Sequence[Path], picture: Path) -> list[str]:
     """Write a picture of some runs' samples/eval, a row a model and a column a prompt.
 
     Returns the prompts.
     """
     rows, prompts = [], []
-    for _, folder in runs:
+    for folder in folders:
         samples = folder / "samples" / "eval"
         path = samples / "prompts.jsonl"
         try:
@@ -143,15 +140,3 @@ def write_picture(runs: Sequence[tuple[Measured, Path]], picture: Path) -> list[
     drawn = [image for row in rows for image in row]
     images.save_png(picture, images.grid(np.stack(drawn), columns=len(prompts), pad=4))
     return prompts
-
-
-def versions() -> str:
-    """Return one line about packages and hardware."""
-    packages = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy")
-    )
-    device = jax.devices()[0]
-    return (
-        f"Python {platform.python_version()}, {packages}; {jax.device_count()} × "
-        f"{device.device_kind} device, {os.cpu_count()} CPU cores ({platform.machine()})."
-    )

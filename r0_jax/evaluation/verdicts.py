@@ -5,7 +5,7 @@ A target compares two models that share prompts and noise: ours - factor x their
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,17 +91,13 @@ def verdict(entry: Mapping, target: Target) -> str:
     return "no" if high < target.least or low > target.most else "undecided"
 
 
-def table(seeds: Sequence[Values], ours: str, theirs: str) -> str:
-    """Return a Markdown table of the targets that were measured."""
-    lines = ["| target | difference | 95 % interval | reached |", "|---|---:|---:|---|"]
+def targets(seeds: Sequence[Values], ours: str, theirs: str) -> list[dict[str, Any]]:
+    """Return the targets that were measured: differences with their intervals and verdicts."""
+    found = []
     for target in TARGETS:
         if f"{ours}/{target.metric}" not in seeds[0]:
             continue
         entry = difference(seeds, ours, theirs, target)
-        low, high = entry["ci95"]
-        factor = "" if target.factor == 1 else f" (ours - {target.factor:g} x theirs)"
-        lines.append(
-            f"| {target.what}{factor} | {entry['value']:+.4f} | {low:+.4f} to {high:+.4f} | "
-            f"{verdict(entry, target)} |"
-        )
-    return "\n".join(lines) + "\n"
+        reached = verdict(entry, target)
+        found.append({"what": target.what, "factor": target.factor, **entry, "reached": reached})
+    return found
