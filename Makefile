@@ -16,7 +16,7 @@ install-dev: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-.venv/installed-dev: requirements-convert.txt requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-convert.txt requirements-demo.txt requirements-dev.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 

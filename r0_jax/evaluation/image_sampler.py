@@ -23,7 +23,7 @@ def sample_latents(
     latents: Float[Array, "b h w c"],
     conditioning: Conditioning,
     negative: Conditioning | None,
-    guidance_scale: float,
+    guidance_scale: float | Float[Array, ""],
     keys: rollout.Keys | None = None,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b h w c"]:
