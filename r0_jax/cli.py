@@ -131,6 +131,11 @@ def define_path(
     return flags.DEFINE(_Path(), name, default, help, required=required)
 
 
+def define_paths(name: str, help: str) -> flags.FlagHolder[list[str]]:
+    """Define a flag that may be given several times, each a path; `~` is expanded in each."""
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, None, help)
+
+
 def define_named_paths(name: str, help: str) -> flags.FlagHolder[list[str]]:
     """Define a flag that holds NAME=PATH,NAME=PATH,... as a list; `~` is expanded in each path."""
     return flags.DEFINE(_NamedPaths(), name, None, help, serializer=flags.CsvListSerializer(","))

@@ -34,6 +34,7 @@ from r0_jax.evaluation import (
     hpsv2,
     image_features,
     report,
+    result_table,
     scoring,
 )
 from r0_jax.evaluation.comparison import Contender, Judges
@@ -187,7 +188,7 @@ def evaluate(fields: Any, workdir: Workdir | None) -> None:
         )
         name = f"{Path(fields.pipeline).resolve().name}_{steps}"
         table = evaluate_models(Testbed.build(config, pipeline), {name: model}, folder, {})
-    report.print_table(table)
+    result_table.print_table(table)
     print(f"written: {folder / 'eval.json'}")
     if workdir is not None:
         print(f"report: {report.write_report(folder)}")
@@ -237,7 +238,7 @@ def compare(fields: Any) -> None:
         "reference": fields.reference or "",
     }
     table = comparison.compare(found, prompts, judges, out, facts, fields.batch_size)
-    report.print_table(table)
+    result_table.print_table(table)
     for name, rewards in table.get("hpsv2", {}).items():
         hpsv2.print_table(name, rewards)
     print(f"written: {out / 'eval.json'}")

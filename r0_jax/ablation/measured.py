@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from r0_jax.ablation.grid import Cell
 from r0_jax.errors import InputError
-from r0_jax.evaluation import report, verdicts
+from r0_jax.evaluation import result_table, verdicts
 from r0_jax.evaluation.verdicts import Values
 from r0_jax.workdir import checkpoint, identity, run
 from r0_jax.workdir.workdir import Workdir
@@ -35,8 +35,8 @@ def is_measured(workdir: Workdir, config: ConfigDict) -> bool:
         return False
     identity.check_same_run(workdir, config)
     try:
-        evaluation = report.read_evaluation(path)
-        report.rows(evaluation)
+        evaluation = result_table.read_evaluation(path)
+        result_table.rows(evaluation)
         verdicts.read_values(workdir.path)
     except InputError:  # broken: it is measured again
         return False
@@ -48,7 +48,7 @@ def is_measured(workdir: Workdir, config: ConfigDict) -> bool:
 
 def read(cell: Cell, workdir: Workdir) -> Measured:
     """Return the result of a run that is measured."""
-    evaluation = report.read_evaluation(workdir.path / "eval.json")
+    evaluation = result_table.read_evaluation(workdir.path / "eval.json")
     return Measured(cell, evaluation, verdicts.read_values(workdir.path))
 
 

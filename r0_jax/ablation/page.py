@@ -8,7 +8,7 @@ import numpy as np
 
 from r0_jax.ablation import results as results_file
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, report
+from r0_jax.evaluation import images, result_table
 from r0_jax.files import loads
 
 _COLUMNS = 10  # of the picture
@@ -24,7 +24,7 @@ def write(results: Mapping[str, Any], picture: str, curves: str) -> str:
 Training and noise have the seeds {seeds}. Every model of a seed has the same prompts and noise.
 Values are means over the seeds; ± reaches to the farther end of all seeds' 95 % intervals.
 
-{report.markdown_table(pooled)}
+{result_table.markdown_table(pooled)}
 ## Targets
 
 Differences are paired: the same prompt and noise for both models. The interval holds for other
@@ -104,7 +104,7 @@ Lines are means over the seeds; bands reach from the lowest to the highest seed.
 def _side_by_side(results: Mapping[str, Any], picture: str) -> str:
     if not picture:
         return ""
-    rows, prompts = ", ".join(map(report.label, results["models"])), results["shown"]
+    rows, prompts = ", ".join(map(result_table.label, results["models"])), results["shown"]
     listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, start=1))
     return f"""## Side by side
 

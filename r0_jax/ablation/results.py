@@ -128,5 +128,5 @@ def versions() -> str:
 
 
 def pooled(results: Mapping[str, Any]) -> Json:
-    """Return the table of results as report.markdown_table takes it: means over the seeds."""
+    """Return the table of results as result_table.markdown_table takes it: means over the seeds."""
     return {"models": {name: measured.pool(x) for name, x in results["models"].items()}}

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ _BINS = 100  # points a chart shows at most
 # Each colour stands for one of the page's, so that one SVG fits its light and its dark look.
 _COLOURS = {"#000001": "var(--soft)", "#000002": "var(--rule)", "#000003": "var(--line)"}
 _TEXT, _RULE, _LINE = _COLOURS
+SEVERAL = {f"#00001{i}": f"var(--c{i})" for i in range(1, 9)}  # of lines that share a chart
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, dict[int, float]], int]:
@@ -57,19 +59,9 @@ def draw(
     goes from the smallest to the largest value, so that no spike is lost. Positive values that span
     more than a factor of 30 get a logarithmic axis. `label` names the value axis.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-
-    steps = np.array(sorted(step for step, value in values.items() if math.isfinite(value)))
-    heights = np.array([values[step] for step in steps.tolist()])
-    bins = np.array_split(np.arange(len(steps)), min(len(steps), _BINS))
-    x, low, mean, high = np.array(
-        [(steps[i].mean(), heights[i].min(), heights[i].mean(), heights[i].max()) for i in bins]
-    ).T
-    # pyplot would change the caller's matplotlib.
-    figure = Figure(figsize=(3.2, 1.9))
-    axes = figure.add_axes((0.2, 0.24, 0.62, 0.64))  # a layout engine would draw everything twice
-    if len(bins) < len(steps):
+    steps, x, low, mean, high = _binned(values)
+    figure, axes = _figure()
+    if len(x) < len(steps):
         axes.fill_between(x, low, high, color=_LINE, alpha=0.22, linewidth=0)
     axes.plot(x, mean, color=_LINE, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3)
     if marked is not None:
@@ -87,8 +79,53 @@ def draw(
         fontweight="bold",
         annotation_clip=False,
     )
+    _scale(axes, label, low.min(), high.max())
+    return _svg(figure)
+
+
+def draw_several(series: Sequence[dict[int, float]], label: str) -> str:
+    """Return an SVG of one metric of several runs, whose colours are those of `SEVERAL` in order.
+
+    Each line is the mean of at most 100 bins. A run without a finite value has no line.
+    """
+    figure, axes = _figure()
+    lows, highs = [], []
+    for colour, values in zip(SEVERAL, series, strict=False):
+        if not any(math.isfinite(value) for value in values.values()):
+            continue
+        _, x, _, mean, _ = _binned(values)
+        marker = "o" if len(x) <= 30 else ""
+        axes.plot(x, mean, color=colour, linewidth=1.4, marker=marker, markersize=2.5)
+        lows.append(mean.min())
+        highs.append(mean.max())
+    _scale(axes, label, min(lows), max(highs))
+    return _svg(figure)
+
+
+def _binned(values: dict[int, float]) -> tuple[np.ndarray, ...]:
+    """Return the finite steps, and of at most 100 bins the step, and least, mean, most value."""
+    steps = np.array(sorted(step for step, value in values.items() if math.isfinite(value)))
+    heights = np.array([values[step] for step in steps.tolist()])
+    bins = np.array_split(np.arange(len(steps)), min(len(steps), _BINS))
+    rows = [(steps[i].mean(), heights[i].min(), heights[i].mean(), heights[i].max()) for i in bins]
+    return steps, *np.array(rows).T
+
+
+def _figure() -> tuple[Any, Any]:
+    """Return a matplotlib Figure and its axes; pyplot would change the caller's matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2, 1.9))
+    # A layout engine would draw everything twice.
+    return figure, figure.add_axes((0.2, 0.24, 0.62, 0.64))
+
+
+def _scale(axes: Any, label: str, least: float, most: float) -> None:
+    """Set the axes' scale for values from `least` to `most`, and their looks."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if low.min() > 0 and high.max() > 30 * low.min():
+    if least > 0 and most > 30 * least:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -104,7 +141,6 @@ def draw(
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_RULE)
-    return _svg(figure)
 
 
 def _svg(figure: Any) -> str:
@@ -129,6 +165,6 @@ def _svg(figure: Any) -> str:
         (r"\s+", " "),
     ):
         svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
-    for stand_in, colour in _COLOURS.items():
+    for stand_in, colour in (_COLOURS | SEVERAL).items():
         svg = svg.replace(stand_in, colour)
     return svg

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import report
+from r0_jax.evaluation import result_table
 from r0_jax.files import copy_file, loads
 from r0_jax.workdir.run import Run
 
@@ -32,7 +32,7 @@ def copy(run: Run, step: int, folder: Path) -> list[Example]:
     workdir = run.workdir.path
     if not (workdir / "eval.json").exists():
         return []
-    if report.read_evaluation(workdir / "eval.json").get("checkpoint") != f"step {step}":
+    if result_table.read_evaluation(workdir / "eval.json").get("checkpoint") != f"step {step}":
         return []
     source, listed = workdir / "samples" / "eval", []
     name = f"r0_{run.config.sampler.num_steps}"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from r0_jax import remote
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.errors import printable
-from r0_jax.evaluation import report
+from r0_jax.evaluation import result_table
 from r0_jax.export import comfyui, kohya
 from r0_jax.export.examples import Example
 from r0_jax.workdir.run import Run
@@ -259,8 +259,8 @@ def _string(value: str) -> str:
 def _numbers(path: Path) -> str:
     if not path.exists():
         return ""
-    evaluation = report.read_evaluation(path)
-    table = report.markdown_table(evaluation)
+    evaluation = result_table.read_evaluation(path)
+    table = result_table.markdown_table(evaluation)
     facts = [f"{_escape(evaluation['prompts'])} prompts"] if "prompts" in evaluation else []
     facts += [_escape(evaluation["checkpoint"])] if "checkpoint" in evaluation else []
     of = f" ({', '.join(facts)})" if facts else ""

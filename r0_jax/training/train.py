@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from r0_jax import config_check, remote
 from r0_jax.console import console
 from r0_jax.errors import InputError, of_config
-from r0_jax.evaluation import report, testbed
+from r0_jax.evaluation import report, result_table, testbed
 from r0_jax.evaluation.validation import Validation
 from r0_jax.parallel import distributed, heartbeat, sharding
 from r0_jax.parallel.stop_signal import Stopped, StopSignal
@@ -47,7 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Workdir, stop: StopSignal) -
         table = testbed.evaluate_run(Run(workdir, config)) if config.test.prompts else None
         if jax.process_index() == 0:
             if table is not None:
-                report.print_table(table)
+                result_table.print_table(table)
             print(f"report: {report.write_report(workdir.path)}")
         return True
 

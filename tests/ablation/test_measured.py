@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from r0_jax.ablation import measured
 from r0_jax.ablation.grid import Cell
 from r0_jax.ablation.measured import Measured
-from r0_jax.evaluation.report import markdown_table
+from r0_jax.evaluation.result_table import markdown_table
 from r0_jax.evaluation.results import VALUES
 from r0_jax.workdir import checkpoint, identity
 from r0_jax.workdir.workdir import LocalWorkdir

@@ -5,87 +5,17 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
+from pages import Page, evaluation, write_run
 from PIL import Image
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import images, report
-
-
-def entry(value, half=0.0):
-    return {"value": value, "ci95": [value - half, value + half]}
-
-
-def evaluation():
-    return {
-        "models": {
-            "base_25_guided": {
-                "seconds_per_image": entry(0.8, 0.01),
-                "judge_accuracy": {"value": 0.99, "ci95": [0.971, 0.996]},
-                "reward/<b>[red]|x": entry(0.25, 0.0123),
-                "network_calls": entry(50),
-            },
-            "r0_4": {
-                "judge_accuracy": entry(0.9, 0.0186),
-                "network_calls": entry(4),
-                "unheard_of": entry(12.0, 3.0),
-                "frechet_distance": {"value": math.nan, "ci95": [math.nan, math.nan]},
-                "diversity": {"value": 0.5, "ci95": None},
-            },
-        },
-        "prompts": 300,
-    }
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order, and keeps text and attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.attributes = [], "", []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += attrs
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def write_run(workdir):
-    (workdir / "eval.json").write_text(json.dumps(evaluation()), encoding="utf-8")
-    (workdir / "config.json").write_text('{"steps": 3, "note": "<i>红</i>"}', encoding="utf-8")
-    with open(workdir / "metrics.jsonl", "w", encoding="utf-8") as file:
-        for step in range(3):
-            values = {"reward/hps": 0.1 * step, "heldout/clip": 0.2, "norm/grads": math.nan}
-            file.write(json.dumps({"step": step, **values}) + "\n")
-    image = np.random.default_rng(0).random((64, 64, 3))
-    folder = workdir / "samples" / "eval"
-    records = []
-    for index in range(20):
-        images.save_png(folder / "r0_4" / f"{index}.png", image * index / 20)
-        files = {"base_25_guided": f"base_25_guided/{index}.png", "r0_4": f"r0_4/{index}.png"}
-        records.append({"index": index, "prompt": f"<script>{index}</script> 红", "files": files})
-    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
-    for step in (0, 5, 10, 20, 30, 40, 50, 100):
-        images.save_png(workdir / "samples" / f"step_{step:06d}.png", np.full((900, 700, 3), 0.5))
+from r0_jax.evaluation import report, result_table
 
 
 def test_rows_are_ordered_labelled_and_rounded_by_their_interval():
-    models, table = report.rows(evaluation())
+    models, table = result_table.rows(evaluation())
     assert models == ["base, 25 steps, guided", "R0, 4 steps"]
     assert [(row.label, row.cells) for row in table] == [
         # ± is the farther end: 0.99 - 0.971, not 0.996 - 0.99.
@@ -100,7 +30,7 @@ def test_rows_are_ordered_labelled_and_rounded_by_their_interval():
 
 
 def test_terminal_table_shows_every_cell_and_takes_no_markup(capsys):
-    report.print_table(evaluation())
+    result_table.print_table(evaluation())
     printed = capsys.readouterr().out
     for text in ("R0, 4 steps", "0.990 ± 0.019", "reward: <b>[red]|x ↑", "12.0 ± 3.0", "not fin"):
         assert text in printed
@@ -108,7 +38,7 @@ def test_terminal_table_shows_every_cell_and_takes_no_markup(capsys):
 
 
 def test_markdown_table_is_a_pipe_table():
-    lines = report.markdown_table(evaluation()).splitlines()
+    lines = result_table.markdown_table(evaluation()).splitlines()
     assert lines[0] == "|  | base, 25 steps, guided | R0, 4 steps |"
     assert lines[1] == "| --- | ---: | ---: |"
     assert lines[2] == "| judge accuracy ↑ | 0.990 ± 0.019 | 0.900 ± 0.019 |"
@@ -132,7 +62,7 @@ def test_markdown_table_is_a_pipe_table():
 )
 def test_broken_evaluation_is_one_line(broken, tmp_path):
     with pytest.raises(InputError, match=r"^eval\.json[^\n]*evaluate again\.$"):
-        report.rows(broken)
+        result_table.rows(broken)
     (tmp_path / "eval.json").write_text(json.dumps(broken), encoding="utf-8")
     with pytest.raises(InputError):
         report.write_report(tmp_path)
