@@ -130,6 +130,10 @@ def get_config() -> ConfigDict:
     # For "r0": how many of the last steps carry a gradient (num_steps: all, as in the paper; fewer:
     # DRaFT-K). For "drtune": how many of all.
     config.objective.grad_steps = 4
+    # For "r0": of a sample's gradient, at most this norm flows from a step to the one before. The
+    # rewards' pull at x0 has norm 1. Without a bound (0) the gradient of single samples grows from
+    # step to step, until they decide for the whole batch.
+    config.objective.bound = 1.0
     # For "refl" and "drtune": how many of the last steps may be rewarded.
     config.objective.late_steps = 10
     # For "r0" with grad_steps=1: so many times the last step is also made from its own image under

@@ -39,6 +39,7 @@ RANGES = {
     "sampler.guidance_scale": (1, base.MOST_GUIDANCE),
     "objective.late_steps": (1, math.inf),
     "objective.noises": (0, math.inf),
+    "objective.bound": (0, math.inf),
     "eval.num_prompts": (1, math.inf),
     "eval.grid": (1, math.inf),
     "lora.rank": (0, math.inf),
@@ -191,6 +192,8 @@ def without_effect(config: ConfigDict) -> list[str]:
     unused: list[tuple[str, str]] = []  # (field, the reason)
     if objective.method in ("r0plus", "refl"):
         unused.append(("objective.grad_steps", f"objective.method is {objective.method}"))
+    if objective.method != "r0":
+        unused.append(("objective.bound", f"objective.method is {objective.method}"))
     if objective.method in ("r0", "r0plus"):
         unused.append(("objective.late_steps", f"objective.method is {objective.method}"))
     if objective.normalization == "none":

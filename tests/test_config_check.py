@@ -188,6 +188,7 @@ GUIDED = {"regularizers.guidance.weight": 1.0}
             "objective.grad_steps, as",
         ),
         ({"objective.late_steps": 2}, "objective.late_steps, as objective.method is r0"),
+        ({"objective.method": "r0plus", "objective.bound": 2.0}, "objective.bound, as"),
         ({"objective.normalization": "none", "objective.delta": 1.0}, "objective.delta, as"),
         ({"lora.rank": 0, "lora.alpha": 8.0, "lora.targets": "x"}, "lora.alpha, lora.targets, as"),
         ({"regularizers.guidance.scale": 7.5}, "guidance.scale, as .*guidance.weight is 0"),

@@ -188,7 +188,15 @@ class Twin:
                     alpha, sigma = self.level(i + 1)
                     noise = (1 - eta**2).sqrt() * epsilon + eta * draws.fresh[i]
                     latents = alpha * x0 + sigma * noise
+                    if i >= first and self.config.objective.bound:
+                        latents.register_hook(self.bounded)
         return Call(latents, timesteps, alpha, sigma, x0)
+
+    def bounded(self, gradient: Tensor) -> Tensor:
+        """Scale a sample's gradient down to config.objective.bound, as a share of the mean loss."""
+        norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
+        bound = self.config.objective.bound / len(gradient)
+        return gradient * (bound / norms.clamp_min(1e-30)).clamp_max(1.0)
 
     def generate(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Call the generator once; with remat = "calls" its activations are computed again."""

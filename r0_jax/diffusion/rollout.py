@@ -6,6 +6,8 @@ eta = 0 is DDIM; eta = 1 takes fresh noise only, as LCM does. The last step ends
 it returns x0.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,6 +59,25 @@ def step(
     return jnp.asarray(grid.next_alphas)[i] * x0 + jnp.asarray(grid.next_sigmas)[i] * epsilon, x0
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _bounded(latents: Float[Array, "b h w c"], bound: float) -> Float[Array, "b h w c"]:
+    """Return the latents; of a sample's gradient with respect to them keep at most norm `bound`."""
+    del bound
+    return latents
+
+
+def _keep(latents: Float[Array, "b h w c"], bound: float) -> tuple[Float[Array, "b h w c"], None]:
+    return _bounded(latents, bound), None
+
+
+def _scale_down(bound: float, _: None, gradient: Float[Array, "b h w c"]) -> tuple[jax.Array]:
+    norm = jnp.sqrt(jnp.sum(gradient**2, axis=(1, 2, 3), keepdims=True))
+    return (gradient * jnp.minimum(1.0, bound / jnp.maximum(norm, 1e-30)),)
+
+
+_bounded.defvjp(_keep, _scale_down)
+
+
 def rollout(
     denoise: Denoise,
     denoise_frozen: Denoise,
@@ -70,6 +91,7 @@ def rollout(
     eta: float,
     unroll: bool = False,
     remat: bool = True,
+    bound: float = math.inf,
 ) -> Trajectory:
     """Run steps 0 to `last` of the grid; gradients flow through the last `grad_steps` of them.
 
@@ -84,6 +106,7 @@ def rollout(
         same; it is faster on CPU.
       remat: compute each step with gradient again in the backward pass. Memory then holds one
         network evaluation and K latents.
+      bound: of a sample's gradient, at most this norm flows from a step to the one before.
     """
     moves = _Moves(grid, keys, random_eta, eta, noise.shape)
     first = last + 1 - grad_steps
@@ -97,7 +120,7 @@ def rollout(
     def graded(
         latents: Float[Array, "b h w c"], i: Index
     ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]:
-        after, x0 = moves.advance(denoise, latents, i)
+        after, x0 = moves.advance(denoise, _bounded(latents, bound), i)
         return after, (latents, x0)
 
     _, (inputs, predictions) = lax.scan(

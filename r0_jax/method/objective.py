@@ -12,6 +12,7 @@ generator, however many rewards and terms there are.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -275,7 +276,9 @@ class Objective:
         if drawn.graded is not None:
             return rollout.rollout_by_outputs(*arguments, graded=drawn.graded, **fields)
         grad_steps = 1 if reward_step.is_random(self.config) else options.grad_steps
-        found = rollout.rollout(*arguments, grad_steps=grad_steps, **fields)
+        # The loss is a mean over the samples, and so is what it sends back to each of them.
+        bound = (options.bound or math.inf) / len(keys)
+        found = rollout.rollout(*arguments, grad_steps=grad_steps, bound=bound, **fields)
         if not options.noises:
             return found
         repeated = jax.tree.map(lambda x: jnp.repeat(x, options.noises, axis=0), conditioning)

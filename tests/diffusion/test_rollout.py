@@ -359,3 +359,28 @@ def test_the_last_call_made_again_under_fresh_noise(family):
     expected.backward()
     assert float(value) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-4)
     assert float(gradient) == pytest.approx(float(theta.grad), rel=1e-4, abs=1e-4)
+
+
+def test_the_bound_is_one_of_each_sample():
+    scheduler, bound = few_steps(), 0.05
+
+    def value(theta, latents, bound):
+        def two(latents, i):
+            after, x0 = rollout_.step(
+                scheduler, network(theta, latents, timesteps(i)), latents, i, etas, noise
+            )
+            return after, x0
+
+        etas, noise = jnp.zeros(BATCH), jnp.zeros((BATCH, *SHAPE))
+        _, x0 = two(rollout_._bounded(two(latents, 2)[0], bound), 3)
+        return jnp.sum(jnp.arange(1.0, 1 + BATCH)[:, None, None, None] * x0)
+
+    def timesteps(i):
+        return jnp.full(BATCH, float(scheduler.timesteps[i]))
+
+    grad = jax.jit(jax.grad(value, argnums=1), static_argnums=2)
+    free, kept = (grad(1.3, start(), x) for x in (1e9, bound))
+    ratio = np.asarray(kept / free).reshape(BATCH, -1)
+    # Each sample is scaled down by a factor of its own; larger weights are scaled down more.
+    np.testing.assert_allclose(ratio, ratio[:, :1] * np.ones_like(ratio), rtol=1e-3)
+    assert (ratio[:, 0] < 1).all() and ratio[3, 0] < ratio[0, 0]

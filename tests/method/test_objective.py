@@ -164,6 +164,22 @@ def test_r0_rewards_the_last_step_and_r0plus_any(r0plus):
     assert set(draws) == {0, 1, 2, 3}
 
 
+def test_a_bound_limits_what_flows_to_earlier_steps():
+    usual = {"sampler.random_eta": False, "sampler.eta": 1.0}
+    free, params = step_world.make(usual), step_world.make(usual).params()
+    expected = free.value_and_grad(params, batch(B), last=3)[1]
+
+    def grads(**changes):
+        return step_world.make(usual | changes).value_and_grad(params, batch(B), last=3)[1]
+
+    assert_close(grads(**{"objective.bound": 1e6}), expected, 1e-6)  # it is never reached
+    alone = grads(**{"objective.grad_steps": 1})
+    assert_close(grads(**{"objective.bound": 1e-9}), alone, 1e-5)  # nothing flows
+    some = grads(**{"objective.bound": 0.3})
+    assert all(np.linalg.norm(x - expected[name]) > 0 for name, x in some.items())
+    assert all(np.linalg.norm(x - alone[name]) > 0 for name, x in some.items())
+
+
 def test_draft_lv_rewards_the_last_step_and_copies_of_it_under_fresh_noise():
     settings = {"objective.grad_steps": 1, "sampler.random_eta": False, "sampler.eta": 0.0}
     plain = step_world.make(settings)

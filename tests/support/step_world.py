@@ -235,6 +235,7 @@ def config(changes: dict[str, Any] | None = None) -> ConfigDict:
             "lora.rank": 2,
             "lora.alpha": 3.0,
             "lora.targets": r".*(to_q|to_k|conv|conv_out)",
+            "objective.bound": 0.0,  # so that a gradient is that of plain autodiff
             "optimizer.warmup_steps": 0,
             "optimizer.eps": 100.0,
             "optimizer.learning_rate": 100.0,
