@@ -16,6 +16,7 @@ from r0_jax.diffusion import grid, rollout
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
 from r0_jax.method import directions, fake_score
 from r0_jax.method.context import Context
+from r0_jax.method.reward_step import Drawn
 from r0_jax.parallel import sharding
 from r0_jax.training.program import sharding_of_state
 from r0_jax.workdir.checkpoint_manager import Checkpoints
@@ -122,11 +123,13 @@ def test_the_target_network_is_the_generator_or_its_average():
 
     program = average.program()  # the average is an argument, so it may be any
     (_, _), same = program(
-        state.params, average.frozen | {"ema": state.params}, batch(B), sample_keys(B), 0, {}
+        state.params, average.frozen | {"ema": state.params}, batch(B), sample_keys(B), Drawn(0), {}
     )
     (_, _), expected = now.value_and_grad(state.params, batch(B), 0)
     assert_close(same, expected, 1e-6)
-    (_, _), other = program(state.params, average.frozen | read, batch(B), sample_keys(B), 0, {})
+    (_, _), other = program(
+        state.params, average.frozen | read, batch(B), sample_keys(B), Drawn(0), {}
+    )
     worst = max(np.abs(other[k] - same[k]).max() for k in same)
     assert worst > 1e-3 * max(np.abs(x).max() for x in same.values())
 
@@ -221,10 +224,10 @@ def test_a_step_updates_the_fake_on_its_own_images_and_then_on_new_ones(trained)
     (value, _), grads = world._replace(frozen=frozen).value_and_grad(
         before.params, batch(8), 0, keys_of(KEY)
     )
-    loss, first = grad(before.fake.params, before.params, frozen, batch(8), keys_of(KEY), 0)
+    loss, first = grad(before.fake.params, before.params, frozen, batch(8), keys_of(KEY), Drawn(0))
     fake = objective.fake.update(before.fake, first)
     again = keys_of(jax.random.fold_in(KEY, 1))
-    _, second = grad(fake.params, after.params, frozen, batch(8), again, 0)
+    _, second = grad(fake.params, after.params, frozen, batch(8), again, Drawn(0))
     fake = objective.fake.update(fake, second)
     assert_close(after.fake, fake, 1e-4)
     np.testing.assert_allclose(metrics["train/fake_loss"], loss, rtol=1e-5)
@@ -253,7 +256,7 @@ def test_the_loss_of_the_fake_falls(trained):
     world, _, (first, *_, last), _ = trained
     loss = jax.jit(world.objective.fake_loss)
     losses = [
-        loss(state.fake.params, first.params, world.frozen, batch(8), sample_keys(8), 0)
+        loss(state.fake.params, first.params, world.frozen, batch(8), sample_keys(8), Drawn(0))
         for state in (first, last)
     ]
     assert losses[1] < 0.98 * losses[0]
