@@ -23,6 +23,8 @@ COMMANDS = [
     "r0_jax.score",
     "r0_jax.evaluate",
     "r0_jax.ablate",
+    "r0_jax.report",
+    "r0_jax.demo",
     "r0_jax.convert_reward",
     "r0_jax.convert_single_file",
     "r0_jax.export",
@@ -123,7 +125,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_data(wheel):
 
     needed = re.findall(r"^Requires-Dist: ([\w-]+)(?:\[.*?\])?[^;\n]*(?:; (.*))?$", metadata, re.M)
     extras = {extra for _, marker in needed for extra in re.findall(r'extra == "(\w+)"', marker)}
-    assert extras == {"tpu", "cuda", "convert", "dev"}
+    assert extras == {"tpu", "cuda", "convert", "demo", "dev"}
     assert {"jax", "flax", "optax", "grain"} <= {name for name, marker in needed if not marker}
     assert not any(name == "torch" for name, marker in needed if not marker)
     assert 'Requires-Dist: torch==2.13.0; extra == "dev"' in metadata
