@@ -293,7 +293,7 @@ def regularized(name, **changes):
 
 def text(world):
     """The program as it goes to the compiler."""
-    arguments = world.params(), world.frozen, batch(B), sample_keys(B), 0, {}
+    arguments = world.params(), world.frozen, batch(B), sample_keys(B), Drawn(0), {}
     return world.program().lower(*arguments).as_text()
 
 
