@@ -454,7 +454,9 @@ def test_frozen_weights_are_arguments_not_constants():
     on = {f"regularizers.{name}.weight": 0.5 for name in ON}
     world = step_world.make(on, ToyConfig(width=32))
     assert max(x.size for x in world.frozen["base"].values()) > 5000
-    program = world.program().lower(world.params(), world.frozen, batch(B), sample_keys(B), 3, {})
+    program = world.program().lower(
+        world.params(), world.frozen, batch(B), sample_keys(B), Drawn(3), {}
+    )
     # Arrays that are not one number repeated.
     shapes = re.findall(r'constant dense<["\[].*> : tensor<([^>]*)>', program.as_text())
     sizes = [np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in shapes]
@@ -483,13 +485,15 @@ def test_half_precision_networks_train_float32_parameters(rank):
         lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, world.frozen
     )
     (loss, metrics), grads = jax.eval_shape(
-        world.program(), world.params(), half, batch(B), sample_keys(B), 3, {}
+        world.program(), world.params(), half, batch(B), sample_keys(B), Drawn(3), {}
     )
     assert loss.dtype == jnp.float32 and {x.dtype for x in metrics.values()} == {loss.dtype}
     assert {x.dtype for x in grads.values()} == {loss.dtype}
     assert set(dtypes) == {jnp.dtype(jnp.float32)}
     program = str(
-        jax.make_jaxpr(world.objective.loss)(world.params(), half, batch(B), sample_keys(B), 3, {})
+        jax.make_jaxpr(world.objective.loss)(
+            world.params(), half, batch(B), sample_keys(B), Drawn(3), {}
+        )
     )
     convolutions = re.findall(r":(\w+)\[[^]]*\] = conv_general_dilated", program)
     assert convolutions and set(convolutions) == {"bf16"}
