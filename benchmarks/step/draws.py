@@ -28,7 +28,7 @@ def of_step(
     in_rollout = objective._fold(keys, objective._ROLLOUT)
     eta_keys, noise_keys = (objective._fold(in_rollout, tag) for tag in (0, 1))
     in_terms = objective._fold(keys, objective._REGULARIZERS)
-    shape, calls = built.pipeline.latent_shape, range(built.objective.num_steps)
+    shape, calls = built.pipeline.latent_shape, range(built.config.sampler.num_steps)
     sampler = built.config.sampler
     drawn: dict[str, Any] = {
         "noise": rollout.normal(keys, objective._NOISE, shape),
@@ -50,7 +50,7 @@ def last_calls(
 ) -> NDArray[np.int32]:
     """Return the call that is rewarded in each of the steps 0 to `steps` - 1, int32 [steps]."""
     found = [
-        train_step._draws(built.objective, state._replace(step=np.int32(n)), batch, key)[1]
+        train_step._draws(built.objective, state._replace(step=np.int32(n)), batch, key)[1].last
         for n in range(steps)
     ]
     return np.asarray(found, np.int32)
