@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import threadpoolctl
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
@@ -80,11 +81,13 @@ def bootstrap_ci(
         raise ValueError("arrays that are resampled together need the same number of rows")
     rng, count = np.random.default_rng(seed), len(arrays[0])
     replicates = []
-    for _ in range(samples):
-        rows = rng.integers(count, size=count)
-        replicates.append(statistic(*(array[rows] for array in arrays)))
+    # Threads of BLAS wait for each other on matrices as small as these, on busy cores for seconds.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        for _ in range(samples):
+            rows = rng.integers(count, size=count)
+            replicates.append(statistic(*(array[rows] for array in arrays)))
+        value = float(statistic(*arrays))
     replicates = np.asarray(replicates)
-    value = float(statistic(*arrays))
     low, high = np.quantile(replicates, (0.025, 0.975)) - replicates.mean() + value
     return _entry(value, float(low), float(high))
 
