@@ -88,7 +88,7 @@ def test_the_shipped_ablations_are_grids():
 
 
 @pytest.mark.parametrize(
-    "variants, count", [("", 8 * 5), ("parts", 7 * 5), ("search", 8 * 3), ("parts,search", 7 * 3)]
+    "variants, count", [("", 12 * 5), ("parts", 7 * 5), ("search", 12 * 3), ("parts,search", 7 * 3)]
 )
 @pytest.mark.filterwarnings("ignore:no effect")
 @pytest.mark.filterwarnings("ignore:no regularizer keeps")  # of the controls
