@@ -43,6 +43,7 @@ TEXTS = {
     "base_model",
     "check",
     "column",
+    "host",
     "id_column",
     "language",
     "model_name",

@@ -212,7 +212,7 @@ def test_a_run_of_another_machine_is_measured_by_xla(folder, monkeypatch, capsys
     monkeypatch.setattr(
         evaluate, "evaluate_run", lambda opened, step: seen.append(opened.config.attention)
     )
-    monkeypatch.setattr(evaluate.report, "print_table", lambda table: None)
+    monkeypatch.setattr(evaluate.result_table, "print_table", lambda table: None)
     monkeypatch.setattr(evaluate.report, "write_report", lambda folder: "anew")
     with pytest.warns(UserWarning, match="computed by 'xla': .*needs an NVIDIA GPU"):
         evaluate.main([])
