@@ -3,6 +3,7 @@
 import html
 import random
 import threading
+import typing
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,8 +88,9 @@ def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             gr.Examples(rows, [prompt], label="Examples", cache_examples=False)
         gallery = gr.Gallery(label="Drawn so far", columns=6, height="auto", fit_columns=False)
 
+        @typing.no_type_check  # its wrapper would hide from gradio that it is a generator
         def paint(
-            prompt: str, seed: float, history: list, *values: float
+            prompt: str, seed: float | int | None, history: list, *values: float | int
         ) -> Iterator[dict[Any, Any]]:
             text, seed = _checked(prompt, seed)
             yield {caption: "waiting" for caption in captions}
@@ -136,8 +138,11 @@ def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
     return page.queue(max_size=_WAITING)
 
 
-def launch(page: gr.Blocks, host: str, port: int) -> str:
-    """Serve a page in threads; return its address. Raises OSError where the port is taken."""
+def launch(page: gr.Blocks, host: str, port: int | None) -> str:
+    """Serve a page in threads; return its address. Without a port it takes a free one.
+
+    Raises OSError where the port is taken.
+    """
     sans = ("system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif")
     theme = gr.themes.Default(font=sans, font_mono=("ui-monospace", "monospace"))
     _, address, _ = page.launch(
@@ -167,7 +172,7 @@ def caption_of(found: Drawing) -> str:
     return f"{cost}\n\n| reward | score |\n|---|---:|{scores}" if scores else cost
 
 
-def link_of(prompt: str, seed: int, values: Sequence[float]) -> str:
+def link_of(prompt: str, seed: int, values: Sequence[float | int]) -> str:
     """Return HTML with a link that restores a setting."""
     query = {"prompt": prompt, "seed": seed, "set": ",".join(f"{value:g}" for value in values)}
     address = html.escape("?" + urllib.parse.urlencode(query), quote=True)
@@ -175,7 +180,9 @@ def link_of(prompt: str, seed: int, values: Sequence[float]) -> str:
 
 
 def restored(
-    query: Mapping[str, str], usual: Sequence[Any], bounds: Sequence[tuple[float, float]]
+    query: Mapping[str, str],
+    usual: Sequence[Any],
+    bounds: Sequence[tuple[float | int, float | int]],
 ) -> list[Any]:
     """Return prompt, seed and the models' steps and guidance that a link asks for.
 
@@ -194,7 +201,7 @@ def restored(
     return [prompt, int(seed), *settings]
 
 
-def _number(text: str, least: float, most: float, usual: float) -> float:
+def _number(text: str, least: float | int, most: float | int, usual: float | int) -> float | int:
     try:
         value = float(text)
     except ValueError:
@@ -202,7 +209,7 @@ def _number(text: str, least: float, most: float, usual: float) -> float:
     return value if least <= value <= most else usual  # NaN is neither
 
 
-def _checked(prompt: str, seed: float | None) -> tuple[str, int]:
+def _checked(prompt: str, seed: float | int | None) -> tuple[str, int]:
     text = " ".join(str(prompt).split())
     if not text:
         raise gr.Error("Write a prompt first.")
@@ -213,7 +220,7 @@ def _checked(prompt: str, seed: float | None) -> tuple[str, int]:
     return text, int(seed)
 
 
-def _check_range(name: str, value: float, least: float, most: float) -> None:
+def _check_range(name: str, value: float | int, least: float | int, most: float | int) -> None:
     if not least <= value <= most:
         raise gr.Error(f"{name} must be from {least} to {most:g}.")
 

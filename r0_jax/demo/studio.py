@@ -62,7 +62,7 @@ class Studio:
         return found
 
     def draw(
-        self, number: int, prompt: str, seed: int, steps: int, guidance_scale: float
+        self, number: int, prompt: str, seed: int, steps: int, guidance_scale: float | int
     ) -> Drawing:
         """Return what model `number` draws of a prompt.
 

@@ -21,7 +21,7 @@ import gradio  # noqa: E402
 import gradio_client  # noqa: E402
 
 from r0_jax.demo import page  # noqa: E402
-from r0_jax.demo.studio import Drawing  # noqa: E402
+from r0_jax.demo.studio import Drawing, Studio  # noqa: E402
 from r0_jax.errors import InputError  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -29,7 +29,7 @@ USUAL = ["a cat", 0, 25, 7.5, 4, 1]
 BOUNDS = [(1, 50), (1, 20)] * 2
 
 
-class Studio:
+class Painter(Studio):
     """Draws a colour that depends on what is asked; says what it was asked."""
 
     models = tuple(
@@ -54,7 +54,7 @@ class Studio:
 
 @pytest.fixture
 def served():
-    studio = Studio()
+    studio = Painter()
     built = page.build(studio, ["a red circle", "红色的圆"])
     address = page.launch(built, "127.0.0.1", None)
     yield studio, address
@@ -84,7 +84,7 @@ def test_a_link_that_asks_for_what_is_not_there(query, expected):
 
 
 def test_what_stands_under_an_image():
-    text = page.caption_of(Drawing(np.zeros((2, 2, 3)), 1.234, True, 50, {"a|b": 0.12345}))
+    text = page.caption_of(Drawing(np.zeros((2, 2, 3)), 1.234, True, 50, {"a|b": 0.12341}))
     assert "50 network calls, 1.23 s (compiled just now)" in text and "| a\\|b | 0.1234 |" in text
     assert (
         page.caption_of(Drawing(np.zeros((2, 2, 3)), 1, False, 1, {})) == "1 network call, 1.00 s"
@@ -137,7 +137,7 @@ def test_a_port_that_is_taken_is_one_line(served):
     _, address = served
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(OSError):
-        page.launch(page.build(Studio(), []), "127.0.0.1", port)
+        page.launch(page.build(Painter(), []), "127.0.0.1", port)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
