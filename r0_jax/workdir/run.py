@@ -252,7 +252,9 @@ def read_config(workdir: Path) -> ConfigDict:
         value, expected = config, default
         for name in field.split("."):
             if not isinstance(value, ConfigDict) or name not in value:
-                raise InputError(f"{path} has no {field}, so it is not the config of an R0 run")
+                raise InputError(
+                    f"{path} has no {field}: it is of an older version of r0_jax, or not of a run"
+                )
             value, expected = value[name], expected[name]
         kinds = (int, float) if isinstance(expected, float) else type(expected)
         if (
