@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     del argv
     given = flags.FLAGS
     out = remote.output(given.out)
+    if out.suffix in (".json", ".png"):
+        raise InputError(f"--out={given.out}: give a .md file; {out.suffix} files lie beside it")
     if given.results:
         path = remote.local(given.results)
         try:

@@ -124,6 +124,8 @@ def test_a_page_is_written_again_from_its_results(tmp_path, monkeypatch, train):
         found.write_text(text)
         with pytest.raises(InputError, match=said):
             main(monkeypatch, tmp_path, **there)
+    with pytest.raises(InputError, match=r"give a \.md file"):  # it would replace the results
+        main(monkeypatch, tmp_path, out=str(tmp_path / "out.json"))
     with pytest.raises(InputError, match="give --config and --workdir, or --results alone"):
         main(monkeypatch, tmp_path, config=None)
 

@@ -25,6 +25,7 @@ from r0_jax.demo import models
 from r0_jax.demo.studio import Studio
 from r0_jax.errors import InputError
 from r0_jax.evaluation import scoring
+from r0_jax.prompts.files import PROMPT
 from r0_jax.shapes import PROMPTS
 
 _EXAMPLES = [
@@ -66,14 +67,18 @@ def main(argv: list[str]) -> None:
         judges = scoring.load_rewards(given.rewards, given.dtype)
     else:
         entries = next((model.rewards for model in found if model.rewards), {})
-        judges = [rewards.load(name, entry, given.dtype) for name, entry in entries.items()]
+        judges = [
+            rewards.load(name, entry, given.dtype)
+            for name, entry in entries.items()
+            if entry.reads == PROMPT  # a page has no other text
+        ]
     studio = Studio(found, judges, given.dtype)
     try:
         address = page.launch(page.build(studio, examples), given.host, given.port)
-    except OSError:
+    except (OSError, ValueError):  # gradio's ValueError: it does not reach its own page
         raise InputError(
-            f"cannot serve on {given.host}, port {given.port}: it is in use or not of this "
-            "machine; give another --port or --host"
+            f"cannot serve on {given.host}, port {given.port}: it is in use, not of this machine, "
+            "or behind a proxy (NO_PROXY=localhost,127.0.0.1); give another --port or --host"
         ) from None
     print(f"models: {', '.join(model.name for model in found)}")
     print(f"open {address} in a browser; Ctrl-C ends the demo", flush=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from r0_jax import config as base_config
 from r0_jax import remote
+from r0_jax.config_check import MOST_STEPS
 from r0_jax.diffusion import grid
 from r0_jax.diffusion.schedulers import Scheduler
 from r0_jax.errors import InputError
@@ -67,7 +68,9 @@ def of_pipeline(name: str, folder: Path) -> Model:
     steps, guidance_scale = _WORLD if folder == CHECKPOINTS / "pipeline" else _BASE
     card = folder / "README.md"
     if card.is_file() and (said := _SNIPPET.search(card.read_text("utf-8", errors="replace"))):
-        steps, guidance_scale = int(said[1]), float(said[2]) + 1 - pipeline.no_guidance
+        if 1 <= int(said[1]) <= MOST_STEPS:
+            steps = int(said[1])
+            guidance_scale = max(1.0, float(said[2]) + 1 - pipeline.no_guidance)
     config = pipeline.scheduler_config
     return Model(
         name,

@@ -5,17 +5,17 @@ import random
 import threading
 import typing
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
 
 from r0_jax.config import MOST_GUIDANCE
+from r0_jax.config_check import MOST_STEPS
 from r0_jax.demo.studio import Drawing, Studio
 from r0_jax.errors import explain
 
-MOST_STEPS = 50
 _MOST_CHARACTERS = 1000  # of a prompt
 _MOST_SEED = 2**32 - 1
 _KEPT, _THUMBNAIL = 36, 384  # images in the gallery, and the pixels of their longer side
@@ -28,10 +28,17 @@ footer {display: none !important}
 """
 
 
+class Column(NamedTuple):
+    """What the page has of one model, from top to bottom."""
+
+    picture: gr.Image
+    caption: gr.Markdown
+    steps: gr.Slider
+    guidance: gr.Slider
+
+
 def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
     """Return the page of a studio; `examples` are prompts to click on."""
-    models, lock = studio.models, threading.Lock()
-
     with gr.Blocks(title="r0_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# r0_jax\nEach model draws the prompt from the same noise.")
         drawn = gr.State([])
@@ -44,78 +51,20 @@ def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
                 scale=4,
                 elem_id="prompt",
             )
-            seed = gr.Number(
-                0,
-                label="Seed",
-                precision=0,
-                minimum=0,
-                maximum=_MOST_SEED,
-                scale=1,
-                elem_id="seed",
-            )
+            most = {"precision": 0, "minimum": 0, "maximum": _MOST_SEED}
+            seed = gr.Number(0, label="Seed", scale=1, elem_id="seed", **most)
         with gr.Row():
             draw = gr.Button("Draw", variant="primary", elem_id="draw")
             again = gr.Button("Draw with another seed", elem_id="again")
-        pictures, captions, settings = [], [], []
         with gr.Row():
-            for i, model in enumerate(models):
-                with gr.Column(min_width=240):
-                    pictures.append(
-                        gr.Image(
-                            label=model.name,
-                            format="png",
-                            interactive=False,
-                            height=340,
-                            elem_classes="picture",
-                            buttons=["download", "fullscreen"],
-                            elem_id=f"image_{i}",
-                        )
-                    )
-                    captions.append(gr.Markdown(elem_id=f"caption_{i}"))
-                    settings += [
-                        gr.Slider(1, MOST_STEPS, model.steps, step=1, label="Steps"),
-                        gr.Slider(
-                            1,
-                            max(_GUIDANCE, model.guidance_scale),
-                            model.guidance_scale,
-                            step=0.1,
-                            label="Guidance (1: none)",
-                        ),
-                    ]
+            columns = [_column(i, model) for i, model in enumerate(studio.models)]
         link = gr.HTML(elem_id="link")
         if examples:
             rows = [[text] for text in examples]
             gr.Examples(rows, [prompt], label="Examples", cache_examples=False)
         gallery = gr.Gallery(label="Drawn so far", columns=6, height="auto", fit_columns=False)
 
-        @typing.no_type_check  # its wrapper would hide from gradio that it is a generator
-        def paint(
-            prompt: str, seed: float | int | None, history: list, *values: float | int
-        ) -> Iterator[dict[Any, Any]]:
-            text, seed = _checked(prompt, seed)
-            yield {caption: "waiting" for caption in captions}
-            new = []
-            for i, model in enumerate(models):
-                steps, guidance_scale = int(values[2 * i]), float(values[2 * i + 1])
-                _check_range("Steps", steps, 1, MOST_STEPS)
-                _check_range("Guidance", guidance_scale, 1, MOST_GUIDANCE)
-                yield {captions[i]: "drawing"}
-                try:
-                    with lock:
-                        found = studio.draw(i, text, seed, steps, guidance_scale)
-                except Exception as error:
-                    _, said = explain(error)
-                    if said is None:
-                        raise
-                    raise gr.Error(f"{model.name}: {said}") from None
-                image = Image.fromarray((255 * found.image).round().astype("uint8"))
-                how = f"{steps} steps, guidance {guidance_scale:g}, seed {seed}"
-                small = image.copy()
-                small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-                new.append((small, f"{model.name}, {how}: {text}"))
-                yield {pictures[i]: image, captions[i]: caption_of(found)}
-            history = [*new, *history][:_KEPT]
-            yield {drawn: history, gallery: history, link: link_of(text, seed, values)}
+        settings = [slider for column in columns for slider in (column.steps, column.guidance)]
 
         def reseed() -> int:
             return random.randint(0, _MOST_SEED)
@@ -127,8 +76,10 @@ def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             usual = [prompt.value, seed.value, *(slider.value for slider in settings)]
             return restored(request.query_params, usual, bounds)
 
+        paint = _painter(studio, columns, drawn, gallery, link)
         inputs = [prompt, seed, drawn, *settings]
-        outputs = [*pictures, *captions, drawn, gallery, link]
+        shown = [part for column in columns for part in (column.picture, column.caption)]
+        outputs = [*shown, drawn, gallery, link]
         together: dict[str, Any] = {"concurrency_limit": 1, "show_progress": "minimal"}
         gr.on([draw.click, prompt.submit], paint, inputs, outputs, api_name="draw", **together)
         again.click(reseed, None, seed, api_name=False).then(
@@ -136,6 +87,63 @@ def build(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
         )
         page.load(restore, None, [prompt, seed, *settings], api_name=False)
     return page.queue(max_size=_WAITING)
+
+
+def _column(number: int, model: Any) -> Column:
+    """Add a model's column to the page."""
+    most = max(_GUIDANCE, model.guidance_scale)
+    with gr.Column(min_width=240):
+        return Column(
+            gr.Image(
+                label=model.name,
+                format="png",
+                interactive=False,
+                height=340,
+                elem_classes="picture",
+                buttons=["download", "fullscreen"],
+                elem_id=f"image_{number}",
+            ),
+            gr.Markdown(elem_id=f"caption_{number}"),
+            gr.Slider(1, MOST_STEPS, model.steps, step=1, label="Steps"),
+            gr.Slider(1, most, model.guidance_scale, step=0.1, label="Guidance (1: none)"),
+        )
+
+
+def _painter(
+    studio: Studio, columns: Sequence[Column], drawn: gr.State, gallery: gr.Gallery, link: gr.HTML
+) -> Callable[..., Iterator[dict[Any, Any]]]:
+    """Return what the buttons do: draw with one model after the other, and show each image."""
+    lock = threading.Lock()  # both buttons may be pressed, by several people
+
+    @typing.no_type_check  # its wrapper would hide from gradio that it is a generator
+    def paint(prompt, seed, history, *values):
+        text, seed = _checked(prompt, seed)
+        for steps, guidance_scale in zip(values[::2], values[1::2], strict=True):
+            _check_range("Steps", steps, 1, MOST_STEPS)
+            _check_range("Guidance", guidance_scale, 1, MOST_GUIDANCE)
+        yield {column.caption: "waiting" for column in columns}
+        new = []
+        for i, (model, column) in enumerate(zip(studio.models, columns, strict=True)):
+            steps, guidance_scale = int(values[2 * i]), float(values[2 * i + 1])
+            yield {column.caption: "drawing"}
+            try:
+                with lock:
+                    found = studio.draw(i, text, seed, steps, guidance_scale)
+            except Exception as error:
+                _, said = explain(error)
+                if said is None:
+                    raise
+                raise gr.Error(f"{model.name}: {said}") from None
+            image = Image.fromarray((255 * found.image).round().astype("uint8"))
+            how = f"{steps} steps, guidance {guidance_scale:g}, seed {seed}"
+            small = image.copy()
+            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            new.append((small, f"{model.name}, {how}: {text}"))
+            yield {column.picture: image, column.caption: caption_of(found)}
+        history = [*new, *history][:_KEPT]
+        yield {drawn: history, gallery: history, link: link_of(text, seed, values)}
+
+    return paint
 
 
 def launch(page: gr.Blocks, host: str, port: int | None) -> str:

@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from r0_jax.demo.models import Model
-from r0_jax.evaluation.image_sampler import sample_latents
+from r0_jax.evaluation import image_sampler
 from r0_jax.evaluation.noise import draw_noise
-from r0_jax.pipelines.pipeline import Pipeline
 from r0_jax.rewards.reward import Reward
 from r0_jax.weights import lazy
 
@@ -78,8 +77,8 @@ class Studio:
         shapes = tuple((name, ids.shape) for name, ids in sorted(tokens.items()))
         key = (number, steps, guided, shapes)
         if compiled := key not in self._programs:
-            program = jax.jit(_program(model, steps, guided)).lower(*arguments).compile()
-            self._programs[key] = program
+            draw = image_sampler.program(model.pipeline, model.scheduler(steps), guided)
+            self._programs[key] = jax.jit(draw).lower(*arguments).compile()
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
@@ -94,27 +93,3 @@ class Studio:
         params = self._reward_params[reward.name]
         features = reward.text_features(params, [prompt]) if reward.text_features else None
         return float(self._score[reward.name](params, images, features)[0])
-
-
-def _program(model: Model, steps: int, guided: bool) -> Callable[..., jax.Array]:
-    """Return (params, tokens, noise, keys, guidance_scale) -> images [1, h, w, 3]."""
-    pipeline: Pipeline = model.pipeline
-    scheduler = model.scheduler(steps)
-    empty = jax.tree.map(jnp.asarray, pipeline.empty) if guided else {}
-
-    def run(params, tokens, noise, keys, guidance_scale):
-        conditioning = pipeline.encode_prompt(params, tokens)
-        negative = pipeline.encode_negative(params, empty, conditioning) if guided else None
-        latents = sample_latents(
-            pipeline,
-            scheduler,
-            params[pipeline.generator_part],
-            noise * scheduler.init_noise_sigma,
-            conditioning,
-            negative,
-            guidance_scale,
-            keys,
-        )
-        return pipeline.decode(params["vae"], latents)
-
-    return run

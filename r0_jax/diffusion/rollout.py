@@ -120,7 +120,8 @@ def rollout(
     def graded(
         latents: Float[Array, "b h w c"], i: Index
     ) -> tuple[Float[Array, "b h w c"], tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]:
-        after, x0 = moves.advance(denoise, _bounded(latents, bound), i)
+        kept = latents if math.isinf(bound) else _bounded(latents, bound)
+        after, x0 = moves.advance(denoise, kept, i)
         return after, (latents, x0)
 
     _, (inputs, predictions) = lax.scan(

@@ -33,27 +33,27 @@ def write(title: str, sections: Mapping[str, str]) -> bytes:
 def image(path: Path, side: int) -> str:
     """Return an <img> that carries its data, with at most `side` pixels a side."""
     try:
-        image = Image.fromarray(to_uint8(load_png(path)))
+        shown = Image.fromarray(to_uint8(load_png(path)))
     except InputError:
         return note(f"{path.name} is missing or unreadable")
     buffer = io.BytesIO()
-    if max(image.size) <= 128:
-        image.save(buffer, "PNG", optimize=True)
+    if max(shown.size) <= 128:
+        shown.save(buffer, "PNG", optimize=True)
     else:  # as PNG, photographs and grids would take tens of megabytes
-        image.thumbnail((side, side))
-        image.save(buffer, "JPEG", quality=85)
+        shown.thumbnail((side, side))
+        shown.save(buffer, "JPEG", quality=85)
     kind = "png" if buffer.getvalue().startswith(b"\x89PNG") else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="{html.escape(path.name)}" src="data:image/{kind};base64,{data}">'
 
 
-def facts(facts: Mapping[str, object]) -> str:
+def facts(named: Mapping[str, object]) -> str:
     """Return a list of names and values; "" for none."""
     pairs = "".join(
         f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(brief(value))}</dd>"
-        for name, value in facts.items()
+        for name, value in named.items()
     )
-    return f"<dl>{pairs}</dl>" if facts else ""
+    return f"<dl>{pairs}</dl>" if named else ""
 
 
 def brief(value: object) -> str:

@@ -1,5 +1,6 @@
 """Draws images with a given scheduler and guidance, outside the training step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +55,37 @@ def sample_latents(
     return latents
 
 
+def program(
+    pipeline: Pipeline, scheduler: Scheduler, guided: bool, blocks: repeat.Repeat = repeat.PLAIN
+) -> Callable[..., Float[Array, "b h w 3"]]:
+    """Return (params, tokens, noise, keys, guidance_scale) -> images in [0, 1], to be jitted.
+
+    The network is called without the prompt too where it is `guided`; otherwise guidance_scale has
+    no effect. `blocks` says how the networks' blocks compile.
+    """
+    empty = jax.tree.map(jnp.asarray, pipeline.empty) if guided else {}
+
+    def run(
+        params: dict[str, Params], tokens, noise, keys, guidance_scale
+    ) -> Float[Array, "b h w 3"]:
+        with repeat.use(blocks):
+            conditioning = pipeline.encode_prompt(params, tokens)
+            negative = pipeline.encode_negative(params, empty, conditioning) if guided else None
+            latents = sample_latents(
+                pipeline,
+                scheduler,
+                params[pipeline.generator_part],
+                noise * scheduler.init_noise_sigma,
+                conditioning,
+                negative,
+                guidance_scale,
+                keys,
+            )
+            return pipeline.decode(params["vae"], latents)
+
+    return run
+
+
 class ImageSampler:
     """Draws images of prompts with one pipeline, scheduler and guidance; compiled once.
 
@@ -77,25 +109,10 @@ class ImageSampler:
         self.guided = guidance_scale > 1
         self.network_calls = len(scheduler.timesteps) * (2 if self.guided else 1)
 
-        empty = jax.tree.map(jnp.asarray, pipeline.empty) if self.guided else {}
+        draw = program(pipeline, scheduler, self.guided, blocks)
 
         def run(params: dict[str, Params], tokens, noise, keys) -> Float[Array, "b h w 3"]:
-            with repeat.use(blocks):
-                conditioning = pipeline.encode_prompt(params, tokens)
-                negative = (
-                    pipeline.encode_negative(params, empty, conditioning) if self.guided else None
-                )
-                latents = sample_latents(
-                    pipeline,
-                    scheduler,
-                    params[pipeline.generator_part],
-                    noise * scheduler.init_noise_sigma,
-                    conditioning,
-                    negative,
-                    guidance_scale,
-                    keys,
-                )
-                return pipeline.decode(params["vae"], latents)
+            return draw(params, tokens, noise, keys, guidance_scale)
 
         self.run = sharding.spread(run, mesh) if mesh else jax.jit(run)
 

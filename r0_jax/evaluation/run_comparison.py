@@ -61,12 +61,15 @@ def _column(name: str, folder: Path) -> Column:
     if not config.is_file():
         raise InputError(f"{folder} is not the workdir of a run: it has no config.json")
     path, found = folder / "metrics.jsonl", folder / "eval.json"
+    evaluation = result_table.read_evaluation(found) if found.exists() else {}
+    if evaluation:
+        result_table.rows(evaluation)  # or it is broken
     return Column(
         name,
         folder,
         read_json(config),
         curves.read(path)[0] if path.is_file() else {},
-        result_table.read_evaluation(found) if found.exists() else {},
+        evaluation,
         verdicts.read_values(folder) if (folder / VALUES).exists() else {},
     )
 
@@ -110,9 +113,8 @@ def _runs(columns: Sequence[Column]) -> str:
 def _result(columns: Sequence[Column]) -> str:
     models: dict[str, Any] = {}
     for column in columns:
-        for model, metrics in (column.evaluation.get("models") or {}).items():
-            is_ours = model.startswith("r0")
-            models.setdefault(column.name if is_ours else model, metrics)
+        for model, metrics in column.evaluation.get("models", {}).items():
+            models.setdefault(column.name if model.startswith("r0") else model, metrics)
     if not models:
         return html_page.missing("eval.json", "the evaluation at the end of a run")
     labels, rows = result_table.rows({"models": models})
@@ -158,13 +160,16 @@ def _of_generator(column: Column) -> Values:
     return {
         metric: x
         for model, _, metric, x in pairs
-        if model.startswith("r0") and metric != FEATURES and x.ndim == 1
+        if model.startswith("r0")
+        and metric != FEATURES
+        and x.ndim == 1
+        and (np.issubdtype(x.dtype, np.number) or x.dtype == bool)
     }
 
 
 def _difference(theirs: np.ndarray, ours: np.ndarray) -> str:
-    if theirs.shape != ours.shape:
-        return "other prompts"
+    if theirs.shape != ours.shape or len(ours) < 2:
+        return "–"
     entry = statistics.t_ci(np.asarray(theirs, np.float64) - np.asarray(ours, np.float64))
     low, high = entry["ci95"]
     return f"{entry['value']:+.4g} ({low:+.4g} to {high:+.4g})"

@@ -5,20 +5,11 @@ import os
 import shutil
 
 import pytest
-import tiny
 from runs import write_run
 
 from r0_jax.demo import models
 from r0_jax.errors import InputError
 from r0_jax.shapes import CHECKPOINTS
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    tiny.stable_diffusion(folder / "base")
-    write_run(folder / "run", folder / "base", 2, {10: 0.5})
-    return folder
 
 
 def test_a_folder_and_a_run(world):
@@ -37,6 +28,8 @@ def test_a_folder_and_a_run(world):
         ("pipeline('x', num_inference_steps=40, guidance_scale=3.5)", (40, 3.5)),
         ("nothing of that kind", (25, 7.5)),
         ("num_inference_steps=4000, guidance_scale=99999", (25, 7.5)),
+        ("num_inference_steps=99, guidance_scale=1", (25, 7.5)),
+        ("num_inference_steps=4, guidance_scale=0", (4, 1)),
     ],
 )
 def test_a_card_says_how_its_export_is_drawn(world, tmp_path, card, expected):

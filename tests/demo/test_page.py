@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of gradio and what it brings
 
-import gradio  # noqa: E402
 import gradio_client  # noqa: E402
 
 from r0_jax.demo import page  # noqa: E402
@@ -176,12 +177,26 @@ def test_in_a_browser(served, tmp_path):
         assert all(url.startswith((address, "data:", "blob:")) for url in outside), outside
         seen.screenshot(path=tmp_path / "page.png", full_page=True)
         seen.goto(address + seen.get_attribute("#link a", "href"))
+        seen.wait_for_selector("#prompt textarea")
         seen.wait_for_function("document.querySelector('#prompt textarea').value == '红色的圆'")
         browser.close()
 
 
-def test_the_command_starts_and_ends(tmp_path):
-    command = [sys.executable, "-m", "r0_jax.demo", f"--runs={tmp_path}", "--port=0"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and "--port=0" in found.stderr
-    assert gradio.__version__
+def test_the_command_serves_the_embedded_world_until_ctrl_c(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "r0_jax.demo", f"--runs={tmp_path}", f"--port={port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            assert child.stdout.readline() == b"models: base, base in 4 steps\n"
+            assert f"open http://127.0.0.1:{port}/ in".encode() in child.stdout.readline()
+            taken = subprocess.run(command, capture_output=True, text=True, check=False)
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == 130 and b"Traceback" not in err
+    [line] = [line for line in taken.stderr.splitlines() if line.startswith("error: ")]
+    assert taken.returncode == 2 and f"cannot serve on 127.0.0.1, port {port}: it is in use" in line
+    assert "Traceback" not in taken.stderr

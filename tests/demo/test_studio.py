@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-from runs import write_run
 
 from r0_jax import sample
 from r0_jax.demo import models
@@ -13,14 +11,6 @@ from r0_jax.rewards.reward import Reward
 from r0_jax.workdir.workdir import LocalWorkdir
 
 PROMPT = "a red circle"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("studio")
-    tiny.stable_diffusion(folder / "base")
-    write_run(folder / "run", folder / "base", 2, {10: 0.5})
-    return folder
 
 
 @pytest.fixture(scope="module")

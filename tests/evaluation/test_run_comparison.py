@@ -69,6 +69,13 @@ def test_a_broken_file_is_one_line(runs, name):
         run_comparison.write(runs[:2])
 
 
+@pytest.mark.parametrize("models", [[1], {"r0_4": 3}, {"r0_4": {"judge_accuracy": "high"}}])
+def test_a_table_of_another_shape_is_one_line(runs, models):
+    (runs[1] / "eval.json").write_text(json.dumps({"models": models}), "utf-8")
+    with pytest.raises(InputError, match=r"eval\.json"):
+        run_comparison.write(runs[:2])
+
+
 def test_names_tell_runs_apart(tmp_path):
     paths = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "y" / "other"]
     assert run_comparison._names(paths) == ["x/run", "y/run", "y/other"]
