@@ -13,9 +13,9 @@ from r0_jax import signals
 if __name__ == "__main__":
     signals.end_at_once()  # until cli.run: the imports below take seconds
 
-import importlib.util
 import os
 import time
+from importlib import metadata
 from pathlib import Path
 
 from absl import flags
@@ -53,8 +53,10 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     del argv
     given = flags.FLAGS
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("the demo needs gradio: python -m pip install 'r0_jax[demo]'")
+    try:
+        metadata.version("gradio")  # a folder of this name here would be imported in its place
+    except metadata.PackageNotFoundError:
+        raise InputError("the demo needs gradio: python -m pip install 'r0_jax[demo]'") from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import; it would call home
     from r0_jax.demo import page
 
