@@ -58,6 +58,9 @@ def main(argv: list[str]) -> None:
     except metadata.PackageNotFoundError:
         raise InputError("the demo needs gradio: python -m pip install 'r0_jax[demo]'") from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import; it would call home
+    for name in ("NO_PROXY", "no_proxy"):  # it looks at its own page, which no proxy reaches
+        own = [os.environ.get(name, ""), "localhost", "127.0.0.1", given.host]
+        os.environ[name] = ",".join(filter(None, own))
     from r0_jax.demo import page
 
     if given.pipelines:
@@ -79,8 +82,8 @@ def main(argv: list[str]) -> None:
         address = page.launch(page.build(studio, examples), given.host, given.port)
     except (OSError, ValueError):  # gradio's ValueError: it does not reach its own page
         raise InputError(
-            f"cannot serve on {given.host}, port {given.port}: it is in use, not of this machine, "
-            "or behind a proxy (NO_PROXY=localhost,127.0.0.1); give another --port or --host"
+            f"cannot serve on {given.host}, port {given.port}: it is in use or not of this "
+            "machine; give another --port or --host"
         ) from None
     print(f"models: {', '.join(model.name for model in found)}")
     print(f"open {address} in a browser; Ctrl-C ends the demo", flush=True)

@@ -69,7 +69,9 @@ def test_the_command_serves_the_embedded_world_until_ctrl_c(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "r0_jax.demo", f"--runs={tmp_path}", f"--port={port}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    behind = os.environ | dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=behind, **streams) as child:
         try:
             assert child.stdout.readline() == b"models: base, base in 4 steps\n"
             assert f"open http://127.0.0.1:{port}/ in".encode() in child.stdout.readline()
