@@ -236,7 +236,7 @@ def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
         (["--config.data.prompts=/nowhere.txt"], "/nowhere.txt"),
         (["--config.objective.method=r1"], "r0plus"),
         (["--config.lora.targets=nothing"], "lora.targets"),
-        (["--config.sampler.num_steps=5"], "sampler.num_steps=5 must be from 1 to 4"),
+        (["--config.sampler.num_steps=51"], "sampler.num_steps=51 must be from 1 to 50"),
         (["--config.best_metric=heldout/hedlout"], "heldout/heldout"),
         (["--config.test.prompts=/nowhere.txt"], "/nowhere.txt"),
     ],

@@ -88,7 +88,9 @@ def test_a_dry_run_trains_resumes_evaluates_and_exports(tmp_path, name, variants
         "r0_jax.export",
         [["--workdir", workdir, "--out", tmp_path / form, f"--format={form}"] for form in forms],
     ):
-        assert (status, stderr) == (0, "")
+        # The best of four steps may be the first, before any was taken.
+        untrained = stderr.startswith("warning: step 0 is the pretrained generator")
+        assert status == 0 and (untrained or not stderr), stderr
     assert families.load(tmp_path / "diffusers", family=config["family"])
 
 

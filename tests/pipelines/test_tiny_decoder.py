@@ -18,6 +18,7 @@ from step_world import assert_close, batch
 
 from r0_jax.errors import InputError
 from r0_jax.method.objective import Objective
+from r0_jax.method.reward_step import Drawn
 from r0_jax.pipelines import families, tiny_decoder
 from r0_jax.stand_ins import miniature
 from r0_jax.weights import lazy
@@ -178,7 +179,7 @@ def test_training_raises_what_the_rewards_see_through_it(worlds):
     params, keys = world.params(), step_world.sample_keys(4)
     rewards = []
     for _ in range(4):
-        (_, metrics), grads = step(params, frozen, batch(4), keys, 3, {})
+        (_, metrics), grads = step(params, frozen, batch(4), keys, Drawn(3), {})
         rewards.append(float(metrics["reward/agreement"]))
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in grads.values()))
         params = jax.tree.map(lambda p, g, norm=norm: p - 0.2 * g / norm, params, grads)
