@@ -45,6 +45,7 @@ from r0_jax.models import chinese_clip, open_clip, qwen2_vl
 from r0_jax.models.blip import CycleReward, ImageReward, ImageRewardConfig
 from r0_jax.models.chinese_clip import CNCLIP, CNCLIPConfig
 from r0_jax.models.clip import CLIPConfig, CLIPModel
+from r0_jax.models.inception_v3 import InceptionV3
 from r0_jax.models.open_clip import OpenCLIP, OpenCLIPConfig
 from r0_jax.models.qwen2_vl import HPSv3, Qwen2VLConfig
 from r0_jax.models.score_mlp import ScoreMLP
@@ -63,6 +64,8 @@ Fields = dict[str, Any]
 
 # Tensors of published files that do not affect a score.
 _UNUSED = ("bert.pooler.", "input_resolution", "context_length", "vocab_size", "lm_head.")
+_UNUSED += ("fc.", "AuxLogits.")  # Inception's heads
+_COUNTER = ".num_batches_tracked"
 _BPE_MERGES = 49152 - 256 - 2  # CLIP uses this many merges of OpenAI's file
 _BPE_BYTES = 16 * 2**20  # of that file, unpacked: it has 3.2 MB
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -205,6 +208,17 @@ REWARDS: dict[str, tuple[Layout, dict[str, Fields], str]] = {
         {"ViT-L-14": {"inputs": 768}},
         "ViT-L-14",
     ),
+    # No reward, but what FID sees with: `evaluate --features`.
+    "inception_v3": (
+        Layout(
+            lambda fields: Network.abstract(lambda rngs: InceptionV3(rngs=rngs)),
+            lambda fields: {"config.json": {"model_type": "inception_v3"}},
+            "model.safetensors",
+            None,
+        ),
+        {"2015-12-05": {}},
+        "2015-12-05",
+    ),
 }
 
 
@@ -278,7 +292,11 @@ def read_checkpoint(path: Path) -> Tensors:
         state = _read_pickle(path)
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not key.startswith(_UNUSED)}
+    return {
+        key: value
+        for key, value in state.items()
+        if not (key.startswith(_UNUSED) or key.endswith(_COUNTER))
+    }
 
 
 def _read_pickle(path: Path) -> Tensors:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     signals.end_at_once()  # until cli.run: the imports below take seconds
 
 import contextlib
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,16 @@ from r0_jax.errors import InputError
 from r0_jax.evaluation import (
     comparison,
     contenders,
+    feature_network,
     hpsv2,
     image_features,
     report,
     result_table,
     scoring,
 )
-from r0_jax.evaluation.comparison import Contender, Judges
+from r0_jax.evaluation.comparison import Contender, Eyes, Judges
 from r0_jax.evaluation.drawing import Options, Source, from_pipeline, from_run
+from r0_jax.evaluation.feature_network import CLIP
 from r0_jax.evaluation.image_sampler import ImageSampler
 from r0_jax.evaluation.pairing import Item, list_images
 from r0_jax.evaluation.testbed import Model, Testbed, evaluate_models, evaluate_run
@@ -49,7 +50,6 @@ from r0_jax.parallel import sharding
 from r0_jax.pipelines import families
 from r0_jax.prompts import records
 from r0_jax.prompts.records import Prompt
-from r0_jax.rewards import tower
 from r0_jax.shapes.measures import set_measures
 from r0_jax.workdir import mirror, run
 from r0_jax.workdir.workdir import Workdir
@@ -97,12 +97,18 @@ def _define_comparison() -> None:
     cli.define_named_paths("rewards", "compare by them: type=folder, ..., or name:type=folder")
     cli.define_path("against", None, "compare with this diffusers folder, the first of the table")
     cli.define_named_paths("images", "compare with images made elsewhere: name=folder, ...")
-    cli.define_path(
+    cli.define_paths(
         "features",
-        None,
-        "CLIP folder that sees diversity and the distance to --reference; default: of the rewards",
+        "folder of a CLIP, DINOv2 or converted Inception v3 that sees how far images are from "
+        "--reference; may be repeated: the first also sees diversity; default: a CLIP of --rewards",
     )
-    cli.define_path("reference", None, "folder of real images, for CMMD and the Frechet distance")
+    flags.DEFINE_enum(
+        "fid_resize",
+        "clean",
+        list(feature_network.FID_RESIZES),
+        "how images become Inception's 299 pixels: as clean-fid does, or as TensorFlow 1",
+    )
+    cli.define_path("reference", None, "folder of real images, for CMMD, FID and other distances")
     flags.DEFINE_integer(
         "against_steps", None, "of the base; default: as the run's test says, or 25", lower_bound=1
     )
@@ -234,7 +240,7 @@ def compare(fields: Any) -> None:
         "seed": fields.seed or 0,
         "samples_per_prompt": fields.samples_per_prompt,
         "rewards": fields.rewards or [],
-        "features": fields.features or "of the first reward with a CLIP",
+        "features": fields.features or ["of the first reward with a CLIP"],
         "reference": fields.reference or "",
     }
     table = comparison.compare(found, prompts, judges, out, facts, fields.batch_size)
@@ -259,30 +265,35 @@ def _peers(fields: Any, prompts: list[str], count: int) -> list[Contender]:
 
 
 def _judges(fields: Any) -> Judges:
-    """Load the rewards and the CLIP that sees features, and look at the reference with it."""
+    """Load the rewards and what sees features, and look at the reference with it."""
     given, dtype = fields.rewards or [], fields.dtype
     found = scoring.load_rewards(given, dtype)
     split = [scoring.split(item) for item in given]
-    seeing = fields.features or next((x for _, kind, x in split if kind in _SEEING), None)
-    eyes, reference = None, None
-    if seeing is not None:
-        eyes = tower.load(seeing, dtype, text=False)
-        eyes = eyes._replace(prepare=dataclasses.replace(eyes.prepare, policy="squash"))
+    seeing = fields.features or [x for _, kind, x in split if kind in _SEEING][:1]
+    networks = [feature_network.load(x, dtype, fields.fid_resize) for x in seeing]
+    names = [network.frechet for network in networks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--features: two of the folders measure {twice}: give one of a kind")
+    eyes = [Eyes(network) for network in networks]
     if fields.reference is not None:
-        if eyes is None:
-            raise InputError("--reference needs --features=DIR, a CLIP folder")
-        if (eyes.prepare.size, eyes.width) != _CMMD:
-            warnings.warn(
-                f"published CMMD is of CLIP ViT-L/14 at 336 pixels, which {seeing} is not: compare "
-                "its values with each other only",
-                stacklevel=2,
-            )
+        if not eyes:
+            raise InputError("--reference needs --features=DIR of a CLIP, DINOv2 or Inception v3")
+        for network, folder in zip(networks, seeing, strict=True):
+            if network.kind == CLIP and (network.prepare.size, network.width) != _CMMD:
+                warnings.warn(
+                    f"published CMMD is of CLIP ViT-L/14 at 336 pixels, which {folder} is not: "
+                    "compare its values with each other only",
+                    stacklevel=2,
+                )
         real = [Item(path, "") for path in list_images(remote.local(fields.reference))]
         if len(real) < 4:
             raise InputError(f"{fields.reference} holds {len(real)} images, fewer than 4")
-        reference = image_features.encode(eyes, real, fields.batch_size)
+        eyes = [
+            Eyes(network, image_features.encode(network, real, fields.batch_size))
+            for network in networks
+        ]
     kinds = {name: kind for name, kind, _ in split}
-    return Judges(found, kinds, eyes, job_of(found, given, dtype), reference)
+    return Judges(found, kinds, eyes, job_of(found, given, dtype))
 
 
 def _drawn(fields: Any, prompts: list[Prompt], out: Path) -> list[Contender]:

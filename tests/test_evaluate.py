@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import torch
 from runs import check_refusals, commands, write_run
+from transformers import Dinov2Config, Dinov2Model
 
 from r0_jax import config as base
 from r0_jax import evaluate, rewards
@@ -18,6 +20,8 @@ from r0_jax.evaluation import images, world
 from r0_jax.files import check_writable
 from r0_jax.training import train
 from r0_jax.workdir import run
+
+TINY_DINOV2 = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,8 @@ def test_bad_input_is_one_line(folder, tmp_path):
     out = ["--out", tmp_path / "out"]
     (tmp_path / "two.txt").write_text("a\nb\n", encoding="utf-8")
     compared = [*pipeline[:2], *against, *out, "--prompts", tmp_path / "two.txt"]
+    tiny.clip(tmp_path / "clip", seed=1)
+    seen = ["--features", tmp_path / "clip"]
 
     check_refusals(
         "r0_jax.evaluate",
@@ -92,6 +98,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
                 [*foreign[:2], *out, *against, "--prompts", tmp_path / "two.txt"],
                 "config.json has no test, so it is not the config of an R0 run",
             ),
+            ([*compared, *2 * seen], "two of the folders measure frechet_clip"),
             (against, "--against compares with --workdir=W, --pipeline=DIR or --images"),
             ([*pipeline, *against], r"a comparison needs --out=\.\.\. \(see --help\)"),
             ([*pipeline, *against, "--out", tmp_path / "table"], "eval.json exists already; "),
@@ -143,7 +150,10 @@ def test_a_run_its_base_and_a_peer_side_by_side(folder, tmp_path):
 
     shutil.copytree(out / "images" / "r0_4", peer)
     stamp = os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**TINY_DINOV2)).save_pretrained(tmp_path / "dinov2")
     more = ["--images", f"peer={peer}", "--reference", peer, "--overwrite"]
+    more += [f"--features={tmp_path / name}" for name in ("clip", "dinov2")]
     [(status, said, err)] = commands("r0_jax.evaluate", [call(*more)])
     assert status == 0 and err.startswith("warning: published CMMD is of CLIP ViT-L/14 at 336")
     assert os.stat(out / "images/r0_4/00000_0.png").st_mtime_ns == stamp  # not drawn again
@@ -152,7 +162,10 @@ def test_a_run_its_base_and_a_peer_side_by_side(folder, tmp_path):
     for name in ("reward/clip_score", "sign/saturation", "diversity"):
         assert theirs[name]["value"] == pytest.approx(ours[name]["value"])
     assert abs(theirs["cmmd"]["value"]) < 1e-6 < table["models"]["base_1_guided"]["cmmd"]["value"]
-    assert theirs["frechet_clip"]["value"] < 1e-6 < theirs["frechet_clip_floor"]["value"]
+    for name in ("frechet_clip", "frechet_dinov2"):
+        assert theirs[name]["value"] < 1e-6 < theirs[f"{name}_floor"]["value"], name
+        low, high = table["differences"]["peer"][name]["ci95"]
+        assert low < theirs[name]["value"] - table["models"]["base_1_guided"][name]["value"] < high
     assert "seconds_per_image" not in theirs and "reward/clip_score" in table["differences"]["peer"]
     assert (out / "report.html").stat().st_size > 10_000
 

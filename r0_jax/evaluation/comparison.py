@@ -22,11 +22,12 @@ from r0_jax.evaluation import (
     scoring,
     statistics,
 )
+from r0_jax.evaluation.distances import Resampled
+from r0_jax.evaluation.feature_network import CLIP, FeatureNetwork
 from r0_jax.evaluation.pairing import Item
 from r0_jax.evaluation.unfinished import Unfinished
 from r0_jax.prompts.records import Prompt
 from r0_jax.rewards.reward import Reward
-from r0_jax.rewards.tower import Tower
 
 
 class Contender(NamedTuple):
@@ -49,16 +50,21 @@ class Judges(NamedTuple):
 
     Attributes:
       kinds: {name of a reward: its type}.
-      tower: a CLIP whose features tell how different the samples of a prompt are, and how far
-        images are from the reference; None without any.
-      reference: features of real images [M, D]; None without any.
+      eyes: what sees images. The first tells how different the samples of a prompt are; each tells
+        how far images are from the reference.
       job: what decides the rewards' scores, by `unfinished.job_of`.
     """
 
     rewards: list[Reward]
     kinds: Mapping[str, str]
-    tower: Tower | None
+    eyes: Sequence["Eyes"]
     job: str
+
+
+class Eyes(NamedTuple):
+    """A network, and the features that it sees in the reference [M, D]; None without any."""
+
+    network: FeatureNetwork
     reference: np.ndarray | None = None
 
 
@@ -68,12 +74,16 @@ class Measured(NamedTuple):
     Attributes:
       values: {metric: a value a prompt}, means over its samples.
       signs: of hacking, over all images.
-      distances: to the reference, as entries of the table.
+      distances: to the reference.
+      floors: what a perfect model would show, as entries of the table.
+      images: how many there are.
     """
 
     values: dict[str, np.ndarray]
     signs: dict[str, float]
-    distances: dict[str, Any]
+    distances: dict[str, Resampled]
+    floors: dict[str, Any]
+    images: int
 
 
 def arrange(items: Sequence[Item], prompts: Sequence[str], name: str) -> list[Item]:
@@ -104,29 +114,42 @@ def measure(
     values: dict[str, np.ndarray] = {}
     for name, scores in _scores(contender, judges, out, batch_size).items():
         values[f"reward/{name}"] = scores.reshape(prompts, each).mean(axis=1)
-    found: dict[str, Any] = {}
-    if judges.tower is not None and (each > 1 or judges.reference is not None):
-        features = image_features.encode(judges.tower, items, batch_size)
-        if each > 1:
+    found: dict[str, Resampled] = {}
+    floors: dict[str, Any] = {}
+    for i, (network, reference) in enumerate(judges.eyes):
+        diverse = i == 0 and each > 1
+        if not diverse and reference is None:
+            continue
+        features = image_features.encode(network, items, batch_size)
+        if diverse:
             values["diversity"] = statistics.diversity(features.reshape(prompts, each, -1))
-        if judges.reference is not None:
-            found = _distances(features, judges.reference)
+        if reference is not None:
+            found |= _distances(network, features, reference)
+            floors |= _floors(network, len(features), reference)
     grids = tuple(sorted({reward.grid for reward in judges.rewards if reward.grid}))
     looked = _look(items, grids, batch_size)
     for name, column in hacking.of_images(looked).items():
         values[f"sign/{name}"] = column.reshape(prompts, each).mean(axis=1)
-    return Measured(values, hacking.signs(looked, grids), found)
+    return Measured(values, hacking.signs(looked, grids), found, floors, len(items))
 
 
-def _distances(features: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Return both distances to the reference, with what a perfect model of this size would show."""
-    count = len(features)
-    return {
-        "cmmd": distances.cmmd_ci(features, reference),
-        "cmmd_floor": distances.floor(distances.cmmd, reference, count),
-        "frechet_clip": distances.frechet_ci(features, reference),
-        "frechet_clip_floor": distances.floor(statistics.frechet_distance, reference, count),
-    }
+def _distances(
+    network: FeatureNetwork, features: np.ndarray, reference: np.ndarray
+) -> dict[str, Resampled]:
+    """Return {name: distance to the reference}."""
+    found = {network.frechet: distances.frechet_resampled(features, reference)}
+    if network.kind == CLIP:
+        found["cmmd"] = distances.cmmd_resampled(features, reference)
+    return found
+
+
+def _floors(network: FeatureNetwork, count: int, reference: np.ndarray) -> dict[str, Any]:
+    """Return what a perfect model of this many images would show."""
+    frechet = distances.floor(statistics.frechet_distance, reference, count)
+    found = {f"{network.frechet}_floor": frechet}
+    if network.kind == CLIP:
+        found["cmmd_floor"] = distances.floor(distances.cmmd, reference, count)
+    return found
 
 
 def _scores(
@@ -223,7 +246,8 @@ def _entries(
                 "value": result["mean"],
                 "ci95": result["ci95"],
             }
-    entries |= found.distances
+    entries |= {name: distance.entry() for name, distance in found.distances.items()}
+    entries |= found.floors
     for name, value in found.signs.items():
         entries.setdefault(f"sign/{name}", {"value": value, "ci95": None})
     if contender.calls is not None:
@@ -235,11 +259,15 @@ def _entries(
 
 def _differences(found: Measured, first: Measured) -> dict[str, Any]:
     """Return {metric: {"value", "ci95"}} of what `found` has more than `first`, in pairs."""
-    return {
+    entries = {
         name: statistics.paired_ci(values, first.values[name])
         for name, values in found.values.items()
         if name in first.values and len(values) > 1
     }
+    if found.images == first.images:  # else they are not drawn again alike
+        for name, distance in found.distances.items():
+            entries[name] = distance.less(first.distances[name])
+    return entries
 
 
 def _benchmark(found: Measured, judges: Judges, styles: Sequence[str]) -> dict[str, Any]:

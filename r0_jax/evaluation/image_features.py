@@ -1,4 +1,4 @@
-"""The features that a CLIP sees in image files, for distances between sets of images."""
+"""The features that a network sees in image files, for distances between sets of images."""
 
 from collections.abc import Sequence
 
@@ -7,31 +7,29 @@ import numpy as np
 from jaxtyping import Float
 
 from r0_jax.errors import InputError
+from r0_jax.evaluation.feature_network import FeatureNetwork
 from r0_jax.evaluation.pairing import Item
 from r0_jax.evaluation.scoring import prepared_batches
-from r0_jax.rewards.tower import Tower, normalize
 from r0_jax.weights import lazy
 
 
-def encode(found: Tower, items: Sequence[Item], batch_size: int) -> Float[np.ndarray, "n d"]:
-    """Return unit-length features of image files, float32; raise InputError for one it cannot read.
+def encode(
+    network: FeatureNetwork, items: Sequence[Item], batch_size: int
+) -> Float[np.ndarray, "n d"]:
+    """Return the features of image files, float32; raise InputError for one it cannot read.
 
-    Each image is brought to the tower's size by the tower's own preprocessing.
+    Each image is brought to the network's size by the network's own preprocessing.
     """
-    params = lazy.place(found.params)
-
-    @jax.jit
-    def run(params, prepared):
-        return normalize(found.sight.apply(params, "image_features", prepared.astype(found.dtype)))
+    params = lazy.place(network.params)
+    run = jax.jit(lambda params, prepared: network(params, prepared))
 
     def bad(index: int, message: str) -> None:
         raise InputError(message)
 
-    seen = {name: params[name] for name in found.sight.shapes}
     parts = [
-        np.asarray(run(seen, drawn[found.prepare]), np.float32)[: len(indices)]
+        np.asarray(run(params, drawn[network.prepare]))[: len(indices)]
         for indices, drawn in prepared_batches(
-            items, [found.prepare], min(batch_size, len(items)), bad
+            items, [network.prepare], min(batch_size, len(items)), bad
         )
     ]
     return np.concatenate(parts)

@@ -39,7 +39,7 @@ def test_cmmd_is_the_papers(monkeypatch):
 
 def test_the_interval_is_that_of_resampled_sets():
     x, y = features(0, 80), features(1, 60, shift=0.4)
-    entry = distances.cmmd_ci(x, y, seed=3, samples=400)
+    entry = distances.cmmd_resampled(x, y, seed=3, samples=400).entry()
     assert entry["value"] == pytest.approx(distances.cmmd(x, y))
     rng = np.random.default_rng(9)
     again = [
@@ -53,12 +53,25 @@ def test_the_interval_is_that_of_resampled_sets():
 
 def test_frechet_distance_is_the_definition_with_an_interval():
     x, y = features(0, 90), features(1, 70, shift=0.5)
-    entry = distances.frechet_ci(x, y)
+    entry = distances.frechet_resampled(x, y).entry()
     covariances = [np.cov(found, rowvar=False) for found in (x, y)]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(sum(covariances) - 2 * root)
     assert entry["value"] == pytest.approx(expected, rel=1e-8)
     assert entry["ci95"][0] < expected < entry["ci95"][1]
+
+
+def test_a_difference_of_two_models_is_of_the_same_images_drawn_again():
+    """What both have in common cancels: two nearly equal models differ by much less than either."""
+    reference, ours = features(0, 300), features(1, 200, shift=0.5)
+    other = ours + 0.01 * np.random.default_rng(2).normal(size=ours.shape)
+    for distance in (distances.cmmd_resampled, distances.frechet_resampled):
+        a, b = distance(ours, reference), distance(other, reference)
+        entry, alone = a.less(b), a.entry()
+        assert entry["value"] == pytest.approx(a.value - b.value)
+        low, high = entry["ci95"]
+        assert low < entry["value"] < high
+        assert high - low < (alone["ci95"][1] - alone["ci95"][0]) / 5
 
 
 def test_the_floor_is_what_a_perfect_model_shows():
@@ -78,4 +91,4 @@ def test_a_distance_needs_two_rows_and_finite_ones():
     with pytest.raises(ValueError, match="at least 2 rows"):
         distances.cmmd(features(0, 1), features(0, 5))
     broken = np.full((3, 6), np.nan)
-    assert np.isnan(distances.cmmd_ci(broken, features(0, 5), samples=3)["value"])
+    assert np.isnan(distances.cmmd_resampled(broken, features(0, 5), samples=3).entry()["value"])
