@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from r0_jax.errors import InputError
@@ -31,12 +33,16 @@ def write(title: str, sections: Mapping[str, str]) -> bytes:
 
 
 def image(path: Path, side: int) -> str:
-    """Return an <img> that carries its data, with at most `side` pixels a side."""
+    """Return an <img> of a file that carries its data, with at most `side` pixels a side."""
     try:
-        shown = Image.fromarray(to_uint8(load_png(path)))
+        return picture(to_uint8(load_png(path)), side, path.name)
     except InputError:
         return note(f"{path.name} is missing or unreadable")
-    buffer = io.BytesIO()
+
+
+def picture(pixels: UInt8[np.ndarray, "h w 3"], side: int, name: str) -> str:
+    """Return an <img> that carries its data, with at most `side` pixels a side."""
+    shown, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(shown.size) <= 128:
         shown.save(buffer, "PNG", optimize=True)
     else:  # as PNG, photographs and grids would take tens of megabytes
@@ -44,7 +50,7 @@ def image(path: Path, side: int) -> str:
         shown.save(buffer, "JPEG", quality=85)
     kind = "png" if buffer.getvalue().startswith(b"\x89PNG") else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(path.name)}" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}">'
 
 
 def facts(named: Mapping[str, object]) -> str:
@@ -112,6 +118,8 @@ img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .pairs figure { display: flex; flex-direction: column; justify-content: space-between; gap: .3rem; }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .4rem; }
 .row img { image-rendering: pixelated; }
+.strips { display: grid; gap: 1rem; margin-bottom: 1.5rem; }
+.strips .row { grid-auto-columns: minmax(0, 9rem); }
 .grids { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); }

@@ -139,6 +139,16 @@ def grid(
     return sheet
 
 
+def tile(
+    sheet: UInt8[np.ndarray, "height width c"], index: int, count: int, columns: int, pad: int = 2
+) -> UInt8[np.ndarray, "h w c"]:
+    """Return image `index` of the `count` that `grid` has put together."""
+    rows = math.ceil(count / columns)
+    height, width = ((sheet.shape[0] - pad) // rows, (sheet.shape[1] - pad) // columns)
+    top, left = pad + index // columns * height, pad + index % columns * width
+    return sheet[top : top + height - pad, left : left + width - pad]
+
+
 def contact_sheet(
     images: Shaped[ArrayLike, "b h w c"], prompts: Sequence[str], path: str | os.PathLike
 ) -> Path | None:

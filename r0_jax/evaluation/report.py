@@ -12,11 +12,10 @@ from pathlib import Path
 import jax
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import curves, hacking, html_page, result_table
+from r0_jax.evaluation import curves, hacking, html_page, result_table, training_samples
 from r0_jax.files import Json, check_regular, loads, read_json, write_bytes
 
 _PROMPTS_SHOWN = 12
-_GRIDS_SHOWN = 6
 
 # Prefix in metrics.jsonl, heading, label of the value axis, CSS class with the colour.
 CURVES = [
@@ -44,7 +43,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         "Result": _result(workdir / "eval.json"),
         "Curves": _curves(workdir / "metrics.jsonl", workdir / "config.json"),
         "Side by side": _side_by_side(workdir / "samples" / "eval"),
-        "Samples during training": _training_samples(workdir / "samples"),
+        "Samples during training": training_samples.write(workdir, _grid(workdir)),
         "Configuration": _configuration(workdir / "config.json"),
         "Versions and hardware": _versions(),
     }
@@ -170,6 +169,12 @@ def _fields(path: Path) -> Json:
         return {}
 
 
+def _grid(workdir: Path) -> object:
+    """Return the eval.grid of a run's config.json; None where it has none."""
+    evaluation = _fields(workdir / "config.json").get("eval")
+    return evaluation.get("grid") if isinstance(evaluation, dict) else None
+
+
 def _side_by_side(folder: Path) -> str:
     if not (folder / "prompts.jsonl").exists():
         return html_page.missing("samples/eval/prompts.jsonl", "the evaluation at the end of a run")
@@ -192,22 +197,6 @@ def _side_by_side(folder: Path) -> str:
     shown = min(len(pairs), _PROMPTS_SHOWN)
     return f"""<p class="soft">The first {shown} of the {len(pairs)} prompts whose images were kept.
 On each prompt every model started from the same noise.</p><div class="pairs">{figures}</div>"""
-
-
-def _training_samples(folder: Path) -> str:
-    found = {path: re.fullmatch(r"step_(\d+)", path.stem) for path in folder.glob("step_*.png")}
-    steps = {int(match[1]): path for path, match in found.items() if match}
-    if not steps:
-        return html_page.missing("samples/step_*.png", "the evaluations during training")
-    order = sorted(steps)
-    last, count = len(order) - 1, min(len(order), _GRIDS_SHOWN)
-    chosen = {order[round(i * last / max(count - 1, 1))] for i in range(count)}
-    figures = "".join(
-        f"<figure><figcaption>step {step}</figcaption>{html_page.image(steps[step], 640)}</figure>"
-        for step in sorted(chosen)
-    )
-    return f"""<p class="soft">The same prompts and noise every time; {len(chosen)} of {len(order)}
-grids.</p><div class="grids">{figures}</div>"""
 
 
 def _configuration(path: Path) -> str:

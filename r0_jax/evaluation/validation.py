@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from r0_jax.evaluation import hacking, images
+from r0_jax.evaluation import hacking, images, training_samples
 from r0_jax.evaluation.batches import chunks, draw, score
 from r0_jax.evaluation.noise import fixed_noise
 from r0_jax.evaluation.programs import Programs
@@ -44,7 +44,7 @@ class Validation:
         self.config, self.folder, self.frozen = config, folder, frozen
         self.rewards, self.heldout, self.check = rewards, heldout, check
         self.generator = generator
-        asked, kept = config.eval, folder / "eval_prompts.json"
+        asked, kept = config.eval, folder / training_samples.PROMPTS
         self.prompts, self.tokens, self.features = source.evaluation(
             asked.prompts, asked.num_prompts, pipeline, rewards, kept
         )
@@ -84,7 +84,7 @@ class Validation:
         for name, parts in scores.items():
             kind = "heldout" if name in self.heldout else "eval"
             values[f"{kind}/{name}"] = float(np.mean(np.concatenate(parts)))
-        sheet = images.grid(np.stack(shown), columns=4)
+        sheet = images.grid(np.stack(shown), training_samples.COLUMNS)
         if jax.process_index() == 0:
             images.save_png(
                 self.folder / "samples" / f"step_{step:06d}.png", sheet, {"step": str(step)}

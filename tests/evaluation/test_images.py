@@ -130,6 +130,8 @@ def test_grid_places_images_row_by_row_and_pads_the_rest_white():
     assert sheet.shape == (1 + 2 * 3, 1 + 2 * 4, 3)
     assert (sheet[1:3, 1:4] == 10).all() and (sheet[1:3, 5:8] == 20).all()
     assert (sheet[4:6, 1:4] == 30).all() and (sheet[4:6, 5:8] == 255).all()
+    for index, image in enumerate(batch):
+        np.testing.assert_array_equal(images.tile(sheet, index, 3, columns=2, pad=1), image)
     assert (sheet[[0, 3, 6]] == 255).all() and (sheet[:, [0, 4, 8]] == 255).all()
 
 

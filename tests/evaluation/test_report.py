@@ -1,17 +1,19 @@
 """The result table in its three forms, and the page from whole, partial and broken runs."""
 
 import base64
+import html
 import io
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 from pages import Page, evaluation, write_run
 from PIL import Image
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import report, result_table
+from r0_jax.evaluation import images, report, result_table
 
 
 def test_rows_are_ordered_labelled_and_rounded_by_their_interval():
@@ -107,6 +109,32 @@ def test_report_of_a_whole_run(tmp_path):
     sizes = [Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))).size for s in sources]
     assert sizes[0] == (64, 64) and max(sizes[-1]) == 640
     assert len(text) < 500_000
+
+
+def test_strips_show_a_prompt_step_by_step(tmp_path):
+    """Of images that are not square, with prompts that are escaped; the grids follow."""
+    write_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eval": {"grid": 6}}))
+    prompts = [f"<i>prompt</i> {i} 红" for i in range(9)]
+    (tmp_path / "eval_prompts.json").write_text(json.dumps(prompts))
+    for path in (tmp_path / "samples").glob("step_*.png"):
+        path.unlink()
+    for step in (0, 25, 50):
+        drawn = np.stack([np.full((6, 10, 3), 10 * i + step, np.uint8) for i in range(6)])
+        images.save_png(tmp_path / f"samples/step_{step:06d}.png", images.grid(drawn, 4))
+    text = report.write_report(tmp_path).read_text(encoding="utf-8")
+    strips = text[text.index('class="strips"') : text.index('class="grids"')]
+    assert [html.unescape(x) for x in re.findall("<figcaption>(.*?)<", strips)] == prompts[:4]
+    found = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        for data in re.findall('base64,([^"]+)"', strips)
+    ]
+    assert all(image.shape == (6, 10, 3) for image in found)
+    assert [int(image.max()) for image in found] == [
+        10 * i + step for i in range(4) for step in (0, 25, 50)
+    ]
+    (tmp_path / "eval_prompts.json").write_text("no JSON")
+    assert 'class="grids"' in report.write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_best_checkpoint_and_the_bounds_of_the_veto_are_drawn(tmp_path):
