@@ -113,6 +113,10 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .c4 { --line: var(--c4); } .c5 { --line: var(--c5); }
 .key span { white-space: nowrap; margin-right: 1rem; font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible; }
+td svg { width: 120px; margin-left: auto; stroke: var(--soft); fill: var(--soft); }
+td svg.sure { stroke: var(--c1); fill: var(--c1); }
+td svg .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
+td svg .interval { stroke-width: 2; }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .pairs { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
 .pairs figure { display: flex; flex-direction: column; justify-content: space-between; gap: .3rem; }

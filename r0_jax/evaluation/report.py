@@ -12,7 +12,14 @@ from pathlib import Path
 import jax
 
 from r0_jax.errors import InputError
-from r0_jax.evaluation import curves, hacking, html_page, result_table, training_samples
+from r0_jax.evaluation import (
+    curves,
+    hacking,
+    html_page,
+    interval_plot,
+    result_table,
+    training_samples,
+)
 from r0_jax.files import Json, check_regular, loads, read_json, write_bytes
 
 _PROMPTS_SHOWN = 12
@@ -82,16 +89,19 @@ def _differences(evaluation: dict) -> str:
     first = result_table.label(next(iter(evaluation["models"])))
     models, table = result_table.rows({"models": found})
     head = "".join(f"<th>{html.escape(model)}</th>" for model in models)
+    names = sorted({n for metrics in found.values() for n in metrics}, key=result_table.position)
     body = "".join(
         f"<tr><th>{html.escape(row.label)}</th>"
         + "".join(
-            f"<td>{html.escape(value)} <small>{html.escape(interval)}</small></td>"
-            for value, interval in row.cells
+            f"<td>{html.escape(value)} <small>{html.escape(interval)}</small>"
+            f"{interval_plot.draw(metrics.get(name))}</td>"
+            for (value, interval), metrics in zip(row.cells, found.values(), strict=True)
         )
         + "</tr>"
-        for row in table
+        for name, row in zip(names, table, strict=True)
     )
-    return f"""<p class="soft">Differences to {html.escape(first)}, prompt by prompt.</p>
+    return f"""<p class="soft">Differences to {html.escape(first)}, prompt by prompt. Lines are
+95 % intervals; the upright line is no difference. Each has a scale of its own.</p>
 <div class="wide"><table class="result"><thead><tr><th></th>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>"""
 
