@@ -40,4 +40,5 @@ def environment():
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": fast_xla.FLAGS,
+        **fast_xla.KEEP,
     }

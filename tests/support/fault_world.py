@@ -1,5 +1,6 @@
 """A run that takes seconds, to be killed, starved and damaged; and what an undisturbed one says."""
 
+import functools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fast_xla
 import numpy as np
 
 from r0_jax.stand_ins import miniature, miniature_tokenizer
@@ -56,8 +58,7 @@ class World:
     """Pretrained folder, prompts and recipe of the runs, one of which went undisturbed.
 
     Attributes:
-      whole: the workdir of that one.
-      seconds: how long it took, with its programs compiled before.
+      whole: the workdir of that one, whose programs the others find compiled.
     """
 
     def __init__(self, folder: Path, steps: int):
@@ -81,11 +82,15 @@ class World:
             RECIPE.format(folder=str(folder), steps=steps, interval=INTERVAL, evaluated=EVALUATED),
             encoding="utf-8",
         )
-        self.run(folder / "compiled", "--config.steps=1").must_end_well()
-        begin = time.monotonic()
         self.whole = folder / "whole"
         self.run(self.whole).must_end_well()
-        self.seconds = time.monotonic() - begin
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        """How long an undisturbed run takes that finds its programs compiled."""
+        begin = time.monotonic()
+        self.run(self.folder / "timed").must_end_well()
+        return time.monotonic() - begin
 
     def start(
         self,
@@ -170,32 +175,30 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": paths,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # All compiled programs are kept, however quickly they were made: a restart is quicker.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": f"{fast_xla.FLAGS} --xla_force_host_platform_device_count={devices}",
+        **fast_xla.KEEP,
     }
 
 
 # --- moments -----------------------------------------------------------------------------
 
 
-def anytime(process: Process, rng: random.Random, seconds: float) -> None:
-    """Returns at a moment of a run's life of so many seconds, its start and its end included."""
-    _until(process, time.monotonic() + rng.uniform(0, seconds), lambda: False)
+def anytime(world: World, process: Process, rng: random.Random) -> None:
+    """Returns at a moment of a run's life, its start and its end included."""
+    _until(process, time.monotonic() + rng.uniform(0, world.seconds), lambda: False)
 
 
-def in_training(process: Process, rng: random.Random, seconds: float) -> None:
+def in_training(world: World, process: Process, rng: random.Random) -> None:
     """Returns within a few steps."""
-    del seconds
+    del world
     goal = last_logged(process.workdir, process) + rng.randint(1, 4 * INTERVAL)
     _until(process, None, lambda: last_logged(process.workdir, process) >= goal)
     time.sleep(rng.uniform(0, 0.2))
 
 
-def in_a_save(process: Process, rng: random.Random, seconds: float) -> None:
+def in_a_save(world: World, process: Process, rng: random.Random) -> None:
     """Returns when a checkpoint is being written, one of the next few."""
-    del seconds
+    del world
     before, seen, wanted = unfinished(process.workdir), set(), rng.randint(1, 4)
 
     def begun() -> bool:
@@ -206,9 +209,9 @@ def in_a_save(process: Process, rng: random.Random, seconds: float) -> None:
     time.sleep(rng.uniform(0, 0.05))
 
 
-def in_an_evaluation(process: Process, rng: random.Random, seconds: float) -> None:
+def in_an_evaluation(world: World, process: Process, rng: random.Random) -> None:
     """Returns when one has just begun: the metrics of its step are written, and none of its own."""
-    del seconds
+    del world
     before = len(list(lines(process.workdir)))
 
     def begun() -> bool:

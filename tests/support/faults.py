@@ -139,11 +139,12 @@ class Kill(NamedTuple):
         return []
 
 
+# The first few tell the most where few are wanted.
 MOMENTS = {
-    "at any time": fault_world.anytime,
-    "in training": fault_world.in_training,
     "in a save": fault_world.in_a_save,
+    "in training": fault_world.in_training,
     "in an evaluation": fault_world.in_an_evaluation,
+    "at any time": fault_world.anytime,
 }
 
 
@@ -161,7 +162,7 @@ def kills(world: World, counts: Counts, rng: random.Random) -> list[Row]:
             process = world.start(workdir)
             if len(done) < counts.kills:
                 moment = [*MOMENTS][len(done) % len(MOMENTS)]
-                MOMENTS[moment](process, rng, world.seconds)
+                MOMENTS[moment](world, process, rng)
                 process.kill()
             ended = process.wait() == 0
             if "Traceback" in process.said or process.returncode not in (0, -signal.SIGKILL):
@@ -270,8 +271,8 @@ def damaged_runs(world: World, counts: Counts, rng: random.Random) -> Row:
     for number in range(counts.damaged_runs):
         workdir = world.folder / f"damaged{number}"
         process = world.start(workdir)
-        fault_world.in_training(process, rng, 0)
-        fault_world.in_training(process, rng, 0)
+        fault_world.in_training(world, process, rng)
+        fault_world.in_training(world, process, rng)
         fault_world.stop(process)
         *_, before, newest = checkpoint.steps(LocalWorkdir(workdir))
         while True:  # until it is one that matters
@@ -332,7 +333,7 @@ def disks(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 where[place[1] if place else "the run's folder"] += 1
             if number % 4 == 3 or number == counts.disks - 1:  # room again, for some steps
                 process = disk.start_with_room(world, workdir)
-                fault_world.in_training(process, random.Random(number), 0)
+                fault_world.in_training(world, process, random.Random(number))
                 fault_world.stop(process)
         world_run = disk.start_with_room(world, workdir)
         world_run.wait()
@@ -373,7 +374,7 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                     wrong.append(f"status {process.returncode}: {process.said[-300:]}")
                 break
             moment = [*MOMENTS][len(seconds) % len(MOMENTS)]
-            MOMENTS[moment](process, rng, world.seconds)
+            MOMENTS[moment](world, process, rng)
             if process.poll() is not None:
                 ended = True
                 continue
@@ -392,9 +393,11 @@ def stops(world: World, counts: Counts, rng: random.Random) -> list[Row]:
                 early += 1  # while Python was still importing, or was about to end
                 continue
             ended = process.returncode == 0
+            named = re.search(r"stopped at step (\d+)", process.said)  # unless before its first
             if (
                 process.returncode not in (0, STOPPED)
                 or "Traceback" in process.said
+                or (named and int(named[1]) != saved)
                 or (last_reached(process) != saved)
                 or ended == ("stopped" in process.said)
             ):
