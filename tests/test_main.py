@@ -1,17 +1,18 @@
-"""The main job as a user starts it: a run, its resume, its kill, its bad input."""
+"""The main job as a user starts it: a run, its resume, its bad input.
+
+Kills and SIGTERM are test_faults.py's.
+"""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import fast_xla
+import forks
 import pytest
 import tiny
+from dry_runs import environment
 
 from r0_jax.workdir import identity as workdirs
 
@@ -42,50 +43,55 @@ def get_config():
 """
 
 
+# As few layers as show what these tests are about: a start takes as long as it is traced.
+ONE_LAYER = {"num_hidden_layers": 1}
+UNET = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+TELL_IMPORTS = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module("r0_jax.main", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print({"torch", "tensorflow"} & set(sys.modules))
+"""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Pretrained folders, prompts, a recipe, and one finished run."""
+    """Pretrained folders, prompts, a recipe, and one finished run with what it said."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.stable_diffusion(folder / "sd", seed=0)
-    tiny.clip(folder / "clip", seed=1)
+    tiny.stable_diffusion(folder / "sd", seed=0, unet=UNET, text_encoder=ONE_LAYER)
+    tiny.clip(folder / "clip", seed=1, text=ONE_LAYER, vision=ONE_LAYER)
     lines = [f"a red circle {i}" for i in range(9)] + ["一个红色圆形"]
     (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "recipe.py").write_text(RECIPE.format(folder=str(folder), steps=STEPS))
-    result = start(folder, folder / "whole")
-    assert result.returncode == 0, result.stderr
-    (folder / "stderr.txt").write_text(result.stderr, "utf-8")
-    return folder
-
-
-def command(world: Path, workdir: Path, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "r0_jax.main",
-        f"--config={world / 'recipe.py'}",
-        f"--workdir={workdir}",
-        *flags,
-    ]
-
-
-def start(world: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(world, workdir, *flags),
+    result = subprocess.run(
+        [sys.executable, "-c", TELL_IMPORTS, "r0_jax.main", *flags_of(folder, folder / "whole")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=environment(),
         timeout=600,
     )
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout.txt").write_text(result.stdout, "utf-8")
+    (folder / "stderr.txt").write_text(result.stderr, "utf-8")
+    return folder
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": fast_xla.FLAGS,
-    }
+def flags_of(world: Path, workdir: Path, *flags: str) -> list[str]:
+    return [f"--config={world / 'recipe.py'}", f"--workdir={workdir}", *flags]
+
+
+def starts(world: Path, *calls: tuple) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of one start after the other, each a workdir and flags."""
+    calls = [("r0_jax.main", flags_of(world, *call)) for call in calls]
+    return forks.run(calls, env=environment())
 
 
 def measured(workdir: Path) -> list[dict]:
@@ -102,10 +108,11 @@ def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def one_line_error(result: subprocess.CompletedProcess) -> str:
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
+def one_line_error(started: tuple[int, str, str]) -> str:
+    status, _, said = started
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == 2, said
+    assert "Traceback" not in said
     assert len(errors) == 1
     return errors[0]
 
@@ -133,103 +140,45 @@ def test_a_run_leaves_what_it_promises(world):
 
 
 def test_two_and_two_steps_are_four(world, tmp_path):
-    assert start(world, tmp_path / "w", "--config.steps=2").returncode == 0
-    assert start(world, tmp_path / "w").returncode == 0
+    calls = [(tmp_path / "w", "--config.steps=2"), (tmp_path / "w",)]
+    for status, _, said in starts(world, *calls):
+        assert status == 0, said
     resumed, whole = measured(tmp_path / "w"), measured(world / "whole")
     # The short run evaluated its last step, as the long one did there too.
     assert resumed == whole
 
 
-def test_a_killed_run_continues(world, tmp_path):
-    workdir = tmp_path / "w"
-    process = subprocess.Popen(
-        command(world, workdir),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(lambda: (workdir / "checkpoints").is_dir() and len(checkpoints(workdir)) > 0, process)
-    process.kill()
-    process.wait()
-    assert start(world, workdir).returncode == 0
-    assert measured(workdir) == measured(world / "whole")
-
-
-def test_sigterm_saves_and_ends_as_what_is_to_be_started_again(world, tmp_path):
-    workdir = tmp_path / "w"
-    process = subprocess.Popen(
-        command(world, workdir, "--config.steps=100000"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(
-        lambda: (
-            (workdir / "metrics.jsonl").is_file()
-            and "train/loss" in (workdir / "metrics.jsonl").read_text()
-        ),
-        process,
-    )
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 75, stderr
-    last = max(line["step"] for line in measured(workdir))
-    assert max(checkpoints(workdir)) == last
-    assert f"stopped at step {last}" in stderr
-
-
 def test_two_runs_do_not_share_a_folder(world, tmp_path):
     shutil.copytree(world / "whole", tmp_path / "w")
     with workdirs.alone(tmp_path / "w"):
-        error = one_line_error(start(world, tmp_path / "w"))
-        assert f"another process is training in {tmp_path / 'w'}" in error
-    assert start(world, tmp_path / "w", "--config.test.prompts=").returncode == 0
+        [started] = starts(world, (tmp_path / "w",))
+    assert f"another process is training in {tmp_path / 'w'}" in one_line_error(started)
 
 
 def test_a_run_ends_early_when_the_held_out_reward_no_longer_grows(world, tmp_path):
-    flags = ["--config.optimizer.learning_rate=0", "--config.early_stop=2", "--config.eval_every=1"]
-    for _ in range(2):  # the second time it has nothing to do
-        ended = start(world, tmp_path / "w", "--config.steps=9", *flags)
-        assert ended.returncode == 0, ended.stderr
-        assert "ended at step 2: in 2 evaluations heldout/heldout did not exceed" in ended.stderr
-        assert "report: " in ended.stdout
-        assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2]
-    assert (
-        start(
-            world,
-            tmp_path / "w",
-            "--config.steps=9",
-            *flags,
-            "--config.early_stop=3",
-        ).returncode
-        == 0
+    flags = ["--config.optimizer.learning_rate=0", "--config.eval_every=1", "--config.steps=9"]
+    *twice, third = starts(
+        world,
+        (tmp_path / "w", *flags, "--config.early_stop=2"),
+        (tmp_path / "w", *flags, "--config.early_stop=2"),  # it has nothing to do
+        (tmp_path / "w", *flags, "--config.early_stop=3"),
     )
+    for status, out, said in twice:
+        assert status == 0, said
+        assert "ended at step 2: in 2 evaluations heldout/heldout did not exceed" in said
+        assert "report: " in out
+    assert "\nstep " not in twice[1][2]
+    assert third[0] == 0, third[2]
+    assert "ended at step 3: in 3 evaluations" in third[2]
     assert [line["step"] for line in measured(tmp_path / "w")] == [0, 1, 2, 3]
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, "the run ended early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
-    workdir = tmp_path / "w"
-    shutil.copytree(world / "whole", workdir)
-    before = checkpoints(workdir)
-    error = one_line_error(start(world, workdir, "--config.lora.rank=3"))
-    assert "lora.rank" in error
-    assert checkpoints(workdir) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
+def test_bad_input_is_one_line(world, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    shutil.copytree(world / "sd", tmp_path / "sd")
+    weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    cases = [
         (["--config.lora.rnak=3"], "lora.rank"),
         (["--config.batch_size=7", "--config.device_batch=2"], "batch_size=7"),
         (["--config.pretrained=/nowhere"], "/nowhere"),
@@ -239,84 +188,56 @@ def test_another_config_is_refused_and_checkpoints_stay(world, tmp_path):
         (["--config.sampler.num_steps=51"], "sampler.num_steps=51 must be from 1 to 50"),
         (["--config.best_metric=heldout/hedlout"], "heldout/heldout"),
         (["--config.test.prompts=/nowhere.txt"], "/nowhere.txt"),
-    ],
-)
-def test_bad_input_is_one_line(world, tmp_path, flags, named):
-    assert named in one_line_error(start(world, tmp_path / "w", *flags))
-    assert not (tmp_path / "w" / "checkpoints").exists() or not checkpoints(tmp_path / "w")
+        ([f"--config.data.prompts={tmp_path / 'empty.txt'}"], "empty.txt"),
+        ([f"--config.pretrained={tmp_path / 'sd'}"], weights.name),
+        (
+            ["--config.test.base_steps=2000", f"--config.test.prompts={world / 'prompts.txt'}"],
+            "num_inference_steps=2000 is more than the 1000 timesteps",
+        ),
+    ]
+    folders = [tmp_path / f"w{number}" for number in range(len(cases))]
+    calls = [(workdir, *flags) for workdir, (flags, _) in zip(folders, cases, strict=True)]
+    for workdir, (_, named), started in zip(folders, cases, starts(world, *calls), strict=True):
+        assert named in one_line_error(started)
+        assert not (workdir / "checkpoints").exists() or not checkpoints(workdir)
+    assert not folders[-1].exists()  # a test that cannot be made shows before the training
 
 
-def test_a_prompts_folder_of_the_users_own_is_not_touched(world, tmp_path):
-    shutil.copytree(world / "sd" / "tokenizer", tmp_path / "w" / "prompts")
-    before = sorted(path.name for path in (tmp_path / "w" / "prompts").iterdir())
-    assert "is in the way" in one_line_error(start(world, tmp_path / "w"))
-    assert before == sorted(path.name for path in (tmp_path / "w" / "prompts").iterdir())
-
-
-def test_fewer_steps_than_there_are(world, tmp_path):
-    shutil.copytree(world / "whole", tmp_path / "w")
-    error = one_line_error(start(world, tmp_path / "w", "--config.steps=2"))
-    assert f"is at step {STEPS} already, beyond steps=2" in error
-    assert json.loads((tmp_path / "w" / "config.json").read_text())["steps"] == STEPS
-
-
-def test_an_empty_prompt_file_and_a_truncated_weight_file(world, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n\n")
-    error = one_line_error(
-        start(world, tmp_path / "w", f"--config.data.prompts={tmp_path / 'empty.txt'}")
+def test_a_workdir_with_something_else_is_refused_and_stays(world, tmp_path):
+    for name in ("other", "beyond"):
+        shutil.copytree(world / "whole", tmp_path / name)
+    prompts = tmp_path / "own" / "prompts"  # of the user's own
+    shutil.copytree(world / "sd" / "tokenizer", prompts)
+    before, files = checkpoints(world / "whole"), sorted(path.name for path in prompts.iterdir())
+    other, beyond, own = starts(
+        world,
+        (tmp_path / "other", "--config.lora.rank=3"),
+        (tmp_path / "beyond", "--config.steps=2"),
+        (tmp_path / "own",),
     )
-    assert "empty.txt" in error
-    shutil.copytree(world / "sd", tmp_path / "sd")
-    weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    error = one_line_error(start(world, tmp_path / "w", f"--config.pretrained={tmp_path / 'sd'}"))
-    assert weights.name in error
-
-
-def test_a_test_that_cannot_be_made_shows_before_the_training(world, tmp_path):
-    error = one_line_error(
-        start(
-            world,
-            tmp_path / "w",
-            "--config.test.base_steps=2000",
-            f"--config.test.prompts={world / 'prompts.txt'}",
-        )
-    )
-    assert "num_inference_steps=2000 is more than the 1000 timesteps" in error
-    assert not (tmp_path / "w").exists()
+    assert "lora.rank" in one_line_error(other)
+    assert checkpoints(tmp_path / "other") == before
+    assert f"is at step {STEPS} already, beyond steps=2" in one_line_error(beyond)
+    assert json.loads((tmp_path / "beyond" / "config.json").read_text())["steps"] == STEPS
+    assert "is in the way" in one_line_error(own)
+    assert files == sorted(path.name for path in prompts.iterdir())
 
 
 def test_nonfinite_steps_stop_the_run(world, tmp_path):
-    error = one_line_error(
-        start(
-            world,
-            tmp_path / "w",
-            "--config.optimizer.learning_rate=1e30",
-            "--config.max_skipped_in_a_row=2",
-            "--config.steps=50",
-            "--config.eval_every=100",
-        )
-    )
+    flags = [
+        "--config.optimizer.learning_rate=1e30",
+        "--config.max_skipped_in_a_row=2",
+        "--config.steps=50",
+        "--config.eval_every=100",
+        "--config.eval.term_norms=False",
+    ]
+    [started] = starts(world, (tmp_path / "w", *flags))
+    error = one_line_error(started)
     assert "the last 2 steps (to step" in error and "--workdir" in error
 
 
-def test_neither_torch_nor_tensorflow_is_imported(world, tmp_path):
-    code = (
-        "import sys, runpy; sys.argv = sys.argv[1:]\n"
-        "try:\n    runpy.run_module('r0_jax.main', run_name='__main__')\n"
-        "except SystemExit as e:\n    assert not e.code, e.code\n"
-        "print({'torch', 'tensorflow'} & set(sys.modules))"
-    )
-    args = command(world, tmp_path / "w", "--config.steps=1")[2:]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.stdout.strip().endswith("set()"), result.stderr
+def test_neither_torch_nor_tensorflow_is_imported(world):
+    assert (world / "stdout.txt").read_text("utf-8").strip().endswith("set()")
 
 
 def test_signs_of_hacking_are_logged_and_an_overlap_is_told(world):

@@ -57,7 +57,7 @@ def run(calls, python=sys.executable, cwd=ROOT, env=None):
         env=(env or os.environ) | {"XLA_FLAGS": fast_xla.FLAGS},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
