@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import step_world
 import tensorflow_datasets as tfds
 import tfds_prompts
-from dry_runs import ROOT, cache, command, environment, run  # noqa: F401 (cache is a fixture)
+from dry_runs import ROOT, cache, command, environment  # noqa: F401 (cache is a fixture)
 from safetensors.numpy import load_file, save_file
 
 from configs import sd3_r0, sd15_r0, sdxl_r0, z_image_r0
@@ -43,14 +44,23 @@ RECIPES = {
 }
 
 
+def run(*calls):
+    """(status, stdout, stderr) of one command after the other, each a module and flags."""
+    calls = [(f"r0_jax.{module}", flags) for module, *flags in calls]
+    return forks.run(calls, env=environment())
+
+
 def ended_well(result):
-    assert result.returncode == 0, result.stderr
-    return result
+    """What it said on standard output."""
+    status, out, err = result
+    assert status == 0, err
+    return out
 
 
 def one_line_error(result):
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    status, _, err = result
+    assert status == 2 and "Traceback" not in err, err
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -103,6 +113,9 @@ def first_loss(config, pipeline, batches):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_loss_is_that_of_text(tmp_path, name):
     config = own_copy(name, tmp_path)
+    if name != "sd15":  # whose rewards are these too
+        with config.unlocked():
+            config.rewards = {"hps_v2_1": config.rewards.hps_v2_1}
     size = config.height, config.width
     pipeline = families.load(config.pretrained).sized(*size)
     found = [rewards.load(name, entry) for name, entry in config.rewards.items()]
@@ -178,21 +191,31 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
         for name, entry in config[section].items():
             shutil.copytree(entry.path, tmp_path / name)
             flags.append(f"--config.{section}.{name}.path={tmp_path / name}")
-    said = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
-    assert "is complete" in said
-    again = ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")).stdout
-    assert "is complete" in again
-    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(
-        run("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}", "--dtype=float32")
-    )
+    encode = ("encode_prompts", *flags, f"--out={tmp_path / 'encoded'}")
+    first, again, other = run(encode, encode, (*encode, "--dtype=float32"))
+    assert "is complete" in ended_well(first)
+    assert "is complete" in ended_well(again)
+    assert 'was begun with other dtype: "bfloat16" there, "float32" here' in one_line_error(other)
 
     take_text_away(tmp_path / "pipeline")
     for name, entry in {**config.rewards, **config.heldout_rewards}.items():
         take_text_tower_away(tmp_path / name, rewards.load(name, entry).text_parts)
-    assert "is missing" in one_line_error(run("main", *flags, f"--workdir={tmp_path / 'text'}"))
-    flags += [f"--config.data.encoded={tmp_path / 'encoded'}", f"--workdir={tmp_path / 'run'}"]
-    ended_well(run("main", *flags, "--config.steps=2", "--config.test.prompts="))
-    ended_well(run("main", *flags))
+    workdir, from_encoded = f"--workdir={tmp_path / 'run'}", f"={tmp_path / 'encoded'}"
+    train = ("main", *flags, f"--config.data.encoded{from_encoded}", workdir)
+    train = (*train, "--config.eval.term_norms=False")
+    sample = ("sample", workdir, f"--out={tmp_path / 'images'}")
+    sample = (*sample, f"--prompts={tmp_path / 'two.txt'}")
+    bare, *trained, unread, drawn, exported = run(
+        ("main", *flags, f"--workdir={tmp_path / 'text'}"),
+        (*train, "--config.steps=2", "--config.test.prompts="),
+        train,
+        sample,
+        (*sample, f"--encoded{from_encoded}", "--guidance_scale=2"),
+        ("export", workdir, "--format=peft", f"--out={tmp_path / 'lora'}"),
+    )
+    assert "is missing" in one_line_error(bare)
+    for started in trained:
+        ended_well(started)
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -201,36 +224,11 @@ def test_the_whole_job_runs_without_text_encoders(tmp_path):
     assert all(line["norm/x0/guidance"] > 0 for line in lines if "train/loss" in line)
     table = json.loads((tmp_path / "run" / "eval.json").read_text())["models"]
     assert table["base_3_guided"]["network_calls"]["value"] == 6
-    assert (
-        "is missing"
-        in (
-            said := one_line_error(
-                run(
-                    "sample",
-                    f"--workdir={tmp_path / 'run'}",
-                    f"--out={tmp_path / 'images'}",
-                    f"--prompts={tmp_path / 'two.txt'}",
-                )
-            )
-        )
-        and f"--encoded={tmp_path / 'encoded'}" in said
-    )
-    ended_well(
-        run(
-            "sample",
-            f"--workdir={tmp_path / 'run'}",
-            f"--out={tmp_path / 'images'}",
-            f"--encoded={tmp_path / 'encoded'}",
-            f"--prompts={tmp_path / 'two.txt'}",
-            "--guidance_scale=2",
-        )
-    )
+    said = one_line_error(unread)
+    assert "is missing" in said and f"--encoded{from_encoded}" in said
+    ended_well(drawn)
     assert len(list((tmp_path / "images").glob("0*.png"))) == 2
-    ended_well(
-        run(
-            "export", f"--workdir={tmp_path / 'run'}", "--format=peft", f"--out={tmp_path / 'lora'}"
-        )
-    )
+    ended_well(exported)
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "text_encoder=None" in card  # they are not there
 
@@ -284,22 +282,18 @@ def test_killed_and_shared_work_gives_the_same_bytes(tmp_path):
     with pytest.raises(InputError, match="is not finished: repeat the command"):
         encoded.open_folder(tmp_path / "killed")
     times = {path: path.stat().st_mtime_ns for path in before}
-    ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"))
+    shared = ("encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--processes=2")
+    continued, undisturbed, first, second = run(
+        ("encode_prompts", *flags, f"--out={tmp_path / 'killed'}"),
+        ("encode_prompts", *flags, f"--out={tmp_path / 'whole'}"),
+        (*shared, "--process=0"),
+        (*shared, "--process=1"),
+    )
+    ended_well(continued)
     assert times == {path: path.stat().st_mtime_ns for path in before}  # and were not made again
-
-    ended_well(run("encode_prompts", *flags, f"--out={tmp_path / 'whole'}"))
-    first = ended_well(
-        run(
-            "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=0", "--processes=2"
-        )
-    )
-    assert "other processes are still encoding" in first.stdout
-    second = ended_well(
-        run(
-            "encode_prompts", *flags, f"--out={tmp_path / 'shared'}", "--process=1", "--processes=2"
-        )
-    )
-    assert "is complete" in second.stdout
+    ended_well(undisturbed)
+    assert "other processes are still encoding" in ended_well(first)
+    assert "is complete" in ended_well(second)
     whole = files(tmp_path / "whole")
     assert len(whole) == 100 + 1 + 1 + 3  # training, evaluation, negative; and JSON
     assert files(tmp_path / "killed") == whole
@@ -354,15 +348,18 @@ def test_the_written_example_trains(tmp_path, monkeypatch):
         "--config.sampler.num_steps=1",
         "--config.objective.grad_steps=1",
         "--config.steps=1",
+        "--config.eval.term_norms=False",
     ]
     mine, ready = tmp_path / "my_embeddings", tmp_path / "ready"
-    assert "no features of the reward clip_score" in one_line_error(
-        run("main", *flags, f"--config.data.encoded={mine}", f"--workdir={tmp_path / 'run'}")
+    train = ("main", *flags, f"--workdir={tmp_path / 'run'}")
+    bare, added, trained = run(
+        (*train, f"--config.data.encoded={mine}"),
+        ("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"),
+        (*train, f"--config.data.encoded={ready}"),
     )
-    ended_well(run("encode_prompts", *flags, f"--config.data.encoded={mine}", f"--out={ready}"))
-    ended_well(
-        run("main", *flags, f"--config.data.encoded={ready}", f"--workdir={tmp_path / 'run'}")
-    )
+    assert "no features of the reward clip_score" in one_line_error(bare)
+    ended_well(added)
+    ended_well(trained)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     scores = [line["heldout/pickscore"] for line in lines if "heldout/pickscore" in line]
     assert len(scores) == 2 and np.isfinite(scores).all()
@@ -683,12 +680,10 @@ def test_shards_cover_all_rows_once():
 
 
 def test_flags_that_do_not_fit_are_one_line(tmp_path):
-    flags = ["--config=configs/sd15_r0.py:dryrun", f"--out={tmp_path / 'e'}"]
-    for wrong, message in [
-        (["--process=2", "--processes=2"], "--process=2 must be below --processes=2"),
-        (["--process=1"], "--process and --processes go together"),
-    ]:
-        assert message in one_line_error(run("encode_prompts", *flags, *wrong))
+    encode = ("encode_prompts", "--config=configs/sd15_r0.py:dryrun", f"--out={tmp_path / 'e'}")
+    beyond, alone = run((*encode, "--process=2", "--processes=2"), (*encode, "--process=1"))
+    assert "--process=2 must be below --processes=2" in one_line_error(beyond)
+    assert "--process and --processes go together" in one_line_error(alone)
     assert not (tmp_path / "e").exists()
 
 
