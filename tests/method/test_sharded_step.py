@@ -94,7 +94,8 @@ def two_steps(start: Start, mesh):
     return frozen, before, [(first, metrics), step(first, frozen)]
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+# The batch is split over data and fsdp alike.
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_two_steps_on_any_mesh_equal_those_of_one_device(world, sizes, monkeypatch):
     monkeypatch.setattr(sharding, "_MIN_BYTES", 0)
     start, has_tensor, expected = world
