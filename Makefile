@@ -32,8 +32,9 @@ results: install
 	$(CPU) $(BIN)/python -m r0_jax.ablate --config=configs/ablations/shapes.py \
 	  --workdir=runs/results --out=docs/reports/results.md
 
+# Neighbours mostly stay in one process, so that what a module's tests share is made once.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 # Write down what the tests against PyTorch measure: docs/reports/parity.md. Networks at full width
 # need 24 GiB at most and run one after another. What runs/parity holds is not measured again.
