@@ -427,6 +427,7 @@ def get_config():
     config.batch_size, config.sampler.num_steps, config.objective.grad_steps = 4, 1, 1
     config.lora.rank, config.eval_every, config.checkpoint_every = 4, 1000, 1
     config.eval.num_prompts = config.eval.grid = 4
+    config.eval.term_norms = False
     config.compilation_cache = {folder!r} + "/compiled"
     return config
 """

@@ -41,6 +41,7 @@ def config_in(folder) -> ConfigDict:
     config.sampler.num_steps, config.lora.rank, config.batch_size = 1, 4, 8
     config.steps, config.eval_every, config.eval.num_prompts, config.eval.grid = 4, 2, 4, 4
     config.best_metric, config.early_stop, config.tensorboard = "heldout/blueness", 9, False
+    config.eval.term_norms = False  # a program more to trace
     return config
 
 
