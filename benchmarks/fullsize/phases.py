@@ -82,7 +82,7 @@ def config_flags(asked: Setting, at: Places, prompts: bool = True) -> list[str]:
         "optimizer.warmup_steps": 0,
         "ema_decay": 0.5,
         "compilation_cache": at.compiled,
-        f"heldout_rewards.{HELDOUT}.path": at.models / HELDOUT,
+        **{f"heldout_rewards.{name}.path": at.models / model for name, model in HELDOUT.items()},
     }
     for name in REWARDS:
         if name in asked.rewards:

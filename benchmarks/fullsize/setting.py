@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from r0_jax.files import read_json, write_bytes
 
-REWARDS = ("hps_v2_1", "image_reward", "clip_score")  # of the recipes; PickScore is held out
-HELDOUT = "pickscore"
+REWARDS = ("hps_v2_1", "image_reward", "clip_score")  # of the recipes
+# What is held out, and the model that it is made of: CLIP ViT-H/14 is PickScore's network.
+HELDOUT = {"pickscore": "pickscore", "aesthetic": "aesthetic", "heldout_clip": "pickscore"}
 # Without an accelerator: all weights fit 24 GiB, but a step at the recipe's size takes hours.
 ON_CPU: dict[str, object] = {"size": 256, "batch": 1}
 

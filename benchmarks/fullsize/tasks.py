@@ -33,17 +33,17 @@ def make(asked: Setting, at: Places) -> dict[str, Any]:
 
     shutil.rmtree(at.models, ignore_errors=True)
     at.models.mkdir(parents=True)
-    kind = FAMILIES[asked.family].kind
+    kind, judges = FAMILIES[asked.family].kind, dict.fromkeys(HELDOUT.values())
     if asked.miniature:
         folders.write_miniature(at.pipeline, kind)
     else:
         folders.write_pipeline(at.pipeline, kind)
     counts = {path.name: _parameters(path) for path in sorted(at.pipeline.iterdir())}
-    for seed, name in enumerate((*REWARDS, HELDOUT)):
+    for seed, name in enumerate((*REWARDS, *judges)):
         path = at.models / name
         if asked.miniature:
             folders.write_miniature_reward(path, name, seed)
-        elif name in (*asked.rewards, HELDOUT):
+        elif name in (*asked.rewards, *judges):
             folders.write_reward(path, name, seed)
         else:  # only to count
             blank.write_reward(path, name)
