@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from mutations import value
@@ -22,10 +23,11 @@ from r0_jax import cli, convert_reward, convert_single_file, sample
 from r0_jax import config as base
 from r0_jax.diffusion import grid, schedulers
 from r0_jax.diffusion.scheduler_config import SchedulerConfig
-from r0_jax.evaluation import images, report, verdicts
+from r0_jax.evaluation import feature_network, images, report, run_comparison, verdicts
 from r0_jax.files import read_json
 from r0_jax.models.autoencoder_kl import AutoencoderKLConfig
 from r0_jax.models.clip import CLIPConfig, CLIPTextConfig
+from r0_jax.models.dinov2 import Dinov2Config, Dinov2Model
 from r0_jax.models.t5 import T5Config
 from r0_jax.models.transformer_sd3 import SD3Transformer2DConfig
 from r0_jax.models.unet_2d_condition import UNet2DConditionConfig
@@ -34,7 +36,7 @@ from r0_jax.pipelines.folder import read_index
 from r0_jax.prompts import files
 from r0_jax.rewards import tower
 from r0_jax.rewards.preprocess import Preprocess
-from r0_jax.weights import convert, single_file
+from r0_jax.weights import convert, network, single_file
 from r0_jax.weights.tensor_file import TensorFile
 from r0_jax.workdir import checkpoint, run, sealed_json
 from r0_jax.workdir.workdir import LocalWorkdir
@@ -80,6 +82,7 @@ def build(world: Path, whole: bool) -> None:
     for name, family in (("sd15", "StableDiffusionPipeline"), ("sd3", "StableDiffusion3Pipeline")):
         miniature.write(world / name / "p", family)
     miniature_reward.write_reward(world / "clip", "clip_score")
+    _write_dinov2(world / "dinov2")
     _write_images(world / "images")
     (world / "latents").mkdir()
     np.save(world / "latents" / "x.npy", np.zeros(LATENTS, np.float32))
@@ -95,6 +98,15 @@ def build(world: Path, whole: bool) -> None:
         torch.save(state, world / "files" / "x.pt")
 
 
+def _write_dinov2(folder: Path) -> None:
+    fields = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = Dinov2Config.from_json(fields)
+    params = network.init(lambda rngs: Dinov2Model(config, rngs=rngs), jax.random.key(0))
+    folder.mkdir()
+    convert.save(params, folder / "model.safetensors")
+    _dump(folder / "config.json", {"model_type": "dinov2", "architectures": ["D"], **fields})
+
+
 def _write_images(folder: Path) -> None:
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (24, 30, 3), dtype=np.uint8)
@@ -108,13 +120,17 @@ def _write_images(folder: Path) -> None:
         Image.fromarray(pixels).convert(mode).save(folder / name, form, exif=exif)
 
 
-def _write_run(folder: Path) -> None:
-    """Write a workdir without arrays: what is read before them."""
-    folder.mkdir()
+def _run_fields() -> ConfigDict:
     config = base.get_config().unlock()
     config.pretrained, config.data.prompts = "/nowhere/base", "/nowhere/p.txt"
     config.rewards.clip = base.reward_entry("clip_score", path="/nowhere/clip")
-    config = json.loads(json.dumps(config.to_dict()))
+    return config
+
+
+def _write_run(folder: Path) -> None:
+    """Write a workdir without arrays: what is read before them."""
+    folder.mkdir()
+    config = json.loads(json.dumps(_run_fields().to_dict()))
     _dump(folder / "config.json", sealed_json.seal(config))
     metadata = {"step": _STEP, "config_digest": "x", "metrics": {"heldout/h": 0.5}, "score": 0.5}
     _dump(
@@ -128,6 +144,9 @@ def _write_run(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = folder / "samples" / "eval"
     kept.mkdir(parents=True)
+    drawn = np.zeros((config["eval"]["grid"], 8, 8, 3), np.uint8)
+    images.save_png(folder / "samples" / "step_000002.png", images.grid(drawn, 4))
+    _dump(folder / "eval_prompts.json", [f"prompt {i}" for i in range(len(drawn))])
     images.save_png(kept / "0.png", np.zeros((8, 8, 3), np.uint8))
     row = {"prompt": "a", "files": {"base_4": "0.png", "r0_4": "0.png"}}
     (kept / "prompts.jsonl").write_text(json.dumps(row) + "\n")
@@ -238,6 +257,13 @@ def _clip(path: Path, folder: Path, rng: random.Random) -> str | None:
     return None
 
 
+def _dinov2(path: Path, folder: Path, rng: random.Random) -> str | None:
+    found = feature_network.load(folder)
+    found.prepare.on_host(np.zeros((5, 7, 3), np.uint8))
+    values = {name: np.asarray(leaf) for name, leaf in found.params.items()}
+    return None if all(np.isfinite(x).all() for x in values.values()) else "not finite"
+
+
 def _image(path: Path, folder: Path, rng: random.Random) -> str | None:
     images.read_shape(path)
     pixels = images.load_png(path)
@@ -277,6 +303,14 @@ def _metadata(path: Path, folder: Path, rng: random.Random) -> str | None:
 def _report(path: Path, folder: Path, rng: random.Random) -> None:
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # charts take seconds; `_curves` reads it
     report.write_report(folder)
+
+
+def _side_by_side(path: Path, folder: Path, rng: random.Random) -> None:
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    other = folder / "other"
+    other.mkdir(exist_ok=True)
+    _dump(other / "config.json", sealed_json.seal(json.loads(json.dumps(_run_fields().to_dict()))))
+    run_comparison.write([folder, other])
 
 
 def _curves(path: Path, folder: Path, rng: random.Random) -> None:
@@ -416,6 +450,7 @@ TARGETS = (
     Target("a pipeline of SD3", "sd3/p", "**/*.*", _pipeline, 0.5),
     Target("a tokenizer", "sd15/p", "tokenizer/*", _tokenizer, 3),
     Target("a CLIP folder", "clip", "*", _clip, 1.5),
+    Target("a DINOv2 folder", "dinov2", "*", _dinov2, 1),
     Target("an image", "images", "*", _image, 6),
     Target("latents", "latents", "x.npy", _latents, 2),
     Target("values of an evaluation", "latents", "*.npz", _values, 1),
@@ -423,6 +458,9 @@ TARGETS = (
     Target("a checkpoint's metadata", "run", "checkpoints/2/metrics/metrics", _metadata, 2),
     Target("a report", "run", "[es]*/**/*.json*", _report, 0.5),
     Target("an evaluation", "run", "eval.json", _report, 1.5),
+    Target("prompts of a run's grids", "run", "eval_prompts.json", _report, 0.5),
+    Target("a run's grid", "run", "samples/*.png", _report, 0.5),
+    Target("runs side by side", "run", "*.json", _side_by_side, 1),
     Target("metrics", "run", "metrics.jsonl", _curves, 2),
     Target("a single file", "files", "single.safetensors", _single, 3),
     Target("an index of shards", "files", "m*", _shards, 2),
