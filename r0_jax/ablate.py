@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from r0_jax import cli, remote
+from r0_jax import cli, compilation_cache, remote
 from r0_jax.ablation import grid, measured, page, results, training_curves, workers
 from r0_jax.ablation.grid import Cell
 from r0_jax.errors import STOPPED, InputError
@@ -118,7 +118,7 @@ def opened(root: str, cell: Cell) -> contextlib.AbstractContextManager[Workdir]:
 def run(cell: Cell, root: str, stop: StopSignal) -> bool:
     """Train and measure a cell unless that is done; return False if a SIGTERM ended it."""
     console.rule(cell.name)
-    train.enable_compilation_cache(cell.config)
+    compilation_cache.keep(cell.config.compilation_cache)
     with opened(root, cell) as workdir:
         done = measured.is_measured(workdir, cell.config)
         return done or train.train_and_evaluate(cell.config, workdir, stop)

@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from r0_jax import cli, config_check, remote, rewards
+from r0_jax import cli, compilation_cache, config_check, remote, rewards
 from r0_jax.console import EncodingProgress
 from r0_jax.errors import InputError, of_config
 from r0_jax.evaluation.batches import batches
@@ -42,7 +42,6 @@ from r0_jax.prompts.columns import PROMPT
 from r0_jax.prompts.encoded import EVALUATION, NEGATIVE, TRAIN
 from r0_jax.prompts.shards import Columns, Shard
 from r0_jax.rewards.reward import Reward
-from r0_jax.training import train
 from r0_jax.weights import lazy
 from r0_jax.weights.network import fingerprint
 
@@ -298,7 +297,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--process={process} must be below --processes={processes}")
     with of_config():
         config_check.check_config(config)
-    train.enable_compilation_cache(config)
+    compilation_cache.keep(config.compilation_cache)
     out = remote.output(fields.out)
     check_writable(out)
     complete = encode(

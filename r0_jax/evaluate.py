@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from r0_jax import cli, remote
+from r0_jax import cli, compilation_cache, remote
 from r0_jax import config as base
 from r0_jax.diffusion import grid
 from r0_jax.errors import InputError
@@ -137,6 +137,7 @@ def _define_comparison() -> None:
 def main(argv: list[str]) -> None:
     del argv
     fields = flags.FLAGS
+    compilation_cache.keep()
     if fields.rewards or fields.against or fields.images:
         compare(fields)
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli
+from r0_jax import cli, compilation_cache
 from r0_jax.console import console
 from r0_jax.errors import STOPPED
 from r0_jax.parallel import distributed
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     asked = flags.FLAGS.workdir or Path("runs", cli.config_name())
     try:
         with StopSignal() as stop, distributed.joined(config):
-            train.enable_compilation_cache(config)
+            compilation_cache.keep(config.compilation_cache)
             with mirror.workdir(asked, training=True) as workdir:
                 ended = train.train_and_evaluate(config, workdir, stop)
                 stop.defer()  # the store may still miss something

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from r0_jax import cli, remote
+from r0_jax import cli, compilation_cache, remote
 from r0_jax import config as base
 from r0_jax.errors import InputError
 from r0_jax.evaluation import gallery
@@ -159,6 +159,7 @@ def main(argv: list[str]) -> None:
     if naming.samples > 1 and len(prompts) > MOST_PROMPTS:
         raise InputError(f"{fields.prompts} has more than {MOST_PROMPTS} prompts: split it")
     targets = layout.targets(prompts, naming)
+    compilation_cache.keep()
     read_by = _TEXT if fields.encoded is None else encoded.open_folder(fields.encoded)
     source = _source(fields, read_by)
     guidance_scale = fields.guidance_scale

@@ -25,7 +25,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from r0_jax import cli, remote, rewards
+from r0_jax import cli, compilation_cache, remote, rewards
 from r0_jax.errors import InputError, printable
 from r0_jax.evaluation import statistics
 from r0_jax.evaluation.pairing import SUFFIXES, Item, doubt, pair, read_listing
@@ -109,6 +109,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out={out} is a folder: give a file, such as {out / 'scores.jsonl'}")
     check_writable(out.parent)
     items, problems = _find(given.images, given.prompts, is_list)
+    compilation_cache.keep()
     found = load_rewards(given.rewards, given.dtype)
     unfinished = Unfinished(out, items, job_of(found, given.rewards, given.dtype))
     if known := unfinished.read():

@@ -1,11 +1,16 @@
 """Before JAX starts: 8 fake CPU devices, strict shapes, annotations checked."""
 
 import os
+import shutil
+import tempfile
 
 import fast_xla
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{fast_xla.FLAGS} --xla_force_host_platform_device_count=8"
+
+# Programs that commands compile, for the tests of this process; never the user's own cache.
+CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="r0_jax_tests_")
 
 import jax
 from jaxtyping import install_import_hook
@@ -21,6 +26,7 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionfinish(session):
+    shutil.rmtree(CACHE, ignore_errors=True)
     path = session.config.getoption("--parity-report")
     if not path or session.config.getoption("collectonly"):
         return

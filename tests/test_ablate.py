@@ -54,7 +54,7 @@ def trained(config, workdir, stop):
 def train(monkeypatch):
     train = mock.create_autospec(ablate.train.train_and_evaluate, side_effect=trained)
     monkeypatch.setattr(ablate.train, "train_and_evaluate", train)  # which knows its arguments
-    monkeypatch.setattr(ablate.train, "enable_compilation_cache", lambda config: None)
+    monkeypatch.setattr(ablate.compilation_cache, "keep", lambda folder: None)
     monkeypatch.setattr(
         ablate.measured,
         "is_measured",

@@ -13,12 +13,11 @@ import torch
 from runs import check_refusals, commands, write_run
 from transformers import Dinov2Config, Dinov2Model
 
+from r0_jax import compilation_cache, evaluate, rewards
 from r0_jax import config as base
-from r0_jax import evaluate, rewards
 from r0_jax.errors import InputError
 from r0_jax.evaluation import images, world
 from r0_jax.files import check_writable
-from r0_jax.training import train
 from r0_jax.workdir import run
 
 TINY_DINOV2 = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -195,7 +194,7 @@ def test_a_user_without_a_home_has_a_cache(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     try:
         with pytest.warns(UserWarning, match="there is no home folder: the cache is in"):
-            train.enable_compilation_cache(base.get_config())
+            compilation_cache.keep()
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

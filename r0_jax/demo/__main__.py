@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from r0_jax import cli, rewards
+from r0_jax import cli, compilation_cache, rewards
 from r0_jax.demo import models
 from r0_jax.demo.studio import Studio
 from r0_jax.errors import InputError
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         os.environ[name] = ",".join(filter(None, own))
     from r0_jax.demo import page
 
+    compilation_cache.keep()
     if given.pipelines:
         found, examples = models.load(given.pipelines), _EXAMPLES
     else:

@@ -11,7 +11,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from r0_jax import config_check, remote
+from r0_jax import config_check
 from r0_jax.console import console
 from r0_jax.errors import InputError, of_config
 from r0_jax.evaluation import report, result_table, testbed
@@ -195,9 +195,3 @@ def device_batches(read: ReadBatches, config: ConfigDict, mesh: Mesh, step: int)
     parts, count = sharding.local_parts(split)
     for batch in read(draws_from(config, step), parts, count):
         yield sharding.put_batch(batch, split)
-
-
-def enable_compilation_cache(config: ConfigDict) -> None:
-    """Keep compiled programs on disk: a resumed run starts in seconds."""
-    folder = config.compilation_cache or str(remote.cache())
-    jax.config.update("jax_compilation_cache_dir", folder)

@@ -54,7 +54,7 @@ def run(calls, python=sys.executable, cwd=ROOT, env=None):
     result = subprocess.run(
         [python, "-c", PROGRAM, json.dumps(calls)],
         cwd=cwd,
-        env=(env or os.environ) | {"XLA_FLAGS": fast_xla.FLAGS},
+        env=(env or os.environ) | {"XLA_FLAGS": fast_xla.FLAGS, **fast_xla.KEEP},
         capture_output=True,
         text=True,
         timeout=900,
