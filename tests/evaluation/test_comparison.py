@@ -42,7 +42,7 @@ def test_values_are_means_over_samples_and_differences_are_paired(tmp_path):
     ours = folder(tmp_path / "ours", [10, 30, 40, 60, 70, 90, 100, 120], each=2)
     base = folder(tmp_path / "base", [10, 40, 60, 90], each=1)
     ours = ours._replace(calls=4, seconds=[0.5, 0.7])
-    judges = Judges([brightness()], {"hps": "hps_v2_1"}, None, "job")
+    judges = Judges([brightness()], {"hps": "hps_v2_1"}, [], "job")
     out = tmp_path / "out"
     table = comparison.compare([base, ours], PROMPTS, judges, out, {"seed": 3}, batch_size=3)
     expected = np.asarray([20, 50, 80, 110]) / 255
@@ -71,7 +71,7 @@ def test_a_killed_comparison_keeps_scores(tmp_path):
     ours = folder(tmp_path / "ours", [11, 41, 61, 91], each=1)
     (tmp_path / "ours" / "3.png").write_bytes(b"broken")
     calls = []
-    judges = Judges([brightness(calls)], {"hps": "clip_score"}, None, "job")
+    judges = Judges([brightness(calls)], {"hps": "clip_score"}, [], "job")
     with pytest.raises(InputError, match=r"ours: .*3\.png is not an image"):
         comparison.compare([base, ours], PROMPTS, judges, tmp_path / "out", {})
     assert not (tmp_path / "out" / "eval.json").exists()
