@@ -11,6 +11,11 @@ from torch.nn import functional as F
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
+def _random(*shape):
+    """Small values, since `torch.empty` gives whatever lay in memory: sometimes NaN."""
+    return 0.02 * torch.randn(shape)
+
+
 # --- OpenAI's and open_clip's CLIP ----------------------------------------------------------------
 
 
@@ -49,9 +54,9 @@ class Vision(nn.Module):
         self, width, layers, heads, patch, image_size, embed_dim, activation, mlp_ratio=4.0
     ):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty((image_size // patch) ** 2 + 1, width))
-        self.proj = nn.Parameter(torch.empty(width, embed_dim))
+        self.class_embedding = nn.Parameter(_random(width))
+        self.positional_embedding = nn.Parameter(_random((image_size // patch) ** 2 + 1, width))
+        self.proj = nn.Parameter(_random(width, embed_dim))
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation, mlp_ratio)
@@ -86,8 +91,8 @@ class OpenCLIP(nn.Module):
         } | cfg["text_cfg"]
         activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
         width = text["width"]
-        self.positional_embedding = nn.Parameter(torch.empty(text["context_length"], width))
-        self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
+        self.positional_embedding = nn.Parameter(_random(text["context_length"], width))
+        self.text_projection = nn.Parameter(_random(width, cfg["embed_dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.visual = Vision(
             vision["width"],
@@ -229,7 +234,7 @@ class CNCLIP(nn.Module):
             2,
             None,
         )
-        self.text_projection = nn.Parameter(torch.empty(width, cfg["embed_dim"]))
+        self.text_projection = nn.Parameter(_random(width, cfg["embed_dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def image_features(self, images):
@@ -265,8 +270,8 @@ class BLIPBlock(nn.Module):
 class BLIPVision(nn.Module):
     def __init__(self, image_size, patch_size, width, layers, heads):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, (image_size // patch_size) ** 2 + 1, width))
+        self.cls_token = nn.Parameter(_random(1, 1, width))
+        self.pos_embed = nn.Parameter(_random(1, (image_size // patch_size) ** 2 + 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
         self.blocks = nn.ModuleList([BLIPBlock(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
