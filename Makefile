@@ -34,7 +34,7 @@ results: install
 
 # Neighbours mostly stay in one process, so that what a module's tests share is made once.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist=worksteal
+	$(BIN)/python -m pytest -n 2 --dist=worksteal --durations=60
 
 # Write down what the tests against PyTorch measure: docs/reports/parity.md. Networks at full width
 # need 24 GiB at most and run one after another. What runs/parity holds is not measured again.
