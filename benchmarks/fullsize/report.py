@@ -100,7 +100,7 @@ def _reduced(asked: Setting, folder: Path) -> str:
     pixels = " x ".join(map(str, made["pixels"])) + " px" if made else "The recipe's size"
     said = [
         f"{pixels}, {asked.steps} steps of {_images(asked.batch)}",
-        f"trained on {', '.join(asked.rewards)}; {' and '.join(HELDOUT)} are held out",
+        f"trained on {', '.join(asked.rewards)}; held out: {', '.join(HELDOUT)}",
         f"{phases.training_dtype(asked, folder) or 'bfloat16, as the recipe says'}",
     ]
     if asked.encoded:
