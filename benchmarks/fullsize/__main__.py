@@ -24,8 +24,12 @@ from benchmarks.fullsize.setting import FAMILIES, ON_CPU, REWARDS, Places, Setti
 from r0_jax import cli
 from r0_jax.errors import InputError
 
-# XLA's other scheduler keeps float32 copies of all bfloat16 weights.
-XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# XLA's other scheduler, and the pass that moves work out of loops, keep float32 copies of all
+# bfloat16 weights.
+XLA_FLAGS = (
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
+)
 _ROOM = 60e9  # bytes of disk that a family takes
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from r0_jax import compilation_cache
 from r0_jax.config import trained_rewards
 from r0_jax.console import console
 from r0_jax.evaluation.hacking import VETOED
@@ -71,6 +72,7 @@ class Loop:
         self.state = start.state
         self.step = self.first = int(start.state.step)
         self.compiled: Callable[..., tuple[TrainState, Metrics]] | None = None
+        self.compiled_norms: Callable[..., Metrics] | None = None
         self.key = _key(self.config.seed, job.program.mesh)
         # An evaluation that is missing in its checkpoint is made again.
         known = self.first if start.measured else self.first - 1
@@ -156,7 +158,7 @@ class Loop:
 
     def _compile(self, batch: Batch) -> Callable[..., tuple[TrainState, Metrics]]:
         lowered = self.job.program.step.lower(self.state, self.job.frozen, batch, self.key)
-        compiled = lowered.compile()
+        compiled = compilation_cache.compile_kept(lowered)
         host_memory.give_back()  # before the step allocates its own
         return compiled
 
@@ -210,7 +212,11 @@ class Loop:
         """Return the gradient norm of each term alone, on the batch that comes next."""
         if not self.config.eval.term_norms:
             return {}
-        norms = self.job.program.term_norms(self.state, self.job.frozen, self._peek(), self.key)
+        read = (self.state, self.job.frozen, self._peek(), self.key)
+        if self.compiled_norms is None:
+            lowered = self.job.program.term_norms.lower(*read)
+            self.compiled_norms = compilation_cache.compile_kept(lowered)
+        norms = self.compiled_norms(*read)
         heartbeat.beat("the gradient norms of the terms")
         return {name: float(value) for name, value in jax.device_get(norms).items()}
 
