@@ -100,7 +100,8 @@ def main(argv: list[str]) -> int:
                 )
         else:
             setting.write(at.folder, asked)
-        if not asked.miniature and shutil.disk_usage(root).free < _ROOM:
+        held = sum(path.stat().st_size for path in at.folder.rglob("*") if path.is_file())
+        if not asked.miniature and shutil.disk_usage(root).free + held < _ROOM:
             raise InputError(f"{root} has no {_ROOM / 1e9:.0f} GB free: give another --folder")
         # `plan` compiles the step, so that the training finds it there.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(at.compiled)
