@@ -161,7 +161,10 @@ def train(asked: Setting, at: Places) -> Found:
 
 
 def resume(asked: Setting, at: Places) -> Found:
-    """Start the same command again and let it end; check that no number is invalid."""
+    """Start the command again and let it end; check that no number is invalid.
+
+    It saves at the end alone: a checkpoint that is being written holds a copy of the state.
+    """
     log = _log(at)
     start = log.stat().st_size
     windows = [
@@ -169,7 +172,8 @@ def resume(asked: Setting, at: Places) -> Found:
         Window(f"steps to {asked.steps}, checkpoint", lambda: _has(at, asked.steps)),
         Window("evaluation after the last step", never),
     ]
-    found = watch(_training(asked, at), log, windows)
+    command = [*_training(asked, at), f"--config.checkpoint_every={asked.steps}"]
+    found = watch(command, log, windows)
     rows = _metrics(at)
     bad = sorted({name for row in rows for name, value in row.items() if value is None})
     steps = [row for row in rows if "train/skipped_in_a_row" in row]
