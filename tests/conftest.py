@@ -6,6 +6,8 @@ import tempfile
 
 import fast_xla
 
+# Threads of PyTorch and BLAS would wait for each other: each core has a process of tests already.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{fast_xla.FLAGS} --xla_force_host_platform_device_count=8"
 

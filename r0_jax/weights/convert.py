@@ -7,6 +7,7 @@ and nothing else changes. Import walks the network's parameters and asks the fil
 export is the same walk. Both read and write one tensor at a time.
 """
 
+import functools
 import json
 import math
 import mmap
@@ -191,14 +192,15 @@ def load(files: list[Path], network: Network, dtype: str = "float32") -> dict[st
 
 
 def _leaf(file: TensorFile, key: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Lazy:
-    def read(index: Index, dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-        result = _empty([part.stop - part.start for part in index], dtype)
-        _fill(
-            to_checkpoint(name, result), file, key, file_shape(name, shape), file_shape(name, index)
-        )
-        return result
+    return Lazy(shape, dtype, functools.partial(_read, file, key, name, shape))
 
-    return Lazy(shape, dtype, read)
+
+def _read(
+    file: TensorFile, key: str, name: str, shape: tuple[int, ...], index: Index, dtype: np.dtype
+) -> Shaped[np.ndarray, "..."]:
+    result = _empty([part.stop - part.start for part in index], dtype)
+    _fill(to_checkpoint(name, result), file, key, file_shape(name, shape), file_shape(name, index))
+    return result
 
 
 def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
@@ -228,33 +230,42 @@ def _fill(
         target, shape, index = target[0, ...], shape[1:], index[1:]
     if not shape:
         target, shape, index = target.reshape(1), (1,), (slice(0, 1),)
-    (rows, *columns), row = index, math.prod(shape[1:])
-    count = min(max(1, _PIECE // max(1, row)), rows.stop - rows.start)
+    rows = index[0]
+    count = min(max(1, _PIECE // max(1, math.prod(shape[1:]))), rows.stop - rows.start)
     starts = range(rows.start, rows.stop, count)
     threads = min(_THREADS, len(starts))  # NumPy lets go of the interpreter while it copies
-
-    def work(thread: int) -> None:
-        # Made once: malloc keeps arrays that a thread makes and frees.
-        stored = _empty([count, *shape[1:]], file.dtype(key))
-        bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
-        rounded, spare = (
-            _empty([count, *target.shape[1:]], dtype) for dtype in (target.dtype, bits)
-        )
-        for first in starts[thread::threads]:
-            last = min(first + count, rows.stop)
-            piece, result, tested = (x[: last - first] for x in (stored, rounded, spare))
-            file.read_into(piece, key, first * row)
-            with np.errstate(all="ignore"):  # the check below tells what it would warn of
-                # Rounded first: rounding while axes move is slower.
-                np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
-            if not _finite(result, tested):
-                raise InputError(f"{file.path}: {_not_finite(file, key, piece, target.dtype)}")
-            target[first - rows.start : last - rows.start] = result
-
+    work = functools.partial(_fill_pieces, target, file, key, shape, index, count)
     if threads == 1:
-        return work(0)
+        return work(starts)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+        list(pool.map(work, [starts[thread::threads] for thread in range(threads)]))
+
+
+def _fill_pieces(
+    target: np.ndarray,
+    file: TensorFile,
+    key: str,
+    shape: tuple[int, ...],
+    index: Index,
+    count: int,
+    starts: range,
+) -> None:
+    """Fill the pieces of `count` rows, the last one perhaps shorter, that begin at `starts`."""
+    (rows, *columns), row = index, math.prod(shape[1:])
+    # Made once: malloc keeps arrays that a thread makes and frees.
+    stored = _empty([count, *shape[1:]], file.dtype(key))
+    bits = np.dtype(np.uint16 if target.dtype.itemsize == 2 else np.bool_)
+    rounded, spare = (_empty([count, *target.shape[1:]], dtype) for dtype in (target.dtype, bits))
+    for first in starts:
+        last = min(first + count, rows.stop)
+        piece, result, tested = (x[: last - first] for x in (stored, rounded, spare))
+        file.read_into(piece, key, first * row)
+        with np.errstate(all="ignore"):  # the check below tells what it would warn of
+            # Rounded first: rounding while axes move is slower.
+            np.copyto(result, piece[(slice(None), *columns)], casting="unsafe")
+        if not _finite(result, tested):
+            raise InputError(f"{file.path}: {_not_finite(file, key, piece, target.dtype)}")
+        target[first - rows.start : last - rows.start] = result
 
 
 def _not_finite(file: TensorFile, key: str, stored: np.ndarray, dtype: np.dtype) -> str:
@@ -386,15 +397,22 @@ def save_shards(params: Params, folder: Path, stem: str, dtype: str = "float32")
 
 
 def _tensors(params: Params, dtype: str) -> list[Tensor]:
-    def tensor(name: str, value: Any) -> Tensor:
-        def read() -> np.ndarray:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite
-                whole = np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
-            return _whole(to_key(name), whole)
+    return [
+        Tensor(
+            to_key(name),
+            file_shape(name, value.shape),
+            DTYPES[dtype],
+            functools.partial(_stored, name, value, dtype),
+        )
+        for name, value in params.items()
+    ]
 
-        return Tensor(to_key(name), file_shape(name, value.shape), DTYPES[dtype], read)
 
-    return [tensor(name, value) for name, value in params.items()]
+def _stored(name: str, value: Any, dtype: str) -> np.ndarray:
+    """Return a parameter as its file holds it."""
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        whole = np.asarray(to_checkpoint(name, np.asarray(value)), DTYPES[dtype], order="C")
+    return _whole(to_key(name), whole)
 
 
 def save_tensors(

@@ -89,15 +89,17 @@ def _place(
     last = [max(stop for _, stop, _ in axis) for axis in zip(*here, strict=True)]
     # Read once, since devices need the same or interleaved bytes of the file.
     read = leaf[tuple(map(slice, first, last))]
-
-    def shard(index: Index) -> np.ndarray:
-        bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-        part = tuple(
-            slice(a - start, b - start) for (a, b, _), start in zip(bounds, first, strict=True)
-        )
-        return np.asarray(read[part])  # NumPy makes something else of a scalar
-
+    shard = functools.partial(_shard, read, leaf.shape, first)
     # Wait: transfers that are late would keep what they copy from.
     array = jax.make_array_from_callback(leaf.shape, sharding, shard).block_until_ready()
     placed()
     return array
+
+
+def _shard(read: np.ndarray, shape: tuple[int, ...], first: list[int], index: Index) -> np.ndarray:
+    """Return a part of a tensor of which `read` holds what begins at `first`."""
+    bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+    part = tuple(
+        slice(a - start, b - start) for (a, b, _), start in zip(bounds, first, strict=True)
+    )
+    return np.asarray(read[part])  # NumPy makes something else of a scalar

@@ -9,6 +9,7 @@ pickled.
 """
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -193,16 +194,22 @@ def open_params(
     except DamagedError as error:
         raise InputError(damage_line(folder, str(error)) + "; name another step") from None
 
-    def leaf(name: str) -> Lazy:
-        def value() -> NDArray:
-            try:
-                return reader[name]
-            except DamagedError as error:  # since it was checked
-                raise InputError(damage_line(folder, str(error)) + "; name another step") from None
+    leaves = {
+        name.removeprefix(field + "."): lazy.computed(
+            stored[name].shape,
+            stored[name].dtype,
+            functools.partial(_look_up, reader, name, folder),
+        )
+        for name in reader
+    }
+    return leaves, metadata
 
-        return lazy.computed(stored[name].shape, stored[name].dtype, value)
 
-    return {name.removeprefix(field + "."): leaf(name) for name in reader}, metadata
+def _look_up(reader: "_Reader", name: str, folder: AnyPath) -> NDArray:
+    try:
+        return reader[name]
+    except DamagedError as error:  # since it was checked
+        raise InputError(damage_line(folder, str(error)) + "; name another step") from None
 
 
 class _Reader(Mapping[str, NDArray]):
