@@ -65,7 +65,7 @@ def settings() -> dict[str, Setting]:
     ).stdout.strip()
     found = {}
     for name in given.family:
-        fields: dict[str, object] = {} if backend != "cpu" else dict(ON_CPU)
+        fields: dict[str, object] = {} if backend != "cpu" else ON_CPU | FAMILIES[name].on_cpu
         if given.miniature:
             fields["size"] = 0
         fields |= {

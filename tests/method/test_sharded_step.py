@@ -109,7 +109,8 @@ def test_two_steps_on_any_mesh_equal_those_of_one_device(world, sizes, monkeypat
             np.testing.assert_allclose(
                 value, one[1][name], rtol=1e-5, atol=1e-5 * least, err_msg=name
             )
-        assert_close(state.opt_state, one[0].opt_state, 1e-4)  # gradients as small as 1e-6
+        # Squares of gradients as small as 1e-6, on processors of all kinds.
+        assert_close(state.opt_state, one[0].opt_state, 3e-4)
         # Nothing is left where it was computed, nor of another kind than it was.
         assert list(map(kind, jax.tree.leaves(state))) == list(map(kind, jax.tree.leaves(before)))
 
