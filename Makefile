@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo results parity faults fuzz fullsize test lint docs wheel
+.PHONY: install install-dev demo results parity faults fuzz fullsize clients test lint docs wheel
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -58,6 +58,12 @@ fuzz: install-dev
 # made again. Writes docs/reports/fullsize.md. One family: make fullsize FLAGS=--family=sd15
 fullsize: install-dev
 	$(BIN)/python -m benchmarks.fullsize --out=docs/reports/fullsize.md $(FLAGS)
+
+# Give every export to the programs that it is for. Writes docs/reports/clients.md. Without flags only
+# stock diffusers is tried; others are given: make clients FLAGS='--family=sd15 --comfyui=DIR
+# --comfyui_python=FILE'. An hour and 9 GiB for SD 1.5. runs/clients holds what is not done again.
+clients: install-dev
+	$(BIN)/python -m benchmarks.clients --out=docs/reports/clients.md $(FLAGS)
 
 # Style, the direction of imports, types of the ground rooms.
 lint: install-dev
