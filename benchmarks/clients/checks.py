@@ -26,6 +26,7 @@ CLOSE = 1e-6  # what a weight may differ by
 CLOSE_COLOR = 2  # of 255
 _PROGRAMS = Path(__file__).with_name("programs")
 _STEPS = 4
+_CLIP_TOKENS = 77
 
 Result = dict[str, Any]
 
@@ -135,7 +136,10 @@ def _comfyui_image(check: Check, client: Client, at: Places) -> Result:
         client.folder, client.python, FAMILIES[check.family], check.form, at, image
     )
     tokenizer = client.folder / "comfy" / "sd1_tokenizer"
-    _program("in_diffusers.py", OURS, _drawn(check, at, stock, str(tokenizer)), at)
+    drawn = _drawn(check, at, stock, str(tokenizer))
+    if check.family == "sd3":
+        drawn["first_tokens"] = _CLIP_TOKENS
+    _program("in_diffusers.py", OURS, drawn, at)
     return found | _compared(image, stock)
 
 
@@ -195,17 +199,20 @@ def _drawn(check: Check, at: Places, image: Path, tokenizer: str) -> dict[str, o
     absent = ("text_encoder_3", "tokenizer_3") if check.family == "sd3" else ()
     optional = ("safety_checker", "feature_extractor") if check.family == "sd15" else ()
     options: dict[str, object] = dict.fromkeys(absent if whole else (*absent, *optional))
-    if not whole and check.family != "sd3":
+    given = _given(check, OURS, at)
+    if not whole and ".fp16." in str(given["base"]):
         options["variant"] = "fp16"
-    channels = read_json(at.pipeline / "vae" / "config.json")["latent_channels"]
-    return _given(check, OURS, at) | {
+    vae = read_json(at.pipeline / "vae" / "config.json")
+    side = material.SIZE // 2 ** (len(vae["block_out_channels"]) - 1)
+    return given | {
         "pipeline": str(at.export("diffusers") if whole else at.pipeline),
         "options": options,
         "tokenizer": tokenizer,
         "tokenizers": ["tokenizer"] if check.family == "sd15" else ["tokenizer", "tokenizer_2"],
-        "noise_shape": [1, channels, material.SIZE // 8, material.SIZE // 8],
+        "noise_shape": [1, vae["latent_channels"], side, side],
         "seed": 0,  # as in the workflows
         "prompt": PROMPT,
+        "first_tokens": 0,
         "size": material.SIZE,
         "steps": _STEPS,
         "image": str(image),

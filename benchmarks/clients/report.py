@@ -70,7 +70,8 @@ of its own. Memory is the most that the process held, with what it mapped of fil
   B A alpha / rank; {CLOSE:g} is allowed. Weights are matched by their values, not by their names.
 - **image**: the most that a color differs from that of stock diffusers, of 255, from the same noise
   and tokens; {CLOSE_COLOR} is allowed. ComfyUI's are drawn by its server, from the workflow in the
-  export as it is, {material.SIZE} x {material.SIZE} px.
+  export as it is, {material.SIZE} x {material.SIZE} px. It gives SD3 no tokens of a missing T5, so
+  diffusers gets none there either.
 
 Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB; Python {platform.python_version()},
 {packages}. Other clients run in environments of their own.

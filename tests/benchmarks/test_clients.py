@@ -224,6 +224,17 @@ def test_a_server_draws_the_workflow_of_an_export(world, tmp_path, status):
     assert not (world.folder / "comfyui").exists()
 
 
+# --- stock diffusers ------------------------------------------------------------------------------
+
+
+def test_stock_diffusers_takes_the_adapters_of_a_miniature(world):
+    """The program itself, as on full-width models."""
+    check = Check("sd15", "diffusers", "weights", "kohya")
+    found = checks.run(check, checks.OURS, world)
+    assert checks.is_good(found) and found["keys"] == 3 * found["modules"] > 60
+    assert found["error"] < 1e-6 < 1e-2 < found["largest"] and found["deviation"] > 5
+
+
 # --- results --------------------------------------------------------------------------------------
 
 

@@ -54,10 +54,23 @@ def add_adapters(pipeline, given):
     pipeline.scheduler = getattr(diffusers, fields["_class_name"]).from_config(fields)
 
 
+def read(pipeline, given):
+    """Return the prompt as an argument of the pipeline.
+
+    "first_tokens" leaves these alone: SD3 without T5 has zeros behind, which ComfyUI leaves out.
+    """
+    if not given["first_tokens"]:
+        return {"prompt": given["prompt"]}
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        given["prompt"], None, None, do_classifier_free_guidance=False
+    )
+    return {"prompt_embeds": tokens[:, : given["first_tokens"]], "pooled_prompt_embeds": pooled}
+
+
 def draw(pipeline, given):
     noise = torch.randn(given["noise_shape"], generator=torch.manual_seed(given["seed"]))
     image = pipeline(
-        given["prompt"],
+        **read(pipeline, given),
         num_inference_steps=given["steps"],
         guidance_scale=1,
         latents=noise,
