@@ -21,6 +21,7 @@ from benchmarks.fullsize.watch import Window, never, watch
 from r0_jax.errors import InputError
 from r0_jax.export.model_card import PROMPT
 from r0_jax.files import read_json, write_bytes
+from r0_jax.weights.tensor_file import TensorFile
 
 CLOSE = 1e-6  # what a weight may differ by
 CLOSE_COLOR = 2  # of 255
@@ -163,7 +164,8 @@ def _sdcpp(check: Check, client: Client, at: Places) -> Result:
     given = drawn | {"image": str(image), "sigmas": sigmas["widgets_values"][0]}
     found = _program("in_sdcpp.py", client, given, at)
     _program("in_diffusers.py", OURS, drawn, at)
-    return found | _compared(image, stock)
+    keys = len(TensorFile(Path(str(given["file"]))).tensors)
+    return found | {"keys": keys} | _compared(image, stock)
 
 
 _RUNS: dict[tuple[str, str], Callable[[Check, Client, Places], Result]] = {

@@ -70,8 +70,9 @@ of its own. Memory is the most that the process held, with what it mapped of fil
   B A alpha / rank; {CLOSE:g} is allowed. Weights are matched by their values, not by their names.
 - **image**: the most that a color differs from that of stock diffusers, of 255, from the same noise
   and tokens; {CLOSE_COLOR} is allowed. ComfyUI's are drawn by its server, from the workflow in the
-  export as it is, {material.SIZE} x {material.SIZE} px. It gives SD3 no tokens of a missing T5, so
-  diffusers gets none there either.
+  export of a run of {material.SIZE} x {material.SIZE} px. It gives SD3 no tokens of a missing T5, so
+  diffusers gets none there either. stable-diffusion.cpp draws an empty prompt on the same sigmas,
+  since its tokenizer is not the pipeline's; its version is that of stable-diffusion-cpp-python.
 
 Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB; Python {platform.python_version()},
 {packages}. Other clients run in environments of their own.
@@ -79,7 +80,7 @@ Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB; Python {platform
 {chr(10).join(sections)}
 ## Never tried here
 
-- A1111: this command has no check of it. It reads the file that Forge and sd-scripts read.
+- A1111: this command has no check of it.
 - ComfyUI's front end: the graph goes to the server's API, by the server's definitions of nodes.
 - InvokeAI, which reads adapters in kohya's format alone.
 """

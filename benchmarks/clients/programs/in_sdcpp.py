@@ -9,7 +9,6 @@ import json
 import re
 import sys
 
-import deltas
 import stable_diffusion_cpp
 from stable_diffusion_cpp import stable_diffusion_cpp as library
 
@@ -49,7 +48,6 @@ def main(given):
         json.dumps(
             {
                 "version": importlib.metadata.version("stable-diffusion-cpp-python"),
-                "keys": len(deltas.keys(given["file"])),
                 "ignored": ignored if applied else ["it says of no tensor that it takes it"],
             }
         )
