@@ -61,7 +61,8 @@ fullsize: install-dev
 
 # Give every export to the programs that it is for. Writes docs/reports/clients.md. Without flags only
 # stock diffusers is tried; others are given: make clients FLAGS='--family=sd15 --comfyui=DIR
-# --comfyui_python=FILE'. An hour and 9 GiB for SD 1.5. runs/clients holds what is not done again.
+# --comfyui_python=FILE'. SD 1.5 takes a quarter of an hour and 8 GiB. runs/clients holds what is
+# not done again.
 clients: install-dev
 	$(BIN)/python -m benchmarks.clients --out=docs/reports/clients.md $(FLAGS)
 

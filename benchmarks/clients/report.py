@@ -70,9 +70,9 @@ of its own. Memory is the most that the process held, with what it mapped of fil
   B A alpha / rank; {CLOSE:g} is allowed. Weights are matched by their values, not by their names.
 - **image**: the most that a color differs from that of stock diffusers, of 255, from the same noise
   and tokens; {CLOSE_COLOR} is allowed. ComfyUI's are drawn by its server, from the workflow in the
-  export of a run of {material.SIZE} x {material.SIZE} px. It gives SD3 no tokens of a missing T5, so
-  diffusers gets none there either. stable-diffusion.cpp draws an empty prompt on the same sigmas,
-  since its tokenizer is not the pipeline's; its version is that of stable-diffusion-cpp-python.
+  export of a run of {material.SIZE} x {material.SIZE} px. It gives SD3 no tokens of a missing T5,
+  so diffusers gets none there either. stable-diffusion.cpp draws an empty prompt on the same
+  sigmas, as its tokenizer is not the pipeline's; its version is stable-diffusion-cpp-python's.
 
 Made on {os.cpu_count()} CPU cores ({cpu()}), {memory:.1f} GiB; Python {platform.python_version()},
 {packages}. Other clients run in environments of their own.
