@@ -22,8 +22,12 @@ def compile_kept(lowered: Lowered) -> Compiled:
     JAX reads a kept program of the CPU by recursion over its kernels. Where they are thousands, the
     2 MiB of stack of JAX's thread overflow, which is a segmentation fault.
     """
-    large = lowered.as_text().count(" = stablehlo.") > _MOST_ON_CPU
-    if jax.default_backend() != "cpu" or not large or not jax.config.jax_enable_compilation_cache:
+    if not (
+        jax.default_backend() == "cpu"
+        and jax.config.jax_enable_compilation_cache
+        # Looked at last: the text of a large program is megabytes.
+        and lowered.as_text().count(" = stablehlo.") > _MOST_ON_CPU
+    ):
         return lowered.compile()
     try:
         _enable(False)

@@ -103,7 +103,8 @@ def main(argv: list[str]) -> int:
         held = sum(path.stat().st_size for path in at.folder.rglob("*") if path.is_file())
         if not asked.miniature and shutil.disk_usage(root).free + held < _ROOM:
             raise InputError(f"{root} has no {_ROOM / 1e9:.0f} GB free: give another --folder")
-        # `plan` compiles the step, so that the training finds it there.
+        # `plan` compiles the step, so that the training finds it there, unless a CPU could not read
+        # it again (r0_jax/compilation_cache.py).
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(at.compiled)
         phases.run_all(asked, at, lambda: report.publish(root, given.out))
         far += [f"{name} {form}" for form in phases.far(phases.result(at.folder, "stock"))]

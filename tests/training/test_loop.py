@@ -30,7 +30,7 @@ class World:
         self.mesh = sharding.make_mesh({"data": -1})
         program = mock.create_autospec(Program, instance=True)
         program.config, program.mesh, program.step = self.config, self.mesh, jax.jit(count)
-        program.term_norms = lambda *arguments: {"norm/params/rewards": jnp.ones(())}
+        program.term_norms = jax.jit(lambda *arguments: {"norm/params/rewards": jnp.ones(())})
         self.checkpoints = mock.create_autospec(Checkpoints, instance=True)
         self.checkpoints.save.side_effect = lambda state: self.saw("save", int(state.step))
         self.checkpoints.add_metrics.side_effect = lambda step, values, score: self.saw("add", step)
