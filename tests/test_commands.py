@@ -10,6 +10,7 @@ COMMANDS = [
     for folder in ("r0_jax", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if 'if __name__ == "__main__":' in path.read_text("utf-8")
+    and path.parent.name != "programs"  # files that the Pythons of other projects start
 ]
 
 
